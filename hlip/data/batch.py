@@ -1,0 +1,145 @@
+"""Studies, and the packing of studies into one token stream.
+
+Shapes: T patch tokens, V = pd * ph * pw voxels of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from hlip_kernels import Grid, Level, StudyLayout
+from torch import Tensor
+
+
+@dataclass
+class Study:
+    """One examination: its scans, and what was written about it.
+
+    scans: each (D, H, W) uint8, through-plane axis first; sizes may differ.
+    names: what to call each scan, in the same order.
+    text: the report, if there is one.
+    """
+
+    uid: str
+    scans: list[Tensor]
+    names: list[str] = field(default_factory=list)
+    text: str | None = None
+
+
+@dataclass
+class PackedBatch:
+    """Studies side by side in one token stream, without padding.
+
+    patches: (T, V) uint8 - voxels of each patch, ordered study, scan, slice, row, column.
+    positions: (T, 2) int32 - the scan's place in its study, and the patch's place in its scan's grid.
+    layout: where slices, scans and studies begin and end.
+    uids, texts: one per study; an absent report is an empty string.
+    """
+
+    patches: Tensor
+    positions: Tensor
+    layout: StudyLayout
+    patch_size: Grid
+    uids: list[str]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return self.layout.num_studies
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return replace(
+            self,
+            patches=self.patches.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            layout=self.layout.to(device),
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        return replace(self, patches=self.patches.pin_memory(), positions=self.positions.pin_memory())
+
+    def select(self, keep: Tensor) -> PackedBatch:
+        """The batch with only the rows `keep`: (n) increasing int64 or (T) bool, on the host."""
+        rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        layout = self.layout.select(keep)
+        rows = rows.to(self.patches.device, non_blocking=True)
+        return replace(self, patches=self.patches[rows], positions=self.positions[rows], layout=layout)
+
+
+def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> PackedBatch:
+    """Cut studies into patches and lay them into one stream.
+
+    Args:
+        studies: each a `Study`, or the (D, H, W) uint8 scans of one; they may differ in number and size.
+        patch_size: (pd, ph, pw) voxels; every scan must be a whole number of patches along each axis.
+
+    Raises:
+        ValueError: no study, a study without scans, or a scan of the wrong type or size; names the study.
+    """
+    items = [s if isinstance(s, Study) else Study(f"study {i}", list(s)) for i, s in enumerate(studies)]
+    grids = []
+    for study in items:
+        if not study.scans:
+            raise ValueError(f"{study.uid}: the study has no scans")
+        grids.append([_grid(study, m, patch_size) for m in range(len(study.scans))])
+    layout = StudyLayout.from_grids(grids)
+
+    patches = torch.empty(layout.num_tokens, int(np.prod(patch_size)), dtype=torch.uint8)
+    positions = torch.empty(layout.num_tokens, 2, dtype=torch.int32)
+    row = 0
+    for study, study_grids in zip(items, grids, strict=True):
+        for m, (scan, (d, h, w)) in enumerate(zip(study.scans, study_grids, strict=True)):
+            pd, ph, pw = patch_size
+            end = row + d * h * w
+            patches[row:end].view(d, h, w, pd, ph, pw).copy_(
+                scan.view(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5)
+            )
+            positions[row:end, 0] = m
+            positions[row:end, 1] = torch.arange(d * h * w, dtype=torch.int32)
+            row = end
+    return PackedBatch(
+        patches, positions, layout, tuple(patch_size), [s.uid for s in items], [s.text or "" for s in items]
+    )
+
+
+def _grid(study: Study, m: int, patch_size: Grid) -> Grid:
+    scan = study.scans[m]
+    name = f"{study.uid}, scan {study.names[m] if m < len(study.names) else m}"
+    if scan.dtype != torch.uint8 or scan.dim() != 3:
+        raise ValueError(f"{name}: expected a uint8 tensor (D, H, W), got {scan.dtype} {tuple(scan.shape)}")
+    if 0 in scan.shape or any(n % p for n, p in zip(scan.shape, patch_size, strict=True)):
+        raise ValueError(f"{name}: shape {tuple(scan.shape)} is not a whole number of patches {tuple(patch_size)}")
+    d, h, w = (n // p for n, p in zip(scan.shape, patch_size, strict=True))
+    return d, h, w
+
+
+def patch_dropout(layout: StudyLayout, rate: float, level: Level) -> Tensor:
+    """Choose the patches to keep: in every group of `level`, `max(1, int(L * (1 - rate)))` of its L, at random.
+
+    Drawn from torch's default generator on the host. Returns increasing int64 rows for `select`.
+    """
+    lengths = layout.seqlens(level)
+    kept = np.maximum(1, (lengths * (1 - rate)).astype(np.int64))
+    return torch.from_numpy(np.flatnonzero(_random_ranks(lengths) < np.repeat(kept, lengths)))
+
+
+def scan_dropout(layout: StudyLayout, rate: float) -> Tensor:
+    """Choose the scans to keep: in every study `max(1, int(M * (1 - rate)))` of its M, at random.
+
+    Drawn from torch's default generator on the host. Returns the increasing int64 rows of their patches.
+    """
+    num_scans = np.array([len(study) for study in layout.grids])
+    kept = np.maximum(1, (num_scans * (1 - rate)).astype(np.int64))
+    scans = _random_ranks(num_scans) < np.repeat(kept, num_scans)
+    return torch.from_numpy(np.flatnonzero(np.repeat(scans, layout.seqlens("scan"))))
+
+
+def _random_ranks(lengths: np.ndarray) -> np.ndarray:
+    """For runs of the given lengths: each place's rank, from 0, in a random order of its run."""
+    runs = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.argsort(runs + torch.rand(len(runs), dtype=torch.float64).numpy())
+    ranks = np.empty(len(runs), dtype=np.int64)
+    ranks[order] = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return ranks

@@ -1,0 +1,196 @@
+"""Studies from files: one by one, or from a study list with a cache of preprocessed scans."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .batch import Study
+from .preprocess import BrainMRI
+from .readers import ScanError, Volume, read_nifti
+
+logger = logging.getLogger(__name__)
+SUFFIXES = (".nii", ".nii.gz")
+
+
+def load_study(
+    paths: Path | str | Iterable[Path | str],
+    recipe: Callable[[Volume], Tensor] | None = None,
+    uid: str | None = None,
+    text: str | None = None,
+) -> Study:
+    """Read one study from NIfTI files.
+
+    Args:
+        paths: scan files in the order they shall have, or one folder, whose scans are taken in sorted order.
+        recipe: volume to (D, H, W) uint8; `BrainMRI()` if None.
+        uid: the study's name; the folder's, or the first file's, if None.
+
+    Raises:
+        ScanError: a file that cannot be used; names it.
+        ValueError: no scan among `paths`.
+    """
+    files = scan_files(paths)
+    recipe = recipe or BrainMRI()
+    scans = [recipe(read_nifti(file)) for file in files]
+    if uid is None:
+        uid = Path(paths).resolve().name if isinstance(paths, (str, Path)) and Path(paths).is_dir() else files[0].name
+    return Study(uid, scans, [file.name for file in files], text)
+
+
+def scan_files(paths: Path | str | Iterable[Path | str]) -> list[Path]:
+    """The scan files of one study: a folder's in sorted order, or the given ones.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not isinstance(paths, (str, Path)):
+        files = [Path(path) for path in paths]
+        if not files:
+            raise ValueError("a study needs at least one scan file, got none")
+        return files
+    if Path(paths).is_dir():
+        files = sorted(path for path in Path(paths).rglob("*") if path.name.endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"{paths}: no scans ({', '.join(SUFFIXES)}) in this folder")
+        return files
+    return [Path(paths)]
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A study in a study list: its scan files in their fixed order, and its report."""
+
+    uid: str
+    scans: tuple[Path, ...]
+    impression: str = ""
+    findings: str = ""
+
+    @property
+    def text(self) -> str:
+        """The whole report: impression, then findings."""
+        return " ".join(part for part in (self.impression, self.findings) if part)
+
+
+def read_study_list(path: Path | str) -> list[StudyRecord]:
+    """Read `{uid: {"scans": [...], "impressions": [...], "findings": [...]}}`.
+
+    Scan paths are relative to the list's folder. Scans are put in sorted order.
+
+    Raises:
+        ValueError: not such a file; names it and the study.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable study list ({error})") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: expected an object with one entry per study")
+    records = []
+    for uid, entry in content.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("scans"), list):
+            raise ValueError(f"{path}: study {uid}: expected an object with a list of 'scans'")
+        if not all(isinstance(scan, str) for scan in entry["scans"]):
+            raise ValueError(f"{path}: study {uid}: 'scans' must be file names")
+        scans = tuple(path.parent / scan for scan in sorted(entry["scans"]))
+        texts = (_join(path, uid, entry, key) for key in ("impressions", "findings"))
+        records.append(StudyRecord(uid, scans, *texts))
+    return records
+
+
+def _join(path: Path, uid: str, entry: dict, key: str) -> str:
+    lines = entry.get(key, [])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{path}: study {uid}: '{key}' must be a list of sentences")
+    return " ".join(line.strip() for line in lines)
+
+
+@dataclass(frozen=True)
+class PreparedStudies:
+    """Studies whose scans lie preprocessed in a cache, and what had to be left out."""
+
+    records: list[StudyRecord]
+    skipped_scans: list[str]
+    dropped_studies: list[str]
+
+
+def prepare_studies(
+    records: Sequence[StudyRecord], recipe: BrainMRI, cache: Path, progress: Callable[[Iterable], Iterable] = iter
+) -> PreparedStudies:
+    """Preprocess every scan once into `cache`; the result's records point at the cached scans.
+
+    A scan that cannot be used is skipped with a warning, a study without any usable scan is dropped with one.
+    Scans already there are kept; interrupting leaves no partial file. Many processes may share a cache.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    kept, skipped, dropped = [], [], []
+    for record in progress(records):
+        scans = []
+        for path in record.scans:
+            try:
+                scans.append(_cached_scan(path, recipe, cache))
+            except ScanError as error:
+                logger.warning("skipped a scan of study %s: %s", record.uid, error)
+                skipped.append(str(error))
+        if scans:
+            kept.append(replace(record, scans=tuple(scans)))
+        else:
+            logger.warning("dropped study %s: none of its %d scans can be used", record.uid, len(record.scans))
+            dropped.append(record.uid)
+    return PreparedStudies(kept, skipped, dropped)
+
+
+def _cached_scan(path: Path, recipe: BrainMRI, cache: Path) -> Path:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ScanError(path, "no such file") from error
+    what = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, type(recipe).__name__, asdict(recipe)])
+    target = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
+    if not target.exists():
+        scan = recipe(read_nifti(path)).numpy()
+        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            with partial.open("wb") as file:
+                np.save(file, scan, allow_pickle=False)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+class StudyDataset(Dataset):
+    """Prepared studies by index, read from the cache.
+
+    Args:
+        max_scans: of a study with more scans, this many are drawn; None for all.
+    """
+
+    def __init__(self, records: Sequence[StudyRecord], max_scans: int | None = None) -> None:
+        self.records = records
+        self.max_scans = max_scans
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Study:
+        """`item` is an index, or an index and the seed that scans are drawn with."""
+        index, seed = item if isinstance(item, tuple) else (item, 0)
+        record = self.records[index]
+        paths = record.scans
+        if self.max_scans is not None and len(paths) > self.max_scans:
+            drawn = np.random.default_rng(seed).choice(len(paths), self.max_scans, replace=False)
+            paths = tuple(paths[i] for i in sorted(drawn))
+        scans = [torch.from_numpy(np.load(path, allow_pickle=False)) for path in paths]
+        return Study(record.uid, scans, [path.name for path in paths], record.text)

@@ -1,0 +1,157 @@
+"""Two towers and the contrastive loss.
+
+Shapes: B studies (of one process), E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.batch import PackedBatch
+from .config import ModelConfig, preset
+from .text import TextTower
+from .vit import StudyEncoder
+
+
+class VisualHead(nn.Module):
+    """From a study's prefix rows (B, P, C) to its embedding (B, E): the cls row, projected."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+
+    def forward(self, prefix: Tensor) -> Tensor:
+        return self.proj(prefix[:, 0])
+
+
+class VisualTower(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.trunk = StudyEncoder(config.vision)
+        self.head = VisualHead(config.vision.width, config.embed_dim)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        return self.head(self.trunk(batch))
+
+
+class HLIPModel(nn.Module):
+    """Study encoder and text tower with a shared embedding.
+
+    Args:
+        text_source, pretrained_text: see `TextTower`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, text_source: Path | str | None = None, pretrained_text: bool = True
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisualTower(config)
+        self.text = TextTower(config.text, config.embed_dim, text_source, pretrained_text)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_image(self, batch: PackedBatch) -> Tensor:
+        """Embeddings of the batch's studies: (B, E), of unit length."""
+        return F.normalize(self.visual(batch.to(self.device)), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts: (N, E), of unit length."""
+        return F.normalize(self.text(texts), dim=-1)
+
+    def forward(self, batch: PackedBatch, text_features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Image and text embeddings of a batch, each (B, E), and the temperature's inverse.
+
+        Args:
+            text_features: (B, W) from `TextTower.features`, where they are known; else the reports are read.
+        """
+        image = self.encode_image(batch)
+        if text_features is None:
+            text_features = self.text.features(batch.texts)
+        text = F.normalize(self.text.proj(text_features), dim=-1)
+        return image, text, self.logit_scale.exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature at 0.01 or above, as CLIP does; call after every step."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model, its configuration and its tokenizer to `folder`."""
+        from .checkpoint import save_pretrained
+
+        save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str) -> HLIPModel:
+        """Read a model that `save_pretrained` wrote, from a folder or a hub name, in evaluation mode.
+
+        Raises:
+            ValueError: nothing usable there; names the file and the reason.
+        """
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(str(name))
+
+
+def create_model(name: str, text: str | None = None) -> HLIPModel:
+    """A new model by name, its vision tower untrained.
+
+    Args:
+        name: see `hlip.list_models()`.
+        text: folder or hub name of another BERT.
+
+    Raises:
+        ValueError: unknown name, or a text tower that cannot be read.
+    """
+    from dataclasses import replace
+
+    config = preset(name)
+    if text is not None:
+        config = replace(config, text=replace(config.text, name=text))
+    return HLIPModel(config)
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all processes. Every process must compute the same function of them.
+
+    Then the gradient of that function reaches each process's own rows at full size; the factor makes up for
+    DistributedDataParallel, which averages parameter gradients over the processes.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override, no-untyped-def]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override, no-untyped-def]
+        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
+
+def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric contrastive loss over the studies of all processes.
+
+    Args:
+        image, text: (B, E) of unit length; B is the same on every process.
+        logit_scale: the temperature's inverse.
+
+    Source: CLIP (arXiv 2103.00020), figure 3.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        image, text = _AllGather.apply(image), _AllGather.apply(text)
+    logits = logit_scale * image @ text.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2

@@ -1,0 +1,80 @@
+"""Zero-shot classification: what a study shows, by the likeness of its embedding to those of prompts.
+
+Shapes: K classes, N studies, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.batch import Study
+from ..model.clip import HLIPModel
+from .embed import embed_studies
+
+DEFAULT_TEMPLATE = "This MRI study shows: {}."
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Each class's names, and the sentences they are put into at `{}`."""
+
+    classes: Mapping[str, Sequence[str]]
+    templates: Sequence[str] = (DEFAULT_TEMPLATE,)
+
+    def __post_init__(self) -> None:
+        if not self.classes or not all(self.classes.values()):
+            raise ValueError("prompts missing: every class needs at least one name")
+        bad = [template for template in self.templates if template.count("{}") != 1]
+        if bad or not self.templates:
+            raise ValueError(f"a template needs exactly one {{}}, got {bad[0] if bad else 'no template'!r}")
+
+    @classmethod
+    def read(cls, path: Path | str) -> Prompts:
+        """Read a YAML file with `classes: {class: [name, ...]}` and `templates: [...]`.
+
+        Raises:
+            ValueError: not such a file; names it and the reason.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            classes = {str(name): [str(word) for word in words] for name, words in content["classes"].items()}
+            return cls(classes, tuple(str(t) for t in content.get("templates", [DEFAULT_TEMPLATE])))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable prompts file ({error})") from error
+
+
+@torch.no_grad()
+def zeroshot_classifier(model: HLIPModel, prompts: Prompts) -> Tensor:
+    """(K, E): for every class the normalised mean over the embeddings of its names in all templates."""
+    weights = []
+    for names in prompts.classes.values():
+        texts = [template.replace("{}", name) for name in names for template in prompts.templates]
+        weights.append(F.normalize(model.encode_text(texts).mean(0), dim=0))
+    return torch.stack(weights)
+
+
+@torch.no_grad()
+def class_probabilities(model: HLIPModel, embeddings: Tensor, classifier: Tensor) -> Tensor:
+    """(N, E) and (K, E) to (N, K): softmax over the classes at the model's own temperature."""
+    return (model.logit_scale.exp() * embeddings.to(classifier) @ classifier.T).softmax(-1)
+
+
+def zeroshot(model: HLIPModel, studies: Iterable[Study], prompts: Prompts) -> tuple[list[str], Tensor]:
+    """Probabilities of the classes for every study: uids, and (N, K) float32 on the host.
+
+    Raises:
+        ValueError: no study.
+    """
+    pairs = list(embed_studies(model, studies))
+    if not pairs:
+        raise ValueError("there is no study to classify")
+    uids, embeddings = zip(*pairs, strict=True)
+    classifier = zeroshot_classifier(model, prompts)
+    return list(uids), class_probabilities(model, torch.stack(embeddings), classifier).cpu()

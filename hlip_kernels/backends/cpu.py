@@ -1,0 +1,85 @@
+"""PyTorch's flash attention for CPUs, one batched call for all groups of equal length.
+
+No mask and no padding: the rows of equally long groups are gathered into (groups, L, H, D).
+The calls are the two halves of `torch.nn.functional.scaled_dot_product_attention` on a CPU; taking them
+one by one keeps the log-sum-exp, so that backward does not run the forward again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .reference import lse_dtype
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    return [] if device == "cpu" else [f"needs CPU tensors, got {device}"]
+
+
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+    lse = torch.empty(out.shape[:2], dtype=lse_dtype(qkv.dtype))
+    for rows, shape in _equal_groups(cu_seqlens, num_prefix):
+        q, k, v = _gather(qkv, rows, shape).unbind(2)
+        o, lse_nHL = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, scale=softmax_scale)
+        out.index_copy_(0, rows, o.transpose(1, 2).flatten(0, 1))
+        lse.index_copy_(0, rows, lse_nHL.transpose(1, 2).flatten(0, 1))
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    num_prefix: int,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    for rows, shape in _equal_groups(cu_seqlens, num_prefix):
+        q, k, v = _gather(qkv, rows, shape).unbind(2)
+        o, g, lse_nLH = (_gather(x, rows, shape) for x in (out, grad_out, lse))
+        grads = _flash_backward(
+            g.transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            o.transpose(1, 2),
+            lse_nLH.transpose(1, 2),
+            0.0,
+            False,
+            scale=softmax_scale,
+        )
+        stacked = torch.stack([x.transpose(1, 2) for x in grads], dim=2)  # (n, L, 3, H, D)
+        grad_qkv.index_copy_(0, rows, stacked.flatten(0, 1))
+    return grad_qkv
+
+
+def _gather(x: Tensor, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+    return x.index_select(0, rows).unflatten(0, shape)
+
+
+def _equal_groups(cu_seqlens: Tensor, num_prefix: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """For each length that occurs: the rows of its groups, (n * L) int64, and (n, L), L with prefix rows."""
+    bounds = cu_seqlens.numpy().astype(np.int64)
+    num_groups = len(bounds) - 1
+    lengths = np.diff(bounds)
+    for length in np.unique(lengths):
+        if num_prefix + length == 0:
+            continue
+        groups = np.flatnonzero(lengths == length)
+        prefix = groups[:, None] * num_prefix + np.arange(num_prefix)
+        patches = num_groups * num_prefix + bounds[groups, None] + np.arange(length)
+        rows = np.concatenate([prefix, patches], axis=1)
+        yield torch.from_numpy(rows.ravel()), (rows.shape[0], rows.shape[1])

@@ -1,0 +1,37 @@
+"""`python -m hlip_kernels.env`: what this machine has, and which attention backends can run on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from .backends import BACKENDS, choose_backend, not_supported_reasons
+
+
+def report() -> str:
+    """Versions, devices, and every backend with the reasons if it cannot run, as text."""
+    packages = ("hlip-kernels", "torch", "triton", "flash-attn", "xformers")
+    lines = [f"{'python':<14}{platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name:<14}{_version(name)}" for name in packages]
+    lines.append(f"{'cpu':<14}{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(f"{'gpu':<14}{', '.join(gpus) or 'none'}")
+    for device in ["cpu", *(["cuda"] if gpus else [])]:
+        lines.append(f"\nattention on {device} (auto: {choose_backend('auto', device, torch.float32, 64)})")
+        for name in BACKENDS:
+            reasons = not_supported_reasons(name, device, torch.float32, 64)
+            lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,81 @@
+"""The op as PyTorch sees it: schemas, fake kernels, autograd.
+
+Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim.
+Backward is an op of its own, so that it can be dispatched, traced and tested by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .backends.reference import lse_dtype
+
+_library = torch.library.Library("hlip_kernels", "DEF")
+_library.define(
+    "hier_attention(Tensor qkv, Tensor cu_seqlens, int num_prefix, int max_seqlen, float softmax_scale, "
+    "str backend) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "hier_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "int num_prefix, int max_seqlen, float softmax_scale, str backend) -> Tensor"
+)
+
+
+def _forward(
+    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return BACKENDS[backend].forward(qkv, cu_seqlens, num_prefix, max_seqlen, softmax_scale)
+
+
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    num_prefix: int,
+    max_seqlen: int,
+    softmax_scale: float,
+    backend: str,
+) -> Tensor:
+    return BACKENDS[backend].backward(grad_out, qkv, out, lse, cu_seqlens, num_prefix, max_seqlen, softmax_scale)
+
+
+_library.impl("hier_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("hier_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hlip_kernels::hier_attention", lib=_library)
+def _forward_fake(
+    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    rows, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(rows, heads, dtype=lse_dtype(qkv.dtype))
+
+
+@torch.library.register_fake("hlip_kernels::hier_attention_backward", lib=_library)
+def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, *ctx.settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+
+
+def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return None, None, None, None, None, None
+    qkv, out, lse, cu_seqlens = ctx.saved_tensors
+    grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(grad_out, qkv, out, lse, cu_seqlens, *ctx.settings)
+    return grad_qkv, None, None, None, None, None
+
+
+torch.library.register_autograd("hlip_kernels::hier_attention", _autograd, setup_context=_setup_context, lib=_library)

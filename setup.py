@@ -1,0 +1,40 @@
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "io": ["nibabel>=5"],
+    "text": ["transformers>=4.48"],
+    "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
+    "eval": ["scikit-learn>=1.3"],
+    "viz": ["matplotlib>=3.7"],
+    "demo": ["nilearn>=0.11"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+}
+EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name != "dev" for req in reqs})
+
+setup(
+    name="hlip-kernels",
+    version="0.1.0",
+    description="Hierarchical attention over packed 3D medical imaging studies, and language-image pre-training on it",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["hlip_kernels*", "hlip*"]),
+    package_data={"hlip_kernels": ["py.typed"], "hlip": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "einops>=0.7",
+        "safetensors>=0.4",
+        "huggingface-hub>=0.27",
+        "tqdm>=4.66",
+        "pyyaml>=6",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["hlip=hlip.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+        "Programming Language :: Python :: 3",
+    ],
+)
