@@ -44,7 +44,7 @@ PROMPTS = {
 # Signal of cerebrospinal fluid, grey and white matter; what each finding adds; the usual plane.
 TISSUE = {
     "t1": (0.15, 0.55, 0.90),
-    "t1c": (0.20, 0.60, 0.85),
+    "t1c": (0.15, 0.50, 0.65),
     "t2": (1.00, 0.65, 0.45),
     "flair": (0.10, 0.75, 0.60),
     "dwi": (0.15, 0.60, 0.50),
@@ -52,7 +52,7 @@ TISSUE = {
 LESION = {
     "stroke": {"dwi": 1.0},
     "glioma": {"t2": 1.0, "flair": 1.0, "t1": 0.35},
-    "meningioma": {"t1c": 1.0},
+    "meningioma": {"t1c": 1.0, "dwi": 0.75},
     "metastases": {"t1c": 1.0},
 }
 PLANE = {"t1": "sagittal", "t1c": "axial", "t2": "axial", "flair": "coronal", "dwi": "axial"}
@@ -211,11 +211,11 @@ def make_lesion(finding: str, rng: np.random.Generator, template: Template) -> t
         return irregular, center
     if finding == "meningioma":
         center = _site(rng, template, depth=0.0)
-        radius = rng.uniform(15, 24)
+        radius = rng.uniform(18, 26)
         return functools.partial(_ball, center=center, radius=radius), center
     if finding == "metastases":
         centers = [_site(rng, template, depth=6.0) for _ in range(rng.integers(5, 11))]
-        radii = rng.uniform(6, 10, len(centers))
+        radii = rng.uniform(6, 9, len(centers))
 
         def balls(points: np.ndarray) -> np.ndarray:
             return np.max([_ball(points, c, r) for c, r in zip(centers, radii, strict=True)], axis=0)

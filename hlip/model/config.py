@@ -128,7 +128,7 @@ PRESETS: dict[str, ModelConfig] = {
             init_std=0.09,
         ),
         TextConfig(context_length=64, pooling="mean", locked=True),
-        BrainMRI(size=(24, 55, 55), crop=(48, 48)),
+        BrainMRI(size=(24, 55, 55), crop=(48, 48), percentiles=(0.5, 99.95)),  # keeps small bright lesions bright
         embed_dim=256,
     ),
 }

