@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -15,7 +17,7 @@ setup(
     name="hlip-kernels",
     version="0.1.0",
     description="Hierarchical attention over packed 3D medical imaging studies, and language-image pre-training on it",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",

@@ -28,14 +28,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_curve
+
 from hlip.data.batch import Study
 from hlip.data.demo import PLANE, make_demo
 from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
 from hlip.model.clip import HLIPModel, create_model
 from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, zeroshot
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
 
 MODEL = "demo"
 
@@ -47,7 +48,9 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=600, help="training studies (default: %(default)s)")
     parser.add_argument("--test", type=int, default=250, help="held-out studies (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument("--control-steps", type=int, default=150, help="steps with shuffled reports (default: %(default)s)")
+    parser.add_argument(
+        "--control-steps", type=int, default=150, help="steps with shuffled reports (default: %(default)s)"
+    )
     parser.add_argument("--processes", type=int, default=2, help="training processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
     args = parser.parse_args()
@@ -102,7 +105,9 @@ def run(args: argparse.Namespace) -> None:
         "scans": {"train": sum(len(r.scans) for r in train), "test": sum(len(r.scans) for r in test)},
         "seed": args.seed,
         "seconds": round(time.perf_counter() - started, 1),
-        "versions": {name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch", "transformers", "numpy")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch", "transformers", "numpy")
+        },
     }
     plot_loss(args.out)
     plot_roc(args.out, labels, probabilities, list(prompts.classes))
@@ -200,7 +205,7 @@ def plot_loss(out: Path) -> None:
     right = axes.twinx()
     right.plot(*zip(*auc, strict=True), "o--", color="tab:orange", label="zero-shot AUC, held-out studies")
     right.set(ylabel="macro AUC", ylim=(0, 1.02))
-    figure.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.06))
+    figure.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 0.0))
     _save(figure, out / "loss.png")
 
 
@@ -223,15 +228,16 @@ def plot_study(
     probabilities: np.ndarray,
     classes: list[str],
 ) -> None:
-    """The held-out study with the most scans: the slice of largest brightness spread of each, and the verdict."""
-    i = max(range(len(studies)), key=lambda i: len(studies[i].scans))
+    """The first held-out study with a lesion and at least 5 scans: the brightest slice of each, and the verdict."""
+    shown = [i for i, study in enumerate(studies) if labels[i].argmax() > 0 and len(study.scans) >= 5]
+    i = shown[0] if shown else 0
     study, columns = studies[i], 4
     rows = -(-(len(study.scans) + 1) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows))
     for axes in grid.flat:
         axes.axis("off")
     for axes, scan, name in zip(grid.flat, study.scans, names[study.uid], strict=False):
-        axes.imshow(scan[int(scan.float().flatten(1).std(1).argmax())], cmap="gray", vmin=0, vmax=255)
+        axes.imshow(scan[int(scan.float().flatten(1).quantile(0.99, dim=1).argmax())], cmap="gray", vmin=0, vmax=255)
         axes.set_title(name.split(".")[0], fontsize=9)
     axes = grid.flat[len(study.scans)]
     axes.axis("on")

@@ -23,6 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
 from config import TrainConfig
 from hlip.data.batch import PackedBatch, pack
 from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
@@ -30,11 +36,6 @@ from hlip.model.clip import HLIPModel, clip_loss, create_model
 from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, zeroshot
 from sampler import StepSampler
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 
 def main() -> int:
@@ -199,9 +200,7 @@ def gather(value: Any, world_size: int) -> list[Any]:
     return values
 
 
-def prepare(
-    path: Path, model: HLIPModel, cache: Path, rank: int, world_size: int, log: Log
-) -> list[StudyRecord]:
+def prepare(path: Path, model: HLIPModel, cache: Path, rank: int, world_size: int, log: Log) -> list[StudyRecord]:
     """Read a study list and preprocess its scans, shared out over the processes; count what cannot be used."""
     records = read_study_list(path)
     bar = functools.partial(tqdm, desc=f"preprocessing {path.name}", unit="study", disable=rank > 0)
@@ -220,9 +219,7 @@ def prepare(
     return [usable[record.uid] for record in records if record.uid in usable]
 
 
-def make_evaluation(
-    config: TrainConfig, model: HLIPModel, cache: Path, rank: int, world_size: int, log: Log
-) -> Any:
+def make_evaluation(config: TrainConfig, model: HLIPModel, cache: Path, rank: int, world_size: int, log: Log) -> Any:
     """A function that returns the macro AUC on the held-out studies, or None where there are none."""
     if config.val is None or config.labels is None or config.prompts is None:
         return None

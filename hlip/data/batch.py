@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from hlip_kernels import Grid, Level, StudyLayout
 from torch import Tensor
+
+from hlip_kernels import Grid, Level, StudyLayout
 
 
 @dataclass
@@ -85,23 +86,19 @@ def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> Packe
             raise ValueError(f"{study.uid}: the study has no scans")
         grids.append([_grid(study, m, patch_size) for m in range(len(study.scans))])
     layout = StudyLayout.from_grids(grids)
+    pd, ph, pw = patch_size
 
     patches = torch.empty(layout.num_tokens, int(np.prod(patch_size)), dtype=torch.uint8)
     positions = torch.empty(layout.num_tokens, 2, dtype=torch.int32)
     row = 0
     for study, study_grids in zip(items, grids, strict=True):
         for m, (scan, (d, h, w)) in enumerate(zip(study.scans, study_grids, strict=True)):
-            pd, ph, pw = patch_size
             end = row + d * h * w
-            patches[row:end].view(d, h, w, pd, ph, pw).copy_(
-                scan.view(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5)
-            )
+            patches[row:end].view(d, h, w, pd, ph, pw).copy_(scan.view(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5))
             positions[row:end, 0] = m
             positions[row:end, 1] = torch.arange(d * h * w, dtype=torch.int32)
             row = end
-    return PackedBatch(
-        patches, positions, layout, tuple(patch_size), [s.uid for s in items], [s.text or "" for s in items]
-    )
+    return PackedBatch(patches, positions, layout, (pd, ph, pw), [s.uid for s in items], [s.text or "" for s in items])
 
 
 def _grid(study: Study, m: int, patch_size: Grid) -> Grid:

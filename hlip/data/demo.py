@@ -141,7 +141,9 @@ def load_template() -> Template:
     from scipy.ndimage import gaussian_filter
 
     folder = Path(nilearn.datasets.__file__).parent / "data"
-    images = {k: nibabel.load(folder / f"mni_icbm152_{k}_tal_nlin_sym_09a_converted.nii.gz") for k in ("t1", "gm", "wm")}
+    images = {
+        k: nibabel.load(folder / f"mni_icbm152_{k}_tal_nlin_sym_09a_converted.nii.gz") for k in ("t1", "gm", "wm")
+    }
     t1, grey, white = (np.asarray(image.dataobj, dtype=np.float32) / 255 for image in images.values())
     brain = (t1 > 0).astype(np.float32)
     fluid = np.clip(brain - grey - white, 0, 1)
@@ -150,7 +152,9 @@ def load_template() -> Template:
 
 
 def _sample(maps: torch.Tensor, voxels: np.ndarray, size: np.ndarray, padding: str) -> np.ndarray:
-    grid = torch.from_numpy((voxels * (2 / (size - 1)).astype(np.float32) - 1)[None, None, None, :, ::-1].astype(np.float32))
+    grid = torch.from_numpy(
+        (voxels * (2 / (size - 1)).astype(np.float32) - 1)[None, None, None, :, ::-1].astype(np.float32)
+    )
     return F.grid_sample(maps[None], grid, padding_mode=padding, align_corners=True)[0, :, 0, 0].numpy()
 
 
@@ -184,7 +188,7 @@ Shape = Callable[[np.ndarray], np.ndarray]
 def make_lesion(finding: str, rng: np.random.Generator, template: Template) -> tuple[Shape, np.ndarray]:
     """A finding's extent, (N, 3) mm of the template to (N) weights 0 to 1, and its center."""
     if finding == "stroke":
-        apex = CENTER + [rng.choice([-1, 1]) * 8, rng.uniform(-8, 8), rng.uniform(4, 14)]
+        apex = CENTER + np.array([rng.choice([-1, 1]) * 8, rng.uniform(-8, 8), rng.uniform(4, 14)])
         axis = rng.normal(0, [0.4, 1.0, 0.5])
         axis[0] = np.sign(apex[0]) * max(abs(axis[0]), 0.7)
         axis /= np.linalg.norm(axis)
@@ -250,7 +254,7 @@ def make_scan(
     """Image a head once. Returns the (X, Y, Z) int16 voxels as stored, and their affine."""
     template = load_template()
     slices, rows = int(rng.integers(18, 31)), int(rng.integers(46, 65))
-    columns = int(round(rows * rng.uniform(0.85, 1.0)))
+    columns = round(rows * rng.uniform(0.85, 1.0))
     view = rng.uniform(184, 212)
     spacing = np.array([rng.uniform(150, 178) / slices, view / rows, view / rows])
     axes = rotation(np.deg2rad(rng.normal(0, 1.0, 3))) @ _PLANE_AXES[plane]
@@ -261,8 +265,12 @@ def make_scan(
 
     # The warps are smooth: exact on a coarse lattice of the scan, linear in between.
     lattice = np.stack(np.meshgrid(*[np.linspace(0, n - 1, 12) for n in shape], indexing="ij"))
-    coarse = Warp(rng, 0.5)(head(lattice.reshape(3, -1).T @ affine[:3, :3].T + affine[:3, 3])).T.reshape(1, 3, 12, 12, 12)
-    dense = F.interpolate(torch.from_numpy(coarse.astype(np.float32)), tuple(shape), mode="trilinear", align_corners=True)
+    coarse = Warp(rng, 0.5)(head(lattice.reshape(3, -1).T @ affine[:3, :3].T + affine[:3, 3])).T.reshape(
+        1, 3, 12, 12, 12
+    )
+    dense = F.interpolate(
+        torch.from_numpy(coarse.astype(np.float32)), tuple(shape), mode="trilinear", align_corners=True
+    )
     points = dense[0].flatten(1).T.numpy()
     fluid, grey, white = template.sample(points)
     signals = (np.array(TISSUE[contrast]) * rng.uniform(0.925, 1.075, 3) * BRIGHTNESS).astype(np.float32)
@@ -281,7 +289,7 @@ def make_scan(
     for axis in np.flatnonzero(rng.random(3) < 0.5):
         affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
         affine[:3, axis] *= -1
-        voxels = np.flip(voxels, axis)
+        voxels = np.flip(voxels, int(axis))
     return np.ascontiguousarray(voxels), affine
 
 
@@ -290,7 +298,9 @@ def choose_contrasts(rng: np.random.Generator) -> list[tuple[str, str]]:
     count = rng.choice(np.arange(3, 9), p=np.array([4, 4, 3, 2, 1, 1]) / 15)
     contrasts = ["dwi", "t1c", str(rng.choice(["t2", "flair"]))]
     contrasts += [str(c) for c in rng.choice(list(TISSUE), count - 3)]
-    planes = [PLANE[c] if c not in contrasts[:i] else str(rng.choice(list(_PLANE_AXES))) for i, c in enumerate(contrasts)]
+    planes = [
+        PLANE[c] if c not in contrasts[:i] else str(rng.choice(list(_PLANE_AXES))) for i, c in enumerate(contrasts)
+    ]
     return [(contrasts[i], planes[i]) for i in rng.permutation(count)]
 
 
@@ -338,7 +348,9 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
     if stamp.exists() and json.loads(stamp.read_text()) == settings:
         return out
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and does not hold this demo set ({settings}); remove it or choose another folder")
+        raise ValueError(
+            f"{out} exists and does not hold this demo set ({settings}); remove it or choose another folder"
+        )
     load_template()
     partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
@@ -353,7 +365,9 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
                     uid = f"{split}-{i:04d}"
                     jobs[uid] = pool.submit(make_study, partial, uid, CLASSES[label], (seed, part, i))
                     labels.append([uid, *(int(label == c) for c in range(len(CLASSES)))])
-                studies = {uid: job.result() for uid, job in tqdm(jobs.items(), f"making {split} studies", unit="study")}
+                studies = {
+                    uid: job.result() for uid, job in tqdm(jobs.items(), f"making {split} studies", unit="study")
+                }
                 (partial / f"{split}.json").write_text(json.dumps(studies, indent=1))
         with (partial / "labels.csv").open("w", newline="") as file:
             csv.writer(file).writerows([["study", *CLASSES], *labels])

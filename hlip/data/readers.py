@@ -46,6 +46,7 @@ def read_nifti(path: Path | str) -> Volume:
     """
     try:
         import nibabel
+        from nibabel.filebasedimages import ImageFileError
     except ImportError as error:
         raise ImportError("reading NIfTI needs nibabel: pip install 'hlip-kernels[io]'") from error
 
@@ -56,7 +57,7 @@ def read_nifti(path: Path | str) -> Volume:
         raise ScanError(path, "empty file")
     try:
         image = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
     if type(image) not in (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair):
         raise ScanError(path, f"not a NIfTI image but {type(image).__name__}")

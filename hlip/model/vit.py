@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, regroup_prefix
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, regroup_prefix
 
 from ..data.batch import PackedBatch, patch_dropout, scan_dropout
 from .config import VisionConfig
@@ -78,6 +79,9 @@ class StudyEncoder(nn.Module):
         ValueError: a width that does not suit the position tables.
     """
 
+    spatial_posemb: Tensor
+    sequential_posemb: Tensor
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -124,7 +128,7 @@ class StudyEncoder(nn.Module):
         x = x + self._positions(batch).to(x.dtype)
 
         level = config.levels[0]
-        tokens = [self.cls_token] + ([self.reg_token] if config.num_prefix > 1 else [])
+        tokens: list[Tensor] = [self.cls_token] + ([self.reg_token] if config.num_prefix > 1 else [])
         prefix = torch.cat(tokens, dim=1)[0].repeat(layout.num_groups(level), 1)
         x = torch.cat([prefix.to(x.dtype), x])
         for block, next_level in zip(self.blocks, config.levels, strict=True):
@@ -151,9 +155,7 @@ class StudyEncoder(nn.Module):
         if len(grids) > 1:
             first = np.cumsum([0] + [d * h * w for d, h, w in grids[:-1]])
             offsets = torch.tensor([first[grids.index(grid)] for grid in scan_grids]).to(place.device)
-            place = place + offsets.repeat_interleave(
-                layout.cu_seqlens("scan").diff(), output_size=layout.num_tokens
-            )
+            place = place + offsets.repeat_interleave(layout.cu_seqlens("scan").diff(), output_size=layout.num_tokens)
         positions = tables[place]
         if self.config.max_scans:
             if self.training:  # every study draws its scans' positions without replacement
@@ -203,4 +205,6 @@ def resample_spatial(table: Tensor, grid: Grid) -> Tensor:
     """(1, d, h, w, C) to the (d, h, w, C) of another grid, trilinearly."""
     if tuple(table.shape[1:4]) == tuple(grid):
         return table[0]
-    return F.interpolate(table.permute(0, 4, 1, 2, 3), grid, mode="trilinear", align_corners=False)[0].permute(1, 2, 3, 0)
+    return F.interpolate(table.permute(0, 4, 1, 2, 3), grid, mode="trilinear", align_corners=False)[0].permute(
+        1, 2, 3, 0
+    )

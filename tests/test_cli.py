@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hlip
+from hlip import cli
+
+
+def run(*args: object) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "emb.npz"
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", out) == 0
+    saved = np.load(out, allow_pickle=False)
+    assert saved["study"].tolist() == ["scan_0.nii.gz"]
+    model = hlip.HLIPModel.from_pretrained(model_folder)
+    study = hlip.load_study(nifti_study, model.config.recipe)
+    with torch.no_grad():
+        expected = model.encode_image(hlip.pack([study], model.config.vision.patch_size))
+    np.testing.assert_array_equal(saved["embedding"], expected.numpy())
+    assert [p.name for p in out.parent.iterdir()] == ["emb.npz"]
+
+
+def test_embed_folders_are_studies(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
+    folder = nifti_study[0].parent
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.nii.gz").write_bytes(nifti_study[0].read_bytes())
+    assert run("embed", folder, other, "--model", model_folder, "--out", tmp_path / "emb.npz") == 0
+    saved = np.load(tmp_path / "emb.npz")
+    assert saved["study"].tolist() == ["study", "other"]
+    assert saved["embedding"].shape == (2, 32)
+
+
+def test_zeroshot(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.json"
+    prompts = ["--prompt", "glioma", "--prompt", "no abnormality"]
+    assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts, "--out", out) == 0
+    table = json.loads(out.read_text())["scan_0.nii.gz"]
+    assert sorted(table) == ["glioma", "no abnormality"]
+    assert sum(table.values()) == pytest.approx(1, abs=1e-5)
+    best = max(table, key=table.__getitem__)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "scan_0.nii.gz"
+    assert printed[1].split("  ")[1].strip() == best
+    path = tmp_path / "prompts.yaml"
+    path.write_text("classes: {a: [glioma], b: [no abnormality]}\n")
+    assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", path, "--out", out) == 0
+    same = json.loads(out.read_text())["scan_0.nii.gz"]
+    assert (same["a"], same["b"]) == (table["glioma"], table["no abnormality"])
+
+
+@pytest.mark.parametrize("command", ["embed", "zeroshot"])
+def test_bad_input_is_named_and_nothing_is_written(
+    command: str, nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "notes.nii.gz"
+    text.write_text("hello")
+    truncated = tmp_path / "cut.nii.gz"
+    truncated.write_bytes(nifti_study[0].read_bytes()[:1000])
+    empty_study = tmp_path / "empty"
+    empty_study.mkdir()
+    out = tmp_path / ("emb.npz" if command == "embed" else "p.json")
+    rest = ["--out", out] + ([] if command == "embed" else ["--prompt", "a", "--prompt", "b"])
+    model = ["--model", model_folder]
+    cases = [
+        ([text, *model], "notes.nii.gz: not a readable NIfTI file"),
+        ([nifti_study[0], truncated, *model], "cut.nii.gz: truncated or corrupt"),
+        ([tmp_path / "none.nii", *model], "none.nii: no such file"),
+        ([empty_study, *model], "empty: no scans"),
+        ([nifti_study[0], nifti_study[0].parent, *model], "is not a folder"),
+        ([*nifti_study * 14, *model], "scan_0.nii.gz: 42 scans, but the model has positions for 40"),
+        ([nifti_study[0], "--model", tmp_path / "no_model"], "no_model: unknown model"),
+    ]
+    for args, message in cases:
+        assert run(command, *args, *rest) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.glob("*.npz")) + list(tmp_path.glob("*.json")) + list(tmp_path.glob(".*")) == []
+
+
+def test_prompts_missing(nifti_study: list[Path], model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for prompts in ([], ["--prompt", "only one"]):
+        assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts) == 2
+        assert "prompts missing" in capsys.readouterr().err
+    both = ["--prompt", "a", "--prompts", "p.yaml"]
+    assert run("zeroshot", *nifti_study, "--model", model_folder, *both) == 2
+    assert "not both" in capsys.readouterr().err
+    template = ["--prompt", "a", "--prompt", "b", "--template", "no place"]
+    assert run("zeroshot", *nifti_study, "--model", model_folder, *template) == 2
+    assert "exactly one {}" in capsys.readouterr().err
+
+
+def test_embed_wants_npz(nifti_study: list[Path], model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", "x.csv") == 2
+    assert "x.csv: expected a name that ends in .npz" in capsys.readouterr().err
+
+
+def test_interrupt_leaves_nothing(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupt)
+    out = tmp_path / "out" / "emb.npz"
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", out) == 130
+    assert list(out.parent.iterdir()) == []
+
+
+def test_installed_command_and_help() -> None:
+    command = Path(sys.executable).with_name("hlip")
+    shown = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "embed" in shown
+    assert "zeroshot" in shown
+    report = subprocess.run([command, "env"], capture_output=True, text=True, check=True).stdout
+    assert "reference" in report
+    wrong = subprocess.run([command, "embed"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2

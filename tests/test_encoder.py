@@ -1,0 +1,233 @@
+"""The packed encoder against each study alone, and against the textbook reshape of the published method."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hlip
+from conftest import random_study, tiny_vision
+from hlip.data.batch import PackedBatch
+from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, StudyEncoder, resample_spatial, sincos, spatial_table
+
+PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
+RAGGED = [
+    [(8, 16, 16)],
+    [(4, 16, 24), (12, 8, 16), (8, 16, 16)],
+    [(4 + 4 * (m % 3), 8, 8) for m in range(40)],
+    [(8, 16, 16)] * 2,
+]
+
+
+def make_encoder(pattern: str, **changes: object) -> StudyEncoder:
+    torch.manual_seed(1)
+    encoder = StudyEncoder(tiny_vision(pattern, **changes)).eval()
+    with torch.no_grad():  # a cls token and biases that matter
+        for name, parameter in encoder.named_parameters():
+            if parameter.ndim < 2 or "token" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return encoder
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("num_prefix", [1, 2])
+def test_packed_equals_each_study_alone(pattern: str, num_prefix: int) -> None:
+    encoder = make_encoder(pattern, num_prefix=num_prefix).double()
+    studies = [random_study(sizes, seed) for seed, sizes in enumerate(RAGGED)]
+    together = encoder(hlip.pack(studies, (4, 8, 8)))
+    alone = torch.cat([encoder(hlip.pack([study], (4, 8, 8))) for study in studies])
+    assert together.shape == (len(studies), num_prefix, 48)
+    assert (together - alone).abs().max() <= 1e-10
+
+
+def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int]) -> Tensor:
+    """The published way: dense tensors, reshaped and concatenated at every change of level.
+
+    images: (B, M, D, H, W) uint8; group: how many groups of a level one study has.
+    """
+    config, width = encoder.config, encoder.config.width
+    batch, scans = images.shape[:2]
+    weight = encoder.patch_embed.proj.weight
+    x = ((images.to(weight.dtype) / 255 - PIXEL_MEAN) / PIXEL_STD).flatten(0, 1)[:, None]
+    x = F.conv3d(x, weight, encoder.patch_embed.proj.bias, stride=config.patch_size)  # (B * M, C, d, h, w)
+    x = x.unflatten(0, (batch, scans)).permute(0, 1, 3, 4, 5, 2)
+    x = x + encoder.spatial_posemb[None].to(x) + encoder.sequential_posemb[:, :scans, None, None, None].to(x)
+    tokens = [encoder.cls_token] + ([encoder.reg_token] if config.num_prefix > 1 else [])
+    level = config.levels[0]
+    x = x.reshape(batch * group[level], -1, width)
+    x = torch.cat([torch.cat(tokens, 1).expand(len(x), -1, -1), x], dim=1)
+
+    def move(x: Tensor, src: str, dst: str) -> Tensor:
+        prefix, patches = x[:, : config.num_prefix], x[:, config.num_prefix :]
+        if group[dst] < group[src]:
+            prefix = prefix.reshape(batch * group[dst], -1, config.num_prefix, width).mean(1)
+        elif group[dst] > group[src]:
+            prefix = prefix.repeat_interleave(group[dst] // group[src], dim=0)
+        return torch.cat([prefix, patches.reshape(batch * group[dst], -1, width)], dim=1)
+
+    for block, following in zip(encoder.blocks, config.levels, strict=True):
+        x = move(x, level, following)
+        level = following
+        qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, config.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = qkv[0] @ qkv[1].transpose(-1, -2) / (width // config.heads) ** 0.5
+        out = (scores.softmax(-1) @ qkv[2]).transpose(1, 2).flatten(2)
+        x = x + block.attn.proj(out)
+        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+    return encoder.norm(move(x, level, "study")[:, : config.num_prefix])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("num_prefix", [1, 2])
+def test_equals_the_textbook_reshape(pattern: str, num_prefix: int) -> None:
+    encoder = make_encoder(pattern, num_prefix=num_prefix)
+    studies = [random_study([(8, 16, 16)] * 3, seed) for seed in range(2)]
+    images = torch.stack([torch.stack(study) for study in studies])
+    group = {"slice": 6, "scan": 3, "study": 1}
+
+    probe = torch.randn(2, num_prefix, 48, generator=torch.Generator().manual_seed(2))
+    grads = []
+    outs = []
+    for out in (encoder(hlip.pack(studies, (4, 8, 8))), textbook(encoder, images, group)):
+        encoder.zero_grad()
+        (out * probe).sum().backward()
+        outs.append(out.detach())
+        grads.append({name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None})
+    assert (outs[0] - outs[1]).abs().max() <= 1e-5
+    assert grads[0].keys() == grads[1].keys() == dict(encoder.named_parameters()).keys()
+    for name, grad in grads[1].items():
+        assert (grads[0][name] - grad).abs().max() <= 1e-5 * max(1.0, float(grad.abs().max())), name
+
+
+def test_one_scan_makes_scan_and_study_the_same() -> None:
+    batch = hlip.pack([random_study([(8, 16, 16)])], (4, 8, 8))
+    scan, study = make_encoder("slice+scan"), make_encoder("slice+scan")
+    study.config = tiny_vision("slice+scan", levels=("slice", "study") * 2)
+    torch.testing.assert_close(scan(batch), study(batch), rtol=0, atol=0)
+
+
+def test_gradients_reach_every_parameter_through_dropout() -> None:
+    encoder = make_encoder("scan+study", patch_dropout=0.5, scan_dropout=0.5, drop_path=0.2).train()
+    torch.manual_seed(3)
+    batch = hlip.pack([random_study(sizes, seed) for seed, sizes in enumerate(RAGGED)], (4, 8, 8))
+    encoder(batch).square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_dropout_is_a_choice_of_rows_and_repeats_with_the_seed() -> None:
+    encoder = make_encoder("scan+study", patch_dropout=0.25, scan_dropout=0.5).train()
+    batch = hlip.pack([random_study([(8, 16, 16)] * 4)], (4, 8, 8))
+    rows: list[int] = []
+    encoder.patch_embed.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(encoder(batch))
+    assert rows == [2 * 6] * 3  # half of 4 scans, three quarters of 8 patches
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    encoder.eval()
+    encoder(batch)
+    assert rows[-1] == 32
+
+
+def test_drop_path_scales_or_drops_whole_groups() -> None:
+    encoder = make_encoder("scan", drop_path=0.5).train()
+    block = encoder.blocks[-1]
+    layout = hlip.pack([random_study([(8, 16, 16)] * 50)], (4, 8, 8)).layout
+    torch.manual_seed(0)
+    update = block._drop(torch.ones(50 + 400, 48), layout, "scan")
+    by_group = torch.cat([update[:50, None], update[50:].unflatten(0, (50, 8))], dim=1)
+    assert set(by_group.unique().tolist()) == {0.0, 2.0}
+    assert (by_group == by_group[:, :1, :1]).all()
+
+
+def test_training_draws_positions_of_scans_without_replacement() -> None:
+    encoder = make_encoder("scan+study", max_scans=4).train()
+    with torch.no_grad():
+        encoder.spatial_posemb.zero_()
+        encoder.sequential_posemb.copy_(torch.arange(4.0)[None, :, None].expand(1, 4, 48))
+    batch = hlip.pack([random_study([(4, 8, 8)] * 4), random_study([(4, 8, 8)] * 3)], (4, 8, 8))
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        drawn = encoder._positions(batch)[:, 0].tolist()
+        assert sorted(drawn[:4]) == [0, 1, 2, 3]
+        assert len(set(drawn[4:])) == 3
+        seen.add(tuple(drawn))
+    assert len(seen) > 10
+    encoder.eval()
+    assert encoder._positions(batch)[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+
+
+def test_positions_of_mixed_grids_are_resampled_per_scan() -> None:
+    encoder = make_encoder("scan+study", max_scans=0)
+    batch = hlip.pack([random_study([(8, 16, 16), (4, 16, 24)]), random_study([(12, 8, 8)])], (4, 8, 8))
+    expected = [resample_spatial(encoder.spatial_posemb, g).flatten(0, 2) for g in [(2, 2, 2), (1, 2, 3), (3, 1, 1)]]
+    torch.testing.assert_close(encoder._positions(batch), torch.cat(expected), rtol=0, atol=0)
+
+
+def test_position_tables() -> None:
+    table = sincos(np.arange(5), 8)
+    assert table.shape == (5, 8)
+    for place in range(5):
+        for i in range(4):
+            angle = place / 10000 ** (i / 4)
+            assert table[place, i] == pytest.approx(np.sin(angle), abs=1e-6)
+            assert table[place, 4 + i] == pytest.approx(np.cos(angle), abs=1e-6)
+    cube = spatial_table("sincos3d", (2, 3, 4), 12)
+    assert torch.equal(cube[1, 2, 3], torch.cat([sincos(np.array([n]), 4)[0] for n in (3, 2, 1)]))
+    tiled = spatial_table("tiled", (2, 3, 4), 8)
+    in_plane = torch.cat([sincos(np.array([n]), 4)[0] for n in (3, 2)])
+    assert torch.equal(tiled[1, 2, 3], in_plane + sincos(np.array([1]), 8)[0])
+
+
+def test_level_patterns_are_the_published_ones() -> None:
+    def places(pattern: str, depth: int) -> dict[str, list[int]]:
+        levels = level_pattern(pattern, depth)  # type: ignore[arg-type]
+        return {level: [i for i, value in enumerate(levels) if value == level] for level in set(levels)}
+
+    assert places("scan+study", 12) == {"scan": [0, 1, 3, 4, 6, 7, 9, 10], "study": [2, 5, 8, 11]}
+    assert places("slice+scan+study", 12) == {"slice": [0, 3, 6, 9], "scan": [1, 4, 7, 10], "study": [2, 5, 8, 11]}
+    assert places("scan+study", 24)["study"] == [5, 11, 17, 23]
+    large = places("slice+scan+study", 24)
+    assert large["scan"] == [4, 10, 16, 22]
+    assert large["study"] == [5, 11, 17, 23]
+    with pytest.raises(ValueError, match="unknown level pattern"):
+        level_pattern("patch", 12)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="do not divide"):
+        level_pattern("scan+study", 10)
+
+
+def test_errors_name_what_is_wrong() -> None:
+    encoder = make_encoder("scan+study", max_scans=2)
+    batch = hlip.pack([hlip.Study("patient-7", random_study([(4, 8, 8)] * 3))], (4, 8, 8))
+    with pytest.raises(ValueError, match="patient-7: 3 scans, but the model has positions for 2"):
+        encoder(batch)
+    with pytest.raises(ValueError, match="patches of"):
+        encoder(hlip.pack([random_study([(8, 8, 8)])], (8, 8, 8)))
+    with pytest.raises(ValueError, match="num_prefix"):
+        VisionConfig(num_prefix=0)
+    with pytest.raises(ValueError, match="patch_dropout"):
+        VisionConfig(patch_dropout=1.0)
+    with pytest.raises(ValueError, match="multiple of 6"):
+        StudyEncoder(tiny_vision(positions="sincos3d", width=64, heads=4))
+
+
+def test_published_parameter_names() -> None:
+    names = set(make_encoder("scan+study", num_prefix=2).state_dict())
+    assert {"cls_token", "reg_token", "spatial_posemb", "sequential_posemb", "patch_embed.proj.weight"} <= names
+    block = {f"blocks.0.{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+             for kind in ("weight", "bias")}  # fmt: skip
+    assert block <= names
+
+
+def test_batch_moves_and_selects_consistently() -> None:
+    batch: PackedBatch = hlip.pack([random_study([(8, 16, 16)] * 2)], (4, 8, 8))
+    encoder = make_encoder("scan+study")
+    first_scan = batch.select(torch.arange(8))
+    expected = encoder(hlip.pack([random_study([(8, 16, 16)] * 2)[:1]], (4, 8, 8)))
+    torch.testing.assert_close(encoder(first_scan), expected, rtol=0, atol=0)

@@ -1,0 +1,259 @@
+"""NIfTI in: real files read as they are; whatever cannot be used raises an error that names the file and says why."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hlip.data.readers import ScanError, Volume, read_nifti
+
+nibabel = pytest.importorskip("nibabel")
+NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
+EXTENSIONS = (".nii", ".nii.gz")
+
+
+def voxels(shape: tuple[int, ...] = (5, 6, 7)) -> np.ndarray:
+    return np.random.default_rng(0).integers(-500, 500, shape).astype(np.int16)
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def patched(path: Path, offset: int, layout: str, *values: object) -> Path:
+    """A good file with some bytes of its header replaced (offsets: the NIfTI-1 standard)."""
+    content = bytearray(save(path, voxels()).read_bytes())
+    struct.pack_into("<" + layout, content, offset, *values)
+    path.write_bytes(content)
+    return path
+
+
+def nilearn_file(name: str) -> Path:
+    datasets = pytest.importorskip("nilearn.datasets")
+    return Path(datasets.__file__).parent / "data" / name
+
+
+def assert_refused(path: Path, reason: str) -> None:
+    with pytest.raises(ScanError, match=reason) as caught:
+        read_nifti(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert caught.value.path == str(path)
+
+
+def test_reads_the_mni_template() -> None:
+    path = nilearn_file("mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
+    volume = read_nifti(path)
+    assert volume.array.shape == (197, 233, 189)
+    assert volume.array.dtype == np.float32
+    assert (volume.array.min(), volume.array.max()) == (0, 255)
+    assert volume.affine.dtype == np.float64
+    assert volume.affine.tolist() == [[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]]
+    assert volume.path == path
+    center = np.rint(np.linalg.inv(volume.affine) @ [0, -18, 6, 1]).astype(int)[:3]
+    assert volume.array[tuple(center)] > 0  # mm of the standard space: inside the brain
+
+
+def test_reads_a_statistic_map() -> None:
+    volume = read_nifti(nilearn_file("image_10426.nii.gz"))
+    assert volume.array.shape == (53, 63, 46)
+    assert np.diag(volume.affine).tolist() == [-3, 3, 3, 1]
+    assert volume.array.min() < 0 < volume.array.max()
+
+
+def test_reads_scaled_integers_as_intensities() -> None:
+    volume = read_nifti(NIBABEL / "anatomical.nii")
+    expected = nibabel.load(NIBABEL / "anatomical.nii").get_fdata()
+    assert volume.array.shape == (33, 41, 25)
+    np.testing.assert_array_equal(volume.array, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_applies_slope_and_intercept(tmp_path: Path, extension: str) -> None:
+    image = nibabel.Nifti1Image(voxels(), np.eye(4))
+    image.header.set_slope_inter(0.5, 10)
+    path = tmp_path / f"scaled{extension}"
+    nibabel.save(image, path)
+    stored = nibabel.load(path).dataobj.get_unscaled()
+    np.testing.assert_array_equal(read_nifti(path).array, stored.astype(np.float32) * 0.5 + 10)
+    assert read_nifti(str(path)).path == path
+
+
+@pytest.mark.parametrize("name", ["example4d.nii.gz", "example_nifti2.nii.gz", "functional.nii"])
+def test_refuses_real_4d_files(name: str) -> None:
+    assert_refused(NIBABEL / name, "expected one 3D volume, got 4D")
+
+
+@pytest.mark.parametrize("name", ["test.mgz", "analyze.hdr", "row_major.dconn.nii"])
+def test_refuses_real_files_of_other_formats(name: str) -> None:
+    assert_refused(NIBABEL / name, "not a NIfTI image but ")
+
+
+def test_refuses_a_header_without_its_image() -> None:
+    assert_refused(NIBABEL / "nifti1.hdr", r"truncated or corrupt .*nifti1\.img")
+
+
+@pytest.mark.parametrize("extra", [(1,), (1, 1)])
+def test_accepts_trailing_singleton_axes(tmp_path: Path, extra: tuple[int, ...]) -> None:
+    array = voxels()
+    path = save(tmp_path / "scan.nii.gz", array.reshape(*array.shape, *extra))
+    np.testing.assert_array_equal(read_nifti(path).array, array)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1, 7), (5, 6, 7, 2)])
+def test_refuses_other_numbers_of_axes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    assert_refused(save(tmp_path / "scan.nii", voxels(shape)), f"expected one 3D volume, got {len(shape)}D")
+
+
+def test_refuses_a_missing_file(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "absent.nii.gz", "no such file")
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"a", "not a readable NIfTI file"),
+        (b"patient,age\n1,50\n" * 100, "not a readable NIfTI file"),
+        (bytes(4096), "not a readable NIfTI file"),
+        (gzip.compress(b""), "not a readable NIfTI file"),
+    ],
+    ids=["empty", "short", "text", "zeros", "gzip of nothing"],
+)
+def test_refuses_what_is_not_nifti(tmp_path: Path, extension: str, content: bytes, reason: str) -> None:
+    path = tmp_path / f"scan{extension}"
+    path.write_bytes(content)
+    assert_refused(path, reason)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("left", [0.5, 0.9])
+def test_refuses_truncated_voxels(tmp_path: Path, extension: str, left: float) -> None:
+    path = save(tmp_path / f"scan{extension}", voxels((20, 21, 22)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * left)])
+    assert_refused(path, "truncated or corrupt")
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("left", [1, 20, 200])
+def test_refuses_truncated_headers(tmp_path: Path, extension: str, left: int) -> None:
+    path = save(tmp_path / f"scan{extension}", voxels())
+    path.write_bytes(path.read_bytes()[:left])
+    assert_refused(path, "not a readable NIfTI file")
+
+
+@pytest.mark.parametrize(
+    ("offset", "layout", "values"),
+    [
+        (70, "h", (999,)),  # datatype: no such code
+        (70, "h", (1,)),  # datatype: bits
+        (108, "f", (10.0,)),  # vox_offset: within the header
+        (108, "f", (float("nan"),)),
+        (108, "f", (float("inf"),)),
+        (108, "f", (1e19,)),
+        (108, "f", (1e6,)),  # beyond the file's end
+        (112, "2f", (2.0, float("nan"))),  # slope and intercept
+        (40, "h", (9,)),  # number of axes
+        (344, "4s", (b"bad\0",)),  # magic
+    ],
+)
+def test_refuses_corrupt_headers(tmp_path: Path, offset: int, layout: str, values: tuple) -> None:
+    assert_refused(patched(tmp_path / "scan.nii", offset, layout, *values), "truncated or corrupt|not a readable")
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((32767, 32767, 32767), r"shape \(32767, 32767, 32767\) has more than \d+ voxels"),
+        ((200, 200, 200), "truncated or corrupt"),
+        ((0, 6, 7), "an axis has no voxels"),
+        ((-5, -6, 7), "an axis has no voxels"),
+    ],
+)
+def test_refuses_shapes_that_cannot_be(tmp_path: Path, shape: tuple[int, ...], reason: str) -> None:
+    assert_refused(patched(tmp_path / "scan.nii", 40, "8h", 3, *shape, 1, 1, 1, 1), reason)
+
+
+def zero_column(affine: np.ndarray) -> None:
+    affine[:3, 1] = 0
+
+
+def not_a_number(affine: np.ndarray) -> None:
+    affine[0, 3] = np.nan
+
+
+def shear(affine: np.ndarray) -> None:
+    affine[0, 1] = 0.1
+
+
+@pytest.mark.parametrize(
+    ("break_affine", "reason"),
+    [(zero_column, "an axis has no length"), (not_a_number, "an axis has no length"), (shear, "sheared axes")],
+)
+def test_refuses_unusable_axes(tmp_path: Path, break_affine: Callable[[np.ndarray], None], reason: str) -> None:
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    break_affine(affine)
+    # Offset 280: the affine's three rows, which writers refuse to set to these values.
+    assert_refused(patched(tmp_path / "scan.nii", 280, "12f", *affine[:3].ravel()), reason)
+
+
+def test_accepts_shear_from_rounding(tmp_path: Path) -> None:
+    affine = np.eye(4)
+    affine[0, 1] = 0.005
+    path = patched(tmp_path / "scan.nii", 280, "12f", *affine[:3].ravel())
+    np.testing.assert_allclose(read_nifti(path).affine, affine, rtol=1e-6)
+
+
+def rgb() -> np.ndarray:
+    array = np.zeros((5, 6, 7), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    array["R"] = voxels() % 256
+    return array
+
+
+@pytest.mark.parametrize("array", [rgb(), voxels().astype(np.complex64)], ids=["rgb", "complex"])
+def test_refuses_voxels_that_are_not_one_number(tmp_path: Path, array: np.ndarray) -> None:
+    assert_refused(save(tmp_path / "scan.nii.gz", array), "expected one number a voxel")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(np.nan, "no finite voxel"), (-np.inf, "no finite voxel"), (3.0, "constant: every voxel is 3")],
+)
+def test_refuses_volumes_without_content(tmp_path: Path, value: float, reason: str) -> None:
+    assert_refused(save(tmp_path / "scan.nii", np.full((5, 6, 7), value, dtype=np.float32)), reason)
+
+
+def test_refuses_one_finite_value_among_others(tmp_path: Path) -> None:
+    array = np.full((5, 6, 7), 3, dtype=np.float32)
+    array[0] = np.nan
+    assert_refused(save(tmp_path / "scan.nii", array), "constant: every voxel is 3")
+
+
+def test_replaces_voxels_that_are_not_finite(tmp_path: Path) -> None:
+    array = voxels().astype(np.float32)
+    expected = array.copy()
+    for x, value in enumerate([np.nan, np.inf, -np.inf]):
+        array[x] = value
+    expected[:3] = expected[3:].min()
+    np.testing.assert_array_equal(read_nifti(save(tmp_path / "scan.nii", array)).array, expected)
+
+
+def test_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(ScanError(Path("a.nii"), "broken")))
+    assert isinstance(error, ScanError)
+    assert (str(error), error.path, error.reason) == ("a.nii: broken", "a.nii", "broken")
+
+
+def test_volume_cannot_be_reassigned(tmp_path: Path) -> None:
+    volume = read_nifti(save(tmp_path / "scan.nii", voxels()))
+    assert isinstance(volume, Volume)
+    with pytest.raises(AttributeError):
+        volume.array = np.zeros(3)  # type: ignore[misc]
