@@ -94,7 +94,7 @@ def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> Packe
     for study, study_grids in zip(items, grids, strict=True):
         for m, (scan, (d, h, w)) in enumerate(zip(study.scans, study_grids, strict=True)):
             end = row + d * h * w
-            patches[row:end].view(d, h, w, pd, ph, pw).copy_(scan.view(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5))
+            patches[row:end].view(d, h, w, pd, ph, pw).copy_(scan.reshape(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5))
             positions[row:end, 0] = m
             positions[row:end, 1] = torch.arange(d * h * w, dtype=torch.int32)
             row = end

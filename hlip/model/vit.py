@@ -128,8 +128,8 @@ class StudyEncoder(nn.Module):
         x = x + self._positions(batch).to(x.dtype)
 
         level = config.levels[0]
-        tokens: list[Tensor] = [self.cls_token] + ([self.reg_token] if config.num_prefix > 1 else [])
-        prefix = torch.cat(tokens, dim=1)[0].repeat(layout.num_groups(level), 1)
+        tokens = self.cls_token if config.num_prefix == 1 else torch.cat([self.cls_token, self.reg_token], dim=1)
+        prefix = tokens[0].repeat(layout.num_groups(level), 1)
         x = torch.cat([prefix.to(x.dtype), x])
         for block, next_level in zip(self.blocks, config.levels, strict=True):
             x = _change_level(x, layout, level, next_level)
