@@ -8,8 +8,16 @@ EXTRAS = {
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],
     "viz": ["matplotlib>=3.7"],
-    "demo": ["nilearn>=0.11"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML"],
+    "demo": ["nilearn>=0.11", "scipy>=1.10"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.14",
+        "types-PyYAML",
+        "SimpleITK>=2.3",
+    ],
 }
 EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name != "dev" for req in reqs})
 

@@ -81,7 +81,11 @@ class StudyLayout:
             if len(study) == 0:
                 raise ValueError(f"study {s} has no scans")
             for m, grid in enumerate(study):
-                if len(grid) != 3 or any(int(n) != n or n < 1 for n in grid):
+                if (
+                    not isinstance(grid, Sequence)
+                    or len(grid) != 3
+                    or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in grid)
+                ):
                     raise ValueError(
                         f"study {s}, scan {m}: expected a token grid (d, h, w) of positive integers, got {grid!r}"
                     )
@@ -120,7 +124,9 @@ class StudyLayout:
 
     def children(self, fine: Level, coarse: Level) -> Tensor:
         """Bounds of each coarse group's run of fine groups: (G_coarse + 1) int32 on `device`."""
-        return self._children[check_level(fine), check_level(coarse)]
+        if LEVELS.index(check_level(fine)) >= LEVELS.index(check_level(coarse)):
+            raise ValueError(f"expected a finer and a coarser level, got {fine!r} and {coarse!r}")
+        return self._children[fine, coarse]
 
     def select(self, keep: Tensor) -> StudyLayout:
         """The layout of the rows `patches[keep]`: patch dropout and scan dropout are choices of rows.
@@ -183,7 +189,7 @@ def check_level(level: str) -> Level:
 
 
 def _check_num_prefix(num_prefix: int) -> None:
-    if not (isinstance(num_prefix, int) and 0 <= num_prefix <= MAX_PREFIX):
+    if not (type(num_prefix) is int and 0 <= num_prefix <= MAX_PREFIX):
         raise ValueError(f"num_prefix must be an integer from 0 to {MAX_PREFIX}, got {num_prefix!r}")
 
 

@@ -6,6 +6,7 @@ import collections
 import csv
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,26 @@ def test_made_set_follows_from_its_seed(made: Path, tmp_path: Path) -> None:
     assert entry == json.loads((made / "train.json").read_text())[uid]
     for scan in entry["scans"]:
         assert (tmp_path / scan).read_bytes() == (made / scan).read_bytes()
+
+
+def test_labels_and_seeds_follow_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[tuple[int, ...]] = []
+
+    def make_study(folder: Path, uid: str, finding: str, seed: tuple[int, ...]) -> dict:
+        seeds.append(seed)
+        return {"scans": [], "impressions": [finding]}
+
+    monkeypatch.setattr(demo, "make_study", make_study)
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    first, again, other = (
+        demo.make_demo(tmp_path / name, 30, 20, seed, workers=1) for name, seed in [("a", 1), ("b", 1), ("c", 2)]
+    )
+    for name in ("labels.csv", "train.json", "test.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+        assert (first / name).read_bytes() != (other / name).read_bytes()
+    assert seeds[:50] == seeds[50:100]
+    assert len(set(seeds[:50] + seeds[100:])) == 100
+    assert {record.uid: record.impression for record in all_records(first)} == labels(first)
 
 
 def test_choice_of_contrasts() -> None:

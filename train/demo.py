@@ -111,8 +111,7 @@ def run(args: argparse.Namespace) -> None:
     }
     plot_loss(args.out)
     plot_roc(args.out, labels, probabilities, list(prompts.classes))
-    names = {record.uid: [path.name for path in record.scans] for record in read_study_list(data / "test.json")}
-    plot_study(args.out, studies, names, labels, probabilities, list(prompts.classes))
+    plot_study(args.out, studies, labels, probabilities, list(prompts.classes))
     partial = args.out / "results.json.tmp"
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(args.out / "results.json")
@@ -223,7 +222,6 @@ def plot_roc(out: Path, labels: np.ndarray, probabilities: np.ndarray, classes: 
 def plot_study(
     out: Path,
     studies: Sequence[Study],
-    names: dict[str, list[str]],
     labels: np.ndarray,
     probabilities: np.ndarray,
     classes: list[str],
@@ -236,7 +234,7 @@ def plot_study(
     figure, grid = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows))
     for axes in grid.flat:
         axes.axis("off")
-    for axes, scan, name in zip(grid.flat, study.scans, names[study.uid], strict=False):
+    for axes, scan, name in zip(grid.flat, study.scans, study.names, strict=False):
         axes.imshow(scan[int(scan.float().flatten(1).quantile(0.99, dim=1).argmax())], cmap="gray", vmin=0, vmax=255)
         axes.set_title(name.split(".")[0], fontsize=9)
     axes = grid.flat[len(study.scans)]

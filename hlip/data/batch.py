@@ -79,6 +79,8 @@ def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> Packe
     Raises:
         ValueError: no study, a study without scans, or a scan of the wrong type or size; names the study.
     """
+    if len(patch_size) != 3 or min(patch_size) < 1:
+        raise ValueError(f"patch_size must be three positive integers, got {tuple(patch_size)}")
     items = [s if isinstance(s, Study) else Study(f"study {i}", list(s)) for i, s in enumerate(studies)]
     grids = []
     for study in items:
@@ -94,7 +96,9 @@ def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> Packe
     for study, study_grids in zip(items, grids, strict=True):
         for m, (scan, (d, h, w)) in enumerate(zip(study.scans, study_grids, strict=True)):
             end = row + d * h * w
-            patches[row:end].view(d, h, w, pd, ph, pw).copy_(scan.reshape(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5))
+            patches[row:end].view(d, h, w, pd, ph, pw).copy_(
+                scan.reshape(d, pd, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5)
+            )
             positions[row:end, 0] = m
             positions[row:end, 1] = torch.arange(d * h * w, dtype=torch.int32)
             row = end

@@ -347,7 +347,7 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
     stamp = out / "demo.json"
     if stamp.exists() and json.loads(stamp.read_text()) == settings:
         return out
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} exists and does not hold this demo set ({settings}); remove it or choose another folder"
         )
@@ -357,7 +357,8 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
     try:
         labels = []
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        pool = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context)
+        try:
             for part, (split, count) in enumerate([("train", train), ("test", test)]):
                 findings = np.random.default_rng([seed, part]).permutation(np.arange(count) % len(CLASSES))
                 jobs = {}
@@ -369,6 +370,8 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
                     uid: job.result() for uid, job in tqdm(jobs.items(), f"making {split} studies", unit="study")
                 }
                 (partial / f"{split}.json").write_text(json.dumps(studies, indent=1))
+        finally:
+            pool.shutdown(cancel_futures=True)
         with (partial / "labels.csv").open("w", newline="") as file:
             csv.writer(file).writerows([["study", *CLASSES], *labels])
         (partial / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS, sort_keys=False))

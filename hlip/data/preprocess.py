@@ -55,7 +55,7 @@ class BrainMRI:
         low, high = np.percentile(array, self.percentiles)
         if not high > low:
             raise ScanError(volume.path, f"no contrast: percentiles {self.percentiles} are both {low}")
-        scan = torch.from_numpy(np.ascontiguousarray(array)).clamp_(low, high).sub_(low).div_(high - low)
+        scan = torch.from_numpy(np.ascontiguousarray(array)).clamp(low, high).sub_(low).div_(high - low)
         height, width = scan.shape[1:]
         top, left = (max(height, width) - height) // 2, (max(height, width) - width) // 2
         scan = F.pad(scan, (left, max(height, width) - width - left, top, max(height, width) - height - top))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def read_nifti(path: Path | str) -> Volume:
     try:
         import nibabel
         from nibabel.filebasedimages import ImageFileError
+        from nibabel.spatialimages import HeaderDataError
     except ImportError as error:
         raise ImportError("reading NIfTI needs nibabel: pip install 'hlip-kernels[io]'") from error
 
@@ -55,9 +57,11 @@ def read_nifti(path: Path | str) -> Volume:
         raise ScanError(path, "no such file")
     if path.stat().st_size == 0:
         raise ScanError(path, "empty file")
+    size = _uncompressed_size(path)
+    unreadable = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error)
     try:
         image = nibabel.load(path)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except unreadable as error:
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
     if type(image) not in (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair):
         raise ScanError(path, f"not a NIfTI image but {type(image).__name__}")
@@ -75,11 +79,29 @@ def read_nifti(path: Path | str) -> Volume:
     _check_axes(path, affine)
     if image.get_data_dtype().kind not in "biuf":
         raise ScanError(path, f"expected one number a voxel, got {image.get_data_dtype()}")
+    needed = int(image.dataobj.offset) + int(np.prod(shape)) * image.get_data_dtype().itemsize
+    if isinstance(image, nibabel.Nifti1Image) and size < needed:
+        raise ScanError(path, f"truncated or corrupt (the header asks for {needed} bytes, there are {size})")
     try:
-        array = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
+    except unreadable as error:
         raise ScanError(path, f"truncated or corrupt ({error})") from error
     return Volume(_finite(path, array), affine, path)
+
+
+def _uncompressed_size(path: Path) -> int:
+    """Bytes of the file's content. Reads compressed files to the end, which checks their checksum."""
+    if path.suffix != ".gz":
+        return path.stat().st_size
+    size = 0
+    try:
+        with gzip.open(path) as file:
+            while block := file.read(2**20):
+                size += len(block)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ScanError(path, f"not a readable NIfTI file: truncated or corrupt ({error})") from error
+    return size
 
 
 def _check_axes(path: Path, affine: np.ndarray) -> None:

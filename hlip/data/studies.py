@@ -21,6 +21,7 @@ from .readers import ScanError, Volume, read_nifti
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".nii", ".nii.gz")
+CACHE_VERSION = 1  # to be raised whenever reading or preprocessing changes what a scan looks like
 
 
 def load_study(
@@ -69,12 +70,20 @@ def scan_files(paths: Path | str | Iterable[Path | str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A study in a study list: its scan files in their fixed order, and its report."""
+    """A study in a study list: its scan files in their fixed order, and its report.
+
+    names: what to call each scan; the files' names if not given.
+    """
 
     uid: str
     scans: tuple[Path, ...]
     impression: str = ""
     findings: str = ""
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", tuple(scan.name for scan in self.scans))
 
     @property
     def text(self) -> str:
@@ -104,8 +113,8 @@ def read_study_list(path: Path | str) -> list[StudyRecord]:
         if not all(isinstance(scan, str) for scan in entry["scans"]):
             raise ValueError(f"{path}: study {uid}: 'scans' must be file names")
         scans = tuple(path.parent / scan for scan in sorted(entry["scans"]))
-        texts = (_join(path, uid, entry, key) for key in ("impressions", "findings"))
-        records.append(StudyRecord(uid, scans, *texts))
+        impression, findings = (_join(path, uid, entry, key) for key in ("impressions", "findings"))
+        records.append(StudyRecord(uid, scans, impression, findings))
     return records
 
 
@@ -136,15 +145,16 @@ def prepare_studies(
     cache.mkdir(parents=True, exist_ok=True)
     kept, skipped, dropped = [], [], []
     for record in progress(records):
-        scans = []
-        for path in record.scans:
+        scans, names = [], []
+        for path, name in zip(record.scans, record.names, strict=True):
             try:
                 scans.append(_cached_scan(path, recipe, cache))
+                names.append(name)
             except ScanError as error:
                 logger.warning("skipped a scan of study %s: %s", record.uid, error)
                 skipped.append(str(error))
         if scans:
-            kept.append(replace(record, scans=tuple(scans)))
+            kept.append(replace(record, scans=tuple(scans), names=tuple(names)))
         else:
             logger.warning("dropped study %s: none of its %d scans can be used", record.uid, len(record.scans))
             dropped.append(record.uid)
@@ -156,7 +166,9 @@ def _cached_scan(path: Path, recipe: BrainMRI, cache: Path) -> Path:
         stat = path.stat()
     except OSError as error:
         raise ScanError(path, "no such file") from error
-    what = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, type(recipe).__name__, asdict(recipe)])
+    what = json.dumps(
+        [CACHE_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, type(recipe).__name__, asdict(recipe)]
+    )
     target = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
     if not target.exists():
         scan = recipe(read_nifti(path)).numpy()
@@ -188,9 +200,8 @@ class StudyDataset(Dataset):
         """`item` is an index, or an index and the seed that scans are drawn with."""
         index, seed = item if isinstance(item, tuple) else (item, 0)
         record = self.records[index]
-        paths = record.scans
-        if self.max_scans is not None and len(paths) > self.max_scans:
-            drawn = np.random.default_rng(seed).choice(len(paths), self.max_scans, replace=False)
-            paths = tuple(paths[i] for i in sorted(drawn))
-        scans = [torch.from_numpy(np.load(path, allow_pickle=False)) for path in paths]
-        return Study(record.uid, scans, [path.name for path in paths], record.text)
+        chosen = np.arange(len(record.scans))
+        if self.max_scans is not None and len(chosen) > self.max_scans:
+            chosen = np.sort(np.random.default_rng(seed).choice(chosen, self.max_scans, replace=False))
+        scans = [torch.from_numpy(np.load(record.scans[i], allow_pickle=False)) for i in chosen]
+        return Study(record.uid, scans, [record.names[i] for i in chosen], record.text)

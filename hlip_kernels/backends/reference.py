@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,17 +16,9 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    num_groups = cu_seqlens.shape[0] - 1
-    bounds = cu_seqlens.tolist()
-    out = torch.empty_like(qkv[:, 0])
+    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
     lse = torch.empty(out.shape[:2], device=qkv.device, dtype=lse_dtype(qkv.dtype))
-    for g in range(num_groups):
-        rows = torch.cat(
-            [
-                torch.arange(g * num_prefix, (g + 1) * num_prefix),
-                num_groups * num_prefix + torch.arange(bounds[g], bounds[g + 1]),
-            ]
-        ).to(qkv.device)
+    for rows in _groups(cu_seqlens, num_prefix):
         q, k, v = qkv[rows].permute(1, 2, 0, 3)  # each (H, L, D)
         scores = q @ k.transpose(-1, -2) * softmax_scale
         out[rows] = (scores.softmax(-1) @ v).transpose(0, 1)
@@ -41,10 +36,24 @@ def backward(
     max_seqlen: int,
     softmax_scale: float,
 ) -> Tensor:
-    with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        again, _ = forward(leaf, cu_seqlens, num_prefix, max_seqlen, softmax_scale)
-    return torch.autograd.grad(again, leaf, grad_out)[0]
+    grad_qkv = qkv.new_empty(qkv.shape)
+    for rows in _groups(cu_seqlens, num_prefix):
+        q, k, v = qkv[rows].permute(1, 2, 0, 3)
+        do = grad_out[rows].transpose(0, 1)
+        p = (q @ k.transpose(-1, -2) * softmax_scale).softmax(-1)
+        ds = torch.ops.aten._softmax_backward_data(do @ v.transpose(-1, -2), p, -1, p.dtype) * softmax_scale
+        grads = torch.stack([ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do])  # (3, H, L, D)
+        grad_qkv[rows] = grads.permute(2, 0, 1, 3)
+    return grad_qkv
+
+
+def _groups(cu_seqlens: Tensor, num_prefix: int) -> Iterator[Tensor]:
+    """The rows of each group: its prefix rows, then its patches."""
+    bounds = cu_seqlens.tolist()
+    patches = (len(bounds) - 1) * num_prefix
+    for g, (start, end) in enumerate(pairwise(bounds)):
+        prefix = torch.arange(g * num_prefix, (g + 1) * num_prefix)
+        yield torch.cat([prefix, patches + torch.arange(start, end)]).to(cu_seqlens.device)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
