@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "io": ["nibabel>=5"],
-    "text": ["transformers>=4.48"],
+    "text": ["transformers>=4.56"],
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],
     "viz": ["matplotlib>=3.7"],
@@ -34,7 +34,6 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
-        "einops>=0.7",
         "safetensors>=0.4",
         "huggingface-hub>=0.27",
         "tqdm>=4.66",

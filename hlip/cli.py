@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from .data.batch import Study
@@ -31,13 +33,11 @@ def main(argv: list[str] | None = None) -> int:
 
     embed = commands.add_parser("embed", help="write the embeddings of studies to an .npz file")
     embed.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
-    embed.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
     embed.add_argument("--out", required=True, type=Path, help=".npz with `study` (N) and `embedding` (N, E) float32")
     embed.set_defaults(run=_embed)
 
     zero = commands.add_parser("zeroshot", help="say which of several prompts describes a study best")
     zero.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
-    zero.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
     zero.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a class in words; repeat for each")
     zero.add_argument(
         "--template",
@@ -49,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     zero.add_argument("--prompts", type=Path, metavar="YAML", help="file with classes and templates, in place of both")
     zero.add_argument("--out", type=Path, help="also write the probabilities to this JSON file")
     zero.set_defaults(run=_zeroshot)
+
+    for command in (embed, zero):
+        command.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
+        command.add_argument(
+            "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
+        )
 
     env = commands.add_parser("env", help="report versions, devices and attention backends")
     env.set_defaults(run=_env)
@@ -69,7 +75,7 @@ def _embed(args: argparse.Namespace) -> None:
     if args.out.suffix != ".npz":
         raise ValueError(f"{args.out}: expected a name that ends in .npz")
     groups = _study_paths(args.files)
-    model = HLIPModel.from_pretrained(args.model)
+    model = _model(args)
     uids, embeddings = zip(*embed_studies(model, _load(groups, model)), strict=True)
     _write(
         args.out,
@@ -83,12 +89,12 @@ def _zeroshot(args: argparse.Namespace) -> None:
         raise ValueError("give --prompts, or --prompt and --template, not both")
     if args.prompts:
         prompts = Prompts.read(args.prompts)
-    elif len(args.prompt) >= 2:
+    elif len(args.prompt) == len(set(args.prompt)) >= 2:
         prompts = Prompts({text: [text] for text in args.prompt}, tuple(args.template) or (DEFAULT_TEMPLATE,))
     else:
-        raise ValueError(f"prompts missing: give --prompt at least twice, or --prompts; got {len(args.prompt)}")
+        raise ValueError(f"prompts missing: give at least two different --prompt, or --prompts; got {args.prompt}")
     groups = _study_paths(args.files)
-    model = HLIPModel.from_pretrained(args.model)
+    model = _model(args)
     uids, probabilities = zeroshot(model, _load(groups, model), prompts)
     names = list(prompts.classes)
     table = [dict(zip(names, (round(p, 6) for p in row), strict=True)) for row in probabilities.tolist()]
@@ -102,14 +108,23 @@ def _zeroshot(args: argparse.Namespace) -> None:
             print(f"  {name:<{width}}  {probability:6.1%}  {'#' * round(40 * probability)}")
 
 
-def _env(args: argparse.Namespace) -> None:
-    import runpy
+def _model(args: argparse.Namespace) -> HLIPModel:
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = HLIPModel.from_pretrained(args.model)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
 
+
+def _env(args: argparse.Namespace) -> None:
     runpy.run_module("hlip_kernels.env", run_name="__main__")
 
 
 def _study_paths(files: list[Path]) -> list[Path | list[Path]]:
     """One entry per study: a folder each, or all the files together."""
+    if len(set(files)) < len(files):
+        raise ValueError(f"{max(files, key=files.count)} is given twice")
     folders = [path for path in files if path.is_dir()]
     if folders and len(folders) < len(files):
         other = next(path for path in files if not path.is_dir())
@@ -119,7 +134,8 @@ def _study_paths(files: list[Path]) -> list[Path | list[Path]]:
 
 def _load(groups: list[Path | list[Path]], model: HLIPModel) -> Iterator[Study]:
     for paths in tqdm(groups, "reading studies", unit="study", disable=len(groups) == 1 or None):
-        yield load_study(paths, model.config.recipe)
+        name = paths if isinstance(paths, Path) else min(paths)
+        yield load_study(paths, model.config.recipe, uid=str(name))
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

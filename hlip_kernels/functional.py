@@ -95,8 +95,11 @@ def regroup_prefix(prefix: Tensor, layout: StudyLayout, src: Level, dst: Level) 
         return prefix
     sets = prefix.reshape(groups, layout.num_prefix * prefix.shape[1])
     if LEVELS.index(src) < LEVELS.index(dst):
-        # segment_reduce sums each group by itself: no atomics, the same bits on every run
-        moved = torch.segment_reduce(sets, "mean", offsets=layout.children(src, dst).long(), axis=0)
+        # segment_reduce sums each group by itself: no atomics, the same bits on every run. It sums in the dtype
+        # it is given, and a study's mean may run over thousands of slices.
+        wide = sets if sets.dtype == torch.float64 else sets.float()
+        means = torch.segment_reduce(wide, "mean", offsets=layout.children(src, dst).long(), axis=0)
+        moved = means.to(sets.dtype)
     else:
         counts = layout.children(dst, src).diff()
         moved = sets.repeat_interleave(counts, dim=0, output_size=layout.num_groups(dst))

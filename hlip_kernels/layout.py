@@ -55,6 +55,8 @@ class StudyLayout:
             ("slice", "study"): slices_of_study,
             ("scan", "study"): scans_of_study,
         }
+        if slice_bounds[-1] > np.iinfo(np.int32).max:
+            raise ValueError(f"{slice_bounds[-1]} tokens: a batch holds at most {np.iinfo(np.int32).max}")
         # One buffer, so that moving a layout to a device is one copy.
         pieces = [*self._bounds.values(), *children.values()]
         flat = torch.from_numpy(np.concatenate(pieces).astype(np.int32)).to(device, non_blocking=True)

@@ -78,4 +78,9 @@ def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     return grad_qkv, None, None, None, None, None
 
 
+def _no_second_derivative(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    raise RuntimeError("hier_attention can be differentiated once only")
+
+
 torch.library.register_autograd("hlip_kernels::hier_attention", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("hlip_kernels::hier_attention_backward", _no_second_derivative, lib=_library)

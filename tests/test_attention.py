@@ -366,3 +366,13 @@ def test_env_names_every_backend() -> None:
     assert torch.__version__ in report
     assert set(BACKENDS) <= set(re.findall(r"^  (\w+) +can run$", report, re.MULTILINE))
     assert set(ALL_BACKENDS) <= set(re.findall(r"^  (\w+) ", report, re.MULTILINE))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    layout = StudyLayout.from_grids([[(2, 1, 2)]])
+    qkv = torch.randn(5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    out = hier_attention(qkv, layout, "study", backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        grad.sum().backward()

@@ -21,7 +21,7 @@ def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path,
     out = tmp_path / "new" / "emb.npz"
     assert run("embed", *nifti_study, "--model", model_folder, "--out", out) == 0
     saved = np.load(out, allow_pickle=False)
-    assert saved["study"].tolist() == ["scan_0.nii.gz"]
+    assert saved["study"].tolist() == [str(nifti_study[0])]
     model = hlip.HLIPModel.from_pretrained(model_folder)
     study = hlip.load_study(nifti_study, model.config.recipe)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_embed_folders_are_studies(nifti_study: list[Path], model_folder: Path, 
     (other / "a.nii.gz").write_bytes(nifti_study[0].read_bytes())
     assert run("embed", folder, other, "--model", model_folder, "--out", tmp_path / "emb.npz") == 0
     saved = np.load(tmp_path / "emb.npz")
-    assert saved["study"].tolist() == ["study", "other"]
+    assert saved["study"].tolist() == [str(folder), str(other)]
     assert saved["embedding"].shape == (2, 32)
 
 
@@ -47,17 +47,17 @@ def test_zeroshot(
     out = tmp_path / "p.json"
     prompts = ["--prompt", "glioma", "--prompt", "no abnormality"]
     assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts, "--out", out) == 0
-    table = json.loads(out.read_text())["scan_0.nii.gz"]
+    table = json.loads(out.read_text())[str(nifti_study[0])]
     assert sorted(table) == ["glioma", "no abnormality"]
     assert sum(table.values()) == pytest.approx(1, abs=1e-5)
     best = max(table, key=table.__getitem__)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "scan_0.nii.gz"
+    assert printed[0] == str(nifti_study[0])
     assert printed[1].split("  ")[1].strip() == best
     path = tmp_path / "prompts.yaml"
     path.write_text("classes: {a: [glioma], b: [no abnormality]}\n")
     assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", path, "--out", out) == 0
-    same = json.loads(out.read_text())["scan_0.nii.gz"]
+    same = json.loads(out.read_text())[str(nifti_study[0])]
     assert (same["a"], same["b"]) == (table["glioma"], table["no abnormality"])
 
 
@@ -71,6 +71,10 @@ def test_bad_input_is_named_and_nothing_is_written(
     truncated.write_bytes(nifti_study[0].read_bytes()[:1000])
     empty_study = tmp_path / "empty"
     empty_study.mkdir()
+    many = tmp_path / "many"
+    many.mkdir()
+    for m in range(41):
+        (many / f"{m}.nii.gz").write_bytes(nifti_study[0].read_bytes())
     out = tmp_path / ("emb.npz" if command == "embed" else "p.json")
     rest = ["--out", out] + ([] if command == "embed" else ["--prompt", "a", "--prompt", "b"])
     model = ["--model", model_folder]
@@ -80,7 +84,9 @@ def test_bad_input_is_named_and_nothing_is_written(
         ([tmp_path / "none.nii", *model], "none.nii: no such file"),
         ([empty_study, *model], "empty: no scans"),
         ([nifti_study[0], nifti_study[0].parent, *model], "is not a folder"),
-        ([*nifti_study * 14, *model], "scan_0.nii.gz: 42 scans, but the model has positions for 40"),
+        ([many, *model], "many: 41 scans, but the model has positions for 40"),
+        ([nifti_study[0], nifti_study[0], *model], "scan_0.nii.gz is given twice"),
+        ([nifti_study[0], *model, "--device", "nowhere"], "--device nowhere: cannot be used"),
         ([nifti_study[0], "--model", tmp_path / "no_model"], "no_model: unknown model"),
     ]
     for args, message in cases:
@@ -90,7 +96,7 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 def test_prompts_missing(nifti_study: list[Path], model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for prompts in ([], ["--prompt", "only one"]):
+    for prompts in ([], ["--prompt", "only one"], ["--prompt", "a"] * 2, ["--prompt", "a", "--prompt", " "]):
         assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts) == 2
         assert "prompts missing" in capsys.readouterr().err
     both = ["--prompt", "a", "--prompts", "p.yaml"]

@@ -214,7 +214,7 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="patch_dropout"):
         VisionConfig(patch_dropout=1.0)
     with pytest.raises(ValueError, match="multiple of 6"):
-        StudyEncoder(tiny_vision(positions="sincos3d", width=64, heads=4))
+        tiny_vision(positions="sincos3d", width=64, heads=4)
 
 
 def test_published_parameter_names() -> None:
@@ -223,6 +223,34 @@ def test_published_parameter_names() -> None:
     block = {f"blocks.0.{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
              for kind in ("weight", "bias")}  # fmt: skip
     assert block <= names
+
+
+def test_residual_stream_and_embedding_stay_in_fp32_under_autocast() -> None:
+    encoder = make_encoder("slice+scan+study")
+    seen: list[torch.dtype] = []
+    for block in encoder.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    batch = hlip.pack([random_study([(8, 16, 16)] * 3)], (4, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = encoder(batch)
+    assert set(seen) == {torch.float32}
+    assert mixed.dtype == torch.float32
+    exact = encoder.double()(batch)
+    assert (mixed - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patch_projection_of_pixels_is_as_exact_as_a_plain_one(dtype: torch.dtype) -> None:
+    """Scaling folded into the weights, against normalising the pixels first; brain-like: mostly far from the mean."""
+    embed = make_encoder("scan").patch_embed
+    patches = torch.randint(0, 60, (500, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    weight = embed.proj.weight.flatten(1)
+    pixels = (patches.double() / 255 - PIXEL_MEAN) / PIXEL_STD
+    exact = pixels @ weight.double().T + embed.proj.bias.double()
+    eager = F.linear(pixels.to(dtype), weight.to(dtype), embed.proj.bias.to(dtype))
+    ours = embed.to(dtype)(patches)
+    errors = [float((out.double() - exact).square().mean().sqrt()) for out in (ours, eager)]
+    assert errors[0] <= 2 * errors[1]
 
 
 def test_batch_moves_and_selects_consistently() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +49,20 @@ def test_saved_model_gives_the_same_embeddings(tiny_model: hlip.HLIPModel, model
 
 
 def test_saving_over_a_model_replaces_it_whole(tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "stale").touch()
+    (tmp_path / "model" / "text").mkdir(parents=True)
+    (tmp_path / "model" / "text" / "stale").touch()
     tiny_model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "text" / "stale").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors", "text"]
+
+
+def test_saving_never_removes_what_is_not_a_model(tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for target in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="exists and is not a saved model"):
+            tiny_model.save_pretrained(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_failed_save_leaves_the_old_model(
@@ -72,21 +82,35 @@ def test_a_failed_save_leaves_the_old_model(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+def edit_config(key: str, value: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["vision"][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").write_text("{"), "config.json: not a readable model configuration"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: not a readable model configuration"),
         (lambda f: (f / "config.json").unlink(), "config.json: not a readable model configuration"),
+        (edit_config("width", "abc"), "config.json: .*width must be a positive integer, got 'abc'"),
+        (edit_config("heads", 5), "config.json: .*width must be a multiple of heads, got 48 and 5"),
+        (edit_config("grid", [2, 2]), "config.json: .*grid must be three positive integers"),
+        (edit_config("positions", "x"), "config.json: .*positions must be one of tiled, sincos3d"),
+        (edit_config("levels", ["patch"]), "config.json: .*levels must be of slice, scan, study"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100), "model.safetensors: not readable weights"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: not readable weights"),
-        (lambda f: shutil.rmtree(f / "text"), "not a readable BERT folder"),
+        (lambda f: shutil.rmtree(f / "text"), "not a saved model: it has no folder 'text'"),
     ],
 )
-def test_damaged_model_folders(damage: object, message: str, model_folder: Path, tmp_path: Path) -> None:
+def test_damaged_model_folders(damage: Callable, message: str, model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
-    damage(folder)  # type: ignore[operator]
+    damage(folder)
     with pytest.raises(ValueError, match=message):
         hlip.HLIPModel.from_pretrained(folder)
 

@@ -136,3 +136,13 @@ def test_module_like_the_same_steps_by_hand(level: Level, backend: str) -> None:
 def test_module_refuses_a_width_its_heads_do_not_divide() -> None:
     with pytest.raises(ValueError, match="multiple of num_heads, got 10 and 3"):
         HierarchicalAttention(10, num_heads=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scans", [3, 40, 300])
+def test_means_over_many_groups_are_exact_to_rounding(dtype: torch.dtype, scans: int) -> None:
+    layout = StudyLayout.from_grids([[(6, 1, 1)] * scans])
+    prefix = (1 + torch.randn(layout.num_groups("slice"), 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    mean = regroup_prefix(prefix, layout, "slice", "study")
+    assert mean.dtype == dtype
+    assert torch.equal(mean, prefix.double().mean(0, keepdim=True).float().to(dtype))

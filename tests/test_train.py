@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def command(demo: Path, out: Path, bert_folder: str, **changes: object) -> list[str]:
+def command(demo: Path, folder: Path, bert_folder: str, **changes: object) -> list[str]:
     settings: dict[str, object] = {
         "data": demo / "train.json",
-        "out": out,
+        "out": folder,
         "cache": demo / "cache",
         "model": "demo",
         "text": bert_folder,
@@ -94,28 +93,44 @@ def test_two_processes_train_evaluate_and_leave_a_model(demo: Path, tmp_path: Pa
     assert "holds a checkpoint" in again.stderr
 
 
+DIE_AFTER_FIRST_CHECKPOINT = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import pretrain
+save = pretrain.save_checkpoint
+pretrain.save_checkpoint = lambda *args: (save(*args), os._exit(9))
+pretrain.main()
+"""
+
+
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(demo: Path, tmp_path: Path, bert_folder: str) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert pretrain(command(demo, straight, bert_folder)).returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN / "pretrain.py"), *command(demo, broken, bert_folder, steps=4)],
+    longer = {"steps": 8, "save_every": 3}  # two steps an epoch: the break lies within one, and others follow
+    assert pretrain(command(demo, straight, bert_folder, **longer)).returncode == 0
+    args = command(demo, broken, bert_folder, **longer)
+    killed = subprocess.run(
+        [sys.executable, "-c", DIE_AFTER_FIRST_CHECKPOINT, str(TRAIN / "pretrain.py"), *args],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
     )
-    deadline = time.monotonic() + 120
-    while not (broken / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    state = torch.load(broken / "checkpoint.pt", weights_only=True)
-    assert state["step"] in (2, 4)
-    resumed = pretrain(command(demo, broken, bert_folder, resume="true"))
+    assert killed.returncode == 9, killed.stderr
+    assert torch.load(broken / "checkpoint.pt", weights_only=True)["step"] == 3
+    with (broken / "log.jsonl").open("a") as log:  # as if the run had been killed later
+        log.write(json.dumps({"step": 4, "loss": 1.0}) + "\n")
+
+    other = pretrain(command(demo, broken, bert_folder, resume="true", **longer, lr=9))
+    assert other.returncode == 2
+    assert "not a checkpoint of this run (lr was 0.0002, is 9.0)" in other.stderr
+    resumed = pretrain(command(demo, broken, bert_folder, resume="true", **longer, log_every=2))
     assert resumed.returncode == 0, resumed.stderr
     weights = [torch.load(out / "checkpoint.pt", weights_only=True)["model"] for out in (straight, broken)]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+    assert [line["step"] for line in read_log(broken) if "loss" in line] == [1, 2, 3, 4, 6, 8]
 
 
 @pytest.mark.slow
@@ -123,6 +138,10 @@ def test_bad_input_is_named(demo: Path, tmp_path: Path, bert_folder: str) -> Non
     labels = tmp_path / "labels.csv"
     with (demo / "labels.csv").open() as source, labels.open("w", newline="") as target:
         csv.writer(target).writerows(list(csv.reader(source))[:-1])
+    one_sided = tmp_path / "one_sided.csv"
+    table = list(csv.reader((demo / "labels.csv").read_text().splitlines()))
+    with one_sided.open("w", newline="") as target:
+        csv.writer(target).writerows([table[0], *([row[0], "1", "0", "0", "0", "0"] for row in table[1:])])
     held_out = {"val": demo / "test.json", "labels": labels, "prompts": demo / "prompts.yaml"}
     cases: list[tuple[dict[str, object], str]] = [
         ({"data": tmp_path / "none.json"}, "none.json: not a readable study list"),
@@ -131,6 +150,8 @@ def test_bad_input_is_named(demo: Path, tmp_path: Path, bert_folder: str) -> Non
         ({"val": demo / "test.json"}, "all three of val, labels and prompts"),
         ({"resume": "true"}, "no checkpoint to resume from"),
         (held_out, "labels.csv: no label for study test-0009"),
+        (held_out | {"labels": one_sided}, "one_sided.csv: AUC needs positives and negatives of every class"),
+        ({"out": labels / "x"}, "Not a directory"),
     ]
     processes = [
         subprocess.Popen(
@@ -145,13 +166,15 @@ def test_bad_input_is_named(demo: Path, tmp_path: Path, bert_folder: str) -> Non
         errors = process.communicate()[1]
         assert process.returncode == 2, errors
         assert message in errors
+    assert not (tmp_path / "run0").exists()  # what cannot start writes nothing
 
 
 def test_help_names_every_setting() -> None:
     shown = pretrain(["--help"])
     assert shown.returncode == 0
-    for name in TrainConfig.__dataclass_fields__:
-        assert f"--{name} " in shown.stdout
+    for setting in dataclasses.fields(TrainConfig):
+        assert f"--{setting.name} " in shown.stdout
+    assert "optimizer steps of the run" in shown.stdout
 
 
 def test_sampler_shares_every_step_among_ranks_without_repeats() -> None:

@@ -58,7 +58,18 @@ def test_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_text("classes: {a: [x, y], b: [z]}\ntemplates: ['It is {}.']\n")
     assert Prompts.read(path) == Prompts({"a": ["x", "y"], "b": ["z"]}, ("It is {}.",))
-    bad = ["classes: {}", "[1, 2]", "classes: {a: []}", "a: [", "classes: {a: [x]}\ntemplates: ['no place']"]
+    path.write_text("classes: {a: x, b: z}\ntemplates: It is {}.\n")
+    assert Prompts.read(path) == Prompts({"a": ["x"], "b": ["z"]}, ("It is {}.",))
+    bad = [
+        "classes: {}",
+        "classes: {a: x}",
+        "classes: {a: x, b: ' '}",
+        "classes: {a: x, b: [1]}",
+        "[1, 2]",
+        "classes: {a: []}",
+        "a: [",
+        "classes: {a: [x]}\ntemplates: ['no place']",
+    ]
     for text in bad:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"prompts.yaml: not a readable prompts file"):
@@ -69,10 +80,15 @@ def test_prompt_files(tmp_path: Path) -> None:
 
 def test_label_tables(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
-    path.write_text("study_uid,b,a\nu1,1,0\nu2,0.0,1.0\n")
+    path.write_text("\ufeffstudy_uid,b,a\nu1,1,0\nu2,0.0,1.0\n")
     labels = read_labels(path, ["a", "b"])
     assert {uid: row.tolist() for uid, row in labels.items()} == {"u1": [0, 1], "u2": [1, 0]}
-    for text, reason in [("x,a\nu,1", "needs a column"), ("study,a\nu,1", "b"), ("study,a,b\nu,1,2", "line 2")]:
+    for text, reason in [
+        ("x,a\nu,1", "needs a column"),
+        ("study,a\nu,1", "b"),
+        ("study,a,b\nu,1,2", "line 2"),
+        ("study,a,b\nu,1,0\nu,0,1", "line 3: study u occurs twice"),
+    ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"labels.csv: not a readable label table.*{reason}"):
             read_labels(path, ["a", "b"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class TrainConfig:
         val: study list to evaluate on; needs `labels` and `prompts`.
         labels: CSV with a column `study` and one of 0 and 1 per class.
         prompts: YAML with each class's names, and templates.
+        device: "cpu" or "cuda"; "auto" takes GPUs if there are any.
         resume: go on from the checkpoint in `out`.
         steps: optimizer steps of the run.
         batch_size: studies of a step, over all processes.
@@ -45,6 +46,7 @@ class TrainConfig:
     val: Path | None = None
     labels: Path | None = None
     prompts: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: bool = False
     steps: int = 17000
     batch_size: int = 256
@@ -60,6 +62,18 @@ class TrainConfig:
     eval_every: int = 1000
     save_every: int = 1000
     seed: int = 0
+
+    # What may differ between a run and its continuation.
+    FREE: ClassVar[tuple[str, ...]] = (
+        "out",
+        "cache",
+        "device",
+        "resume",
+        "workers",
+        "log_every",
+        "eval_every",
+        "save_every",
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):

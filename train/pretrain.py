@@ -9,11 +9,13 @@ All processes run the same code, with gloo on CPUs and NCCL on GPUs. Leaves in t
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import logging
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterable
@@ -30,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import TrainConfig
-from hlip.data.batch import PackedBatch, pack
+from hlip.data.batch import pack
 from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
 from hlip.model.clip import HLIPModel, clip_loss, create_model
 from hlip.tasks.metrics import macro_auc, read_labels
@@ -50,7 +52,7 @@ def main() -> int:
     try:
         config = TrainConfig(**vars(args))
         train(config)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -62,44 +64,42 @@ def main() -> int:
 def train(config: TrainConfig) -> None:
     # --- processes and device
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world = World()
     checkpoint_path = config.out / "checkpoint.pt"
     if checkpoint_path.exists() and not config.resume:
         raise ValueError(f"{config.out} holds a checkpoint: pass --resume true to go on, or choose another folder")
     if config.resume and not checkpoint_path.exists():
         raise ValueError(f"{checkpoint_path}: no checkpoint to resume from")
-    config.out.mkdir(parents=True, exist_ok=True)
-
-    # --- model
+    # --- everything that can be wrong is read before anything is written
+    records = read_study_list(config.data)
+    held_out = HeldOut.read(config)
     torch.manual_seed(config.seed)
     model = create_model(config.model, config.text).to(device)
-    patch_size, max_positions = model.config.vision.patch_size, model.config.vision.max_scans
-    max_scans = min(config.max_scans or max_positions, max_positions)
-    wrapped: nn.Module = model
-    if world_size > 1:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = make_optimizer(model, config)
+    first_step = load_checkpoint(checkpoint_path, config, model, optimizer, device) if config.resume else 0
 
     # --- data
-    log = Log(config, rank)
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = Log(config, world, first_step)
     cache = config.cache or config.out / "cache"
-    records = prepare(config.data, model, cache, rank, world_size, log)
+    vision = model.config.vision
+    max_scans = min((n for n in (config.max_scans, vision.max_scans) if n), default=None)
+    records = prepare(config.data, records, model, cache, world, log)
     dataset = StudyDataset(records, max_scans)
-    evaluate = make_evaluation(config, model, cache, rank, world_size, log)
-
-    first_step = 0
-    if config.resume:
-        first_step = load_checkpoint(checkpoint_path, model, optimizer, device)
-    sampler = StepSampler(len(dataset), config.batch_size, config.steps, config.seed, rank, world_size, first_step)
+    if held_out:
+        held_out.prepare(config, model, cache, world, log)
+    sampler = StepSampler(
+        len(dataset), config.batch_size, config.steps, config.seed, world.rank, world.size, first_step
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=functools.partial(pack, patch_size=patch_size),
+        collate_fn=functools.partial(pack, patch_size=vision.patch_size),
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         persistent_workers=config.workers > 0,
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> None:
         "start",
         studies=len(records),
         scans=sum(len(record.scans) for record in records),
-        processes=world_size,
+        processes=world.size,
         device=str(device),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         first_step=first_step,
@@ -116,18 +116,22 @@ def train(config: TrainConfig) -> None:
     )
 
     # --- steps
-    text_features: dict[str, Tensor] | None = {} if model.config.text.locked else None
-    progress = tqdm(total=config.steps, initial=first_step, desc="pre-training", unit="step", disable=rank > 0)
+    wrapped: nn.Module = model
+    if world.size > 1:
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    text_features = locked_features(model, [record.text for record in records], world)
+    progress = tqdm(total=config.steps, initial=first_step, desc="pre-training", unit="step", disable=world.rank > 0)
     started, studies, tokens = time.perf_counter(), 0, 0
     wrapped.train()
     for step, batch in enumerate(loader, first_step):
         # Dropout follows from (seed, step, rank) alone, so a resumed run repeats it.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, rank]).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1)[0]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            image, text, logit_scale = wrapped(batch, features_of(model, batch, text_features))
+            known = torch.stack([text_features[text] for text in batch.texts]) if text_features else None
+            image, text, logit_scale = wrapped(batch, known)
         loss = clip_loss(image.float(), text.float(), logit_scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -135,7 +139,7 @@ def train(config: TrainConfig) -> None:
         optimizer.step()
         model.clamp_logit_scale()
 
-        studies, tokens = studies + len(batch) * world_size, tokens + batch.layout.num_tokens
+        studies, tokens = studies + len(batch) * world.size, tokens + batch.layout.num_tokens
         done = step + 1
         progress.update()
         if done % config.log_every == 0 or done == config.steps:
@@ -152,12 +156,12 @@ def train(config: TrainConfig) -> None:
                 tokens_per_second_of_rank_0=tokens / seconds,
             )
             progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
-        if evaluate and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
-            log.scalars(done, auc=evaluate())
         if done == config.steps or (config.save_every and done % config.save_every == 0):
-            save_checkpoint(checkpoint_path, model, optimizer, done, rank)
+            save_checkpoint(checkpoint_path, config, model, optimizer, done, world)
+        if held_out and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
+            log.scalars(done, auc=held_out.auc(model, world))
     progress.close()
-    if rank == 0:
+    if world.rank == 0:
         model.save_pretrained(config.out / "model")
     log.event("end", seconds=round(time.perf_counter() - started, 1))
     log.close()
@@ -180,31 +184,48 @@ def make_optimizer(model: HLIPModel, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def features_of(model: HLIPModel, batch: PackedBatch, known: dict[str, Tensor] | None) -> Tensor | None:
-    """States of a locked text tower, each report read once; None where the tower is trained."""
-    if known is None:
+class World:
+    """The processes of the run. Objects are gathered over a group of their own, which may wait for days."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.size > 1:
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in order of rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def locked_features(model: HLIPModel, texts: list[str], world: World) -> dict[str, Tensor] | None:
+    """States of a locked text tower for every report, each read once; None where the tower is trained.
+
+    Reports are read in the same chunks whatever the number of processes, so that the states are the same bits.
+    """
+    if not model.config.text.locked:
         return None
-    new = [text for text in dict.fromkeys(batch.texts) if text not in known]
-    if new:
-        with torch.no_grad():
-            known.update(zip(new, model.text.features(new).float(), strict=True))
-    return torch.stack([known[text] for text in batch.texts])
+    unique = sorted(set(texts))
+    chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
+    mine = tqdm(chunks[world.rank :: world.size], "reading reports", unit="chunk", disable=world.rank > 0)
+    with torch.no_grad():
+        parts = world.gather([(chunk, model.text.features(chunk).float().cpu().numpy()) for chunk in mine])
+    return {
+        text: torch.from_numpy(state).to(model.device)
+        for part in parts
+        for chunk, states in part
+        for text, state in zip(chunk, states, strict=True)
+    }
 
 
-def gather(value: Any, world_size: int) -> list[Any]:
-    """The value of every process, in order of rank."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def prepare(path: Path, model: HLIPModel, cache: Path, rank: int, world_size: int, log: Log) -> list[StudyRecord]:
-    """Read a study list and preprocess its scans, shared out over the processes; count what cannot be used."""
-    records = read_study_list(path)
-    bar = functools.partial(tqdm, desc=f"preprocessing {path.name}", unit="study", disable=rank > 0)
-    parts = gather(prepare_studies(records[rank::world_size], model.config.recipe, cache, bar), world_size)
+def prepare(
+    path: Path, records: list[StudyRecord], model: HLIPModel, cache: Path, world: World, log: Log
+) -> list[StudyRecord]:
+    """Preprocess the scans of a study list, shared out over the processes; count what cannot be used."""
+    bar = functools.partial(tqdm, desc=f"preprocessing {path.name}", unit="study", disable=world.rank > 0)
+    parts = world.gather(prepare_studies(records[world.rank :: world.size], model.config.recipe, cache, bar))
     usable = {record.uid: record for part in parts for record in part.records}
     if not usable:
         raise ValueError(f"{path}: no study has a scan that can be used")
@@ -219,56 +240,99 @@ def prepare(path: Path, model: HLIPModel, cache: Path, rank: int, world_size: in
     return [usable[record.uid] for record in records if record.uid in usable]
 
 
-def make_evaluation(config: TrainConfig, model: HLIPModel, cache: Path, rank: int, world_size: int, log: Log) -> Any:
-    """A function that returns the macro AUC on the held-out studies, or None where there are none."""
-    if config.val is None or config.labels is None or config.prompts is None:
-        return None
-    prompts = Prompts.read(config.prompts)
-    labels = read_labels(config.labels, list(prompts.classes))
-    records = prepare(config.val, model, cache, rank, world_size, log)
-    unknown = [record.uid for record in records if record.uid not in labels]
-    if unknown:
-        raise ValueError(f"{config.labels}: no label for study {unknown[0]} ({len(unknown)} studies lack one)")
-    dataset = StudyDataset(records, model.config.vision.max_scans)
-    mine = range(rank, len(records), world_size)
+class HeldOut:
+    """Studies to evaluate on, with their labels and prompts."""
 
-    def evaluate() -> float:
-        scores = zeroshot(model, (dataset[i] for i in mine), prompts) if len(mine) else ([], torch.empty(0))
-        parts = gather(scores, world_size)
-        uids = [uid for part in parts for uid in part[0]]
-        probabilities = torch.cat([part[1] for part in parts if part[0]])
-        return macro_auc(np.stack([labels[uid] for uid in uids]), probabilities.numpy())
+    def __init__(self, records: list[StudyRecord], labels: dict[str, np.ndarray], prompts: Prompts) -> None:
+        self.records, self.labels, self.prompts = records, labels, prompts
 
-    return evaluate
+    @classmethod
+    def read(cls, config: TrainConfig) -> HeldOut | None:
+        """None where the run has none. Raises ValueError naming the file that is wrong."""
+        if config.val is None or config.labels is None or config.prompts is None:
+            return None
+        prompts = Prompts.read(config.prompts)
+        labels = read_labels(config.labels, list(prompts.classes))
+        return cls(read_study_list(config.val), labels, prompts)
+
+    def prepare(self, config: TrainConfig, model: HLIPModel, cache: Path, world: World, log: Log) -> None:
+        """Preprocess the scans; raise ValueError now if there could be no AUC of the studies later."""
+        assert config.val is not None
+        self.records = prepare(config.val, self.records, model, cache, world, log)
+        unknown = [record.uid for record in self.records if record.uid not in self.labels]
+        if unknown:
+            raise ValueError(f"{config.labels}: no label for study {unknown[0]} ({len(unknown)} studies lack one)")
+        try:
+            macro_auc(self._labels(), np.zeros((len(self.records), len(self.prompts.classes))))
+        except ValueError as error:
+            raise ValueError(f"{config.labels}: {error}") from error
+        self.dataset = StudyDataset(self.records, model.config.vision.max_scans or None)
+
+    def auc(self, model: HLIPModel, world: World) -> float:
+        """Macro AUC of zero-shot classification; every process embeds its share."""
+        mine = range(world.rank, len(self.records), world.size)
+        scores = zeroshot(model, (self.dataset[i] for i in mine), self.prompts)[1].numpy() if mine else None
+        probabilities = np.empty((len(self.records), len(self.prompts.classes)), dtype=np.float32)
+        for rank, part in enumerate(world.gather(scores)):
+            if part is not None:
+                probabilities[rank :: world.size] = part
+        return macro_auc(self._labels(), probabilities)
+
+    def _labels(self) -> np.ndarray:
+        return np.stack([self.labels[record.uid] for record in self.records])
 
 
-def save_checkpoint(path: Path, model: HLIPModel, optimizer: torch.optim.Optimizer, step: int, rank: int) -> None:
-    if rank > 0:
+def save_checkpoint(
+    path: Path, config: TrainConfig, model: HLIPModel, optimizer: torch.optim.Optimizer, step: int, world: World
+) -> None:
+    if world.rank > 0:
         return
     partial = path.with_suffix(".tmp")
-    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial)
+    state = {"step": step, "config": fixed_settings(config), "model": model.state_dict()}
+    torch.save(state | {"optimizer": optimizer.state_dict()}, partial)
     partial.replace(path)
 
 
-def load_checkpoint(path: Path, model: HLIPModel, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """Restore model and optimizer. Returns the number of steps done."""
+def load_checkpoint(
+    path: Path, config: TrainConfig, model: HLIPModel, optimizer: torch.optim.Optimizer, device: torch.device
+) -> int:
+    """Restore model and optimizer. Returns the number of steps done.
+
+    Raises:
+        ValueError: not a checkpoint of this run; names the settings that differ.
+    """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        before, now = state["config"], fixed_settings(config)
+        changed = [
+            f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]
+        ]
+        if changed:
+            raise ValueError("; ".join(changed))
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this model ({error})") from error
+    except (OSError, RuntimeError, KeyError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a continued run must share, as plain values."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items() if key not in TrainConfig.FREE}
 
 
 class Log:
-    """`log.jsonl` and TensorBoard, on the first process only."""
+    """`log.jsonl` and TensorBoard, on the first process only. A continued run drops what came after its checkpoint."""
 
-    def __init__(self, config: TrainConfig, rank: int) -> None:
-        self.active = rank == 0
+    def __init__(self, config: TrainConfig, world: World, first_step: int) -> None:
+        self.active = world.rank == 0
         if self.active:
-            self.file = (config.out / "log.jsonl").open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(config.out / "tensorboard"))
+            path = config.out / "log.jsonl"
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and path.exists() else []
+            kept = [line for line in kept if json.loads(line).get("step", 0) <= first_step]
+            path.write_text("".join(kept), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
             self.event("config", **{key: _plain(value) for key, value in dataclasses.asdict(config).items()})
 
     def event(self, name: str, **values: Any) -> None:

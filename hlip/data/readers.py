@@ -92,7 +92,7 @@ def read_nifti(path: Path | str) -> Volume:
 
 def _uncompressed_size(path: Path) -> int:
     """Bytes of the file's content. Reads compressed files to the end, which checks their checksum."""
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         return path.stat().st_size
     size = 0
     try:

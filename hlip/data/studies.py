@@ -6,9 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ def load_study(
     """Read one study from NIfTI files.
 
     Args:
-        paths: scan files in the order they shall have, or one folder, whose scans are taken in sorted order.
+        paths: scan files, or one folder that holds them. They are taken in sorted order.
         recipe: volume to (D, H, W) uint8; `BrainMRI()` if None.
         uid: the study's name; the folder's, or the first file's, if None.
 
@@ -50,22 +53,26 @@ def load_study(
 
 
 def scan_files(paths: Path | str | Iterable[Path | str]) -> list[Path]:
-    """The scan files of one study: a folder's in sorted order, or the given ones.
+    """The scan files of one study, given or found in a folder, in sorted order: a scan's place has a meaning.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or one is given twice.
     """
-    if not isinstance(paths, (str, Path)):
-        files = [Path(path) for path in paths]
-        if not files:
-            raise ValueError("a study needs at least one scan file, got none")
-        return files
-    if Path(paths).is_dir():
-        files = sorted(path for path in Path(paths).rglob("*") if path.name.endswith(SUFFIXES))
+    if isinstance(paths, (str, Path)):
+        if not Path(paths).is_dir():
+            return [Path(paths)]
+        found = Path(paths).rglob("*")
+        files = sorted(p for p in found if p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
         if not files:
             raise ValueError(f"{paths}: no scans ({', '.join(SUFFIXES)}) in this folder")
         return files
-    return [Path(paths)]
+    files = sorted(Path(path) for path in paths)
+    if not files:
+        raise ValueError("a study needs at least one scan file, got none")
+    for file, following in pairwise(files):
+        if file == following:
+            raise ValueError(f"{file}: the same scan is given twice")
+    return files
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,8 @@ def read_study_list(path: Path | str) -> list[StudyRecord]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable study list ({error})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected an object with one entry per study")
@@ -112,10 +119,21 @@ def read_study_list(path: Path | str) -> list[StudyRecord]:
             raise ValueError(f"{path}: study {uid}: expected an object with a list of 'scans'")
         if not all(isinstance(scan, str) for scan in entry["scans"]):
             raise ValueError(f"{path}: study {uid}: 'scans' must be file names")
-        scans = tuple(path.parent / scan for scan in sorted(entry["scans"]))
+        try:
+            scans = scan_files(path.parent / scan for scan in entry["scans"]) if entry["scans"] else []
+        except ValueError as error:
+            raise ValueError(f"{path}: study {uid}: {error}") from error
         impression, findings = (_join(path, uid, entry, key) for key in ("impressions", "findings"))
-        records.append(StudyRecord(uid, scans, impression, findings))
+        records.append(StudyRecord(uid, tuple(scans), impression, findings))
     return records
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return content
 
 
 def _join(path: Path, uid: str, entry: dict, key: str) -> str:
@@ -165,28 +183,37 @@ def _cached_scan(path: Path, recipe: BrainMRI, cache: Path) -> Path:
     try:
         stat = path.stat()
     except OSError as error:
-        raise ScanError(path, "no such file") from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ScanError(path, reason) from error
     what = json.dumps(
         [CACHE_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, type(recipe).__name__, asdict(recipe)]
     )
     target = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
-    if not target.exists():
+    if not _is_whole(target, recipe):
         scan = recipe(read_nifti(path)).numpy()
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        handle, name = tempfile.mkstemp(".tmp", target.stem, cache)
         try:
-            with partial.open("wb") as file:
+            with os.fdopen(handle, "wb") as file:
                 np.save(file, scan, allow_pickle=False)
-            partial.replace(target)
+            Path(name).replace(target)
         finally:
-            partial.unlink(missing_ok=True)
+            Path(name).unlink(missing_ok=True)
     return target
+
+
+def _is_whole(target: Path, recipe: BrainMRI) -> bool:
+    try:
+        scan = np.load(target, mmap_mode="r", allow_pickle=False)  # a file cut short cannot be mapped
+    except (OSError, ValueError, EOFError):
+        return False
+    return scan.shape == recipe.shape and scan.dtype == np.uint8
 
 
 class StudyDataset(Dataset):
     """Prepared studies by index, read from the cache.
 
     Args:
-        max_scans: of a study with more scans, this many are drawn; None for all.
+        max_scans: of a study with more scans, this many are read; None for all.
     """
 
     def __init__(self, records: Sequence[StudyRecord], max_scans: int | None = None) -> None:
@@ -197,11 +224,20 @@ class StudyDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, item: int | tuple[int, int]) -> Study:
-        """`item` is an index, or an index and the seed that scans are drawn with."""
-        index, seed = item if isinstance(item, tuple) else (item, 0)
+        """`item` is an index, for the first scans; or an index and a seed, for scans drawn at random.
+
+        Raises:
+            ScanError: the cache has been damaged since it was prepared; names the file.
+        """
+        index, seed = item if isinstance(item, tuple) else (item, None)
         record = self.records[index]
-        chosen = np.arange(len(record.scans))
-        if self.max_scans is not None and len(chosen) > self.max_scans:
-            chosen = np.sort(np.random.default_rng(seed).choice(chosen, self.max_scans, replace=False))
-        scans = [torch.from_numpy(np.load(record.scans[i], allow_pickle=False)) for i in chosen]
+        chosen = np.arange(len(record.scans))[: self.max_scans]
+        if seed is not None and len(chosen) < len(record.scans):
+            chosen = np.sort(np.random.default_rng(seed).choice(len(record.scans), len(chosen), replace=False))
+        scans = []
+        for i in chosen:
+            try:
+                scans.append(torch.from_numpy(np.load(record.scans[i], allow_pickle=False)))
+            except (OSError, ValueError, EOFError) as error:
+                raise ScanError(record.scans[i], f"damaged cache of a scan of {record.uid} ({error})") from error
         return Study(record.uid, scans, [record.names[i] for i in chosen], record.text)

@@ -13,10 +13,19 @@ from safetensors.torch import load_file, save_file
 from .clip import HLIPModel
 from .config import ModelConfig
 
+FILES = {"config.json", "model.safetensors", "text"}
+
 
 def save_pretrained(model: HLIPModel, folder: Path) -> None:
-    """Write `folder` whole: it is complete or, if anything fails, as it was."""
+    """Write `folder` whole: it is complete or, if anything fails, as it was.
+
+    Raises:
+        ValueError: `folder` exists and holds something else than a saved model.
+    """
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - FILES):
+        raise ValueError(f"{folder} exists and is not a saved model: choose a new folder, or remove it")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     partial.mkdir(parents=True)
     try:
         (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
@@ -24,18 +33,21 @@ def save_pretrained(model: HLIPModel, folder: Path) -> None:
         save_file(state, partial / "model.safetensors")
         model.text.transformer.config.save_pretrained(partial / "text")
         model.text.tokenizer.save_pretrained(partial / "text")
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def from_pretrained(name: str) -> HLIPModel:
     folder = Path(name) if Path(name).is_dir() else _download(name)
     path = folder / "config.json"
+    if not (folder / "text").is_dir():
+        raise ValueError(f"{folder}: not a saved model: it has no folder 'text'")
     try:
         config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -64,11 +64,11 @@ class HLIPModel(nn.Module):
 
     def encode_image(self, batch: PackedBatch) -> Tensor:
         """Embeddings of the batch's studies: (B, E), of unit length."""
-        return F.normalize(self.visual(batch.to(self.device)), dim=-1)
+        return F.normalize(self.visual(batch.to(self.device)).float(), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts: (N, E), of unit length."""
-        return F.normalize(self.text(texts), dim=-1)
+        return F.normalize(self.text(texts).float(), dim=-1)
 
     def forward(self, batch: PackedBatch, text_features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Image and text embeddings of a batch, each (B, E), and the temperature's inverse.
@@ -79,7 +79,7 @@ class HLIPModel(nn.Module):
         image = self.encode_image(batch)
         if text_features is None:
             text_features = self.text.features(batch.texts)
-        text = F.normalize(self.text.proj(text_features), dim=-1)
+        text = F.normalize(self.text.proj(text_features).float(), dim=-1)
         return image, text, self.logit_scale.exp()
 
     @torch.no_grad()

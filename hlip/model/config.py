@@ -11,6 +11,7 @@ from hlip_kernels import Grid, Level
 
 from ..data.preprocess import BrainMRI
 
+POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
 Pattern = Literal["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 
 
@@ -64,6 +65,24 @@ class VisionConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        for name in ("patch_size", "grid"):
+            value = getattr(self, name)
+            if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
+                raise ValueError(f"{name} must be three positive integers, got {value}")
+        for name in ("width", "heads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if not self.levels or set(self.levels) - set(get_args(Level)):
+            raise ValueError(f"levels must be of {', '.join(get_args(Level))}, got {self.levels}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        divisor = POSITIONS[self.positions]
+        if self.width % divisor:
+            raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")
+        if self.max_scans < 0:
+            raise ValueError(f"max_scans must be 0 or more, got {self.max_scans}")
         if self.num_prefix < 1:
             raise ValueError(f"num_prefix must be at least 1 (a cls token), got {self.num_prefix}")
         for name in ("patch_dropout", "scan_dropout", "drop_path"):

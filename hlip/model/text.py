@@ -42,7 +42,7 @@ class TextTower(nn.Module):
                     self.transformer = AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
             else:
                 self.transformer = AutoModel.from_config(AutoConfig.from_pretrained(name), add_pooling_layer=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"text tower {name!r}: not a readable BERT folder or hub name ({error})") from error
         longest = self.transformer.config.max_position_embeddings
         if config.context_length > longest:

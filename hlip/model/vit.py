@@ -19,6 +19,7 @@ from .config import VisionConfig
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
 PIXEL_STD = (0.229 + 0.224 + 0.225) / 3
+PIXEL_ZERO = 115  # the whole number next to the mean: subtracted from the pixels first, it is exact in bfloat16
 
 
 class PatchEmbed(nn.Module):
@@ -32,8 +33,8 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)
         assert self.proj.bias is not None
-        bias = self.proj.bias - weight.sum(1) * (PIXEL_MEAN / PIXEL_STD)
-        return F.linear(patches.to(weight.dtype), weight / (255 * PIXEL_STD), bias)
+        bias = self.proj.bias + weight.sum(1) * ((PIXEL_ZERO / 255 - PIXEL_MEAN) / PIXEL_STD)
+        return F.linear(patches.to(weight.dtype) - PIXEL_ZERO, weight / (255 * PIXEL_STD), bias)
 
 
 class Mlp(nn.Module):
@@ -73,11 +74,7 @@ class Block(nn.Module):
 
 
 class StudyEncoder(nn.Module):
-    """Encode every study of a packed batch.
-
-    Raises:
-        ValueError: a width that does not suit the position tables.
-    """
+    """Encode every study of a packed batch."""
 
     spatial_posemb: Tensor
     sequential_posemb: Tensor
@@ -124,8 +121,7 @@ class StudyEncoder(nn.Module):
         if self.training:
             batch = self._dropout(batch)
         layout = batch.layout.with_num_prefix(config.num_prefix)
-        x = self.patch_embed(batch.patches)
-        x = x + self._positions(batch).to(x.dtype)
+        x = self.patch_embed(batch.patches) + self._positions(batch)  # fp32 under autocast, as the residual stays
 
         level = config.levels[0]
         tokens = self.cls_token if config.num_prefix == 1 else torch.cat([self.cls_token, self.reg_token], dim=1)
@@ -154,12 +150,16 @@ class StudyEncoder(nn.Module):
         tables = torch.cat([resample_spatial(self.spatial_posemb, grid).flatten(0, 2) for grid in grids])
         if len(grids) > 1:
             first = np.cumsum([0] + [d * h * w for d, h, w in grids[:-1]])
-            offsets = torch.tensor([first[grids.index(grid)] for grid in scan_grids]).to(place.device)
+            offsets = torch.tensor([first[grids.index(grid)] for grid in scan_grids]).to(
+                place.device, non_blocking=True
+            )
             place = place + offsets.repeat_interleave(layout.cu_seqlens("scan").diff(), output_size=layout.num_tokens)
         positions = tables[place]
         if self.config.max_scans:
             if self.training:  # every study draws its scans' positions without replacement
-                drawn = torch.rand(layout.num_studies, self.config.max_scans).argsort(1).to(scan.device)
+                drawn = (
+                    torch.rand(layout.num_studies, self.config.max_scans).argsort(1).to(scan.device, non_blocking=True)
+                )
                 study = torch.arange(layout.num_studies, device=scan.device).repeat_interleave(
                     layout.cu_seqlens("study").diff(), output_size=layout.num_tokens
                 )
@@ -177,8 +177,6 @@ def _change_level(x: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Ten
 
 def sincos(places: np.ndarray, width: int) -> Tensor:
     """(N) places to (N, width) float32: sines, then cosines, of wavelengths from 2 pi to 10000 * 2 pi."""
-    if width % 2:
-        raise ValueError(f"a sin-cos table needs an even width, got {width}")
     frequencies = 10000.0 ** (-np.arange(width // 2) / (width / 2))
     angles = places[:, None] * frequencies
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()
@@ -188,13 +186,9 @@ def spatial_table(kind: str, grid: Grid, width: int) -> Tensor:
     """(d, h, w, width) positions of the patches of a scan. Source: HLIP (arXiv 2505.21862), section 3.2."""
     d, h, w = (np.arange(n) for n in grid)
     if kind == "sincos3d":
-        if width % 6:
-            raise ValueError(f"positions 'sincos3d' need a width that is a multiple of 6, got {width}")
         third = width // 3
         parts = [sincos(w, third)[None, None], sincos(h, third)[None, :, None], sincos(d, third)[:, None, None]]
         return torch.cat([part.expand(*grid, third) for part in parts], dim=-1).contiguous()
-    if width % 4:
-        raise ValueError(f"positions 'tiled' need a width that is a multiple of 4, got {width}")
     half = width // 2
     plane = [sincos(w, half)[None], sincos(h, half)[:, None]]
     in_plane = torch.cat([part.expand(*grid[1:], half) for part in plane], dim=-1)

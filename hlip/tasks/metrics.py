@@ -21,7 +21,7 @@ def read_labels(path: Path | str, classes: Sequence[str]) -> dict[str, np.ndarra
         ValueError: not such a file; names it, and the row.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
             uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
@@ -33,6 +33,8 @@ def read_labels(path: Path | str, classes: Sequence[str]) -> dict[str, np.ndarra
                 values = [row[name] for name in classes]
                 if any(value not in ("0", "1", "0.0", "1.0") for value in values):
                     raise ValueError(f"line {line}: labels must be 0 or 1, got {values}")
+                if row[uid_column] in labels:
+                    raise ValueError(f"line {line}: study {row[uid_column]} occurs twice")
                 labels[row[uid_column]] = np.array([int(float(value)) for value in values])
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ValueError(f"{path}: not a readable label table ({error})") from error

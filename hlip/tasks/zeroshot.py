@@ -29,8 +29,10 @@ class Prompts:
     templates: Sequence[str] = (DEFAULT_TEMPLATE,)
 
     def __post_init__(self) -> None:
-        if not self.classes or not all(self.classes.values()):
-            raise ValueError("prompts missing: every class needs at least one name")
+        empty = [name for name, words in self.classes.items() if not words or not all(w.strip() for w in words)]
+        if len(self.classes) < 2 or empty:
+            what = f"class {empty[0]!r} has no name or an empty one" if empty else f"got {len(self.classes)} class"
+            raise ValueError(f"prompts missing: at least two classes are needed, each with a name in words; {what}")
         bad = [template for template in self.templates if template.count("{}") != 1]
         if bad or not self.templates:
             raise ValueError(f"a template needs exactly one {{}}, got {bad[0] if bad else 'no template'!r}")
@@ -44,10 +46,17 @@ class Prompts:
         """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            classes = {str(name): [str(word) for word in words] for name, words in content["classes"].items()}
-            return cls(classes, tuple(str(t) for t in content.get("templates", [DEFAULT_TEMPLATE])))
+            classes = {str(name): _words(words) for name, words in content["classes"].items()}
+            return cls(classes, tuple(_words(content.get("templates", DEFAULT_TEMPLATE))))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a readable prompts file ({error})") from error
+
+
+def _words(value: object) -> list[str]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"expected a text or a list of texts, got {value!r}")
+    return words
 
 
 @torch.no_grad()
