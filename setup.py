@@ -17,6 +17,7 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "SimpleITK>=2.3",
+        "triton; platform_system == 'Linux'",
     ],
 }
 EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name != "dev" for req in reqs})

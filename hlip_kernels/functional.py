@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (registers torch.ops.hlip_kernels)
-from .backends import choose_backend
+from .backends import BACKENDS, choose_backend
 from .layout import LEVELS, Level, StudyLayout, check_level
 
 
@@ -54,14 +54,18 @@ def hier_attention(
         )
     if qkv.device != layout.device:
         raise ValueError(f"qkv is on {qkv.device}, the layout on {layout.device}; move one with .to(device)")
-    head_dim = qkv.shape[3]
+    head_dim, max_seqlen = qkv.shape[3], layout.max_seqlen(level)
+    name = choose_backend(backend, qkv.device.type, qkv.dtype, head_dim)
+    q_rows, k_rows = BACKENDS[name].tile_rows(qkv.device, qkv.dtype, head_dim, max_seqlen)
     out, _ = torch.ops.hlip_kernels.hier_attention(
         qkv,
         layout.cu_seqlens(level),
+        layout.tiles(level, q_rows),
+        layout.tiles(level, k_rows),
         layout.num_prefix,
-        layout.max_seqlen(level),
+        max_seqlen,
         head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        choose_backend(backend, qkv.device.type, qkv.dtype, head_dim),
+        name,
     )
     return out
 

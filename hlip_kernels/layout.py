@@ -64,6 +64,7 @@ class StudyLayout:
         self.device = flat.device
         self._cu_seqlens = dict(zip(LEVELS, views[:3], strict=True))
         self._children = dict(zip(children, views[3:], strict=True))
+        self._tiles: dict[tuple[Level, int], Tensor] = {}
 
     @classmethod
     def from_grids(cls, grids: Sequence[Sequence[Grid]], num_prefix: int = 1) -> StudyLayout:
@@ -129,6 +130,24 @@ class StudyLayout:
         if LEVELS.index(check_level(fine)) >= LEVELS.index(check_level(coarse)):
             raise ValueError(f"expected a finer and a coarser level, got {fine!r} and {coarse!r}")
         return self._children[fine, coarse]
+
+    def tiles(self, level: Level, rows: int) -> Tensor:
+        """Tile map of `level`: (NT, 2) int32 on `device`, each tile's group and its first row, made once.
+
+        A group's rows, prefix rows first, are cut into tiles of `rows`; tiles of the longest groups come first,
+        and none is empty. Without rows (0) the map is empty.
+        """
+        key = (check_level(level), rows)
+        if key not in self._tiles:
+            lengths = self.seqlens(level) + self.num_prefix
+            counts = -(-lengths // rows) if rows else np.zeros_like(lengths)
+            order = np.argsort(-lengths, kind="stable")
+            group = np.repeat(order, counts[order])
+            ends = np.cumsum(counts[order])
+            place = np.arange(len(group)) - np.repeat(ends - counts[order], counts[order])
+            tiles = torch.from_numpy(np.stack([group, place * rows], axis=1).astype(np.int32))
+            self._tiles[key] = tiles.to(self.device, non_blocking=True)
+        return self._tiles[key]
 
     def select(self, keep: Tensor) -> StudyLayout:
         """The layout of the rows `patches[keep]`: patch dropout and scan dropout are choices of rows.

@@ -1,6 +1,7 @@
 """The op as PyTorch sees it: schemas, fake kernels, autograd.
 
 Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim.
+out is (R, H, D), lse (H, R): the logarithm of each softmax's denominator, not differentiable.
 Backward is an op of its own, so that it can be dispatched, traced and tested by itself.
 """
 
@@ -12,37 +13,25 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .backends.reference import lse_dtype
+from .backends.groups import Groups, lse_dtype
 
 _library = torch.library.Library("hlip_kernels", "DEF")
+_GROUPS = "Tensor cu_seqlens, Tensor q_tiles, Tensor k_tiles, int num_prefix, int max_seqlen"
+_library.define(f"hier_attention(Tensor qkv, {_GROUPS}, float softmax_scale, str backend) -> (Tensor out, Tensor lse)")
 _library.define(
-    "hier_attention(Tensor qkv, Tensor cu_seqlens, int num_prefix, int max_seqlen, float softmax_scale, "
-    "str backend) -> (Tensor out, Tensor lse)"
-)
-_library.define(
-    "hier_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
-    "int num_prefix, int max_seqlen, float softmax_scale, str backend) -> Tensor"
+    f"hier_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_GROUPS}, "
+    "float softmax_scale, str backend) -> Tensor"
 )
 
 
-def _forward(
-    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend].forward(qkv, cu_seqlens, num_prefix, max_seqlen, softmax_scale)
+def _forward(qkv: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *groups, softmax_scale, backend = settings
+    return BACKENDS[backend].forward(qkv, Groups(*groups), softmax_scale)
 
 
-def _backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    num_prefix: int,
-    max_seqlen: int,
-    softmax_scale: float,
-    backend: str,
-) -> Tensor:
-    return BACKENDS[backend].backward(grad_out, qkv, out, lse, cu_seqlens, num_prefix, max_seqlen, softmax_scale)
+def _backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any) -> Tensor:
+    *groups, softmax_scale, backend = settings
+    return BACKENDS[backend].backward(grad_out, qkv, out, lse, Groups(*groups), softmax_scale)
 
 
 _library.impl("hier_attention", _forward, "CompositeExplicitAutograd")
@@ -50,11 +39,9 @@ _library.impl("hier_attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hlip_kernels::hier_attention", lib=_library)
-def _forward_fake(
-    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    rows, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(rows, heads, dtype=lse_dtype(qkv.dtype))
+def _forward_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, _slots, heads, head_dim = qkv.shape
+    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows, dtype=lse_dtype(qkv.dtype))
 
 
 @torch.library.register_fake("hlip_kernels::hier_attention_backward", lib=_library)
@@ -63,19 +50,18 @@ def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, *ctx.settings = inputs
+    qkv, cu_seqlens, q_tiles, k_tiles, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens, q_tiles, k_tiles)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return None, None, None, None, None, None
-    qkv, out, lse, cu_seqlens = ctx.saved_tensors
-    grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(grad_out, qkv, out, lse, cu_seqlens, *ctx.settings)
-    return grad_qkv, None, None, None, None, None
+    grad_qkv = None
+    if grad_out is not None:
+        grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return grad_qkv, *[None] * 7
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> tuple[None, ...]:

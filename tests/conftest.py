@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may wait for a network; read when the hub is imported
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are decorated
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ forward_op = torch.ops.hlip_kernels.hier_attention.default
 backward_op = torch.ops.hlip_kernels.hier_attention_backward.default
 
 BACKENDS = ["cpu", "reference"]
+NO_TILES = (torch.empty(0, 2, dtype=torch.int32),) * 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEPTH: dict[Level, int] = {"study": 1, "scan": 2, "slice": 3}  # how much of a label names a group
 LENGTHS = (1, 15, 63, 64, 65, 197)
@@ -180,7 +181,7 @@ def test_groups_of_length_zero(backend: str, lengths: tuple[int, ...], num_prefi
     ]
     qkv = torch.randn(first + bounds[-1], 3, HEADS, 16, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    out, lse = forward_op(qkv, cu_seqlens, num_prefix, max(lengths), 0.25, backend)
+    out, lse = forward_op(qkv, cu_seqlens, *NO_TILES, num_prefix, max(lengths), 0.25, backend)
     expected = textbook(qkv, groups, 0.25)
     torch.testing.assert_close(out, expected)
     assert lse.isfinite().all()
@@ -235,7 +236,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, memory: str) -> None:
     qkv = random_qkv(layout, "scan", 16, dtype)
     if memory == "strided":
         qkv = strided(qkv)
-    settings = (layout.num_prefix, layout.max_seqlen("scan"), 0.25, backend)
+    settings = (*NO_TILES, layout.num_prefix, layout.max_seqlen("scan"), 0.25, backend)
     cu_seqlens = layout.cu_seqlens("scan")
     torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), cu_seqlens, *settings))
     out, lse = forward_op(qkv, cu_seqlens, *settings)
@@ -264,10 +265,10 @@ def test_fake_tensors_of_another_device(dtype: torch.dtype) -> None:
         layout = StudyLayout.from_grids(RAGGED).to("cuda:0")
         qkv = torch.empty(34, 3, HEADS, 16, dtype=dtype, device="cuda:0")
         assert hier_attention(qkv, layout, "scan").device == qkv.device
-        settings = (1, layout.max_seqlen("scan"), 0.25, "reference")
+        settings = (layout.tiles("scan", 0), layout.tiles("scan", 0), 1, layout.max_seqlen("scan"), 0.25, "reference")
         out, lse = forward_op(qkv, layout.cu_seqlens("scan"), *settings)
         grad = backward_op(torch.empty_like(out), qkv, out, lse, layout.cu_seqlens("scan"), *settings)
-        assert (out.shape, lse.shape, grad.shape) == ((34, HEADS, 16), (34, HEADS), qkv.shape)
+        assert (out.shape, lse.shape, grad.shape) == ((34, HEADS, 16), (HEADS, 34), qkv.shape)
         assert {out.device, lse.device, grad.device} == {qkv.device}
         assert (out.dtype, lse.dtype, grad.dtype) == (dtype, torch.float32, dtype)
 

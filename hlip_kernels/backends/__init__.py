@@ -1,4 +1,8 @@
-"""Implementations of one op. Each module has `not_supported_reasons`, `forward` and `backward`."""
+"""Implementations of one op.
+
+Each module has `not_supported_reasons`, `tile_rows` (query and key rows of its tile maps; 0 for none), `forward` and
+`backward`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,13 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # in the order `auto` prefers them
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "reference": reference,
+}  # in the order `auto` prefers them
 
 
 def not_supported_reasons(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:

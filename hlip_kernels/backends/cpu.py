@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import lse_dtype
+from .groups import Groups, lse_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -23,40 +23,34 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
     return [] if device == "cpu" else [f"needs CPU tensors, got {device}"]
 
 
-def forward(
-    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def tile_rows(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> tuple[int, int]:
+    return 0, 0
+
+
+def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    lse = torch.empty(out.shape[:2], dtype=lse_dtype(qkv.dtype))
-    for rows, shape in _equal_groups(cu_seqlens, num_prefix):
+    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=lse_dtype(qkv.dtype))
+    for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
         q, k, v = _gather(qkv, rows, shape).unbind(2)
         o, lse_nHL = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, scale=softmax_scale)
         out.index_copy_(0, rows, o.transpose(1, 2).flatten(0, 1))
-        lse.index_copy_(0, rows, lse_nHL.transpose(1, 2).flatten(0, 1))
+        lse.index_copy_(1, rows, lse_nHL.transpose(0, 1).flatten(1))
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    num_prefix: int,
-    max_seqlen: int,
-    softmax_scale: float,
-) -> Tensor:
+def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    for rows, shape in _equal_groups(cu_seqlens, num_prefix):
+    for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
         q, k, v = _gather(qkv, rows, shape).unbind(2)
-        o, g, lse_nLH = (_gather(x, rows, shape) for x in (out, grad_out, lse))
+        o, g = (_gather(x, rows, shape) for x in (out, grad_out))
+        lse_nHL = lse.index_select(1, rows).unflatten(1, shape).transpose(0, 1)
         grads = _flash_backward(
             g.transpose(1, 2),
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             o.transpose(1, 2),
-            lse_nLH.transpose(1, 2),
+            lse_nHL,
             0.0,
             False,
             scale=softmax_scale,

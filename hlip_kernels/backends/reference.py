@@ -8,36 +8,31 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .groups import Groups, lse_dtype
+
 
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     return []
 
 
-def forward(
-    qkv: Tensor, cu_seqlens: Tensor, num_prefix: int, max_seqlen: int, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def tile_rows(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> tuple[int, int]:
+    return 0, 0
+
+
+def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    lse = torch.empty(out.shape[:2], device=qkv.device, dtype=lse_dtype(qkv.dtype))
-    for rows in _groups(cu_seqlens, num_prefix):
+    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=lse_dtype(qkv.dtype))
+    for rows in _rows(groups.cu_seqlens, groups.num_prefix):
         q, k, v = qkv[rows].permute(1, 2, 0, 3)  # each (H, L, D)
         scores = q @ k.transpose(-1, -2) * softmax_scale
         out[rows] = (scores.softmax(-1) @ v).transpose(0, 1)
-        lse[rows] = scores.to(lse.dtype).logsumexp(-1).transpose(0, 1)
+        lse[:, rows] = scores.to(lse.dtype).logsumexp(-1)
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    num_prefix: int,
-    max_seqlen: int,
-    softmax_scale: float,
-) -> Tensor:
+def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
     grad_qkv = qkv.new_empty(qkv.shape)
-    for rows in _groups(cu_seqlens, num_prefix):
+    for rows in _rows(groups.cu_seqlens, groups.num_prefix):
         q, k, v = qkv[rows].permute(1, 2, 0, 3)
         do = grad_out[rows].transpose(0, 1)
         p = (q @ k.transpose(-1, -2) * softmax_scale).softmax(-1)
@@ -47,15 +42,10 @@ def backward(
     return grad_qkv
 
 
-def _groups(cu_seqlens: Tensor, num_prefix: int) -> Iterator[Tensor]:
+def _rows(cu_seqlens: Tensor, num_prefix: int) -> Iterator[Tensor]:
     """The rows of each group: its prefix rows, then its patches."""
     bounds = cu_seqlens.tolist()
     patches = (len(bounds) - 1) * num_prefix
     for g, (start, end) in enumerate(pairwise(bounds)):
         prefix = torch.arange(g * num_prefix, (g + 1) * num_prefix)
         yield torch.cat([prefix, patches + torch.arange(start, end)]).to(cu_seqlens.device)
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,321 @@
+"""Variable-length attention over nested groups in Triton: forward, dq, dkdv.
+
+Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim.
+
+Row r of group g is row g * P + r of the tensor if r < P, else G * P + cu_seqlens[g] + r - P. A program owns the
+tile of rows that its entry of the tile map names, and streams all rows of the group past it. The map lists the
+tiles of the longest groups first and no empty ones.
+
+Streamed rows come in two parts. The prefix rows and the n % STREAMED first patches go first, in masked tiles;
+what is left is a contiguous run of full tiles, read by moving pointers, without a mask. So prefix rows and ragged
+ends cost nothing in the loop that matters, and the number of tiles is the least that covers the group.
+
+Every program writes rows that no other writes: no atomics, and the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config
+from .groups import Groups
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile(Tiles, CuSeqlens, prefix_rows, P):
+    """This program's group: its first row, number of patches, and where its prefix rows and row 0 of its patches
+    would lie; int64."""
+    entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
+    group = tl.load(entry).to(tl.int64)
+    first = tl.load(entry + 1)
+    start = tl.load(CuSeqlens + group).to(tl.int64)
+    num_patches = (tl.load(CuSeqlens + group + 1) - start).to(tl.int32)
+    return first, num_patches, group * P, prefix_rows + start - P
+
+
+@triton.jit
+def _rows(r, P, prefix_base, patch_base):
+    """Rows of a group, counted in the group, to rows of the tensor: int64."""
+    return tl.where(r < P, prefix_base, patch_base) + r
+
+
+@triton.jit
+def _load(pointers, m_rows, m_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr):
+    if EVEN_ROWS:
+        if EVEN_D:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=m_d, other=0.0)
+    if EVEN_D:
+        return tl.load(pointers, mask=m_rows, other=0.0)
+    return tl.load(pointers, mask=m_rows & m_d, other=0.0)
+
+
+@triton.jit
+def _attend(b_q, p_k, slot, m_k, m_d, b_m, b_l, b_acc, qk_scale,
+            MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys and values into the running softmax. p_k: [D, N] pointers; v lies `slot` after k."""
+    b_k = _load(p_k, m_k[None, :], m_d[:, None], not MASKED, EVEN_D)
+    b_v = tl.trans(_load(p_k + slot, m_k[None, :], m_d[:, None], not MASKED, EVEN_D))
+    b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * qk_scale  # [M, N], in units of log2
+    if MASKED:
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_m_new[:, None])
+    b_alpha = tl.exp2(b_m - b_m_new)
+    b_l = b_l * b_alpha + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    return b_m_new, b_l, b_acc
+
+
+@triton.jit
+def attention_forward(
+    QKV, Out, Lse, Tiles, CuSeqlens,
+    stride_row, stride_slot, stride_head, num_rows, prefix_rows, qk_scale, P,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Out [R, H, D] and lse [H, R] of the program's query rows."""
+    first, num_patches, prefix_base, patch_base = _tile(Tiles, CuSeqlens, prefix_rows, P)
+    head = tl.program_id(1).to(tl.int64)
+    p_base = QKV + head * stride_head
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    EVEN_D: tl.constexpr = BLOCK_D == D
+
+    r_q = first + tl.arange(0, ROWS)
+    m_q = r_q < num_patches + P
+    row_q = _rows(r_q, P, prefix_base, patch_base)
+    p_q = p_base + row_q[:, None] * stride_row + o_d[None, :]
+    b_q = _load(p_q, m_q[:, None], m_d[None, :], False, EVEN_D)
+
+    b_m = tl.full([ROWS], float("-inf"), tl.float32)
+    b_l = tl.zeros([ROWS], tl.float32)
+    b_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    o_k = tl.arange(0, STREAMED)
+    mixed = P + num_patches % STREAMED
+    for begin in tl.range(0, mixed, STREAMED, num_stages=1):
+        r_k = begin + o_k
+        row_k = _rows(r_k, P, prefix_base, patch_base)
+        p_k = p_base + stride_slot + row_k[None, :] * stride_row + o_d[:, None]
+        b_m, b_l, b_acc = _attend(
+            b_q, p_k, stride_slot, r_k < mixed, m_d, b_m, b_l, b_acc, qk_scale, True, EVEN_D, PRECISION
+        )
+    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row
+    o_run = o_k[None, :] * stride_row + o_d[:, None]
+    for _ in range(num_patches // STREAMED):
+        b_m, b_l, b_acc = _attend(
+            b_q, p_run + o_run, stride_slot, o_k >= 0, m_d, b_m, b_l, b_acc, qk_scale, False, EVEN_D, PRECISION
+        )
+        p_run += STREAMED * stride_row
+
+    p_out = Out + (row_q[:, None] * H + head) * D + o_d[None, :]
+    tl.store(p_out, (b_acc / b_l[:, None]).to(Out.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
+    tl.store(Lse + head * num_rows + row_q, (b_m + tl.log2(b_l)) / LOG2_E, mask=m_q)
+
+
+@triton.jit
+def _add_dq(b_q, b_do, b_lse, b_delta, p_k, slot, m_k, m_d, b_dq, qk_scale,
+            MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    b_k = _load(p_k, m_k[None, :], m_d[:, None], not MASKED, EVEN_D)  # [D, N]
+    b_v = _load(p_k + slot, m_k[None, :], m_d[:, None], not MASKED, EVEN_D)
+    b_p = tl.exp2(tl.dot(b_q, b_k, input_precision=PRECISION) * qk_scale - b_lse[:, None])
+    if MASKED:
+        b_p = tl.where(m_k[None, :], b_p, 0.0)  # exp2 may be infinite there, and infinity times 0 is not 0
+    b_ds = b_p * (tl.dot(b_do, b_v, input_precision=PRECISION) - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), tl.trans(b_k), b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def attention_dq(
+    QKV, Out, GradOut, Lse, Delta, GradQKV, Tiles, CuSeqlens,
+    stride_row, stride_slot, stride_head, num_rows, prefix_rows, softmax_scale, qk_scale, P,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Slot 0 of the packed gradient, and delta = sum(out * grad_out) [H, R], of the program's query rows."""
+    first, num_patches, prefix_base, patch_base = _tile(Tiles, CuSeqlens, prefix_rows, P)
+    head = tl.program_id(1).to(tl.int64)
+    p_base = QKV + head * stride_head
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    EVEN_D: tl.constexpr = BLOCK_D == D
+
+    r_q = first + tl.arange(0, ROWS)
+    m_q = r_q < num_patches + P
+    row_q = _rows(r_q, P, prefix_base, patch_base)
+    b_q = _load(p_base + row_q[:, None] * stride_row + o_d[None, :], m_q[:, None], m_d[None, :], False, EVEN_D)
+    o_out = (row_q[:, None] * H + head) * D + o_d[None, :]
+    b_do = _load(GradOut + o_out, m_q[:, None], m_d[None, :], False, EVEN_D)
+    b_out = _load(Out + o_out, m_q[:, None], m_d[None, :], False, EVEN_D)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(Delta + head * num_rows + row_q, b_delta, mask=m_q)
+    b_lse = tl.load(Lse + head * num_rows + row_q, mask=m_q, other=float("inf")) * LOG2_E
+
+    b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    o_k = tl.arange(0, STREAMED)
+    mixed = P + num_patches % STREAMED
+    for begin in tl.range(0, mixed, STREAMED, num_stages=1):
+        r_k = begin + o_k
+        row_k = _rows(r_k, P, prefix_base, patch_base)
+        p_k = p_base + stride_slot + row_k[None, :] * stride_row + o_d[:, None]
+        b_dq = _add_dq(
+            b_q, b_do, b_lse, b_delta, p_k, stride_slot, r_k < mixed, m_d, b_dq, qk_scale, True, EVEN_D, PRECISION
+        )
+    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row
+    o_run = o_k[None, :] * stride_row + o_d[:, None]
+    for _ in range(num_patches // STREAMED):
+        b_dq = _add_dq(
+            b_q,
+            b_do,
+            b_lse,
+            b_delta,
+            p_run + o_run,
+            stride_slot,
+            o_k >= 0,
+            m_d,
+            b_dq,
+            qk_scale,
+            False,
+            EVEN_D,
+            PRECISION,
+        )
+        p_run += STREAMED * stride_row
+    p_dq = GradQKV + (row_q[:, None] * 3 * H + head) * D + o_d[None, :]
+    tl.store(p_dq, (b_dq * softmax_scale).to(GradQKV.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _add_dkdv(b_k, b_v, p_q, p_do, p_lse, p_delta, m_q, m_d, b_dk, b_dv, qk_scale,
+              MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of queries into dk and dv. A row out of range has lse = inf, so p = 0: scores need no mask."""
+    b_q = _load(p_q, m_q[:, None], m_d[None, :], not MASKED, EVEN_D)  # [M, D]
+    b_do = _load(p_do, m_q[:, None], m_d[None, :], not MASKED, EVEN_D)
+    if MASKED:
+        b_lse = tl.load(p_lse, mask=m_q, other=float("inf")) * LOG2_E
+        b_delta = tl.load(p_delta, mask=m_q, other=0.0)
+    else:
+        b_lse = tl.load(p_lse) * LOG2_E
+        b_delta = tl.load(p_delta)
+    b_pT = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * qk_scale - b_lse[None, :])  # [N, M]
+    b_dv = tl.dot(b_pT.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dsT = b_pT * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
+    b_dk = tl.dot(b_dsT.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def attention_dkdv(
+    QKV, GradOut, Lse, Delta, GradQKV, Tiles, CuSeqlens,
+    stride_row, stride_slot, stride_head, num_rows, prefix_rows, softmax_scale, qk_scale, P,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Slots 1 and 2 of the packed gradient of the program's key rows."""
+    first, num_patches, prefix_base, patch_base = _tile(Tiles, CuSeqlens, prefix_rows, P)
+    head = tl.program_id(1).to(tl.int64)
+    p_base = QKV + head * stride_head
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    EVEN_D: tl.constexpr = BLOCK_D == D
+
+    r_k = first + tl.arange(0, ROWS)
+    m_k = r_k < num_patches + P
+    row_k = _rows(r_k, P, prefix_base, patch_base)
+    p_k = p_base + stride_slot + row_k[:, None] * stride_row + o_d[None, :]
+    b_k = _load(p_k, m_k[:, None], m_d[None, :], False, EVEN_D)
+    b_v = _load(p_k + stride_slot, m_k[:, None], m_d[None, :], False, EVEN_D)
+
+    b_dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    o_q = tl.arange(0, STREAMED)
+    p_do_base = GradOut + head * D
+    mixed = P + num_patches % STREAMED
+    for begin in tl.range(0, mixed, STREAMED, num_stages=1):
+        r_q = begin + o_q
+        row_q = _rows(r_q, P, prefix_base, patch_base)
+        o_mixed = head * num_rows + row_q
+        b_dk, b_dv = _add_dkdv(
+            b_k, b_v, p_base + row_q[:, None] * stride_row + o_d[None, :],
+            p_do_base + row_q[:, None] * (H * D) + o_d[None, :],
+            Lse + o_mixed, Delta + o_mixed, r_q < mixed, m_d, b_dk, b_dv, qk_scale, True, EVEN_D, PRECISION,
+        )  # fmt: skip
+    run = patch_base + mixed
+    p_q = p_base + run * stride_row
+    p_do = p_do_base + run * (H * D)
+    o_stat = head * num_rows + run
+    o_run_q = o_q[:, None] * stride_row + o_d[None, :]
+    o_run_do = o_q[:, None] * (H * D) + o_d[None, :]
+    for _ in range(num_patches // STREAMED):
+        b_dk, b_dv = _add_dkdv(
+            b_k, b_v, p_q + o_run_q, p_do + o_run_do, Lse + o_stat + o_q, Delta + o_stat + o_q,
+            o_q >= 0, m_d, b_dk, b_dv, qk_scale, False, EVEN_D, PRECISION,
+        )  # fmt: skip
+        p_q += STREAMED * stride_row
+        p_do += STREAMED * H * D
+        o_stat += STREAMED
+    p_dk = GradQKV + ((row_k[:, None] * 3 + 1) * H + head) * D + o_d[None, :]
+    m_store = m_k[:, None] & m_d[None, :]
+    tl.store(p_dk, (b_dk * softmax_scale).to(GradQKV.dtype.element_ty), mask=m_store)
+    tl.store(p_dk + H * D, b_dv.to(GradQKV.dtype.element_ty), mask=m_store)
+
+
+def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    qkv = _last_contiguous(qkv)
+    num_rows, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(num_rows, heads, head_dim)
+    lse = qkv.new_empty(heads, num_rows, dtype=torch.float32)
+    if len(groups.q_tiles):
+        attention_forward[(len(groups.q_tiles), heads)](
+            qkv, out, lse, groups.q_tiles, groups.cu_seqlens,
+            *qkv.stride()[:3], num_rows, (len(groups.cu_seqlens) - 1) * groups.num_prefix,
+            softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, _config(qkv, groups).forward),
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
+    qkv, grad_out = _last_contiguous(qkv), grad_out.contiguous()
+    delta, grad_qkv = torch.empty_like(lse), qkv.new_empty(qkv.shape)
+    num_rows, _, heads, _ = qkv.shape
+    shared = (
+        groups.cu_seqlens, *qkv.stride()[:3], num_rows, (len(groups.cu_seqlens) - 1) * groups.num_prefix,
+        softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix,
+    )  # fmt: skip
+    config = _config(qkv, groups)
+    if len(groups.q_tiles):
+        attention_dq[(len(groups.q_tiles), heads)](
+            qkv, out, grad_out, lse, delta, grad_qkv, groups.q_tiles, *shared, **_constants(qkv, config.dq)
+        )
+        attention_dkdv[(len(groups.k_tiles), heads)](
+            qkv, grad_out, lse, delta, grad_qkv, groups.k_tiles, *shared, **_constants(qkv, config.dkdv)
+        )
+    return grad_qkv
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _config(qkv: Tensor, groups: Groups) -> AttentionConfig:
+    return attention_config(architecture(qkv.device.index or 0), qkv.dtype, qkv.shape[3], groups.max_seqlen)
+
+
+def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
+    tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "H": qkv.shape[2],
+        "D": qkv.shape[3],
+        "BLOCK_D": BLOCK_D[qkv.shape[3]],
+        "ROWS": tile.rows,
+        "STREAMED": tile.streamed,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

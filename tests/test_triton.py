@@ -1,0 +1,213 @@
+"""The Triton kernels in the interpreter (bf16, which it computes wrongly, only through the compiler)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hlip
+from conftest import random_study, tiny_vision
+from hlip.model.vit import StudyEncoder
+from hlip_kernels import StudyLayout, available_backends, hier_attention
+from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, attention_config
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="conftest sets TRITON_INTERPRET=1")
+
+forward_op = torch.ops.hlip_kernels.hier_attention.default
+LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 197, 300]
+HEADS = 2
+
+
+@pytest.fixture(autouse=True)
+def _fill_new_memory_with_nan() -> object:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tile_map(lengths: list[int], rows: int) -> torch.Tensor:
+    tiles = [(g, first) for g, length in enumerate(lengths) for first in range(0, length, rows)]
+    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2)
+
+
+def attend(qkv: torch.Tensor, lengths: list[int], num_prefix: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    config = attention_config("sm_80", qkv.dtype, qkv.shape[3], max(lengths))
+    whole = [length + num_prefix for length in lengths]
+    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    tiles = tile_map(whole, config.forward.rows), tile_map(whole, config.dkdv.rows)
+    return forward_op(qkv, cu_seqlens, *tiles, num_prefix, max(lengths), qkv.shape[3] ** -0.5, backend)
+
+
+def assert_close_to_oracle(
+    lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype, seed: int = 0
+) -> None:
+    """Error against float64 at most 2x (out, lse) or 3x (gradients) eager PyTorch's, plus one rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(lengths) * num_prefix + sum(lengths)
+    qkv = torch.randn(rows, 3, HEADS, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+    grad_out = torch.randn(rows, HEADS, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+    results = {}
+    for name, backend, kind in [
+        ("ours", "triton", dtype),
+        ("eager", "reference", dtype),
+        ("oracle", "reference", torch.float64),
+    ]:
+        leaf = qkv.to(kind).requires_grad_()
+        out, lse = attend(leaf, lengths, num_prefix, backend)
+        (grad,) = torch.autograd.grad(out, leaf, grad_out.to(kind))
+        results[name] = {"out": out.detach(), "lse": lse, **{f"d{x}": grad[:, i] for i, x in enumerate("qkv")}}
+    if rows == 0:
+        return
+    for part, exact in results["oracle"].items():
+        ours, eager = (float((results[name][part].double() - exact).abs().max()) for name in ("ours", "eager"))
+        rounding = torch.finfo(torch.float32 if part == "lse" else dtype).eps * float(exact.abs().max())
+        assert ours <= (3 if part.startswith("d") else 2) * eager + rounding, (part, ours, eager, rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 5, 17])
+def test_ragged_groups_equal_the_oracle(num_prefix: int, dtype: torch.dtype) -> None:
+    assert_close_to_oracle(LENGTHS, num_prefix, 64, dtype)
+
+
+@pytest.mark.parametrize("head_dim", sorted(BLOCK_D))
+def test_every_head_dim(head_dim: int) -> None:
+    assert_close_to_oracle([5, 0, 70], 2, head_dim, torch.float16)
+    assert_close_to_oracle([5, 0, 70], 2, head_dim, torch.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 140), min_size=1, max_size=5),
+    st.integers(0, 32),
+    st.sampled_from([16, 80]),
+    st.integers(0, 99),
+)
+def test_random_groups_equal_the_oracle(lengths: list[int], num_prefix: int, head_dim: int, seed: int) -> None:
+    assert_close_to_oracle(lengths, num_prefix, head_dim, torch.float32, seed)
+
+
+def test_a_group_of_nan_leaves_the_others_exact() -> None:
+    lengths, num_prefix = [70, 64, 3], 1
+    qkv = torch.randn(3 + 137, 3, HEADS, 32, generator=torch.Generator().manual_seed(0))
+    spoiled = qkv.clone()
+    group = torch.tensor([1, *range(3 + 70, 3 + 134)])
+    spoiled[group] = float("nan")
+    others = torch.ones(len(qkv), dtype=torch.bool)
+    others[group] = False
+    grads, outs = [], []
+    for x in (qkv, spoiled):
+        leaf = x.requires_grad_()
+        outs.append(attend(leaf, lengths, num_prefix, "triton")[0])
+        grads.append(torch.autograd.grad(outs[-1], leaf, torch.ones_like(outs[-1]))[0])
+    assert torch.equal(outs[0][others], outs[1][others])
+    assert torch.equal(grads[0][others], grads[1][others])
+    assert outs[1][group].isnan().all()
+
+
+@pytest.mark.parametrize("level", ["slice", "scan", "study"])
+def test_a_study_alone_is_bitwise_the_study_in_a_batch(level: str) -> None:
+    study, others = [(2, 5, 7), (3, 4, 4)], [[(1, 9, 9)], [(4, 3, 3)] * 2]
+    alone = StudyLayout.from_grids([study], num_prefix=2)
+    batch = StudyLayout.from_grids([others[0], study, others[1]], num_prefix=2)
+    generator = torch.Generator().manual_seed(0)
+    groups = batch.num_groups(level)
+    qkv = torch.randn(groups * 2 + batch.num_tokens, 3, HEADS, 32, generator=generator)
+    first_group = {"slice": 1, "scan": 1, "study": 1}[level]
+    prefix = torch.arange(first_group * 2, (first_group + alone.num_groups(level)) * 2)
+    patches = groups * 2 + 81 + torch.arange(alone.num_tokens)
+    rows = torch.cat([prefix, patches])
+    together = hier_attention(qkv, batch, level, backend="triton")
+    assert torch.equal(together[rows], hier_attention(qkv[rows], alone, level, backend="triton"))
+    assert torch.equal(together, hier_attention(qkv, batch, level, backend="triton"))
+
+
+def test_strided_qkv() -> None:
+    layout = StudyLayout.from_grids([[(2, 5, 7)]])
+    wide = torch.randn(71, 3, HEADS, 48, generator=torch.Generator().manual_seed(0))
+    for qkv in (wide[..., 16:], wide.transpose(1, 2).contiguous().transpose(1, 2)[..., :32], wide[..., :32].flip(3)):
+        expected = hier_attention(qkv.contiguous(), layout, "scan", backend="triton")
+        assert torch.equal(hier_attention(qkv, layout, "scan", backend="triton"), expected)
+
+
+def test_opcheck() -> None:
+    lengths = [3, 0, 20]
+    cu_seqlens = torch.tensor([0, 3, 3, 23], dtype=torch.int32)
+    tiles = tile_map([4, 1, 21], 64)
+    rest = (cu_seqlens, tiles, tiles, 1, max(lengths), 0.25, "triton")
+    qkv = torch.randn(26, 3, HEADS, 16)
+    torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), *rest))
+    out, lse = forward_op(qkv, *rest)
+    backward_op = torch.ops.hlip_kernels.hier_attention_backward.default
+    torch.library.opcheck(backward_op, (torch.ones_like(out), qkv, out, lse, *rest))
+
+
+def test_a_training_step_of_the_encoder_equals_the_cpu_backend() -> None:
+    batch = hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)], 1)], (4, 8, 8))
+    grads = []
+    for backend in ("triton", "cpu"):
+        torch.manual_seed(0)
+        encoder = StudyEncoder(tiny_vision("slice+scan+study", num_prefix=2))
+        for block in encoder.blocks:
+            block.attn.backend = backend
+        torch.manual_seed(1)
+        out = encoder.train()(batch)
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+        grads.append({name: p.grad for name, p in encoder.named_parameters()})
+    for name, grad in grads[1].items():
+        assert (grads[0][name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 5])
+@pytest.mark.parametrize("rows", [4, 64])
+def test_tile_maps_cover_every_row_once_longest_groups_first(num_prefix: int, rows: int) -> None:
+    layout = StudyLayout.from_grids([[(2, 3, 3), (1, 9, 9)], [(3, 2, 5)]], num_prefix)
+    for level in ("slice", "scan", "study"):
+        lengths = layout.seqlens(level) + num_prefix  # type: ignore[arg-type]
+        tiles = layout.tiles(level, rows).tolist()  # type: ignore[arg-type]
+        covered = [(g, r) for g, first in tiles for r in range(first, min(first + rows, lengths[g]))]
+        assert sorted(covered) == [(g, r) for g, n in enumerate(lengths) for r in range(n)]
+        assert all(first < lengths[g] for g, first in tiles)
+        assert (np.diff([lengths[g] for g, _ in tiles]) <= 0).all()
+    assert layout.tiles("scan", 0).shape == (0, 2)
+
+
+def test_every_reason_is_given() -> None:
+    layout = StudyLayout.from_grids([[(1, 1, 2)]])
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: needs float16.*got float64; needs a head dim of"):
+        hier_attention(torch.randn(3, 3, 1, 7, dtype=torch.float64), layout, "scan", backend="triton")
+    assert available_backends("cuda")[0] == "triton"
+    assert available_backends("cpu")[0] == "cpu"
+
+
+def test_without_triton_the_cpu_works_and_triton_explains_itself() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import torch\nfrom hlip_kernels import *\n"
+        "layout = StudyLayout.from_grids([[(1, 1, 2)]]); x = torch.randn(3, 3, 1, 16)\n"
+        "print(available_backends(), hier_attention(x, layout, 'scan').shape)\n"
+        "hier_attention(x, layout, 'scan', backend='triton')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "['cpu', 'reference'] torch.Size([3, 1, 16])" in done.stdout
+    assert "triton is not installed (pip install triton)" in done.stderr
+
+
+def test_the_table_has_a_row_for_everything() -> None:
+    for arch in (*ARCHITECTURES, "sm_999"):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for head_dim in BLOCK_D:
+                for max_seqlen in (0, 197, 36000):
+                    config = attention_config(arch, dtype, head_dim, max_seqlen)
+                    for tile in (config.forward, config.dq, config.dkdv):
+                        assert {tile.rows, tile.streamed} <= {32, 64, 128}
