@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-MODULES := hlip_kernels hlip train tests setup.py
+MODULES := hlip_kernels hlip train bench tests setup.py
 
 .PHONY: demo test lint format clean
 demo: $(VENV)/.installed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +214,26 @@ def test_the_table_has_a_row_for_everything() -> None:
                     config = attention_config(arch, dtype, head_dim, max_seqlen)
                     for tile in (config.forward, config.dq, config.dkdv):
                         assert {tile.rows, tile.streamed} <= {32, 64, 128}
+
+
+@pytest.mark.slow
+def test_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> None:
+    """A sample of the tile table; `python bench/attention.py --static` does all of it."""
+    script = Path(__file__).parents[1] / "bench" / "attention.py"
+    sample = ["--arch", "sm_80", "sm_90", "gfx942", "--dtype", "bf16", "--head-dim", "64", "--workers", "1"]
+    done = subprocess.run(
+        [sys.executable, str(script), "--static", *sample, "--json", str(tmp_path / "static.json")],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "static.json").read_text())
+    assert {(row["arch"], row["kernel"]) for row in rows} == {
+        (arch, kernel) for arch in ("sm_80", "sm_90", "gfx942") for kernel in ("forward", "dq", "dkdv")
+    }
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        assert row["matrix_instructions"] > 0, row
+        assert row["loop_instructions"] > 0, row
