@@ -1,0 +1,201 @@
+"""What the Triton kernels ask of memory, seen through the interpreter: every address, and the bytes in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hlip_kernels import Level, StudyLayout
+from hlip_kernels.backends.groups import Groups
+from hlip_kernels.configs import attention_config
+
+triton = pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+
+from hlip_kernels.backends import triton_attention  # noqa: E402
+
+HEADS = 2
+KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+
+
+class Traffic:
+    """Bytes asked for, and the addresses of the tensors that kernels were given."""
+
+    def __init__(self) -> None:
+        self.loaded = self.stored = 0
+        self.kernel = ""
+        self.ranges: list[tuple[int, int]] = []
+        self.addresses: list[np.ndarray] = []
+
+    def see(self, pointers: Any, mask: Any) -> int:
+        active = pointers.data[mask.data.astype(bool)].astype(np.uint64)
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        self.addresses.append(active)
+        inside = np.zeros(active.shape, dtype=bool)
+        for start, end in self.ranges:
+            inside |= (active >= start) & (active + size <= end)
+        assert inside.all(), f"{self.kernel}: {np.count_nonzero(~inside)} addresses outside of every tensor"
+        return active.size * size
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
+    traffic = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        traffic.loaded += traffic.see(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        traffic.stored += traffic.see(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    class Launch:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(triton_attention, name)
+
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            def run(*args: Any, **constants: Any) -> None:
+                traffic.kernel = self.name
+                tensors = [x for x in args if isinstance(x, torch.Tensor)]
+                traffic.ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
+                self.kernel[grid](*args, **constants)
+
+            return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
+        patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
+        for name in KERNELS:
+            patch.setattr(triton_attention, name, Launch(name))
+        yield traffic
+
+
+def inputs(lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, Groups]:
+    rows = len(lengths) * num_prefix + sum(lengths)
+    config = attention_config("sm_80", dtype, head_dim, max(lengths))
+    maps = []
+    for block in (config.forward.rows, config.dkdv.rows):
+        tiles = [(g, r) for g, n in enumerate(lengths) for r in range(0, n + num_prefix, block)]
+        maps.append(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2))
+    bounds = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    qkv = torch.randn(rows, 3, HEADS, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return qkv, Groups(bounds, *maps, num_prefix, max(lengths))
+
+
+def closed_form(groups: Groups, head_dim: int, itemsize: int) -> dict[str, tuple[int, int]]:
+    """Bytes (loaded, stored) of each kernel, by the number of tiles nt that cover the L rows of each group.
+
+    A tile's program reads its map entry and two bounds (16 bytes), and streams two rows of D values for each of
+    the group's L rows; dkdv streams two statistics of 4 bytes with them.
+    """
+    row = head_dim * itemsize
+    dtype = {2: torch.float16, 4: torch.float32}[itemsize]
+    config = attention_config("sm_80", dtype, head_dim, groups.max_seqlen)
+    total = {name: [0, 0] for name in KERNELS}
+    for n in groups.cu_seqlens.diff().tolist():
+        length = n + groups.num_prefix
+        q_tiles, k_tiles = (-(-length // tile.rows) for tile in (config.forward, config.dkdv))
+        for name, loaded, stored in (
+            ("attention_forward", length * row + q_tiles * (2 * length * row + 16), length * (row + 4)),
+            ("attention_dq", length * (3 * row + 4) + q_tiles * (2 * length * row + 16), length * (row + 4)),
+            ("attention_dkdv", length * 2 * row + k_tiles * (length * (2 * row + 8) + 16), length * 2 * row),
+        ):
+            total[name][0] += HEADS * loaded
+            total[name][1] += HEADS * stored
+    return {name: (loaded, stored) for name, (loaded, stored) in total.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("lengths", "num_prefix", "head_dim"),
+    [([0, 1, 63, 64, 65, 150], 1, 32), ([0, 30, 130], 0, 16), ([70, 5], 17, 80)],
+)
+def test_every_address_is_inside_and_bytes_are_the_closed_form(
+    lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv, groups = inputs(lengths, num_prefix, head_dim, dtype)
+    expected = closed_form(groups, head_dim, dtype.itemsize)
+    with watched(monkeypatch) as traffic:
+        out, lse = triton_attention.forward(qkv, groups, 0.25)
+        assert (traffic.loaded, traffic.stored) == expected["attention_forward"]
+        traffic.loaded = traffic.stored = 0
+        triton_attention.backward(torch.ones_like(out), qkv, out, lse, groups, 0.25)
+    backward = [expected["attention_dq"], expected["attention_dkdv"]]
+    assert (traffic.loaded, traffic.stored) == tuple(map(sum, zip(*backward, strict=True)))
+
+
+@pytest.mark.parametrize("level", ["slice", "scan", "study"])
+def test_bytes_of_each_level(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = StudyLayout.from_grids([[(2, 5, 7), (3, 4, 4)], [(1, 6, 6)]])
+    qkv = torch.randn(layout.num_groups(level) + layout.num_tokens, 3, HEADS, 16)
+    config = attention_config("sm_80", qkv.dtype, 16, layout.max_seqlen(level))
+    tiles = layout.tiles(level, config.forward.rows), layout.tiles(level, config.dkdv.rows)
+    groups = Groups(layout.cu_seqlens(level), *tiles, 1, layout.max_seqlen(level))
+    with watched(monkeypatch) as traffic:
+        triton_attention.forward(qkv, groups, 0.25)
+    assert (traffic.loaded, traffic.stored) == closed_form(groups, 16, 4)["attention_forward"]
+
+
+def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that begins two thousand million rows into the stream: the addresses, without the memory."""
+    start, length, num_prefix, head_dim = 2_000_000_000, 150, 3, 32
+    qkv = torch.zeros(4, 3, HEADS, head_dim)
+    bounds = torch.tensor([start, start + length], dtype=torch.int32)
+    statistics = torch.zeros(HEADS, 4)
+    tile = torch.tensor([[0, 64]], dtype=torch.int32)
+    seen: dict[str, list[np.ndarray]] = {}
+    real_load = InterpreterBuilder.create_masked_load
+    small = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (bounds, tile)]
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        address = pointers.data.astype(np.uint64)
+        if any(start <= int(address.min()) < end for start, end in small):
+            return real_load(self, pointers, mask, *rest)
+        seen.setdefault("load", []).append(address[mask.data.astype(bool)])
+        kind = pointers.get_element_ty()
+        return TensorHandle(np.zeros(address.shape, dtype=np.float32), kind)
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
+        seen.setdefault("store", []).append(pointers.data.astype(np.uint64)[mask.data.astype(bool)])
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
+    out, grad = torch.zeros(4, HEADS, head_dim), torch.zeros_like(qkv)
+    rows = 4 * np.arange(3 * HEADS * head_dim)  # bytes within one row of qkv
+    shared = (bounds, *qkv.stride()[:3], start + length + num_prefix, num_prefix)
+    constants = {"H": HEADS, "D": head_dim, "BLOCK_D": 32, "ROWS": 64, "STREAMED": 32, "PRECISION": "ieee"}
+
+    def run(kernel: Any, *args: Any) -> np.ndarray:
+        seen.clear()
+        kernel[(1, HEADS)](*args, num_prefix, **constants)
+        return np.unique(np.concatenate(seen["load"] + seen["store"]))
+
+    row_bytes, out_bytes = qkv.stride(0) * 4, HEADS * head_dim * 4
+    patches = num_prefix + start + np.arange(length, dtype=np.int64)
+    group = np.concatenate([np.arange(num_prefix), patches])
+    tensors = {  # bytes of a row, and which rows the group has in it
+        "qkv": qkv.data_ptr() + group[:, None] * row_bytes + rows,
+        "out": out.data_ptr() + group[:, None] * out_bytes + 4 * np.arange(HEADS * head_dim),
+        "grad": grad.data_ptr() + group[:, None] * row_bytes + rows,
+    }
+    heads = np.arange(HEADS)[:, None] * (start + length + num_prefix)
+    lse = statistics.data_ptr() + 4 * (heads + group)
+    delta = torch.zeros(1)
+    tensors |= {"lse": lse, "delta": delta.data_ptr() + 4 * (heads + group)}
+    legal = np.unique(np.concatenate([x.ravel() for x in tensors.values()])).astype(np.uint64)
+    forward = run(triton_attention.attention_forward, qkv, out, statistics, tile, *shared, 0.25)
+    dq = run(triton_attention.attention_dq, qkv, out, out, statistics, delta, grad, tile, *shared, 0.25, 0.25)
+    dkdv = run(triton_attention.attention_dkdv, qkv, out, statistics, delta, grad, tile, *shared, 0.25, 0.25)
+    for addresses in (forward, dq, dkdv):
+        assert np.isin(addresses, legal).all()
+    keys = tensors["qkv"].reshape(-1, 3, HEADS * head_dim)[:, 1:].ravel().astype(np.uint64)
+    assert np.isin(keys, forward).all()
+    assert int(forward.max() - np.uint64(qkv.data_ptr())) > 2**31
