@@ -1,18 +1,22 @@
 # make demo   the main job: data, pre-training on two processes, zero-shot evaluation (about 6 minutes on 2 cores)
 # make test   lint, types, tests
-# Both make their own virtual environment in .venv from PYTHON (3.10 or newer).
+# make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
+# All make their own virtual environment in .venv from PYTHON (3.10 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 MODULES := hlip_kernels hlip train bench tests setup.py
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-all: test
+	$(BIN)/python bench/attention.py --static
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(MODULES)

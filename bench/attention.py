@@ -4,8 +4,9 @@
     python bench/attention.py --static --arch sm_90 --json static.json
 
 `--static` compiles each kernel ahead of time with Triton's own compiler and looks at the machine code: registers,
-bytes spilled to the stack, shared memory, programs that fit a multiprocessor, matrix instructions, and the number of
-instructions of the loop over full tiles. Nothing is run and no time is measured.
+bytes spilled to the stack, shared memory, programs that fit a multiprocessor, matrix instructions, the number of
+instructions of the loop over full tiles, and the same of plain dense attention with the same tile (`dense.py`).
+Nothing is run and no time is measured. Exits with 1 if a half-precision kernel spills or leaves the matrix units idle.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ MATRIX = {"sm": re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)"), "gfx": re.compile(r"\bv
 COLUMNS = (
     "arch", "dtype", "head_dim", "max_seqlen", "kernel", "rows", "streamed", "warps", "stages", "registers",
     "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "loop_instructions",
+    "dense_loop_instructions",
 )  # fmt: skip
 
 
@@ -64,9 +66,10 @@ def main() -> int:
         partial = args.json.with_name(f"{args.json.name}.tmp")
         partial.write_text(json.dumps(rows, indent=1) + "\n")
         partial.replace(args.json)
-    spilling = [row for row in rows if row["stack_bytes"]]
-    print(f"{len(rows)} kernels compiled, {len(spilling)} of them spill")
-    return 0
+    spilling = sum(row["stack_bytes"] > 0 for row in rows)
+    print(f"{len(rows)} kernels compiled, {spilling} of them spill")
+    half = [row for row in rows if row["dtype"] != "fp32"]
+    return int(any(row["stack_bytes"] or not row["matrix_instructions"] for row in half))
 
 
 Case = tuple[str, str, int, int, str, Tile]
@@ -88,18 +91,29 @@ def cases(archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int])
 
 def compile_row(case: Case) -> dict[str, Any]:
     """Compile one kernel for one architecture, as `triton_attention` would launch it, and read its machine code."""
+    import dense
+    from hlip_kernels.backends import triton_attention
+
+    arch, dtype, head_dim, max_seqlen, name, tile = case
+    facts = compile_kernel(getattr(triton_attention, f"attention_{name}"), arch, dtype, head_dim, tile)
+    facts["dense_loop_instructions"] = None
+    if BLOCK_D[head_dim] == head_dim:
+        plain = compile_kernel(getattr(dense, f"attention_{name}"), arch, dtype, head_dim, tile)
+        facts["dense_loop_instructions"] = plain["loop_instructions"]
+    known = dict(zip(COLUMNS, (arch, dtype, head_dim, max_seqlen, name, *tile), strict=False))
+    return {column: (known | facts)[column] for column in COLUMNS}
+
+
+def compile_kernel(kernel: Any, arch: str, dtype: str, head_dim: int, tile: Tile) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hlip_kernels.backends import triton_attention
-
-    arch, dtype, head_dim, max_seqlen, name, tile = case
-    kernel = getattr(triton_attention, f"attention_{name}")
     constants = {
         "H": HEADS, "D": head_dim, "BLOCK_D": BLOCK_D[head_dim], "ROWS": tile.rows, "STREAMED": tile.streamed,
         "PRECISION": "ieee",
     }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     pointers = {"Lse": "*fp32", "Delta": "*fp32", "Tiles": "*i32", "CuSeqlens": "*i32"}
     pointers |= dict.fromkeys(("QKV", "Out", "GradOut", "GradQKV"), f"*{dtype}")
     signature, attributes = {}, {}
@@ -116,8 +130,7 @@ def compile_row(case: Case) -> dict[str, Any]:
     facts = read_cubin(binary.asm["cubin"]) if nvidia else read_amdgcn(binary.asm["amdgcn"])
     facts["shared_bytes"] = binary.metadata.shared
     facts["occupancy"] = occupancy(arch, facts["registers"], binary.metadata.shared, tile.warps) if nvidia else None
-    known = dict(zip(COLUMNS, (arch, dtype, head_dim, max_seqlen, name, *tile), strict=False))
-    return {column: (known | facts)[column] for column in COLUMNS}
+    return facts
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A row is chosen by GPU architecture, width of the type, head dim, and the length of the level's longest group.
 Tiles change the order of sums, so a table, unlike autotuning, also keeps results the same from run to run.
+`python bench/attention.py --static` compiles every row and shows what it costs; no half-precision row spills.
 """
 
 from __future__ import annotations
@@ -45,18 +46,25 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: i
     if dtype == torch.float32:
         tile = Tile(32, 32, 4, 1) if wide else Tile(64, 32, 4, 1)
         return AttentionConfig(tile, tile, Tile(32, 32, 4, 1))
-    if arch in ("sm_90", "sm_100"):
-        if wide:
-            return AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+    if arch in ("sm_90", "sm_100") and wide:
+        return AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+    if arch == "sm_90":
         if max_seqlen <= SHORT:
             return AttentionConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-        return AttentionConfig(Tile(128, 64, 4, 3 if arch == "sm_90" else 2), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
+        return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
+    if arch == "sm_100":
+        if max_seqlen <= SHORT:
+            return AttentionConfig(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2))
+        return AttentionConfig(Tile(128, 64, 8, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "gfx942":
         streamed = 32 if wide else 64
         return AttentionConfig(Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1))
     warps = 8 if wide else 4
-    streamed = 32 if head_dim == 32 else 64
-    return AttentionConfig(Tile(64, streamed, warps, 2), Tile(64, 32, warps, 2), Tile(64, 32, warps, 2))
+    return AttentionConfig(
+        Tile(64, 32 if head_dim == 32 else 64, warps, 2),
+        Tile(64, 32, warps, 1 if head_dim == 32 else 2),
+        Tile(64, 64 if head_dim == 16 else 32, warps, 2),
+    )
 
 
 @functools.cache

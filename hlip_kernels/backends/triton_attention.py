@@ -60,14 +60,15 @@ def _load(pointers, m_rows, m_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr):
 @triton.jit
 def _attend(b_q, p_k, slot, m_k, m_d, b_m, b_l, b_acc, qk_scale,
             MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of keys and values into the running softmax. p_k: [D, N] pointers; v lies `slot` after k."""
-    b_k = _load(p_k, m_k[None, :], m_d[:, None], not MASKED, EVEN_D)
-    b_v = tl.trans(_load(p_k + slot, m_k[None, :], m_d[:, None], not MASKED, EVEN_D))
-    b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * qk_scale  # [M, N], in units of log2
+    """One tile of keys and values into the running softmax. p_k: [N, D] pointers; v lies `slot` after k."""
+    b_k = tl.trans(_load(p_k, m_k[:, None], m_d[None, :], not MASKED, EVEN_D))
+    b_v = _load(p_k + slot, m_k[:, None], m_d[None, :], not MASKED, EVEN_D)
+    b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [M, N]
     if MASKED:
         b_s = tl.where(m_k[None, :], b_s, float("-inf"))
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_m_new[:, None])
+    # In units of log2. Scaling after the maximum leaves one fused multiply-add per score; it needs a positive scale.
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * qk_scale)
+    b_p = tl.exp2(b_s * qk_scale - b_m_new[:, None])
     b_alpha = tl.exp2(b_m - b_m_new)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
@@ -103,15 +104,14 @@ def attention_forward(
     for begin in tl.range(0, mixed, STREAMED, num_stages=1):
         r_k = begin + o_k
         row_k = _rows(r_k, P, prefix_base, patch_base)
-        p_k = p_base + stride_slot + row_k[None, :] * stride_row + o_d[:, None]
+        p_k = p_base + stride_slot + row_k[:, None] * stride_row + o_d[None, :]
         b_m, b_l, b_acc = _attend(
             b_q, p_k, stride_slot, r_k < mixed, m_d, b_m, b_l, b_acc, qk_scale, True, EVEN_D, PRECISION
         )
-    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row
-    o_run = o_k[None, :] * stride_row + o_d[:, None]
+    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row + o_k[:, None] * stride_row + o_d[None, :]
     for _ in range(num_patches // STREAMED):
         b_m, b_l, b_acc = _attend(
-            b_q, p_run + o_run, stride_slot, o_k >= 0, m_d, b_m, b_l, b_acc, qk_scale, False, EVEN_D, PRECISION
+            b_q, p_run, stride_slot, o_k >= 0, m_d, b_m, b_l, b_acc, qk_scale, False, EVEN_D, PRECISION
         )
         p_run += STREAMED * stride_row
 
@@ -123,13 +123,13 @@ def attention_forward(
 @triton.jit
 def _add_dq(b_q, b_do, b_lse, b_delta, p_k, slot, m_k, m_d, b_dq, qk_scale,
             MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    b_k = _load(p_k, m_k[None, :], m_d[:, None], not MASKED, EVEN_D)  # [D, N]
-    b_v = _load(p_k + slot, m_k[None, :], m_d[:, None], not MASKED, EVEN_D)
-    b_p = tl.exp2(tl.dot(b_q, b_k, input_precision=PRECISION) * qk_scale - b_lse[:, None])
+    b_k = _load(p_k, m_k[:, None], m_d[None, :], not MASKED, EVEN_D)  # [N, D]
+    b_v = _load(p_k + slot, m_k[:, None], m_d[None, :], not MASKED, EVEN_D)
+    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale - b_lse[:, None])
     if MASKED:
         b_p = tl.where(m_k[None, :], b_p, 0.0)  # exp2 may be infinite there, and infinity times 0 is not 0
-    b_ds = b_p * (tl.dot(b_do, b_v, input_precision=PRECISION) - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), tl.trans(b_k), b_dq, input_precision=PRECISION)
+    b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
 @triton.jit
@@ -164,19 +164,18 @@ def attention_dq(
     for begin in tl.range(0, mixed, STREAMED, num_stages=1):
         r_k = begin + o_k
         row_k = _rows(r_k, P, prefix_base, patch_base)
-        p_k = p_base + stride_slot + row_k[None, :] * stride_row + o_d[:, None]
+        p_k = p_base + stride_slot + row_k[:, None] * stride_row + o_d[None, :]
         b_dq = _add_dq(
             b_q, b_do, b_lse, b_delta, p_k, stride_slot, r_k < mixed, m_d, b_dq, qk_scale, True, EVEN_D, PRECISION
         )
-    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row
-    o_run = o_k[None, :] * stride_row + o_d[:, None]
+    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row + o_k[:, None] * stride_row + o_d[None, :]
     for _ in range(num_patches // STREAMED):
         b_dq = _add_dq(
             b_q,
             b_do,
             b_lse,
             b_delta,
-            p_run + o_run,
+            p_run,
             stride_slot,
             o_k >= 0,
             m_d,
