@@ -191,6 +191,13 @@ def test_every_reason_is_given() -> None:
     assert available_backends("cpu")[0] == "cpu"
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive_are_refused(scale: float) -> None:
+    layout = StudyLayout.from_grids([[(2, 1, 2)]])
+    with pytest.raises(ValueError, match="'triton' needs a softmax_scale above 0"):
+        hier_attention(torch.randn(5, 3, 2, 16), layout, "study", softmax_scale=scale, backend="triton")
+
+
 def test_without_triton_the_cpu_works_and_triton_explains_itself() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -35,6 +35,8 @@ def tile_rows(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqle
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     from . import triton_attention
 
+    if not softmax_scale > 0:
+        raise ValueError(f"backend 'triton' needs a softmax_scale above 0, got {softmax_scale}")
     return triton_attention.forward(qkv, groups, softmax_scale)
 
 
