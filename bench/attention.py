@@ -34,7 +34,6 @@ HEADS = 12
 SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KiB
 THREADS_PER_SM = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 REGISTERS_PER_SM = 65536
-MATRIX = {"sm": re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)"), "gfx": re.compile(r"\bv_mfma")}
 COLUMNS = (
     "arch", "dtype", "head_dim", "max_seqlen", "kernel", "rows", "streamed", "warps", "stages", "registers",
     "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "loop_instructions",
@@ -145,39 +144,49 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
             subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
-            instructions.append(line)
-    jumps = [(i, re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)) for i, line in enumerate(instructions)]
-    loops = [instructions[labels[jump[1]] : i + 1] for i, jump in jumps if jump and labels.get(jump[1], i + 1) <= i]
-    return {"registers": registers, "stack_bytes": stack, **_count(instructions, loops, MATRIX["sm"])}
+    code_facts = _read_code(
+        code,
+        label=re.compile(r"\s*(\.L\w+):"),
+        instruction=re.compile(r".*/\*[0-9a-f]{4,}\*/"),
+        jump=re.compile(r".*\bBRA\b.*`\((\.L\w+)\)"),
+        matrix=re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)"),
+    )
+    return {"registers": _number("REG:", usage), "stack_bytes": _number("STACK:", usage), **code_facts}
 
 
 def read_amdgcn(text: str) -> dict[str, Any]:
     """Facts of an AMD assembly listing; registers are vector registers."""
-    registers, spilled = (
-        int(re.search(rf"\.{word}:\s*(\d+)", text)[1])  # type: ignore[index]
-        for word in ("vgpr_count", "private_segment_fixed_size")
+    code_facts = _read_code(
+        text,
+        label=re.compile(r"(\.LBB\w+):"),
+        instruction=re.compile(r"\t[vsbdg]\w+_"),
+        jump=re.compile(r".*s_c?branch\w*\s+(\.LBB\w+)"),
+        matrix=re.compile(r"\bv_mfma"),
     )
+    stack = _number(r"\.private_segment_fixed_size:\s*", text)
+    return {"registers": _number(r"\.vgpr_count:\s*", text), "stack_bytes": stack, **code_facts}
+
+
+def _number(before: str, text: str) -> int:
+    found = re.search(rf"{before}(\d+)", text)
+    if found is None:
+        raise ValueError(f"no number after {before!r} in the compiler's report")
+    return int(found[1])
+
+
+def _read_code(
+    code: str, label: re.Pattern[str], instruction: re.Pattern[str], jump: re.Pattern[str], matrix: re.Pattern[str]
+) -> dict[str, Any]:
+    """Matrix instructions in all, and the length of the shortest loop that holds any: the one without masks."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif re.match(r"\t[vsbdg][\w]+_", line):
+    for line in code.splitlines():
+        if found := label.match(line):
+            labels[found[1]] = len(instructions)
+        elif instruction.match(line):
             instructions.append(line)
-    jumps = [(i, re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)) for i, line in enumerate(instructions)]
-    loops = [instructions[labels[jump[1]] : i + 1] for i, jump in jumps if jump and labels.get(jump[1], i + 1) <= i]
-    return {"registers": registers, "stack_bytes": spilled, **_count(instructions, loops, MATRIX["gfx"])}
-
-
-def _count(instructions: list[str], loops: list[list[str]], matrix: re.Pattern[str]) -> dict[str, Any]:
-    """Matrix instructions in all, and the length of the shortest loop that holds any: the one without masks."""
+    jumps = [(i, labels[found[1]]) for i, line in enumerate(instructions) if (found := jump.match(line))]
+    loops = [instructions[start : i + 1] for i, start in jumps if start <= i]
     hot = [len(loop) for loop in loops if any(matrix.search(line) for line in loop)]
     return {
         "matrix_instructions": sum(bool(matrix.search(line)) for line in instructions),

@@ -13,6 +13,7 @@ import torch
 from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import BrainMRI
 from hlip.model.config import TextConfig, VisionConfig, level_pattern
+from hlip_kernels import Grid
 
 TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
 
@@ -29,6 +30,17 @@ def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:
         "init_std": 0.2,
     }
     return VisionConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def token_labels(grids: Sequence[Sequence[Grid]]) -> list[tuple[int, int, int]]:
+    """The (study, scan, slice) of every patch token: what slow oracles are built from."""
+    return [
+        (s, m, z)
+        for s, study in enumerate(grids)
+        for m, (d, h, w) in enumerate(study)
+        for z in range(d)
+        for _ in range(h * w)
+    ]
 
 
 def random_study(sizes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[torch.Tensor]:

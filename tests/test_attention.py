@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout, available_backends, hier_attention
 from hlip_kernels.backends import BACKENDS as ALL_BACKENDS
 
@@ -34,17 +35,6 @@ def nan_filled_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def token_labels(grids: list[list[Grid]]) -> list[tuple[int, int, int]]:
-    """The (study, scan, slice) of every token."""
-    return [
-        (s, m, z)
-        for s, study in enumerate(grids)
-        for m, (d, h, w) in enumerate(study)
-        for z in range(d)
-        for _ in range(h * w)
-    ]
 
 
 def group_rows(grids: list[list[Grid]], level: Level, num_prefix: int) -> dict[tuple[int, ...], list[int]]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout
 
 Label = tuple[int, int, int]  # study, scan, slice
@@ -19,16 +20,6 @@ PAIRS: list[tuple[Level, Level]] = [("slice", "scan"), ("slice", "study"), ("sca
 
 # Scans of one study differ, and so do the studies: 12 + 3 + 8 + 1 + 5 = 29 tokens.
 RAGGED: Grids = [[(2, 2, 3), (3, 1, 1)], [(1, 4, 2)], [(1, 1, 1), (5, 1, 1)]]
-
-
-def token_labels(grids: Grids) -> list[Label]:
-    return [
-        (s, m, z)
-        for s, study in enumerate(grids)
-        for m, (d, h, w) in enumerate(study)
-        for z in range(d)
-        for _ in range(h * w)
-    ]
 
 
 def group_names(labels: list[Label], level: Level) -> list[tuple[int, ...]]:

@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conftest import token_labels
 from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, regroup_prefix
 
 Label = tuple[int, int, int]  # study, scan, slice
 DEPTH: dict[Level, int] = {"study": 1, "scan": 2, "slice": 3}  # how much of a label names a group
 WIDTH = 5
 RAGGED: list[list[Grid]] = [[(2, 2, 3), (3, 1, 1)], [(1, 4, 2)], [(1, 1, 1), (5, 1, 1), (2, 1, 2)]]
-
-
-def token_labels(grids: list[list[Grid]]) -> list[Label]:
-    return [
-        (s, m, z)
-        for s, study in enumerate(grids)
-        for m, (d, h, w) in enumerate(study)
-        for z in range(d)
-        for _ in range(h * w)
-    ]
 
 
 def group_names(level: Level) -> list[tuple[int, ...]]:
