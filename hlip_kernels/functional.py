@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (registers torch.ops.hlip_kernels)
-from .backends import BACKENDS, choose_backend
+from .backends import choose_backend, choose_norm_backend
+from .backends.groups import Regroup
+from .backends.torch_norm import move_prefix
 from .layout import LEVELS, Level, StudyLayout, check_level
 
 
@@ -41,33 +43,86 @@ def hier_attention(
 
     Source: HLIP (arXiv 2505.21862), section 3.1.
     """
-    check_level(level)
     if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
         raise ValueError(
             f"qkv: expected a floating-point tensor (rows, 3, heads, head_dim), got {tuple(qkv.shape)} {qkv.dtype}"
         )
-    rows = layout.num_groups(level) * layout.num_prefix + layout.num_tokens
-    if qkv.shape[0] != rows:
-        raise ValueError(
-            f"qkv: expected {rows} rows at level {level!r} ({layout.num_groups(level)} groups x {layout.num_prefix} "
-            f"prefix + {layout.num_tokens} patches), got {qkv.shape[0]}"
-        )
-    if qkv.device != layout.device:
-        raise ValueError(f"qkv is on {qkv.device}, the layout on {layout.device}; move one with .to(device)")
-    head_dim, max_seqlen = qkv.shape[3], layout.max_seqlen(level)
-    name = choose_backend(backend, qkv.device.type, qkv.dtype, head_dim)
-    q_rows, k_rows = BACKENDS[name].tile_rows(qkv.device, qkv.dtype, head_dim, max_seqlen)
+    _check_rows("qkv", qkv, layout, level)
+    if not torch.compiler.is_compiling():  # the op chooses again when it runs; here, meta and fake tensors learn it too
+        choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
     out, _ = torch.ops.hlip_kernels.hier_attention(
         qkv,
         layout.cu_seqlens(level),
-        layout.tiles(level, q_rows),
-        layout.tiles(level, k_rows),
+        layout.tiles(level),
         layout.num_prefix,
-        max_seqlen,
-        head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        name,
+        layout.max_seqlen(level),
+        qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
+        backend,
     )
     return out
+
+
+def add_regroup_norm(
+    residual: Tensor,
+    update: Tensor,
+    layout: StudyLayout,
+    src: Level,
+    dst: Level,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    path_scale: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`residual + path_scale * layer_scale * update`, carried from level `src` to `dst`, and its LayerNorm.
+
+    Patch rows keep their order. Prefix rows are averaged going to a coarser level, every fine group counting the
+    same, and cloned going to a finer one. With `src == dst` this is a plain residual add and LayerNorm.
+
+    Args:
+        residual: (G_src * P + T, C)
+        update: the same shape; its dtype may differ.
+        layout: the batch's groups, on the device of `residual`.
+        weight, bias: (C) - of the LayerNorm.
+        path_scale: (G_src) - stochastic depth: a factor for all rows of a group; 1 if None.
+        layer_scale: (C) - a learned factor for each channel; 1 if None.
+        backend: "auto", "triton" or "torch"; a name never falls back.
+
+    Returns:
+        (G_dst * P + T, C) the new residual in the dtype of `residual`, and its normalised rows in that of `update`.
+
+    Raises:
+        ValueError: shapes that do not belong together, mixed devices, or a backend that cannot run, with the reasons.
+
+    Source: HLIP (arXiv 2505.21862), section 3.1, for the carrying of prefix rows.
+    """
+    _check_rows("residual", residual, layout, src)
+    width = residual.shape[-1]
+    if residual.dim() != 2 or update.shape != residual.shape:
+        raise ValueError(
+            f"residual and update: expected two tensors (rows, width) of one shape, got {tuple(residual.shape)} and "
+            f"{tuple(update.shape)}"
+        )
+    groups = layout.num_groups(src)
+    for name, x, shape in (
+        ("weight", weight, (width,)),
+        ("bias", bias, (width,)),
+        ("layer_scale", layer_scale, (width,)),
+        ("path_scale", path_scale, (groups,)),
+        ("update", update, update.shape),
+    ):
+        if x is not None and (x.shape != shape or x.device != residual.device or not x.is_floating_point()):
+            raise ValueError(
+                f"{name}: expected floating-point {tuple(shape)} on {residual.device}, got {x.dtype} {tuple(x.shape)} "
+                f"on {x.device}"
+            )
+    if not torch.compiler.is_compiling():
+        choose_norm_backend(backend, residual.device.type, residual.dtype)
+    x, y, _, _ = torch.ops.hlip_kernels.add_regroup_norm(
+        residual, update, path_scale, layer_scale, weight, bias, *_regroup(layout, src, dst), eps, backend
+    )
+    return x, y
 
 
 def regroup_prefix(prefix: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Tensor:
@@ -88,23 +143,31 @@ def regroup_prefix(prefix: Tensor, layout: StudyLayout, src: Level, dst: Level) 
 
     Source: HLIP (arXiv 2505.21862), section 3.1.
     """
-    groups = layout.num_groups(check_level(src))
+    groups = layout.num_groups(src)
     if prefix.dim() != 2 or prefix.shape[0] != groups * layout.num_prefix:
         raise ValueError(
             f"prefix: expected ({groups * layout.num_prefix}, width) at level {src!r}, got {tuple(prefix.shape)}"
         )
     if prefix.device != layout.device:
         raise ValueError(f"prefix is on {prefix.device}, the layout on {layout.device}; move one with .to(device)")
-    if src == check_level(dst):
-        return prefix
-    sets = prefix.reshape(groups, layout.num_prefix * prefix.shape[1])
-    if LEVELS.index(src) < LEVELS.index(dst):
-        # segment_reduce sums each group by itself: no atomics, the same bits on every run. It sums in the dtype
-        # it is given, and a study's mean may run over thousands of slices.
-        wide = sets if sets.dtype == torch.float64 else sets.float()
-        means = torch.segment_reduce(wide, "mean", offsets=layout.children(src, dst).long(), axis=0)
-        moved = means.to(sets.dtype)
-    else:
-        counts = layout.children(dst, src).diff()
-        moved = sets.repeat_interleave(counts, dim=0, output_size=layout.num_groups(dst))
-    return moved.reshape(-1, prefix.shape[1])
+    return move_prefix(prefix, _regroup(layout, src, dst))
+
+
+def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
+    children = None
+    if src != check_level(dst):
+        children = layout.children(*sorted((src, dst), key=LEVELS.index))
+    return Regroup(
+        layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst)
+    )
+
+
+def _check_rows(name: str, x: Tensor, layout: StudyLayout, level: Level) -> None:
+    rows = layout.num_groups(check_level(level)) * layout.num_prefix + layout.num_tokens
+    if x.shape[0] != rows:
+        raise ValueError(
+            f"{name}: expected {rows} rows at level {level!r} ({layout.num_groups(level)} groups x {layout.num_prefix} "
+            f"prefix + {layout.num_tokens} patches), got {x.shape[0]}"
+        )
+    if x.device != layout.device:
+        raise ValueError(f"{name} is on {x.device}, the layout on {layout.device}; move one with .to(device)")

@@ -19,13 +19,15 @@ Level = Literal["slice", "scan", "study"]
 Grid = tuple[int, int, int]
 LEVELS: tuple[Level, ...] = get_args(Level)  # fine to coarse
 MAX_PREFIX = 32
+TILE_ROWS = (32, 64, 128)  # the tile sizes that kernels may use
 
 
 class StudyLayout:
     """The nested groups of a packed batch of studies. Immutable; made by `from_grids`.
 
     Group boundaries are kept twice: on the host, where batches are planned, and as int32 tensors on
-    `device`, where kernels read them. Nothing here ever reads a device tensor back.
+    `device`, where kernels read them. Nothing here ever reads a device tensor back, and nothing is computed after
+    construction: a compiled model sees tensors and integers only.
     """
 
     def __init__(
@@ -57,14 +59,24 @@ class StudyLayout:
         }
         if slice_bounds[-1] > np.iinfo(np.int32).max:
             raise ValueError(f"{slice_bounds[-1]} tokens: a batch holds at most {np.iinfo(np.int32).max}")
+        self.num_tokens = int(slice_bounds[-1])  # T, patch tokens; prefix rows not counted
+        self._num_groups = {level: len(bounds) - 1 for level, bounds in self._bounds.items()}
+        self._max_seqlen = {level: int(np.diff(bounds).max()) for level, bounds in self._bounds.items()}
+        tiles = {
+            (level, rows): tile_map
+            for level, bounds in self._bounds.items()
+            for rows, tile_map in _tile_maps(np.diff(bounds) + num_prefix).items()
+        }
         # One buffer, so that moving a layout to a device is one copy.
-        pieces = [*self._bounds.values(), *children.values()]
-        flat = torch.from_numpy(np.concatenate(pieces).astype(np.int32)).to(device, non_blocking=True)
-        views = flat.split([len(piece) for piece in pieces])
+        pieces = [*self._bounds.values(), *children.values(), *tiles.values()]
+        flat = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]).astype(np.int32))
+        flat = flat.to(device, non_blocking=True)
+        views = iter(flat.split([piece.size for piece in pieces]))
         self.device = flat.device
-        self._cu_seqlens = dict(zip(LEVELS, views[:3], strict=True))
-        self._children = dict(zip(children, views[3:], strict=True))
-        self._tiles: dict[tuple[Level, int], Tensor] = {}
+        self._cu_seqlens = {level: next(views) for level in LEVELS}
+        self._children = {pair: next(views) for pair in children}
+        maps = {key: next(views).view(-1, 2) for key in tiles}
+        self._tiles = {level: [maps[level, rows] for rows in TILE_ROWS] for level in LEVELS}
 
     @classmethod
     def from_grids(cls, grids: Sequence[Sequence[Grid]], num_prefix: int = 1) -> StudyLayout:
@@ -97,13 +109,8 @@ class StudyLayout:
         return cls(ints, np.repeat(h * w, d), d, num_prefix)
 
     @property
-    def num_tokens(self) -> int:
-        """T, the patch tokens of the batch (prefix rows not counted)."""
-        return int(self._bounds["slice"][-1])
-
-    @property
     def num_studies(self) -> int:
-        return len(self.grids)
+        return self.num_groups("study")
 
     @property
     def num_scans(self) -> int:
@@ -111,7 +118,7 @@ class StudyLayout:
 
     def num_groups(self, level: Level) -> int:
         """G, the number of groups of `level`."""
-        return len(self._bounds[check_level(level)]) - 1
+        return self._num_groups[check_level(level)]
 
     def cu_seqlens(self, level: Level) -> Tensor:
         """Bounds of the groups in the patch stream: (G + 1) int32 on `device`; prefix rows not counted."""
@@ -123,7 +130,7 @@ class StudyLayout:
 
     def max_seqlen(self, level: Level) -> int:
         """Patch tokens of the longest group; prefix rows not counted."""
-        return int(self.seqlens(level).max())
+        return self._max_seqlen[check_level(level)]
 
     def children(self, fine: Level, coarse: Level) -> Tensor:
         """Bounds of each coarse group's run of fine groups: (G_coarse + 1) int32 on `device`."""
@@ -131,23 +138,13 @@ class StudyLayout:
             raise ValueError(f"expected a finer and a coarser level, got {fine!r} and {coarse!r}")
         return self._children[fine, coarse]
 
-    def tiles(self, level: Level, rows: int) -> Tensor:
-        """Tile map of `level`: (NT, 2) int32 on `device`, each tile's group and its first row, made once.
+    def tiles(self, level: Level) -> list[Tensor]:
+        """Tile maps of `level`, one for each of `TILE_ROWS`: (NT, 2) int32 on `device`, a tile's group and first row.
 
-        A group's rows, prefix rows first, are cut into tiles of `rows`; tiles of the longest groups come first,
-        and none is empty. Without rows (0) the map is empty.
+        A group's rows, prefix rows first, are cut into tiles; tiles of the longest groups come first, and none is
+        empty.
         """
-        key = (check_level(level), rows)
-        if key not in self._tiles:
-            lengths = self.seqlens(level) + self.num_prefix
-            counts = -(-lengths // rows) if rows else np.zeros_like(lengths)
-            order = np.argsort(-lengths, kind="stable")
-            group = np.repeat(order, counts[order])
-            ends = np.cumsum(counts[order])
-            place = np.arange(len(group)) - np.repeat(ends - counts[order], counts[order])
-            tiles = torch.from_numpy(np.stack([group, place * rows], axis=1).astype(np.int32))
-            self._tiles[key] = tiles.to(self.device, non_blocking=True)
-        return self._tiles[key]
+        return self._tiles[check_level(level)]
 
     def select(self, keep: Tensor) -> StudyLayout:
         """The layout of the rows `patches[keep]`: patch dropout and scan dropout are choices of rows.
@@ -212,6 +209,16 @@ def check_level(level: str) -> Level:
 def _check_num_prefix(num_prefix: int) -> None:
     if not (type(num_prefix) is int and 0 <= num_prefix <= MAX_PREFIX):
         raise ValueError(f"num_prefix must be an integer from 0 to {MAX_PREFIX}, got {num_prefix!r}")
+
+
+def _tile_maps(lengths: np.ndarray) -> dict[int, np.ndarray]:
+    """For each of `TILE_ROWS`: (NT, 2), the tiles of groups with so many rows, longest groups first."""
+    smallest = TILE_ROWS[0]
+    order = np.argsort(-lengths, kind="stable")
+    counts = -(-lengths[order] // smallest)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    finest = np.stack([np.repeat(order, counts), place * smallest], axis=1)
+    return {rows: finest[finest[:, 1] % rows == 0] for rows in TILE_ROWS}
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""The op as PyTorch sees it: schemas, fake kernels, autograd.
+"""The ops as PyTorch sees them: schemas, fake kernels, autograd.
 
-Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim.
-out is (R, H, D), lse (H, R): the logarithm of each softmax's denominator, not differentiable.
-Backward is an op of its own, so that it can be dispatched, traced and tested by itself.
+Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim, C width.
+Backward passes are ops of their own, so that they can be dispatched, traced and tested by themselves. The backend is
+chosen inside, when an op runs: a compiled model sees one op, whatever runs it.
 """
 
 from __future__ import annotations
@@ -12,61 +12,207 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
-from .backends.groups import Groups, lse_dtype
+from .backends import BACKENDS, NORM_BACKENDS, choose_backend, choose_norm_backend
+from .backends.groups import Groups, Regroup, wide_dtype
 
 _library = torch.library.Library("hlip_kernels", "DEF")
-_GROUPS = "Tensor cu_seqlens, Tensor q_tiles, Tensor k_tiles, int num_prefix, int max_seqlen"
-_library.define(f"hier_attention(Tensor qkv, {_GROUPS}, float softmax_scale, str backend) -> (Tensor out, Tensor lse)")
-_library.define(
-    f"hier_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_GROUPS}, "
-    "float softmax_scale, str backend) -> Tensor"
-)
 
 
-def _forward(qkv: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _define(name: str, arguments: str, results: str, implementation: Any, fake: Any) -> None:
+    _library.define(f"{name}({arguments}) -> {results}")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hlip_kernels::{name}", fake, lib=_library)
+
+
+# Attention: out is (R, H, D), lse (H, R): the logarithm of each softmax's denominator, not differentiable.
+
+_GROUPS = "Tensor cu_seqlens, Tensor[] tiles, int num_prefix, SymInt max_seqlen"
+
+
+def _attention(qkv: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     *groups, softmax_scale, backend = settings
-    return BACKENDS[backend].forward(qkv, Groups(*groups), softmax_scale)
+    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
+    return BACKENDS[name].forward(qkv, Groups(*groups), softmax_scale)
 
 
-def _backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any) -> Tensor:
-    *groups, softmax_scale, backend = settings
-    return BACKENDS[backend].backward(grad_out, qkv, out, lse, Groups(*groups), softmax_scale)
-
-
-_library.impl("hier_attention", _forward, "CompositeExplicitAutograd")
-_library.impl("hier_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("hlip_kernels::hier_attention", lib=_library)
-def _forward_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows, _slots, heads, head_dim = qkv.shape
-    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows, dtype=lse_dtype(qkv.dtype))
+    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows, dtype=wide_dtype(qkv.dtype))
 
 
-@torch.library.register_fake("hlip_kernels::hier_attention_backward", lib=_library)
-def _backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any) -> Tensor:
+    *groups, softmax_scale, backend = settings
+    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
+    return BACKENDS[name].backward(grad_out, qkv, out, lse, Groups(*groups), softmax_scale)
+
+
+def _attention_backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, q_tiles, k_tiles, *ctx.settings = inputs
+_define(
+    "hier_attention",
+    f"Tensor qkv, {_GROUPS}, float softmax_scale, str backend",
+    "(Tensor out, Tensor lse)",
+    _attention,
+    _attention_fake,
+)
+_define(
+    "hier_attention_backward",
+    f"Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_GROUPS}, float softmax_scale, str backend",
+    "Tensor",
+    _attention_backward,
+    _attention_backward_fake,
+)
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, tiles, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, q_tiles, k_tiles)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens, *tiles)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
     grad_qkv = None
     if grad_out is not None:
-        grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return grad_qkv, *[None] * 7
+        qkv, out, lse, cu_seqlens, *tiles = ctx.saved_tensors
+        grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(
+            grad_out, qkv, out, lse, cu_seqlens, tiles, *ctx.settings
+        )
+    return grad_qkv, None, [None] * (len(ctx.saved_tensors) - 4), *[None] * 4
 
 
-def _no_second_derivative(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-    raise RuntimeError("hier_attention can be differentiated once only")
+# Residual add, regroup, LayerNorm: x is (R of dst, C), the new residual; y the same, normalised; mean and rstd (R).
+
+_REGROUP = "Tensor cu_seqlens, Tensor tiles, Tensor? children, int num_prefix, SymInt dst_groups"
+_SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
 
 
-torch.library.register_autograd("hlip_kernels::hier_attention", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("hlip_kernels::hier_attention_backward", _no_second_derivative, lib=_library)
+def _norm(
+    residual: Tensor,
+    update: Tensor,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *regroup, eps, backend = settings
+    forward = NORM_BACKENDS[choose_norm_backend(backend, residual.device.type, residual.dtype)].norm_forward
+    return forward(residual, update, path_scale, layer_scale, weight, bias, Regroup(*regroup), eps)
+
+
+def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, cu_seqlens, _tiles, _children, num_prefix, dst_groups, _eps, _backend = rest
+    rows = residual.shape[0] + (dst_groups - (cu_seqlens.shape[0] - 1)) * num_prefix
+    x = residual.new_empty(rows, residual.shape[1])
+    statistics = [residual.new_empty(rows, dtype=wide_dtype(residual.dtype)) for _ in range(2)]
+    return x, x.new_empty(x.shape, dtype=update.dtype), *statistics
+
+
+def _norm_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    update: Tensor | None,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *regroup, backend = settings
+    backward = NORM_BACKENDS[choose_norm_backend(backend, x.device.type, x.dtype)].norm_backward
+    return backward(grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, Regroup(*regroup))
+
+
+def _norm_backward_fake(
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    update: Tensor | None,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cu_seqlens, _tiles, _children, num_prefix, dst_groups, _backend = settings
+    rows = x.shape[0] + (cu_seqlens.shape[0] - 1 - dst_groups) * num_prefix
+    grad_residual = x.new_empty(rows, x.shape[1])
+    shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
+    return (
+        grad_residual,
+        grad_y.new_empty(0 if shared else grad_residual.shape),
+        weight.new_empty(0) if layer_scale is None else torch.empty_like(layer_scale),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
+
+
+_define(
+    "add_regroup_norm",
+    f"Tensor residual, Tensor update, {_SCALES}, Tensor bias, {_REGROUP}, float eps, str backend",
+    "(Tensor x, Tensor y, Tensor mean, Tensor rstd)",
+    _norm,
+    _norm_fake,
+)
+_define(
+    "add_regroup_norm_backward",
+    f"Tensor? grad_x, Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? update, {_SCALES}, {_REGROUP}, "
+    "str backend",
+    # grad_update is empty where it equals grad_residual: one tensor serves as both
+    "(Tensor grad_residual, Tensor grad_update, Tensor grad_layer_scale, Tensor grad_weight, Tensor grad_bias)",
+    _norm_backward,
+    _norm_backward_fake,
+)
+
+
+def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, update, path_scale, layer_scale, weight, _, cu_seqlens, tiles, children, num_prefix, dst_groups, _, backend = (
+        inputs
+    )
+    x, y, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.settings = (num_prefix, dst_groups, backend)
+    ctx.dtype = y.dtype
+    kept = update if layer_scale is not None else None
+    ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, cu_seqlens, tiles, children)
+
+
+def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_x is None and grad_y is None:
+        return (None,) * 13
+    x, *saved = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = x.new_zeros(x.shape, dtype=ctx.dtype)
+    residual, update, layer_scale, weight, bias = torch.ops.hlip_kernels.add_regroup_norm_backward(
+        grad_x, grad_y, x, *saved, *ctx.settings
+    )
+    return (
+        residual,
+        update if update.numel() else residual,
+        None,
+        layer_scale if layer_scale.numel() else None,
+        weight,
+        bias,
+        *[None] * 7,
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:
+    raise RuntimeError("the ops of hlip_kernels can be differentiated once only")
+
+
+for _name, _formula, _context in (
+    ("hier_attention", _attention_autograd, _attention_context),
+    ("add_regroup_norm", _norm_autograd, _norm_context),
+    ("hier_attention_backward", _no_second_derivative, None),
+    ("add_regroup_norm_backward", _no_second_derivative, None),
+):
+    torch.library.register_autograd(f"hlip_kernels::{_name}", _formula, setup_context=_context, lib=_library)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may wait for a network; read when the hub is imported
@@ -14,6 +15,8 @@ from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import BrainMRI
 from hlip.model.config import TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid
+from hlip_kernels.backends.groups import Groups
+from hlip_kernels.layout import TILE_ROWS
 
 TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
 
@@ -30,6 +33,16 @@ def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:
         "init_std": 0.2,
     }
     return VisionConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def plain_groups(lengths: Sequence[int], num_prefix: int) -> Groups:
+    """What an op is told of groups with so many patches each, which may be none: tile maps in the order of groups."""
+    maps = []
+    for rows in TILE_ROWS:
+        tiles = [(g, first) for g, n in enumerate(lengths) for first in range(0, n + num_prefix, rows)]
+        maps.append(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2))
+    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return Groups(cu_seqlens, maps, num_prefix, max(lengths))
 
 
 def token_labels(grids: Sequence[Sequence[Grid]]) -> list[tuple[int, int, int]]:

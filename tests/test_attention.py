@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import token_labels
+from conftest import plain_groups, token_labels
 from hlip_kernels import Grid, Level, StudyLayout, available_backends, hier_attention
 from hlip_kernels.backends import BACKENDS as ALL_BACKENDS
 
@@ -21,7 +21,6 @@ forward_op = torch.ops.hlip_kernels.hier_attention.default
 backward_op = torch.ops.hlip_kernels.hier_attention_backward.default
 
 BACKENDS = ["cpu", "reference"]
-NO_TILES = (torch.empty(0, 2, dtype=torch.int32),) * 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEPTH: dict[Level, int] = {"study": 1, "scan": 2, "slice": 3}  # how much of a label names a group
 LENGTHS = (1, 15, 63, 64, 65, 197)
@@ -170,8 +169,7 @@ def test_groups_of_length_zero(backend: str, lengths: tuple[int, ...], num_prefi
         for g in range(len(lengths))
     ]
     qkv = torch.randn(first + bounds[-1], 3, HEADS, 16, dtype=torch.float64, requires_grad=True)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    out, lse = forward_op(qkv, cu_seqlens, *NO_TILES, num_prefix, max(lengths), 0.25, backend)
+    out, lse = forward_op(qkv, *plain_groups(lengths, num_prefix), 0.25, backend)
     expected = textbook(qkv, groups, 0.25)
     torch.testing.assert_close(out, expected)
     assert lse.isfinite().all()
@@ -226,11 +224,10 @@ def test_opcheck(backend: str, dtype: torch.dtype, memory: str) -> None:
     qkv = random_qkv(layout, "scan", 16, dtype)
     if memory == "strided":
         qkv = strided(qkv)
-    settings = (*NO_TILES, layout.num_prefix, layout.max_seqlen("scan"), 0.25, backend)
-    cu_seqlens = layout.cu_seqlens("scan")
-    torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), cu_seqlens, *settings))
-    out, lse = forward_op(qkv, cu_seqlens, *settings)
-    torch.library.opcheck(backward_op, (torch.ones_like(out), qkv, out, lse, cu_seqlens, *settings))
+    settings = (*plain_groups(layout.seqlens("scan").tolist(), 2), 0.25, backend)
+    torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), *settings))
+    out, lse = forward_op(qkv, *settings)
+    torch.library.opcheck(backward_op, (torch.ones_like(out), qkv, out, lse, *settings))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -255,9 +252,9 @@ def test_fake_tensors_of_another_device(dtype: torch.dtype) -> None:
         layout = StudyLayout.from_grids(RAGGED).to("cuda:0")
         qkv = torch.empty(34, 3, HEADS, 16, dtype=dtype, device="cuda:0")
         assert hier_attention(qkv, layout, "scan").device == qkv.device
-        settings = (layout.tiles("scan", 0), layout.tiles("scan", 0), 1, layout.max_seqlen("scan"), 0.25, "reference")
-        out, lse = forward_op(qkv, layout.cu_seqlens("scan"), *settings)
-        grad = backward_op(torch.empty_like(out), qkv, out, lse, layout.cu_seqlens("scan"), *settings)
+        settings = (layout.cu_seqlens("scan"), layout.tiles("scan"), 1, layout.max_seqlen("scan"), 0.25, "reference")
+        out, lse = forward_op(qkv, *settings)
+        grad = backward_op(torch.empty_like(out), qkv, out, lse, *settings)
         assert (out.shape, lse.shape, grad.shape) == ((34, HEADS, 16), (HEADS, 34), qkv.shape)
         assert {out.device, lse.device, grad.device} == {qkv.device}
         assert (out.dtype, lse.dtype, grad.dtype) == (dtype, torch.float32, dtype)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from itertools import accumulate
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hlip
-from conftest import random_study, tiny_vision
+from conftest import plain_groups, random_study, tiny_vision
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import StudyLayout, available_backends, hier_attention
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, attention_config
+from hlip_kernels.layout import LEVELS, TILE_ROWS
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="conftest sets TRITON_INTERPRET=1")
@@ -36,17 +37,8 @@ def _fill_new_memory_with_nan() -> object:
     torch.use_deterministic_algorithms(False)
 
 
-def tile_map(lengths: list[int], rows: int) -> torch.Tensor:
-    tiles = [(g, first) for g, length in enumerate(lengths) for first in range(0, length, rows)]
-    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2)
-
-
 def attend(qkv: torch.Tensor, lengths: list[int], num_prefix: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    config = attention_config("sm_80", qkv.dtype, qkv.shape[3], max(lengths))
-    whole = [length + num_prefix for length in lengths]
-    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    tiles = tile_map(whole, config.forward.rows), tile_map(whole, config.dkdv.rows)
-    return forward_op(qkv, cu_seqlens, *tiles, num_prefix, max(lengths), qkv.shape[3] ** -0.5, backend)
+    return forward_op(qkv, *plain_groups(lengths, num_prefix), qkv.shape[3] ** -0.5, backend)
 
 
 def assert_close_to_oracle(
@@ -142,10 +134,7 @@ def test_strided_qkv() -> None:
 
 
 def test_opcheck() -> None:
-    lengths = [3, 0, 20]
-    cu_seqlens = torch.tensor([0, 3, 3, 23], dtype=torch.int32)
-    tiles = tile_map([4, 1, 21], 64)
-    rest = (cu_seqlens, tiles, tiles, 1, max(lengths), 0.25, "triton")
+    rest = (*plain_groups([3, 0, 20], 1), 0.25, "triton")
     qkv = torch.randn(26, 3, HEADS, 16)
     torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), *rest))
     out, lse = forward_op(qkv, *rest)
@@ -170,17 +159,15 @@ def test_a_training_step_of_the_encoder_equals_the_cpu_backend() -> None:
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 5])
-@pytest.mark.parametrize("rows", [4, 64])
-def test_tile_maps_cover_every_row_once_longest_groups_first(num_prefix: int, rows: int) -> None:
-    layout = StudyLayout.from_grids([[(2, 3, 3), (1, 9, 9)], [(3, 2, 5)]], num_prefix)
-    for level in ("slice", "scan", "study"):
-        lengths = layout.seqlens(level) + num_prefix  # type: ignore[arg-type]
-        tiles = layout.tiles(level, rows).tolist()  # type: ignore[arg-type]
+def test_tile_maps_cover_every_row_once_longest_groups_first(num_prefix: int) -> None:
+    layout = StudyLayout.from_grids([[(2, 3, 3), (1, 9, 9)], [(3, 2, 5)], [(4, 9, 9)]], num_prefix)
+    for level, (i, rows) in product(LEVELS, enumerate(TILE_ROWS)):
+        lengths = layout.seqlens(level) + num_prefix
+        tiles = layout.tiles(level)[i].tolist()
         covered = [(g, r) for g, first in tiles for r in range(first, min(first + rows, lengths[g]))]
         assert sorted(covered) == [(g, r) for g, n in enumerate(lengths) for r in range(n)]
         assert all(first < lengths[g] for g, first in tiles)
         assert (np.diff([lengths[g] for g, _ in tiles]) <= 0).all()
-    assert layout.tiles("scan", 0).shape == (0, 2)
 
 
 def test_every_reason_is_given() -> None:
@@ -220,7 +207,8 @@ def test_the_table_has_a_row_for_everything() -> None:
                 for max_seqlen in (0, 197, 36000):
                     config = attention_config(arch, dtype, head_dim, max_seqlen)
                     for tile in (config.forward, config.dq, config.dkdv):
-                        assert {tile.rows, tile.streamed} <= {32, 64, 128}
+                        assert tile.rows in TILE_ROWS
+                        assert tile.streamed in (32, 64, 128)
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import plain_groups
 from hlip_kernels import Level, StudyLayout
 from hlip_kernels.backends.groups import Groups
 from hlip_kernels.configs import attention_config
@@ -80,14 +80,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
 
 def inputs(lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, Groups]:
     rows = len(lengths) * num_prefix + sum(lengths)
-    config = attention_config("sm_80", dtype, head_dim, max(lengths))
-    maps = []
-    for block in (config.forward.rows, config.dkdv.rows):
-        tiles = [(g, r) for g, n in enumerate(lengths) for r in range(0, n + num_prefix, block)]
-        maps.append(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2))
-    bounds = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
     qkv = torch.randn(rows, 3, HEADS, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return qkv, Groups(bounds, *maps, num_prefix, max(lengths))
+    return qkv, plain_groups(lengths, num_prefix)
 
 
 def closed_form(groups: Groups, head_dim: int, itemsize: int) -> dict[str, tuple[int, int]]:
@@ -136,9 +130,7 @@ def test_every_address_is_inside_and_bytes_are_the_closed_form(
 def test_bytes_of_each_level(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = StudyLayout.from_grids([[(2, 5, 7), (3, 4, 4)], [(1, 6, 6)]])
     qkv = torch.randn(layout.num_groups(level) + layout.num_tokens, 3, HEADS, 16)
-    config = attention_config("sm_80", qkv.dtype, 16, layout.max_seqlen(level))
-    tiles = layout.tiles(level, config.forward.rows), layout.tiles(level, config.dkdv.rows)
-    groups = Groups(layout.cu_seqlens(level), *tiles, 1, layout.max_seqlen(level))
+    groups = Groups(layout.cu_seqlens(level), layout.tiles(level), 1, layout.max_seqlen(level))
     with watched(monkeypatch) as traffic:
         triton_attention.forward(qkv, groups, 0.25)
     assert (traffic.loaded, traffic.stored) == closed_form(groups, 16, 4)["attention_forward"]

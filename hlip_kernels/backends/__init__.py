@@ -1,35 +1,38 @@
-"""Implementations of one op.
+"""Implementations of the ops.
 
-Each module has `not_supported_reasons`, `tile_rows` (query and key rows of its tile maps; 0 for none), `forward` and
-`backward`.
+A module for attention has `not_supported_reasons`, `forward` and `backward`; one for the norm has
+`norm_not_supported_reasons`, `norm_forward` and `norm_backward`.
 """
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
 
-from . import cpu, reference, triton
+from . import cpu, reference, torch_norm, triton
 
-BACKENDS: dict[str, ModuleType] = {
-    "cpu": cpu,
-    "triton": triton,
-    "reference": reference,
-}  # in the order `auto` prefers them
+# In the order in which `auto` prefers them.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+NORM_BACKENDS: dict[str, ModuleType] = {"triton": triton, "torch": torch_norm}
 
 
 def not_supported_reasons(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Why `backend` cannot run on tensors of this device type, dtype and head dim; empty if it can.
+    """Why `backend` cannot run attention on tensors of this device type, dtype and head dim; empty if it can.
 
     Raises:
         ValueError: no such backend.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return BACKENDS[backend].not_supported_reasons(device, dtype, head_dim)
+    return _find(BACKENDS, backend).not_supported_reasons(device, dtype, head_dim)
 
 
+def available_backends(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> list[str]:
+    """The backends that can run on tensors of this device type, dtype and head dim, preferred first."""
+    return [name for name in BACKENDS if not not_supported_reasons(name, device, dtype, head_dim)]
+
+
+@functools.cache
 def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """Resolve `auto`, or confirm the backend asked for; one asked for by name never falls back.
 
@@ -37,13 +40,25 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
         ValueError: no such backend, or it cannot run, with all reasons.
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if not not_supported_reasons(name, device, dtype, head_dim))
-    reasons = not_supported_reasons(backend, device, dtype, head_dim)
+        return available_backends(device, dtype, head_dim)[0]
+    return _confirm(backend, not_supported_reasons(backend, device, dtype, head_dim))
+
+
+@functools.cache
+def choose_norm_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The same for the backends of `add_regroup_norm`. On the CPU, `auto` is never Triton's interpreter."""
+    if backend == "auto":
+        backend = "torch" if device == "cpu" or triton.norm_not_supported_reasons(device, dtype) else "triton"
+    return _confirm(backend, _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype))
+
+
+def _find(backends: dict[str, ModuleType], backend: str) -> ModuleType:
+    if backend not in backends:
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(backends)}")
+    return backends[backend]
+
+
+def _confirm(backend: str, reasons: list[str]) -> str:
     if reasons:
         raise ValueError(f"backend {backend!r} cannot run here: " + "; ".join(reasons))
     return backend
-
-
-def available_backends(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> list[str]:
-    """The backends that can run on tensors of this device type, dtype and head dim, preferred first."""
-    return [name for name in BACKENDS if not not_supported_reasons(name, device, dtype, head_dim)]

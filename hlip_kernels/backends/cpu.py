@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .groups import Groups, lse_dtype
+from .groups import Groups, wide_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -23,13 +23,9 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
     return [] if device == "cpu" else [f"needs CPU tensors, got {device}"]
 
 
-def tile_rows(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> tuple[int, int]:
-    return 0, 0
-
-
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=lse_dtype(qkv.dtype))
+    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=wide_dtype(qkv.dtype))
     for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
         q, k, v = _gather(qkv, rows, shape).unbind(2)
         o, lse_nHL = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, scale=softmax_scale)

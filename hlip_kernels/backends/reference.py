@@ -8,20 +8,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .groups import Groups, lse_dtype
+from .groups import Groups, wide_dtype
 
 
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     return []
 
 
-def tile_rows(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> tuple[int, int]:
-    return 0, 0
-
-
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=lse_dtype(qkv.dtype))
+    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=wide_dtype(qkv.dtype))
     for rows in _rows(groups.cu_seqlens, groups.num_prefix):
         q, k, v = qkv[rows].permute(1, 2, 0, 3)  # each (H, L, D)
         scores = q @ k.transpose(-1, -2) * softmax_scale

@@ -8,13 +8,21 @@ import os
 import torch
 from torch import Tensor
 
-from ..configs import BLOCK_D, architecture, attention_config
-from .groups import Groups
+from ..configs import BLOCK_D
+from .groups import Groups, Regroup
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    reasons = norm_not_supported_reasons(device, dtype)
+    if head_dim not in BLOCK_D:
+        reasons.append(f"needs a head dim of {', '.join(map(str, BLOCK_D))}, got {head_dim}")
+    return reasons
+
+
+def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed (pip install triton)")
@@ -22,14 +30,7 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
         reasons.append(f"needs CUDA or ROCm tensors, or TRITON_INTERPRET=1 for CPU tensors; got {device}")
     if dtype not in DTYPES:
         reasons.append(f"needs float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
-    if head_dim not in BLOCK_D:
-        reasons.append(f"needs a head dim of {', '.join(map(str, BLOCK_D))}, got {head_dim}")
     return reasons
-
-
-def tile_rows(device: torch.device, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> tuple[int, int]:
-    config = attention_config(architecture(device.index or 0), dtype, head_dim, max_seqlen)
-    return config.forward.rows, config.dkdv.rows
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -44,3 +45,35 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Gr
     from . import triton_attention
 
     return triton_attention.backward(grad_out, qkv, out, lse, groups, softmax_scale)
+
+
+def norm_forward(
+    residual: Tensor,
+    update: Tensor,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    regroup: Regroup,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from . import triton_norm
+
+    return triton_norm.forward(residual, update, path_scale, layer_scale, weight, bias, regroup, eps)
+
+
+def norm_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    update: Tensor | None,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    regroup: Regroup,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from . import triton_norm
+
+    return triton_norm.backward(grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, regroup)

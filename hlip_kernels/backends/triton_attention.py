@@ -270,11 +270,13 @@ def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, 
     num_rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(num_rows, heads, head_dim)
     lse = qkv.new_empty(heads, num_rows, dtype=torch.float32)
-    if len(groups.q_tiles):
-        attention_forward[(len(groups.q_tiles), heads)](
-            qkv, out, lse, groups.q_tiles, groups.cu_seqlens,
+    tile = _config(qkv, groups).forward
+    tiles = groups.tile_map(tile.rows)
+    if len(tiles):
+        attention_forward[(len(tiles), heads)](
+            qkv, out, lse, tiles, groups.cu_seqlens,
             *qkv.stride()[:3], num_rows, (len(groups.cu_seqlens) - 1) * groups.num_prefix,
-            softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, _config(qkv, groups).forward),
+            softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, tile),
         )  # fmt: skip
     return out, lse
 
@@ -288,12 +290,13 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Gr
         softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix,
     )  # fmt: skip
     config = _config(qkv, groups)
-    if len(groups.q_tiles):
-        attention_dq[(len(groups.q_tiles), heads)](
-            qkv, out, grad_out, lse, delta, grad_qkv, groups.q_tiles, *shared, **_constants(qkv, config.dq)
+    q_tiles, k_tiles = groups.tile_map(config.dq.rows), groups.tile_map(config.dkdv.rows)
+    if len(q_tiles):
+        attention_dq[(len(q_tiles), heads)](
+            qkv, out, grad_out, lse, delta, grad_qkv, q_tiles, *shared, **_constants(qkv, config.dq)
         )
-        attention_dkdv[(len(groups.k_tiles), heads)](
-            qkv, grad_out, lse, delta, grad_qkv, groups.k_tiles, *shared, **_constants(qkv, config.dkdv)
+        attention_dkdv[(len(k_tiles), heads)](
+            qkv, grad_out, lse, delta, grad_qkv, k_tiles, *shared, **_constants(qkv, config.dkdv)
         )
     return grad_qkv
 

@@ -1,0 +1,368 @@
+"""Residual add, regroup and LayerNorm in one pass, forward and backward, in Triton.
+
+Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, C width.
+
+Patch rows keep their order, so they only shift by the difference in prefix rows: a program takes a tile of rows of one
+group of src, adds, writes the new residual and its normalised rows. Where the levels differ, prefix rows have programs
+of their own, one for each coarse group and prefix place: it owns that row, and all its fine rows. Every row is thus
+written by one program, without atomics; sums over rows, for the parameters' gradients, are kept per program and added
+up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import TILE_ROWS
+from .groups import Regroup
+
+ROWS = TILE_ROWS[0]  # of the tile maps
+
+
+@triton.jit
+def _scaled(b_u, b_layer, path, LayerScale, PathScale):
+    if LayerScale is not None:
+        b_u = b_u * b_layer[None, :]
+    if PathScale is not None:
+        b_u = b_u * path
+    return b_u
+
+
+@triton.jit
+def _vector(Pointer, o_c, m_c):
+    """(C) values, or zeros in place of an absent tensor."""
+    if Pointer is not None:
+        return tl.load(Pointer + o_c, mask=m_c, other=0.0).to(tl.float32)
+    return tl.zeros(o_c.shape, tl.float32)
+
+
+@triton.jit
+def _write_normalised(b_x, X, Y, Mean, Rstd, row, m_row, b_w, b_b, o_c, m_c, eps, C: tl.constexpr):
+    """Store rows b_x [S, BLOCK_C] as the residual, and normalised."""
+    m = m_row[:, None] & m_c[None, :]
+    o = row[:, None] * C + o_c[None, :]
+    b_x = b_x.to(X.dtype.element_ty)
+    tl.store(X + o, b_x, mask=m)
+    b_x = b_x.to(tl.float32)
+    b_mean = tl.sum(b_x, 1) / C
+    b_centred = tl.where(m_c[None, :], b_x - b_mean[:, None], 0.0)
+    b_rstd = 1.0 / tl.sqrt(tl.sum(b_centred * b_centred, 1) / C + eps)
+    b_y = b_centred * b_rstd[:, None] * b_w[None, :] + b_b[None, :]
+    tl.store(Y + o, b_y.to(Y.dtype.element_ty), mask=m)
+    tl.store(Mean + row, b_mean, mask=m_row)
+    tl.store(Rstd + row, b_rstd, mask=m_row)
+
+
+@triton.jit
+def norm_forward(
+    Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Tiles, CuSeqlens,
+    src_rows, dst_rows, P, eps,
+    SAME: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """The rows of a tile: all of them where the levels are the same, else the patches."""
+    entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
+    group = tl.load(entry).to(tl.int64)
+    first = tl.load(entry + 1)
+    start = tl.load(CuSeqlens + group).to(tl.int64)
+    num_rows = (tl.load(CuSeqlens + group + 1) - start).to(tl.int32) + P
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_w = _vector(Weight, o_c, m_c)
+    b_b = _vector(Bias, o_c, m_c)
+    b_layer = _vector(LayerScale, o_c, m_c)
+    path = 1.0
+    if PathScale is not None:
+        path = tl.load(PathScale + group).to(tl.float32)
+    for begin in range(first, tl.minimum(first + ROWS, num_rows), SUB):
+        r = begin + tl.arange(0, SUB)
+        m_row = r < num_rows
+        if not SAME:
+            m_row = m_row & (r >= P)
+        patch = start + r - P
+        row = tl.where(r < P, group * P + r, src_rows + patch)
+        m = m_row[:, None] & m_c[None, :]
+        o = row[:, None] * C + o_c[None, :]
+        b_u = tl.load(Update + o, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(Residual + o, mask=m, other=0.0).to(tl.float32)
+        b_x += _scaled(b_u, b_layer, path, LayerScale, PathScale)
+        to = row if SAME else dst_rows + patch
+        _write_normalised(b_x, X, Y, Mean, Rstd, to, m_row, b_w, b_b, o_c, m_c, eps, C)
+
+
+@triton.jit
+def _family(Children, P):
+    """A prefix program's coarse row, and its run of fine groups."""
+    group = (tl.program_id(0) // P).to(tl.int64)
+    place = tl.program_id(0) % P
+    begin = tl.load(Children + group)
+    end = tl.load(Children + group + 1)
+    return group, place, begin, end
+
+
+@triton.jit
+def prefix_forward(
+    Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Children, P, eps,
+    COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """One prefix row of a coarse group: the mean of its fine groups' rows, or the row that they clone."""
+    group, place, begin, end = _family(Children, P)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_w = _vector(Weight, o_c, m_c)
+    b_b = _vector(Bias, o_c, m_c)
+    b_layer = _vector(LayerScale, o_c, m_c)
+    o_one = tl.arange(0, 1)
+    coarse = group * P + place + o_one
+    if COARSER:
+        b_sum = tl.zeros([BLOCK_C], tl.float32)
+        for at in range(begin, end, SUB):
+            child = (at + tl.arange(0, SUB)).to(tl.int64)
+            m_row = child < end
+            m = m_row[:, None] & m_c[None, :]
+            o = (child * P + place)[:, None] * C + o_c[None, :]
+            b_u = tl.load(Update + o, mask=m, other=0.0).to(tl.float32)
+            path = 1.0
+            if PathScale is not None:
+                path = tl.load(PathScale + child, mask=m_row, other=0.0).to(tl.float32)[:, None]
+            b_x = tl.load(Residual + o, mask=m, other=0.0).to(tl.float32)
+            b_sum += tl.sum(b_x + _scaled(b_u, b_layer, path, LayerScale, PathScale), 0)
+        b_mean = (b_sum / (end - begin))[None, :]
+        _write_normalised(b_mean, X, Y, Mean, Rstd, coarse, o_one == 0, b_w, b_b, o_c, m_c, eps, C)
+    else:
+        o = coarse[:, None] * C + o_c[None, :]
+        b_u = tl.load(Update + o, mask=m_c[None, :], other=0.0).to(tl.float32)
+        path = 1.0
+        if PathScale is not None:
+            path = tl.load(PathScale + group).to(tl.float32)
+        b_x = tl.load(Residual + o, mask=m_c[None, :], other=0.0).to(tl.float32)
+        b_x += _scaled(b_u, b_layer, path, LayerScale, PathScale)
+        for at in range(begin, end, SUB):
+            child = (at + tl.arange(0, SUB)).to(tl.int64)
+            b_clones = tl.broadcast_to(b_x, [SUB, BLOCK_C])
+            _write_normalised(
+                b_clones, X, Y, Mean, Rstd, child * P + place, child < end, b_w, b_b, o_c, m_c, eps, C
+            )
+
+
+@triton.jit
+def _gradient(GradX, GradY, X, Mean, Rstd, row, m_row, b_w, b_gw, b_gb, o_c, m_c, C: tl.constexpr):
+    """The gradient of rows [S, BLOCK_C] of the new residual; the parameters' gradients grow by those rows."""
+    m = m_row[:, None] & m_c[None, :]
+    o = row[:, None] * C + o_c[None, :]
+    b_gy = tl.load(GradY + o, mask=m, other=0.0).to(tl.float32)
+    b_x = tl.load(X + o, mask=m, other=0.0).to(tl.float32)
+    b_mean = tl.load(Mean + row, mask=m_row, other=0.0)
+    b_rstd = tl.load(Rstd + row, mask=m_row, other=0.0)
+    b_hat = tl.where(m, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
+    b_gw += tl.sum(b_gy * b_hat, 0)
+    b_gb += tl.sum(b_gy, 0)
+    b_wgy = b_gy * b_w[None, :]
+    b_inner = tl.sum(b_wgy * b_hat, 1) / C
+    b_mean_gy = tl.sum(b_wgy, 1) / C
+    b_g = (b_wgy - b_hat * b_inner[:, None] - b_mean_gy[:, None]) * b_rstd[:, None]
+    if GradX is not None:
+        b_g += tl.load(GradX + o, mask=m, other=0.0).to(tl.float32)
+    return tl.where(m, b_g, 0.0), b_gw, b_gb
+
+
+@triton.jit
+def _write_gradient(b_g, GradResidual, GradUpdate, Update, PathScale, LayerScale, row, m_row, b_layer, path, b_gl,
+                    o_c, m_c, C: tl.constexpr):  # fmt: skip
+    """Store the gradient of rows of src as that of the residual and, scaled, as that of the update."""
+    m = m_row[:, None] & m_c[None, :]
+    o = row[:, None] * C + o_c[None, :]
+    tl.store(GradResidual + o, b_g.to(GradResidual.dtype.element_ty), mask=m)
+    if GradUpdate is not None:
+        if LayerScale is not None:
+            b_u = tl.load(Update + o, mask=m, other=0.0).to(tl.float32)
+            b_gl += tl.sum(_scaled(b_g * b_u, b_layer, path, None, PathScale), 0)
+        b_gu = _scaled(b_g, b_layer, path, LayerScale, PathScale)
+        tl.store(GradUpdate + o, b_gu.to(GradUpdate.dtype.element_ty), mask=m)
+    return b_gl
+
+
+@triton.jit
+def _write_partials(Partials, LayerScale, place, b_gw, b_gb, b_gl, o_c, m_c, C: tl.constexpr):
+    SLOTS: tl.constexpr = 2 if LayerScale is None else 3
+    p = Partials + place.to(tl.int64) * (SLOTS * C) + o_c
+    tl.store(p, b_gw, mask=m_c)
+    tl.store(p + C, b_gb, mask=m_c)
+    if LayerScale is not None:
+        tl.store(p + 2 * C, b_gl, mask=m_c)
+
+
+@triton.jit
+def norm_backward(
+    GradX, GradY, X, Mean, Rstd, Update, PathScale, LayerScale, Weight, GradResidual, GradUpdate, Partials,
+    Tiles, CuSeqlens, src_rows, dst_rows, P,
+    SAME: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of rows of src: all of them where the levels are the same, else the patches."""
+    entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
+    group = tl.load(entry).to(tl.int64)
+    first = tl.load(entry + 1)
+    start = tl.load(CuSeqlens + group).to(tl.int64)
+    num_rows = (tl.load(CuSeqlens + group + 1) - start).to(tl.int32) + P
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_w = _vector(Weight, o_c, m_c)
+    b_layer = _vector(LayerScale, o_c, m_c)
+    b_gw = tl.zeros([BLOCK_C], tl.float32)
+    b_gb = tl.zeros([BLOCK_C], tl.float32)
+    b_gl = tl.zeros([BLOCK_C], tl.float32)
+    path = 1.0
+    if PathScale is not None:
+        path = tl.load(PathScale + group).to(tl.float32)
+    for begin in range(first, tl.minimum(first + ROWS, num_rows), SUB):
+        r = begin + tl.arange(0, SUB)
+        m_row = r < num_rows
+        if not SAME:
+            m_row = m_row & (r >= P)
+        patch = start + r - P
+        row = tl.where(r < P, group * P + r, src_rows + patch)
+        to = row if SAME else dst_rows + patch
+        b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, to, m_row, b_w, b_gw, b_gb, o_c, m_c, C)
+        b_gl = _write_gradient(
+            b_g, GradResidual, GradUpdate, Update, PathScale, LayerScale, row, m_row, b_layer, path, b_gl, o_c, m_c, C
+        )
+    _write_partials(Partials, LayerScale, tl.program_id(0), b_gw, b_gb, b_gl, o_c, m_c, C)
+
+
+@triton.jit
+def prefix_backward(
+    GradX, GradY, X, Mean, Rstd, Update, PathScale, LayerScale, Weight, GradResidual, GradUpdate, Partials,
+    Children, P, first_partial,
+    COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of `prefix_forward`: a mean's gradient shared out, or the sum over clones."""
+    group, place, begin, end = _family(Children, P)
+    o_c = tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    b_w = _vector(Weight, o_c, m_c)
+    b_layer = _vector(LayerScale, o_c, m_c)
+    b_gw = tl.zeros([BLOCK_C], tl.float32)
+    b_gb = tl.zeros([BLOCK_C], tl.float32)
+    b_gl = tl.zeros([BLOCK_C], tl.float32)
+    o_one = tl.arange(0, 1)
+    m_one = o_one == 0
+    coarse = group * P + place + o_one
+    if COARSER:
+        b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, coarse, m_one, b_w, b_gw, b_gb, o_c, m_c, C)
+        b_share = tl.broadcast_to(b_g / (end - begin), [SUB, BLOCK_C])
+        for at in range(begin, end, SUB):
+            child = (at + tl.arange(0, SUB)).to(tl.int64)
+            m_row = child < end
+            path = 1.0
+            if PathScale is not None:
+                path = tl.load(PathScale + child, mask=m_row, other=0.0).to(tl.float32)[:, None]
+            b_gl = _write_gradient(
+                b_share, GradResidual, GradUpdate, Update, PathScale, LayerScale, child * P + place, m_row, b_layer,
+                path, b_gl, o_c, m_c, C,
+            )  # fmt: skip
+    else:
+        b_sum = tl.zeros([BLOCK_C], tl.float32)
+        for at in range(begin, end, SUB):
+            child = (at + tl.arange(0, SUB)).to(tl.int64)
+            b_g, b_gw, b_gb = _gradient(
+                GradX, GradY, X, Mean, Rstd, child * P + place, child < end, b_w, b_gw, b_gb, o_c, m_c, C
+            )
+            b_sum += tl.sum(b_g, 0)
+        path = 1.0
+        if PathScale is not None:
+            path = tl.load(PathScale + group).to(tl.float32)
+        b_gl = _write_gradient(
+            b_sum[None, :], GradResidual, GradUpdate, Update, PathScale, LayerScale, coarse, m_one, b_layer, path,
+            b_gl, o_c, m_c, C,
+        )  # fmt: skip
+    _write_partials(Partials, LayerScale, first_partial + tl.program_id(0), b_gw, b_gb, b_gl, o_c, m_c, C)
+
+
+def forward(
+    residual: Tensor,
+    update: Tensor,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    regroup: Regroup,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual, update = residual.contiguous(), update.contiguous()
+    src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
+    num_rows, width = residual.shape[0] - src + dst, residual.shape[1]
+    x = residual.new_empty(num_rows, width)
+    y = update.new_empty(num_rows, width)
+    mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    tensors = residual, update, path_scale, layer_scale, weight, bias, x, y, mean, rstd
+    constants = _constants(width)
+    if regroup.children is not None and regroup.num_prefix:
+        prefix_forward[(_families(regroup),)](
+            *tensors, regroup.children, regroup.num_prefix, eps, COARSER=regroup.coarser, **constants
+        )
+    if len(regroup.tiles):
+        norm_forward[(len(regroup.tiles),)](
+            *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix, eps,
+            SAME=regroup.children is None, ROWS=ROWS, **constants,
+        )  # fmt: skip
+    return x, y, mean, rstd
+
+
+def backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    update: Tensor | None,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    regroup: Regroup,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x = None if grad_x is None else grad_x.contiguous()
+    grad_y, update = grad_y.contiguous(), None if update is None else update.contiguous()
+    src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
+    width = x.shape[1]
+    grad_residual = x.new_empty(x.shape[0] - dst + src, width)
+    grad_update = None
+    if path_scale is not None or layer_scale is not None or grad_y.dtype != x.dtype:
+        grad_update = grad_y.new_empty(grad_residual.shape)
+    slots = 2 if layer_scale is None else 3
+    families = _families(regroup) if regroup.children is not None else 0
+    partials = x.new_empty(len(regroup.tiles) + families, slots, width, dtype=torch.float32)
+    tensors = (
+        grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, grad_residual, grad_update, partials,
+    )  # fmt: skip
+    constants = _constants(width)
+    if families:
+        prefix_backward[(families,)](
+            *tensors, regroup.children, regroup.num_prefix, len(regroup.tiles), COARSER=regroup.coarser, **constants
+        )
+    if len(regroup.tiles):
+        norm_backward[(len(regroup.tiles),)](
+            *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix,
+            SAME=regroup.children is None, ROWS=ROWS, **constants,
+        )  # fmt: skip
+    sums = partials.sum(0)
+    return (
+        grad_residual,
+        grad_y.new_empty(0) if grad_update is None else grad_update,
+        weight.new_empty(0) if layer_scale is None else sums[2].to(layer_scale.dtype),
+        sums[0].to(weight.dtype, copy=True),
+        sums[1].to(weight.dtype, copy=True),
+    )
+
+
+def _families(regroup: Regroup) -> int:
+    assert regroup.children is not None
+    return (len(regroup.children) - 1) * regroup.num_prefix
+
+
+def _constants(width: int) -> dict[str, Any]:
+    block = triton.next_power_of_2(width)
+    return {"C": width, "BLOCK_C": block, "SUB": 2, "num_warps": min(16, max(1, block // 256))}
