@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,11 @@ from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import BrainMRI
 from hlip.model.config import TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid
+
+if importlib.util.find_spec("triton"):
+    from interpreter import correct_bfloat16
+
+    correct_bfloat16()
 
 TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
 
