@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may wait for a network; read when the hub is imported
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are decorated
@@ -11,12 +13,18 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when th
 import pytest
 import torch
 
+import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import BrainMRI
 from hlip.model.config import TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid
 from hlip_kernels.backends.groups import Groups
 from hlip_kernels.layout import TILE_ROWS
+
+if importlib.util.find_spec("triton"):
+    from interpreter import correct_bfloat16
+
+    correct_bfloat16()
 
 TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
 
@@ -81,6 +89,19 @@ def model_folder(tiny_model: HLIPModel, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("saved") / "model"
     tiny_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`fake_cuda(function, *args)`: its result, from a process where fake tensors may be on "cuda".
+
+    The function is one of a module, and makes such tensors under `fake_cuda.fake_mode()`. Fake tensors themselves
+    cannot be sent: return what is to be checked of them.
+    """
+    if reason := fake.why_not():
+        pytest.skip(reason)
+    with fake.guarded_process(tmp_path_factory.mktemp("fake_cuda")) as call:
+        yield call
 
 
 @pytest.fixture

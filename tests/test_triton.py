@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter (bf16, which it computes wrongly, only through the compiler)."""
+"""The Triton kernels in the interpreter (bf16 as `interpreter.py` corrects it), and through the compiler."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="conftest sets TRITON_INTERPRET=1")
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 197, 300]
 HEADS = 2
 
@@ -67,16 +68,16 @@ def assert_close_to_oracle(
         assert ours <= (3 if part.startswith("d") else 2) * eager + rounding, (part, ours, eager, rounding)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_prefix", [0, 1, 2, 5, 17])
 def test_ragged_groups_equal_the_oracle(num_prefix: int, dtype: torch.dtype) -> None:
     assert_close_to_oracle(LENGTHS, num_prefix, 64, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", sorted(BLOCK_D))
-def test_every_head_dim(head_dim: int) -> None:
-    assert_close_to_oracle([5, 0, 70], 2, head_dim, torch.float16)
-    assert_close_to_oracle([5, 0, 70], 2, head_dim, torch.float32)
+def test_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
+    assert_close_to_oracle([5, 0, 70], 2, head_dim, dtype)
 
 
 @settings(max_examples=15, deadline=None)
@@ -84,10 +85,13 @@ def test_every_head_dim(head_dim: int) -> None:
     st.lists(st.integers(0, 140), min_size=1, max_size=5),
     st.integers(0, 32),
     st.sampled_from([16, 80]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 99),
 )
-def test_random_groups_equal_the_oracle(lengths: list[int], num_prefix: int, head_dim: int, seed: int) -> None:
-    assert_close_to_oracle(lengths, num_prefix, head_dim, torch.float32, seed)
+def test_random_groups_equal_the_oracle(
+    lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype, seed: int
+) -> None:
+    assert_close_to_oracle(lengths, num_prefix, head_dim, dtype, seed)
 
 
 def test_a_group_of_nan_leaves_the_others_exact() -> None:
@@ -202,7 +206,7 @@ def test_without_triton_the_cpu_works_and_triton_explains_itself() -> None:
 
 def test_the_table_has_a_row_for_everything() -> None:
     for arch in (*ARCHITECTURES, "sm_999"):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for dtype in DTYPES:
             for head_dim in BLOCK_D:
                 for max_seqlen in (0, 197, 36000):
                     config = attention_config(arch, dtype, head_dim, max_seqlen)

@@ -1,0 +1,149 @@
+"""What a GPU would run, up to its kernels, on fake CUDA tensors: devices, dtypes, shapes and the choice of backend.
+
+The functions that `fake_cuda` calls run in another process, and return what is to be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hlip
+from conftest import random_study
+from fake_cuda import fake_mode
+from hlip_kernels import Level, StudyLayout, hier_attention
+
+HEADS, HEAD_DIM, NUM_PREFIX = 2, 32, 2
+GRIDS = [[(2, 5, 7), (1, 9, 9)], [(3, 4, 4)]]
+CUDA = torch.device("cuda:0")
+Call = Callable[..., Any]
+Facts = tuple[torch.Size, torch.dtype, torch.device]
+
+
+class SeenBackends(TorchDispatchMode):
+    """The `backend` argument of every attention op that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "hlip_kernels":
+            self.names.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def facts(x: Tensor) -> Facts:
+    assert isinstance(x, FakeTensor)
+    return x.shape, x.dtype, x.device
+
+
+def make_layout() -> StudyLayout:
+    return StudyLayout.from_grids(GRIDS, NUM_PREFIX)
+
+
+def num_rows(level: Level) -> int:
+    return make_layout().num_groups(level) * NUM_PREFIX + make_layout().num_tokens
+
+
+def moved_layout() -> tuple[torch.device, list[Facts]]:
+    layout = make_layout()
+    with fake_mode():
+        moved = layout.to("cuda")
+        tensors = [moved.cu_seqlens("scan"), moved.children("slice", "study"), *moved.tiles("slice")]
+        return moved.device, [facts(x) for x in tensors]
+
+
+def test_layout(fake_cuda: Call) -> None:
+    device, tensors = fake_cuda(moved_layout)
+    layout = make_layout()
+    assert device == CUDA
+    expected = [layout.cu_seqlens("scan"), layout.children("slice", "study"), *layout.tiles("slice")]
+    assert tensors == [(x.shape, torch.int32, CUDA) for x in expected]
+
+
+def attention(level: Level, dtype: torch.dtype) -> tuple[Facts, list[str]]:
+    layout = make_layout()
+    with fake_mode(), SeenBackends() as seen:
+        qkv = torch.empty(num_rows(level), 3, HEADS, HEAD_DIM, dtype=dtype, device="cuda")
+        return facts(hier_attention(qkv, layout.to("cuda"), level)), seen.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("level", ["slice", "scan", "study"])
+def test_attention_takes_triton(fake_cuda: Call, level: Level, dtype: torch.dtype) -> None:
+    out, backends = fake_cuda(attention, level, dtype)
+    assert out == ((num_rows(level), HEADS, HEAD_DIM), dtype, CUDA)
+    assert backends == ["triton"]
+
+
+def attention_backward(dtype: torch.dtype) -> tuple[Facts, Facts]:
+    layout = make_layout()
+    with fake_mode():
+        moved = layout.to("cuda")
+        qkv = torch.empty(num_rows("scan"), 3, HEADS, HEAD_DIM, dtype=dtype, device="cuda")
+        groups = moved.cu_seqlens("scan"), moved.tiles("scan"), NUM_PREFIX, layout.max_seqlen("scan"), 0.25, "triton"
+        out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *groups)
+        grad = torch.ops.hlip_kernels.hier_attention_backward(torch.empty_like(out), qkv, out, lse, *groups)
+        return facts(lse), facts(grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_attention_backward(fake_cuda: Call, dtype: torch.dtype) -> None:
+    lse, grad = fake_cuda(attention_backward, dtype)
+    assert lse == ((HEADS, num_rows("scan")), torch.float32, CUDA)
+    assert grad == ((num_rows("scan"), 3, HEADS, HEAD_DIM), dtype, CUDA)
+
+
+def attention_with_the_layout_left_behind() -> None:
+    layout = make_layout()
+    with fake_mode():
+        qkv = torch.empty(num_rows("scan"), 3, HEADS, HEAD_DIM, device="cuda")
+        hier_attention(qkv, layout, "scan")
+
+
+def test_mixed_devices_are_refused(fake_cuda: Call) -> None:
+    with pytest.raises(ValueError, match=r"qkv is on cuda:0, the layout on cpu; move one with \.to\(device\)"):
+        fake_cuda(attention_with_the_layout_left_behind)
+
+
+def moved_batch() -> tuple[Facts, Facts, torch.device]:
+    batch = hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)], 1)], (4, 8, 8))
+    with fake_mode():
+        moved = batch.to("cuda")
+        return facts(moved.patches), facts(moved.positions), moved.layout.device
+
+
+def test_batch(fake_cuda: Call) -> None:
+    patches, positions, device = fake_cuda(moved_batch)
+    assert patches == ((30, 256), torch.uint8, CUDA)
+    assert positions == ((30, 2), torch.int32, CUDA)
+    assert device == CUDA
+
+
+def parameters_and_copies() -> tuple[list[Facts], Facts, Facts]:
+    linear = torch.nn.Linear(3, 5)
+    with fake_mode():
+        linear.to("cuda", torch.bfloat16)
+        buffer = torch.empty(7, 3, dtype=torch.bfloat16, device="cuda")
+        buffer[2:].copy_(torch.ones(5, 3))
+        return [facts(x) for x in linear.parameters()], facts(linear(buffer)), facts(buffer.cpu())
+
+
+def test_modules_and_copies(fake_cuda: Call) -> None:
+    """Nothing of ours: what tests of whole models rely on."""
+    parameters, out, copied = fake_cuda(parameters_and_copies)
+    assert parameters == [((5, 3), torch.bfloat16, CUDA), ((5,), torch.bfloat16, CUDA)]
+    assert out == ((7, 5), torch.bfloat16, CUDA)
+    assert copied == ((7, 3), torch.bfloat16, torch.device("cpu"))
+
+
+def test_this_process_has_no_guard(fake_cuda: Call) -> None:
+    with fake_mode(), pytest.raises(RuntimeError, match="not linked with support for cuda"):
+        torch.empty(1).to("cuda")
