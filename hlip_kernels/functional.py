@@ -48,8 +48,8 @@ def hier_attention(
             f"qkv: expected a floating-point tensor (rows, 3, heads, head_dim), got {tuple(qkv.shape)} {qkv.dtype}"
         )
     _check_rows("qkv", qkv, layout, level)
-    if not torch.compiler.is_compiling():  # the op chooses again when it runs; here, meta and fake tensors learn it too
-        choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
+    if not torch.compiler.is_compiling():  # a compiled model leaves the choice to the op
+        backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
     out, _ = torch.ops.hlip_kernels.hier_attention(
         qkv,
         layout.cu_seqlens(level),
@@ -118,7 +118,7 @@ def add_regroup_norm(
                 f"on {x.device}"
             )
     if not torch.compiler.is_compiling():
-        choose_norm_backend(backend, residual.device.type, residual.dtype)
+        backend = choose_norm_backend(backend, residual.device.type, residual.dtype)
     x, y, _, _ = torch.ops.hlip_kernels.add_regroup_norm(
         residual, update, path_scale, layer_scale, weight, bias, *_regroup(layout, src, dst), eps, backend
     )
@@ -157,9 +157,7 @@ def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
     children = None
     if src != check_level(dst):
         children = layout.children(*sorted((src, dst), key=LEVELS.index))
-    return Regroup(
-        layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst)
-    )
+    return Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst))
 
 
 def _check_rows(name: str, x: Tensor, layout: StudyLayout, level: Level) -> None:

@@ -8,6 +8,7 @@ every level are therefore intervals of that stream, and a level is nothing but i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -71,11 +72,11 @@ class StudyLayout:
         pieces = [*self._bounds.values(), *children.values(), *tiles.values()]
         flat = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]).astype(np.int32))
         flat = flat.to(device, non_blocking=True)
-        views = iter(flat.split([piece.size for piece in pieces]))
+        views = iter(_mark_dynamic(flat.split([piece.size for piece in pieces])))
         self.device = flat.device
         self._cu_seqlens = {level: next(views) for level in LEVELS}
         self._children = {pair: next(views) for pair in children}
-        maps = {key: next(views).view(-1, 2) for key in tiles}
+        maps = dict(zip(tiles, _mark_dynamic([view.view(-1, 2) for view in views]), strict=True))
         self._tiles = {level: [maps[level, rows] for rows in TILE_ROWS] for level in LEVELS}
 
     @classmethod
@@ -197,6 +198,16 @@ class StudyLayout:
     def __repr__(self) -> str:
         groups = ", ".join(f"{self.num_groups(level)} {level} groups" for level in LEVELS)
         return f"StudyLayout({self.num_tokens} tokens, {groups}, num_prefix={self.num_prefix}, device={self.device})"
+
+
+def _mark_dynamic(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tell torch.compile that these lengths vary, each by itself. It would take two that are equal in the first batch
+    to be equal in all, and compile again for the batch in which they are not."""
+    dynamo = sys.modules.get("torch._dynamo")  # loaded by whoever compiles
+    if dynamo is not None:
+        for tensor in tensors:
+            dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensors
 
 
 def check_level(level: str) -> Level:

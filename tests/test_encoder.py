@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ import hlip
 from conftest import random_study, tiny_vision
 from hlip.data.batch import PackedBatch
 from hlip.model.config import VisionConfig, level_pattern
-from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, StudyEncoder, resample_spatial, sincos, spatial_table
+from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, sincos, spatial_table
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 RAGGED = [
@@ -135,39 +137,72 @@ def test_dropout_is_a_choice_of_rows_and_repeats_with_the_seed() -> None:
 
 
 def test_drop_path_scales_or_drops_whole_groups() -> None:
-    encoder = make_encoder("scan", drop_path=0.5).train()
-    block = encoder.blocks[-1]
+    block = Block(tiny_vision("scan"), drop_path=0.5).train()
     layout = hlip.pack([random_study([(8, 16, 16)] * 50)], (4, 8, 8)).layout
+    with torch.no_grad():  # attention adds nothing, the MLP adds one to every row
+        for parameter in (block.attn.proj.weight, block.attn.proj.bias, block.mlp.fc2.weight):
+            parameter.zero_()
+        block.mlp.fc2.bias.fill_(1)
     torch.manual_seed(0)
-    update = block._drop(torch.ones(50 + 400, 48), layout, "scan")
-    by_group = torch.cat([update[:50, None], update[50:].unflatten(0, (50, 8))], dim=1)
-    assert set(by_group.unique().tolist()) == {0.0, 2.0}
-    assert (by_group == by_group[:, :1, :1]).all()
+    before = Stream(torch.randn(50 + 400, 48), None, None)
+    after = block._norm(block(before, layout, "scan", "scan"), layout, "scan", "scan", block.norm1)[0]
+    by_group = (after - before.x)[:50, None], (after - before.x)[50:].unflatten(0, (50, 8))
+    change = torch.cat(by_group, dim=1).round(decimals=4)
+    assert set(change.unique().tolist()) == {0.0, 2.0}
+    assert (change == change[:, :1, :1]).all()
 
 
-def test_training_draws_positions_of_scans_without_replacement() -> None:
-    encoder = make_encoder("scan+study", max_scans=4).train()
+def positions(encoder: StudyEncoder, batch: PackedBatch) -> Tensor:
+    return encoder._positions(encoder.plan(batch))
+
+
+def numbered_encoder(max_scans: int) -> StudyEncoder:
+    """Every position is the number of its scan."""
+    encoder = make_encoder("scan+study", max_scans=max_scans, grid=(1, 1, 1))
     with torch.no_grad():
         encoder.spatial_posemb.zero_()
-        encoder.sequential_posemb.copy_(torch.arange(4.0)[None, :, None].expand(1, 4, 48))
-    batch = hlip.pack([random_study([(4, 8, 8)] * 4), random_study([(4, 8, 8)] * 3)], (4, 8, 8))
+        encoder.sequential_posemb.copy_(torch.arange(max_scans)[None, :, None].expand(1, max_scans, 48))
+    return encoder
+
+
+@pytest.mark.parametrize("scan_dropout", [0.0, 0.5])
+def test_training_draws_positions_of_scans_without_replacement(scan_dropout: float) -> None:
+    encoder = numbered_encoder(max_scans=4).train()
+    encoder.config = replace(encoder.config, scan_dropout=scan_dropout)
+    sizes = (4, 3) if scan_dropout == 0 else (8, 7)  # the scans that are left must fit, not those there were
+    batch = hlip.pack([random_study([(4, 8, 8)] * n) for n in sizes], (4, 8, 8))
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        drawn = encoder._positions(batch)[:, 0].tolist()
+        drawn = positions(encoder, batch)[:, 0].tolist()
         assert sorted(drawn[:4]) == [0, 1, 2, 3]
         assert len(set(drawn[4:])) == 3
         seen.add(tuple(drawn))
     assert len(seen) > 10
-    encoder.eval()
-    assert encoder._positions(batch)[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+
+
+def test_evaluation_takes_the_first_positions_in_order_and_interpolates_beyond_them() -> None:
+    encoder = numbered_encoder(max_scans=4)
+    batch = hlip.pack([random_study([(4, 8, 8)] * n) for n in (4, 3)], (4, 8, 8))
+    assert positions(encoder, batch)[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert positions(encoder, batch.select(torch.tensor([1, 3, 4])))[:, 0].tolist() == [1, 3, 0]
+    longer = hlip.pack([random_study([(4, 8, 8)] * n) for n in (7, 3)], (4, 8, 8))
+    expected = F.interpolate(torch.arange(4.0)[None, None], 7, mode="linear", align_corners=False)[0, 0]
+    for training in (False, True):
+        torch.testing.assert_close(positions(encoder.train(training), longer)[:7, 0], expected)
+    assert positions(encoder.eval(), longer)[7:, 0].tolist() == [0, 1, 2]
 
 
 def test_positions_of_mixed_grids_are_resampled_per_scan() -> None:
-    encoder = make_encoder("scan+study", max_scans=0)
-    batch = hlip.pack([random_study([(8, 16, 16), (4, 16, 24)]), random_study([(12, 8, 8)])], (4, 8, 8))
-    expected = [resample_spatial(encoder.spatial_posemb, g).flatten(0, 2) for g in [(2, 2, 2), (1, 2, 3), (3, 1, 1)]]
-    torch.testing.assert_close(encoder._positions(batch), torch.cat(expected), rtol=0, atol=0)
+    encoder = make_encoder("scan+study", max_scans=0, grid=(3, 4, 5))
+    grids = [(3, 4, 5), (1, 4, 6), (7, 3, 2), (3, 4, 5)]
+    scans = random_study([(4 * d, 8 * h, 8 * w) for d, h, w in grids])
+    table = encoder.spatial_posemb.permute(0, 4, 1, 2, 3)
+    expected = [F.interpolate(table, g, mode="trilinear", align_corners=False)[0].flatten(1).T for g in grids]
+    batch = hlip.pack([scans[:3], scans[3:]], (4, 8, 8))
+    torch.testing.assert_close(positions(encoder, batch), torch.cat(expected))
+    same = hlip.pack([scans[:1], scans[3:]], (4, 8, 8))
+    assert torch.equal(positions(encoder, same), encoder.spatial_posemb.flatten(0, 3).repeat(2, 1))
 
 
 def test_position_tables() -> None:
@@ -203,10 +238,7 @@ def test_level_patterns_are_the_published_ones() -> None:
 
 
 def test_errors_name_what_is_wrong() -> None:
-    encoder = make_encoder("scan+study", max_scans=2)
-    batch = hlip.pack([hlip.Study("patient-7", random_study([(4, 8, 8)] * 3))], (4, 8, 8))
-    with pytest.raises(ValueError, match="patient-7: 3 scans, but the model has positions for 2"):
-        encoder(batch)
+    encoder = make_encoder("scan+study")
     with pytest.raises(ValueError, match="patches of"):
         encoder(hlip.pack([random_study([(8, 8, 8)])], (8, 8, 8)))
     with pytest.raises(ValueError, match="num_prefix"):
@@ -229,7 +261,7 @@ def test_residual_stream_and_embedding_stay_in_fp32_under_autocast() -> None:
     encoder = make_encoder("slice+scan+study")
     seen: list[torch.dtype] = []
     for block in encoder.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].x.dtype))
     batch = hlip.pack([random_study([(8, 16, 16)] * 3)], (4, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         mixed = encoder(batch)

@@ -113,17 +113,16 @@ def test_mixed_devices_are_refused(fake_cuda: Call) -> None:
         fake_cuda(attention_with_the_layout_left_behind)
 
 
-def moved_batch() -> tuple[Facts, Facts, torch.device]:
+def moved_batch() -> tuple[Facts, torch.device]:
     batch = hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)], 1)], (4, 8, 8))
     with fake_mode():
         moved = batch.to("cuda")
-        return facts(moved.patches), facts(moved.positions), moved.layout.device
+        return facts(moved.patches), moved.layout.device
 
 
 def test_batch(fake_cuda: Call) -> None:
-    patches, positions, device = fake_cuda(moved_batch)
+    patches, device = fake_cuda(moved_batch)
     assert patches == ((30, 256), torch.uint8, CUDA)
-    assert positions == ((30, 2), torch.int32, CUDA)
     assert device == CUDA
 
 

@@ -35,7 +35,7 @@ class PackedBatch:
     """Studies side by side in one token stream, without padding.
 
     patches: (T, V) uint8 - voxels of each patch, ordered study, scan, slice, row, column.
-    positions: (T, 2) int32 - the scan's place in its study, and the patch's place in its scan's grid.
+    positions: (T, 2) int32, always on the host - the scan's place in its study, the patch's place in its scan's grid.
     layout: where slices, scans and studies begin and end.
     uids, texts: one per study; an absent report is an empty string.
     """
@@ -51,22 +51,18 @@ class PackedBatch:
         return self.layout.num_studies
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return replace(
-            self,
-            patches=self.patches.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            layout=self.layout.to(device),
-        )
+        return replace(self, patches=self.patches.to(device, non_blocking=True), layout=self.layout.to(device))
 
     def pin_memory(self) -> PackedBatch:
-        return replace(self, patches=self.patches.pin_memory(), positions=self.positions.pin_memory())
+        return replace(self, patches=self.patches.pin_memory())
 
     def select(self, keep: Tensor) -> PackedBatch:
         """The batch with only the rows `keep`: (n) increasing int64 or (T) bool, on the host."""
         rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
         layout = self.layout.select(keep)
+        positions = self.positions[rows]
         rows = rows.to(self.patches.device, non_blocking=True)
-        return replace(self, patches=self.patches[rows], positions=self.positions[rows], layout=layout)
+        return replace(self, patches=self.patches[rows], positions=positions, layout=layout)
 
 
 def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> PackedBatch:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..data.batch import PackedBatch
 from .config import ModelConfig, preset
+from .plan import TokenBatch
 from .text import TextTower
 from .vit import StudyEncoder
 
@@ -38,7 +39,7 @@ class VisualTower(nn.Module):
         self.trunk = StudyEncoder(config.vision)
         self.head = VisualHead(config.vision.width, config.embed_dim)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch | TokenBatch) -> Tensor:
         return self.head(self.trunk(batch))
 
 
@@ -62,7 +63,7 @@ class HLIPModel(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
-    def encode_image(self, batch: PackedBatch) -> Tensor:
+    def encode_image(self, batch: PackedBatch | TokenBatch) -> Tensor:
         """Embeddings of the batch's studies: (B, E), of unit length."""
         return F.normalize(self.visual(batch.to(self.device)).float(), dim=-1)
 

@@ -6,15 +6,20 @@ The token stream is (G * P + T, C), prefix rows first. Parameter names are those
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, regroup_prefix
+from torch.utils.checkpoint import checkpoint
 
-from ..data.batch import PackedBatch, patch_dropout, scan_dropout
+from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, add_regroup_norm, regroup_prefix
+
+from ..data.batch import PackedBatch
 from .config import VisionConfig
+from .plan import TokenBatch, plan
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
@@ -47,8 +52,25 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Stream(NamedTuple):
+    """The token stream between two blocks, at the level of the block before.
+
+    x: (G * P + T, C) - the residual.
+    update: (G * P + T, C) - what the block before adds to it; None before the first block.
+    path_scale: (G) - the factor of each group's update; None for 1.
+    """
+
+    x: Tensor
+    update: Tensor | None
+    path_scale: Tensor | None
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block that attends within the groups of one level."""
+    """Pre-norm transformer block that attends within the groups of one level.
+
+    Its last update is left for the next block to add, because adding, changing the level and normalising are one
+    pass over the stream.
+    """
 
     def __init__(self, config: VisionConfig, drop_path: float) -> None:
         super().__init__()
@@ -58,19 +80,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
 
-    def forward(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor:
-        x = x + self._drop(self.attn(self.norm1(x), layout, level), layout, level)
-        return x + self._drop(self.mlp(self.norm2(x)), layout, level)
+    def forward(self, stream: Stream, layout: StudyLayout, previous: Level, level: Level) -> Stream:
+        x, y = self._norm(stream, layout, previous, level, self.norm1)
+        stream = Stream(x, self.attn(y, layout, level), self._path_scale(x, layout, level))
+        x, y = self._norm(stream, layout, level, level, self.norm2)
+        return Stream(x, self.mlp(y), self._path_scale(x, layout, level))
 
-    def _drop(self, update: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+    def _norm(
+        self, stream: Stream, layout: StudyLayout, src: Level, dst: Level, norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        """Add the pending update and go to level `dst`: the residual, and its normalised rows."""
+        x, update, path_scale = stream
+        if update is None:
+            return x, norm(x)
+        backend = "triton" if self.attn.backend == "triton" else "auto"
+        return add_regroup_norm(
+            x, update, layout, src, dst, norm.weight, norm.bias, norm.eps, path_scale=path_scale, backend=backend
+        )
+
+    def _path_scale(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor | None:
         """Stochastic depth: a group's rows keep their update, scaled, or lose it, together."""
         if not self.training or self.drop_path == 0:
-            return update
+            return None
         keep = 1 - self.drop_path
-        scale = torch.empty(layout.num_groups(level), device=update.device).bernoulli_(keep).div_(keep)
-        prefix = scale.repeat_interleave(layout.num_prefix)
-        patches = scale.repeat_interleave(layout.cu_seqlens(level).diff(), output_size=layout.num_tokens)
-        return update * torch.cat([prefix, patches])[:, None].to(update.dtype)
+        return (torch.rand(layout.num_groups(level), device=x.device) < keep).float() / keep
 
 
 class StudyEncoder(nn.Module):
@@ -93,6 +126,7 @@ class StudyEncoder(nn.Module):
         rates = np.linspace(0, config.drop_path, len(config.levels))
         self.blocks = nn.ModuleList(Block(config, float(rate)) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.grad_checkpointing = False
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -105,74 +139,53 @@ class StudyEncoder(nn.Module):
         for name, token in self.named_parameters(recurse=False):
             nn.init.trunc_normal_(token, std=1e-6 if name == "cls_token" else std)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the stream between blocks for backward, and run each block again there."""
+        self.grad_checkpointing = enable
+
+    def plan(self, batch: PackedBatch) -> TokenBatch:
+        """The host's part of forward: dropout (in training) and positions. See `hlip.model.plan.plan`."""
+        return plan(batch, self.config, self.training)
+
+    def forward(self, batch: PackedBatch | TokenBatch) -> Tensor:
         """Returns (B, P, C): the normalised prefix rows of every study.
 
+        Given what `plan` returns, it touches tensors only: `torch.compile(encoder, fullgraph=True, dynamic=True)`.
+
         Raises:
-            ValueError: patches of another size, or a study with more scans than there are positions.
+            ValueError: patches of another size.
         """
-        config = self.config
-        if tuple(batch.patch_size) != tuple(config.patch_size):
-            raise ValueError(f"the model reads patches of {config.patch_size} voxels, the batch has {batch.patch_size}")
-        if config.max_scans:
-            for uid, scans in zip(batch.uids, batch.layout.grids, strict=True):
-                if len(scans) > config.max_scans:
-                    raise ValueError(f"{uid}: {len(scans)} scans, but the model has positions for {config.max_scans}")
-        if self.training:
-            batch = self._dropout(batch)
-        layout = batch.layout.with_num_prefix(config.num_prefix)
-        x = self.patch_embed(batch.patches) + self._positions(batch)  # fp32 under autocast, as the residual stays
-
-        level = config.levels[0]
-        tokens = self.cls_token if config.num_prefix == 1 else torch.cat([self.cls_token, self.reg_token], dim=1)
-        prefix = tokens[0].repeat(layout.num_groups(level), 1)
-        x = torch.cat([prefix.to(x.dtype), x])
-        for block, next_level in zip(self.blocks, config.levels, strict=True):
-            x = _change_level(x, layout, level, next_level)
+        tokens = self.plan(batch) if isinstance(batch, PackedBatch) else batch
+        layout, level = tokens.layout, self.config.levels[0]
+        patches = self.patch_embed(tokens.patches) + self._positions(tokens)  # fp32 under autocast
+        own = self.cls_token if self.config.num_prefix == 1 else torch.cat([self.cls_token, self.reg_token], dim=1)
+        prefix = own[0].repeat(layout.num_groups(level), 1)
+        stream = Stream(torch.cat([prefix.to(patches.dtype), patches]), None, None)
+        for block, next_level in zip(self.blocks, self.config.levels, strict=True):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                stream = checkpoint(block, stream, layout, level, next_level, use_reentrant=False)
+            else:
+                stream = block(stream, layout, level, next_level)
             level = next_level
-            x = block(x, layout, level)
-        prefix = regroup_prefix(x[: layout.num_groups(level) * layout.num_prefix], layout, level, "study")
-        return self.norm(prefix).unflatten(0, (layout.num_studies, layout.num_prefix))
+        return self._studies(stream, layout, level).unflatten(0, (layout.num_studies, layout.num_prefix))
 
-    def _dropout(self, batch: PackedBatch) -> PackedBatch:
-        if self.config.scan_dropout:
-            batch = batch.select(scan_dropout(batch.layout, self.config.scan_dropout))
-        if self.config.patch_dropout:
-            batch = batch.select(patch_dropout(batch.layout, self.config.patch_dropout, self.config.levels[0]))
-        return batch
+    def _studies(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
+        """(B * P, C): what the last block leaves, of the prefix rows alone, at the level of the study, normalised."""
+        rows = layout.num_groups(level) * layout.num_prefix
+        x, update, path_scale = stream
+        assert update is not None
+        prefix = update[:rows]
+        if path_scale is not None:
+            prefix = prefix * path_scale.repeat_interleave(layout.num_prefix)[:, None]
+        return self.norm(regroup_prefix(x[:rows] + prefix, layout, level, "study"))
 
-    def _positions(self, batch: PackedBatch) -> Tensor:
+    def _positions(self, tokens: TokenBatch) -> Tensor:
         """(T, C): where a patch lies in its scan, plus which scan of the study it belongs to."""
-        layout = batch.layout
-        scan, place = batch.positions.long().unbind(1)
-        scan_grids = [grid for study in layout.grids for grid in study]
-        grids = sorted(set(scan_grids))
-        tables = torch.cat([resample_spatial(self.spatial_posemb, grid).flatten(0, 2) for grid in grids])
-        if len(grids) > 1:
-            first = np.cumsum([0] + [d * h * w for d, h, w in grids[:-1]])
-            offsets = torch.tensor([first[grids.index(grid)] for grid in scan_grids]).to(
-                place.device, non_blocking=True
-            )
-            place = place + offsets.repeat_interleave(layout.cu_seqlens("scan").diff(), output_size=layout.num_tokens)
-        positions = tables[place]
+        tables = self.spatial_posemb.flatten(0, 3)
         if self.config.max_scans:
-            if self.training:  # every study draws its scans' positions without replacement
-                drawn = (
-                    torch.rand(layout.num_studies, self.config.max_scans).argsort(1).to(scan.device, non_blocking=True)
-                )
-                study = torch.arange(layout.num_studies, device=scan.device).repeat_interleave(
-                    layout.cu_seqlens("study").diff(), output_size=layout.num_tokens
-                )
-                scan = drawn[study, scan]
-            positions = positions + self.sequential_posemb[0, scan]
-        return positions
-
-
-def _change_level(x: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Tensor:
-    if src == dst:
-        return x
-    prefix, patches = x.split([x.shape[0] - layout.num_tokens, layout.num_tokens])
-    return torch.cat([regroup_prefix(prefix, layout, src, dst), patches])
+            tables = torch.cat([tables, self.sequential_posemb[0]])
+        weights = tokens.weights.to(tables.dtype)
+        return F.embedding_bag(tokens.places, tables, mode="sum", per_sample_weights=weights)
 
 
 def sincos(places: np.ndarray, width: int) -> Tensor:
@@ -193,12 +206,3 @@ def spatial_table(kind: str, grid: Grid, width: int) -> Tensor:
     plane = [sincos(w, half)[None], sincos(h, half)[:, None]]
     in_plane = torch.cat([part.expand(*grid[1:], half) for part in plane], dim=-1)
     return in_plane + sincos(d, width)[:, None, None]
-
-
-def resample_spatial(table: Tensor, grid: Grid) -> Tensor:
-    """(1, d, h, w, C) to the (d, h, w, C) of another grid, trilinearly."""
-    if tuple(table.shape[1:4]) == tuple(grid):
-        return table[0]
-    return F.interpolate(table.permute(0, 4, 1, 2, 3), grid, mode="trilinear", align_corners=False)[0].permute(
-        1, 2, 3, 0
-    )

@@ -64,9 +64,7 @@ def norm_forward(
     x = residual.new_empty(residual.shape[0] - src + dst, residual.shape[1])
     torch.add(residual[src:], update[src:], out=x[dst:])
     x[:dst] = move_prefix(residual[:src] + update[:src], regroup)
-    y, mean, rstd = torch.native_layer_norm(
-        x, x.shape[1:], _parameter(weight, x), _parameter(bias, x), eps
-    )
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[1:], _parameter(weight, x), _parameter(bias, x), eps)
     return x, y.to(update.dtype), mean.view(-1), rstd.view(-1)
 
 

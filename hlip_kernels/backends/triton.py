@@ -14,7 +14,6 @@ from .groups import Groups, Regroup
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     reasons = norm_not_supported_reasons(device, dtype)
     if head_dim not in BLOCK_D:

@@ -144,9 +144,7 @@ def prefix_forward(
         for at in range(begin, end, SUB):
             child = (at + tl.arange(0, SUB)).to(tl.int64)
             b_clones = tl.broadcast_to(b_x, [SUB, BLOCK_C])
-            _write_normalised(
-                b_clones, X, Y, Mean, Rstd, child * P + place, child < end, b_w, b_b, o_c, m_c, eps, C
-            )
+            _write_normalised(b_clones, X, Y, Mean, Rstd, child * P + place, child < end, b_w, b_b, o_c, m_c, eps, C)
 
 
 @triton.jit
