@@ -17,6 +17,8 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML",
         "SimpleITK>=2.3",
+        "monai>=1.4",
+        "einops>=0.6",  # MONAI's ViT needs it and does not ask for it
         "triton; platform_system == 'Linux'",
     ],
 }

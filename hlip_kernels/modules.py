@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .functional import hier_attention
@@ -11,33 +12,47 @@ from .layout import Level, StudyLayout
 class HierarchicalAttention(nn.Module):
     """Multi-head self-attention over the groups of a packed batch.
 
-    Parameter names and shapes are those of a ViT block's attention in timm (`qkv`, `proj`), so its
-    weights load unchanged.
+    Parameter names and shapes are those of a ViT block's attention in timm (`qkv`, `q_norm`, `k_norm`, `proj`),
+    so its weights load unchanged.
 
     Args:
         dim: width C; a multiple of `num_heads`.
         num_heads: H.
         qkv_bias, proj_bias: whether the two projections have a bias.
         backend: see `hier_attention`.
+        qk_norm: whether each head's queries and keys pass a LayerNorm (with the epsilon of timm's ViTs).
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 8, qkv_bias: bool = True, proj_bias: bool = True, backend: str = "auto"
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        backend: str = "auto",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_heads = num_heads
         self.backend = backend
+        self.qk_norm = qk_norm
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor:
         """x: (G * P + T, C), prefix rows first (see `hier_attention`). Returns the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if self.qk_norm:
+            # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
         return self.proj(hier_attention(qkv, layout, level, backend=self.backend).flatten(1))
 
     def extra_repr(self) -> str:
