@@ -108,8 +108,8 @@ def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Te
     *_, cu_seqlens, _tiles, _children, num_prefix, dst_groups, _eps, _backend = rest
     rows = residual.shape[0] + (dst_groups - (cu_seqlens.shape[0] - 1)) * num_prefix
     x = residual.new_empty(rows, residual.shape[1])
-    statistics = [residual.new_empty(rows, dtype=wide_dtype(residual.dtype)) for _ in range(2)]
-    return x, x.new_empty(x.shape, dtype=update.dtype), *statistics
+    mean, rstd = (residual.new_empty(rows, dtype=wide_dtype(residual.dtype)) for _ in range(2))
+    return x, x.new_empty(x.shape, dtype=update.dtype), mean, rstd
 
 
 def _norm_backward(

@@ -64,10 +64,10 @@ def plan(batch: PackedBatch, config: VisionConfig, training: bool) -> TokenBatch
     scan, place = batch.positions.numpy().T
     columns = [_spatial(place, layout, config.grid)]
     if config.max_scans:
-        rows, weights = _sequential(scan, layout, config.max_scans, training)
-        columns.append((rows + int(np.prod(config.grid)), weights))
+        numbers, factors = _sequential(scan, layout, config.max_scans, training)
+        columns.append((numbers + int(np.prod(config.grid)), factors))
     places = torch.from_numpy(np.concatenate([rows for rows, _ in columns], axis=1).astype(np.int32))
-    weights = torch.from_numpy(np.concatenate([weights for _, weights in columns], axis=1).astype(np.float32))
+    weights = torch.from_numpy(np.concatenate([factors for _, factors in columns], axis=1).astype(np.float32))
     tokens = TokenBatch(batch.patches, places, weights, layout.with_num_prefix(config.num_prefix))
     return tokens.to(batch.patches.device)
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from torch.utils.checkpoint import checkpoint
 
 from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, add_regroup_norm, regroup_prefix
