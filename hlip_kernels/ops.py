@@ -75,13 +75,13 @@ def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+    qkv, out, lse, cu_seqlens, *tiles = ctx.saved_tensors  # may be asked for once only, under checkpointing
     grad_qkv = None
     if grad_out is not None:
-        qkv, out, lse, cu_seqlens, *tiles = ctx.saved_tensors
         grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(
             grad_out, qkv, out, lse, cu_seqlens, tiles, *ctx.settings
         )
-    return grad_qkv, None, [None] * (len(ctx.saved_tensors) - 4), *[None] * 4
+    return grad_qkv, None, [None] * len(tiles), *[None] * 4
 
 
 # Residual add, regroup, LayerNorm: x is (R of dst, C), the new residual; y the same, normalised; mean and rstd (R).

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hlip
 from conftest import random_study, tiny_vision
@@ -291,3 +296,103 @@ def test_batch_moves_and_selects_consistently() -> None:
     first_scan = batch.select(torch.arange(8))
     expected = encoder(hlip.pack([random_study([(8, 16, 16)] * 2)[:1]], (4, 8, 8)))
     torch.testing.assert_close(encoder(first_scan), expected, rtol=0, atol=0)
+
+
+class BigOps(TorchDispatchMode):
+    """Counts the ops, views apart, that read or write a tensor of at least so many elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.seen = size, Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if not func.is_view and any(x.numel() >= self.size for x in tensors):
+            self.seen[str(func)] += 1
+        return out
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_a_change_of_level_takes_no_pass_over_the_stream(drop_path: float) -> None:
+    """As many ops over (T, C) with every level in turn as with one level throughout, and no others than the layers'."""
+    batch = hlip.pack([random_study([(8, 16, 16)] * n) for n in (20, 15, 5)], (4, 8, 8))
+    forwards, backwards = [], []
+    for levels in (("study",) * 6, ("slice", "scan", "study", "slice", "study", "study")):
+        encoder = make_encoder("study", levels=levels, drop_path=drop_path).train()
+        tokens = encoder.plan(batch)
+        with BigOps(batch.layout.num_tokens * 48) as forward:
+            out = encoder(tokens)
+        with BigOps(batch.layout.num_tokens * 48) as backward:
+            out.sum().backward()
+        forwards.append(forward.seen)
+        backwards.append(backward.seen)
+    assert forwards[0] == forwards[1]
+    assert backwards[0] == backwards[1]
+    del forwards[0]["aten.sub.Tensor"], forwards[0]["aten._to_copy.default"]  # pixels, before there is a stream
+    assert forwards[0] == {
+        "aten.addmm.default": 1 + 4 * 6,
+        "aten._embedding_bag_forward_only.default": 1,
+        "aten.add.Tensor": 1,  # of positions
+        "aten.cat.default": 1,  # the first prefix rows
+        "aten.native_layer_norm.default": 1,
+        "hlip_kernels.hier_attention.default": 6,
+        "hlip_kernels.add_regroup_norm.default": 2 * 6 - 1,
+        "aten.gelu.default": 6,
+    }
+    assert backwards[0]["hlip_kernels.add_regroup_norm_backward.default"] == 2 * 6 - 1
+    assert not {name for name in backwards[0] if "cat" in name or "index" in name}
+
+
+MIXES = [
+    [[(8, 16, 16)] * 3, [(4, 16, 24)] * 2, [(8, 16, 16)]],
+    [[(8, 16, 16)] * 5, [(4, 16, 24)]],
+    [[(8, 16, 16)] * 2] * 4,
+    [[(12, 16, 16)], [(12, 16, 16)]],
+    [[(8, 16, 16)] * 45, [(4, 8, 8)]],
+    [[(4, 8, 8)]] * 9,
+]
+
+
+def test_compiles_as_one_graph_for_all_mixes_of_studies() -> None:
+    encoder = make_encoder("slice+scan+study", num_prefix=2, drop_path=0.2, patch_dropout=0.2).train()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed, mix in enumerate(MIXES):
+        batch = hlip.pack([random_study(sizes, seed) for sizes in mix], (4, 8, 8))
+        torch.manual_seed(seed)
+        tokens = encoder.plan(batch)
+        results = []
+        for run in (compiled, encoder):
+            torch.manual_seed(seed)
+            out = run(tokens)
+            encoder.zero_grad()
+            out.square().sum().backward()
+            results.append([out.detach(), *[p.grad.clone() for p in encoder.parameters()]])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing() -> None:
+    encoder = make_encoder("slice+scan+study", num_prefix=2, drop_path=0.3).train()
+    tokens = encoder.plan(hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)])], (4, 8, 8)))
+    results, kept = [], []
+    for enable in (False, True):
+        encoder.set_grad_checkpointing(enable)
+        sizes: dict[int, int] = {}
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = encoder(tokens)
+        kept.append(sum(sizes.values()))
+        encoder.zero_grad()
+        out.square().sum().backward()
+        results.append([out.detach(), *[p.grad.clone() for p in encoder.parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.4 * kept[0]

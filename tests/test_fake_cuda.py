@@ -12,12 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hlip
-from conftest import random_study
+from conftest import random_study, tiny_vision
 from fake_cuda import fake_mode
-from hlip_kernels import Level, StudyLayout, hier_attention
+from hlip.model.clip import clip_loss
+from hlip.model.plan import TokenBatch
+from hlip.model.vit import StudyEncoder
+from hlip_kernels import Level, StudyLayout, add_regroup_norm, hier_attention
 
 HEADS, HEAD_DIM, NUM_PREFIX = 2, 32, 2
 GRIDS = [[(2, 5, 7), (1, 9, 9)], [(3, 4, 4)]]
@@ -124,6 +128,72 @@ def test_batch(fake_cuda: Call) -> None:
     patches, device = fake_cuda(moved_batch)
     assert patches == ((30, 256), torch.uint8, CUDA)
     assert device == CUDA
+
+
+def make_encoder() -> tuple[StudyEncoder, TokenBatch]:
+    encoder = StudyEncoder(tiny_vision("slice+scan+study", num_prefix=2, drop_path=0.2, patch_dropout=0.2)).train()
+    batch = hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)], 1)], (4, 8, 8))
+    return encoder, encoder.plan(batch)
+
+
+def encoder_and_loss(dtype: torch.dtype) -> tuple[Facts, Facts, list[str]]:
+    encoder, tokens = make_encoder()
+    with fake_mode(), SeenBackends() as seen:
+        out = encoder.to("cuda", dtype)(tokens.to("cuda"))
+        embedding = F.normalize(out[:, 0].float(), dim=-1)
+        loss = clip_loss(embedding, embedding.roll(1, 0), torch.tensor(2.0, device="cuda").exp())
+        return facts(out), facts(loss), seen.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_encoder_and_loss(fake_cuda: Call, dtype: torch.dtype) -> None:
+    out, loss, backends = fake_cuda(encoder_and_loss, dtype)
+    assert out == ((2, 2, 48), dtype, CUDA)
+    assert loss == ((), torch.float32, CUDA)
+    assert backends == ["triton"] * (6 + 2 * 6 - 1)
+
+
+def norm_backward(residual: torch.dtype, update: torch.dtype) -> list[Facts]:
+    layout, width = make_layout(), 48
+    with fake_mode():
+        moved = layout.to("cuda")
+        x = torch.empty(num_rows("slice"), width, dtype=residual, device="cuda")
+        weight = torch.empty(width, device="cuda")
+        regroup = moved.cu_seqlens("slice"), moved.tiles("slice")[0], moved.children("slice", "study"), NUM_PREFIX, 2
+        scale = torch.empty(layout.num_groups("slice"), device="cuda")
+        ops = torch.ops.hlip_kernels
+        outs = ops.add_regroup_norm(x, x.to(update), scale, None, weight, weight, *regroup, 1e-6, "triton")
+        x, y, *statistics = outs
+        grads = ops.add_regroup_norm_backward(
+            x, y, x, *statistics, None, scale, None, weight, *regroup, "triton"
+        )  # fmt: skip
+        return [facts(out) for out in (*outs, *grads)]
+
+
+@pytest.mark.parametrize("update", [torch.float32, torch.bfloat16])
+def test_norm_and_its_backward(fake_cuda: Call, update: torch.dtype) -> None:
+    single, before, after = torch.float32, num_rows("slice"), num_rows("study")
+    expected = [((after, 48), single), ((after, 48), update), ((after,), single), ((after,), single)]
+    expected += [((before, 48), single), ((before, 48), update), ((0,), single), ((48,), single), ((48,), single)]
+    assert fake_cuda(norm_backward, single, update) == [(*fact, CUDA) for fact in expected]
+
+
+def layout_on_the_wrong_device(name: str) -> None:
+    layout = make_layout()
+    with fake_mode():
+        on_card = torch.empty(num_rows("slice"), 48, device="cuda")
+        weight = torch.empty(48, device="cuda")
+        moved = layout if name == "layout" else layout.to("cuda")
+        given = {"residual": on_card, "update": on_card, "weight": weight, "bias": weight}
+        if name != "layout":
+            given[name] = torch.empty(given[name].shape)
+        add_regroup_norm(**given, layout=moved, src="slice", dst="scan")
+
+
+@pytest.mark.parametrize("name", ["layout", "residual", "update", "weight", "bias"])
+def test_the_norm_refuses_mixed_devices(fake_cuda: Call, name: str) -> None:
+    with pytest.raises(ValueError, match="cpu"):
+        fake_cuda(layout_on_the_wrong_device, name)
 
 
 def parameters_and_copies() -> tuple[list[Facts], Facts, Facts]:

@@ -12,16 +12,17 @@ import torch
 
 from conftest import plain_groups
 from hlip_kernels import Level, StudyLayout
-from hlip_kernels.backends.groups import Groups
+from hlip_kernels.backends.groups import Groups, Regroup
 from hlip_kernels.configs import attention_config
 
 triton = pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
-from hlip_kernels.backends import triton_attention  # noqa: E402
+from hlip_kernels.backends import triton_attention, triton_norm  # noqa: E402
 
 HEADS = 2
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+NORM_KERNELS = ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")
 
 
 class Traffic:
@@ -58,10 +59,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
         return store(self, pointers, value, mask, *rest)
 
     class Launch:
-        def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(triton_attention, name)
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
 
-        def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
             def run(*args: Any, **constants: Any) -> None:
                 traffic.kernel = self.name
                 tensors = [x for x in args if isinstance(x, torch.Tensor)]
@@ -73,8 +74,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
     with monkeypatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
         patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
-        for name in KERNELS:
-            patch.setattr(triton_attention, name, Launch(name))
+        for module, names in ((triton_attention, KERNELS), (triton_norm, NORM_KERNELS)):
+            for name in names:
+                patch.setattr(module, name, Launch(name, getattr(module, name)))
         yield traffic
 
 
@@ -191,3 +193,35 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = tensors["qkv"].reshape(-1, 3, HEADS * head_dim)[:, 1:].ravel().astype(np.uint64)
     assert np.isin(keys, forward).all()
     assert int(forward.max() - np.uint64(qkv.data_ptr())) > 2**31
+
+
+@pytest.mark.parametrize("update_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("src", "dst"), [("scan", "scan"), ("slice", "scan"), ("slice", "study"), ("study", "slice"), ("study", "scan")]
+)
+def test_add_regroup_norm_reads_and_writes_every_row_once(
+    src: Level, dst: Level, update_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward: residual and update of each row of src, the two results of each row of dst, and what each program
+    reads beside: 16 bytes of bounds (prefix programs 8), weight and bias. Backward alike."""
+    width, num_prefix = 24, 3
+    layout = StudyLayout.from_grids([[(2, 5, 7), (3, 4, 4)], [(1, 6, 6)]], num_prefix)
+    rows = {level: layout.num_groups(level) * num_prefix + layout.num_tokens for level in (src, dst)}
+    children = None if src == dst else layout.children(*sorted((src, dst), key=("slice", "scan", "study").index))
+    regroup = Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, num_prefix, layout.num_groups(dst))
+    residual, weight = torch.randn(rows[src], width), torch.randn(width)
+    update = torch.randn(rows[src], width).to(update_dtype)
+    tiles = len(regroup.tiles)
+    families = 0 if children is None else (len(children) - 1) * num_prefix
+    row, update_row = 4 * width, update_dtype.itemsize * width
+    bounds = 16 * tiles + 8 * families
+    with watched(monkeypatch) as traffic:
+        x, y, mean, rstd = triton_norm.forward(residual, update, None, None, weight, weight, regroup, 1e-6)
+        assert traffic.loaded == rows[src] * (row + update_row) + bounds + (tiles + families) * 2 * row
+        assert traffic.stored == rows[dst] * (row + update_row + 8)
+        traffic.loaded = traffic.stored = 0
+        grads = torch.ones_like(x), torch.ones_like(y)
+        triton_norm.backward(*grads, x, mean, rstd, None, None, None, weight, regroup)
+    assert traffic.loaded == rows[dst] * (2 * row + update_row + 8) + bounds + (tiles + families) * row
+    separate = update_row if update_dtype != residual.dtype else 0  # one gradient serves as both where it can
+    assert traffic.stored == rows[src] * (row + separate) + (tiles + families) * 2 * row

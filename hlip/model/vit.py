@@ -176,7 +176,7 @@ class StudyEncoder(nn.Module):
         prefix = update[:rows]
         if path_scale is not None:
             prefix = prefix * path_scale.repeat_interleave(layout.num_prefix)[:, None]
-        return self.norm(regroup_prefix(x[:rows] + prefix, layout, level, "study"))
+        return self.norm(regroup_prefix((x[:rows] + prefix).to(x.dtype), layout, level, "study"))
 
     def _positions(self, tokens: TokenBatch) -> Tensor:
         """(T, C): where a patch lies in its scan, plus which scan of the study it belongs to."""

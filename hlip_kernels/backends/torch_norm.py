@@ -56,6 +56,7 @@ def norm_forward(
     regroup: Regroup,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = update.dtype
     if layer_scale is not None:
         update = update * layer_scale
     if path_scale is not None:
@@ -65,7 +66,7 @@ def norm_forward(
     torch.add(residual[src:], update[src:], out=x[dst:])
     x[:dst] = move_prefix(residual[:src] + update[:src], regroup)
     y, mean, rstd = torch.native_layer_norm(x, x.shape[1:], _parameter(weight, x), _parameter(bias, x), eps)
-    return x, y.to(update.dtype), mean.view(-1), rstd.view(-1)
+    return x, y.to(dtype), mean.view(-1), rstd.view(-1)
 
 
 def norm_backward(

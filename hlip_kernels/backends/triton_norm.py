@@ -346,13 +346,13 @@ def backward(
             *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix,
             SAME=regroup.children is None, ROWS=ROWS, **constants,
         )  # fmt: skip
-    sums = partials.sum(0)
+    grad_weight, grad_bias, *grad_layer_scale = (x.to(weight.dtype, copy=True) for x in partials.sum(0))
     return (
         grad_residual,
         grad_y.new_empty(0) if grad_update is None else grad_update,
-        weight.new_empty(0) if layer_scale is None else sums[2].to(layer_scale.dtype),
-        sums[0].to(weight.dtype, copy=True),
-        sums[1].to(weight.dtype, copy=True),
+        weight.new_empty(0) if layer_scale is None else grad_layer_scale[0].to(layer_scale.dtype),
+        grad_weight,
+        grad_bias,
     )
 
 

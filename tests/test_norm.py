@@ -1,0 +1,292 @@
+"""Residual add, regroup and LayerNorm in one op, against the formula written out in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from conftest import token_labels
+from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
+from hlip_kernels.backends.groups import Regroup
+from hlip_kernels.layout import LEVELS
+
+forward_op = torch.ops.hlip_kernels.add_regroup_norm.default
+backward_op = torch.ops.hlip_kernels.add_regroup_norm_backward.default
+
+RAGGED: list[list[Grid]] = [[(2, 3, 3), (3, 2, 7)], [(1, 2, 2)], [(2, 3, 4)] * 2]
+DEPTH: dict[Level, int] = {"study": 1, "scan": 2, "slice": 3}  # how much of a label names a group
+PAIRS = list(product(LEVELS, LEVELS))
+WIDTH = 24
+SCALES = ["none", "path", "layer", "both"]
+
+
+@pytest.fixture(autouse=True)
+def _fill_new_memory_with_nan() -> object:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def names_of(grids: list[list[Grid]], level: Level) -> list[tuple[int, ...]]:
+    """The groups of a level in order, each by its label."""
+    return sorted({label[: DEPTH[level]] for label in token_labels(grids)})
+
+
+def formula(
+    inputs: dict[str, Tensor], grids: list[list[Grid]], num_prefix: int, src: Level, dst: Level
+) -> list[Tensor]:
+    """The residual and the normalised rows, one row at a time."""
+    before, after = names_of(grids, src), names_of(grids, dst)
+    rows = inputs["residual"], inputs["update"]
+    labels = [label[: DEPTH[src]] for label in token_labels(grids)]
+    groups = [before.index(name) for name in [n for n in before for _ in range(num_prefix)] + labels]
+    update = rows[1] * inputs["layer_scale"] if "layer_scale" in inputs else rows[1]
+    if "path_scale" in inputs:
+        update = update * inputs["path_scale"][groups][:, None]
+    x = rows[0] + update
+    own = {name: x[i * num_prefix : (i + 1) * num_prefix] for i, name in enumerate(before)}
+    short = min(DEPTH[src], DEPTH[dst])
+    prefix = [torch.stack([own[o] for o in before if o[:short] == name[:short]]).mean(0) for name in after]
+    moved = torch.cat([*prefix, x[len(before) * num_prefix :]])
+    return [moved, F.layer_norm(moved, moved.shape[1:], inputs["weight"], inputs["bias"], 1e-6)]
+
+
+def make_inputs(layout: StudyLayout, src: Level, scales: str, seed: int = 0, width: int = WIDTH) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    groups = layout.num_groups(src)
+    rows = groups * layout.num_prefix + layout.num_tokens
+    inputs = {"residual": draw(rows, width), "update": draw(rows, width), "weight": draw(width), "bias": draw(width)}
+    if scales in ("path", "both"):
+        inputs["path_scale"] = (torch.rand(groups, generator=generator) < 0.6).double() / 0.6
+    if scales in ("layer", "both"):
+        inputs["layer_scale"] = draw(width)
+    return inputs
+
+
+def run(inputs: dict[str, Tensor], layout: StudyLayout, src: Level, dst: Level, backend: str | None,
+        grids: list[list[Grid]], use: str = "xy") -> dict[str, Tensor]:  # fmt: skip
+    """Both results and all gradients; of the formula if no backend is named."""
+    leaves = {name: x.clone().requires_grad_(name != "path_scale") for name, x in inputs.items()}
+    if backend is None:
+        x, y = formula(leaves, grids, layout.num_prefix, src, dst)
+    else:
+        x, y = add_regroup_norm(**leaves, layout=layout, src=src, dst=dst, backend=backend)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    loss = sum((out.double() * w).sum() for out, w, name in zip((x, y), weights, "xy", strict=True) if name in use)
+    wanted = [name for name in leaves if name != "path_scale"]
+    grads = torch.autograd.grad(loss, [leaves[name] for name in wanted], allow_unused=True)
+    results = {"x": x.detach(), "y": y.detach()}
+    return results | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+
+def cast(inputs: dict[str, Tensor], dtype: torch.dtype, update: torch.dtype | None = None) -> dict[str, Tensor]:
+    kinds = {"update": update or dtype, "path_scale": torch.float32}
+    return {name: x.to(kinds.get(name, dtype)) for name, x in inputs.items()}
+
+
+def assert_close_to_oracle(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Error at most 2x (results) or 3x (gradients) that of eager PyTorch, plus one rounding."""
+    assert ours.keys() == eager.keys()
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype
+        errors = [float((x.double() - exact[name]).abs().max()) for x in (value, eager[name])]
+        rounding = torch.finfo(value.dtype).eps * float(exact[name].abs().max())
+        assert errors[0] <= (3 if name.startswith("d") else 2) * errors[1] + rounding, (name, errors, rounding)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("num_prefix", [0, 1, 3])
+@pytest.mark.parametrize(("src", "dst"), PAIRS)
+def test_torch_equals_the_formula(src: Level, dst: Level, num_prefix: int, scales: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix)
+    inputs = make_inputs(layout, src, scales)
+    ours, expected = (run(inputs, layout, src, dst, backend, RAGGED) for backend in ("torch", None))
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, msg=name)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"),
+                                    ("float16", "float16")])  # fmt: skip
+@pytest.mark.parametrize("scales", ["none", "both"])
+@pytest.mark.parametrize(("src", "dst"), PAIRS)
+def test_triton_is_as_exact_as_eager(src: Level, dst: Level, scales: str, dtypes: tuple[str, str]) -> None:
+    layout = StudyLayout.from_grids(RAGGED, 2)
+    dtype, update = (getattr(torch, name) for name in dtypes)
+    inputs = cast(make_inputs(layout, src, scales), dtype, update)
+    exact = {name: x.double() for name, x in inputs.items()}
+    assert_close_to_oracle(
+        run(inputs, layout, src, dst, "triton", RAGGED),
+        run(inputs, layout, src, dst, "torch", RAGGED),
+        run(exact, layout, src, dst, None, RAGGED),
+    )
+
+
+@pytest.mark.parametrize("use", ["x", "y"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("scan", "scan"), ("study", "scan")])
+def test_gradients_through_one_of_the_results(src: Level, dst: Level, backend: str, use: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED, 1)
+    inputs = make_inputs(layout, src, "both")
+    exact = run(inputs, layout, src, dst, None, RAGGED, use)
+    single = cast(inputs, torch.float32)
+    ours, eager = (run(single, layout, src, dst, name, RAGGED, use) for name in (backend, "torch"))
+    if use == "x":  # the norm's parameters took no part
+        assert not ours.pop("dweight").any()
+        assert not ours.pop("dbias").any()
+        del eager["dweight"], eager["dbias"]
+    assert_close_to_oracle(ours, eager, exact)
+
+
+GRIDS = st.lists(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 12)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(GRIDS, st.sampled_from(PAIRS), st.integers(0, 4), st.sampled_from(SCALES), st.integers(1, 40))
+def test_random_layouts(
+    grids: list[list[Grid]], levels: tuple[Level, Level], num_prefix: int, scales: str, width: int
+) -> None:
+    layout = StudyLayout.from_grids(grids, num_prefix)
+    inputs = make_inputs(layout, levels[0], scales, width=max(2, width))
+    exact = run(inputs, layout, *levels, None, grids)
+    single = cast(inputs, torch.float32)
+    ours, eager = (run(single, layout, *levels, backend, grids) for backend in ("triton", "torch"))
+    for name, value in ours.items():  # width 2 makes the variance vanish: compare with the scale of the result
+        scale = float(exact[name].abs().max())
+        error, limit = (float((x[name].double() - exact[name]).abs().max()) for x in (ours, eager))
+        assert error <= 4 * limit + 1e-5 * scale, (name, error, limit)
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("study", "slice"), ("scan", "scan")])
+def test_a_study_alone_is_bitwise_the_study_in_a_batch(src: Level, dst: Level, backend: str) -> None:
+    batch = StudyLayout.from_grids(RAGGED, 2)
+    alone = StudyLayout.from_grids(RAGGED[2:], 2)
+    inputs = cast(make_inputs(batch, src, "path"), torch.float32)
+
+    def last(level: Level) -> Tensor:
+        """The rows of the last study."""
+        groups, own = batch.num_groups(level), alone.num_groups(level)
+        patches = groups * 2 + batch.num_tokens - alone.num_tokens + torch.arange(alone.num_tokens)
+        return torch.cat([torch.arange((groups - own) * 2, groups * 2), patches])
+
+    rows = {"residual": last(src), "update": last(src), "path_scale": torch.arange(batch.num_groups(src))}
+    rows["path_scale"] = rows["path_scale"][-alone.num_groups(src) :]
+    part = {name: x[rows[name]] if name in rows else x for name, x in inputs.items()}
+    together = add_regroup_norm(**inputs, layout=batch, src=src, dst=dst, backend=backend)
+    again = add_regroup_norm(**inputs, layout=batch, src=src, dst=dst, backend=backend)
+    by_itself = add_regroup_norm(**part, layout=alone, src=src, dst=dst, backend=backend)
+    for a, b, c in zip(together, by_itself, again, strict=True):
+        assert torch.equal(a[last(dst)], b)
+        assert torch.equal(a, c)
+
+
+def op_arguments(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
+    children = None if src == dst else layout.children(*sorted((src, dst), key=LEVELS.index))
+    return Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst))
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "update", "scales"),
+    [("slice", "study", torch.bfloat16, "both"), ("scan", "scan", torch.float32, "none"),
+     ("study", "scan", torch.float32, "path")],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend: str, src: Level, dst: Level, update: torch.dtype, scales: str) -> None:
+    layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)], [(1, 1, 2)]], 1)
+    inputs = cast(make_inputs(layout, src, scales), torch.float32, update)
+    names = ("residual", "update", "path_scale", "layer_scale", "weight", "bias")
+    tensors = [inputs[n].requires_grad_(n != "path_scale") if n in inputs else None for n in names]
+    regroup = op_arguments(layout, src, dst)
+    torch.library.opcheck(forward_op, (*tensors, *regroup, 1e-6, backend))
+    with torch.no_grad():
+        x, y, mean, rstd = forward_op(*tensors, *regroup, 1e-6, backend)
+    tensors = [t if t is None else t.detach() for t in tensors]
+    rest = (x, mean, rstd, *tensors[1:5], *regroup, backend)
+    torch.library.opcheck(backward_op, (torch.ones_like(x), torch.ones_like(y), *rest))
+    torch.library.opcheck(backward_op, (None, torch.ones_like(y), *rest))
+
+
+def test_gradcheck() -> None:
+    layout = StudyLayout.from_grids([[(2, 1, 2), (1, 2, 1)]], 1)
+    for src, dst in [("slice", "study"), ("study", "slice"), ("scan", "scan")]:
+        inputs = make_inputs(layout, src, "both", width=4)  # type: ignore[arg-type]
+        leaves = [inputs[n].requires_grad_() for n in ("residual", "update", "weight", "bias", "layer_scale")]
+
+        def call(r: Tensor, u: Tensor, w: Tensor, b: Tensor, s: Tensor, src: Level = src, dst: Level = dst,
+                 path: Tensor = inputs["path_scale"]) -> tuple[Tensor, Tensor]:  # type: ignore[assignment]  # fmt: skip
+            return add_regroup_norm(r, u, layout, src, dst, w, b, 1e-3, path, s)
+
+        assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_a_group_of_nan_leaves_the_others_exact() -> None:
+    layout = StudyLayout.from_grids(RAGGED, 1)
+    inputs = cast(make_inputs(layout, "slice", "none"), torch.float32)
+    spoiled = {name: x.clone() for name, x in inputs.items()}
+    groups = layout.num_groups("slice")
+    rows = [0, 1, *range(groups, groups + 18)]  # the first scan: two slices of nine patches
+    spoiled["update"][rows] = float("nan")
+    for backend in ("torch", "triton"):
+        clean, dirty = (
+            add_regroup_norm(**values, layout=layout, src="slice", dst="scan", backend=backend)
+            for values in (inputs, spoiled)
+        )
+        others = torch.ones(len(clean[0]), dtype=torch.bool)
+        others[[0, *range(layout.num_scans, layout.num_scans + 18)]] = False
+        for a, b in zip(clean, dirty, strict=True):
+            assert torch.equal(a[others], b[others])
+            assert b[~others].isnan().all()
+
+
+def bad(name: str, value: Tensor | None = None, message: str = "") -> object:
+    return pytest.param(name, value, message, id=f"{name}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        bad("residual", torch.zeros(3, WIDTH), "residual: expected 117 rows at level 'scan'"),
+        bad("update", torch.zeros(117, 5), r"of one shape, got \(117, 24\) and \(117, 5\)"),
+        bad("weight", torch.zeros(5), r"weight: expected floating-point \(24,\) on cpu, got torch.float32 \(5,\)"),
+        bad("bias", torch.zeros(24, device="meta"), "bias: expected .* on cpu, got .* on meta"),
+        bad("layer_scale", torch.zeros(24, dtype=torch.int64), "layer_scale: expected floating-point .* torch.int64"),
+        bad("path_scale", torch.zeros(3), r"path_scale: expected floating-point \(5,\)"),
+        bad("src", "patch", "level must be one of slice, scan, study, got 'patch'"),
+        bad("dst", "patch", "level must be one of slice, scan, study, got 'patch'"),
+        bad("backend", "flash", "unknown backend 'flash'; there are triton, torch"),
+    ],
+)
+def test_bad_input(name: str, value: object, message: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED, 1)
+    inputs: dict[str, object] = {**make_inputs(layout, "scan", "both"), "src": "scan", "dst": "study"}
+    inputs[name] = value if value is not None else message.split("'")[1]
+    if name in ("src", "dst"):
+        inputs[name] = "patch"
+    with pytest.raises(ValueError, match=message):
+        add_regroup_norm(layout=layout, **inputs)  # type: ignore[arg-type]
+
+
+def test_layout_on_another_device() -> None:
+    layout = StudyLayout.from_grids(RAGGED, 1)
+    inputs = make_inputs(layout, "scan", "none")
+    with pytest.raises(ValueError, match="residual is on cpu, the layout on meta"):
+        add_regroup_norm(**inputs, layout=layout.to("meta"), src="scan", dst="study")
+    with pytest.raises(ValueError, match="'triton' cannot run here: needs float16"):
+        add_regroup_norm(**inputs, layout=layout, src="scan", dst="study", backend="triton")
