@@ -97,15 +97,16 @@ def add_regroup_norm(
 
     Source: HLIP (arXiv 2505.21862), section 3.1, for the carrying of prefix rows.
     """
-    _check_rows("residual", residual, layout, src)
-    width = residual.shape[-1]
+    check_level(src)
     if residual.dim() != 2 or update.shape != residual.shape:
         raise ValueError(
             f"residual and update: expected two tensors (rows, width) of one shape, got {tuple(residual.shape)} and "
             f"{tuple(update.shape)}"
         )
-    groups = layout.num_groups(src)
+    _check_rows("residual", residual, layout, src)
+    width, groups = residual.shape[1], layout.num_groups(src)
     for name, x, shape in (
+        ("residual", residual, residual.shape),
         ("weight", weight, (width,)),
         ("bias", bias, (width,)),
         ("layer_scale", layer_scale, (width,)),

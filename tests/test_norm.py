@@ -262,7 +262,9 @@ def bad(name: str, value: Tensor | None = None, message: str = "") -> object:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        bad("residual", torch.zeros(3, WIDTH), "residual: expected 117 rows at level 'scan'"),
+        bad("residual", torch.zeros(WIDTH), r"two tensors \(rows, width\) of one shape, got \(24,\)"),
+        bad("residual", torch.zeros(117, WIDTH, dtype=torch.int32), "residual: expected floating-point"),
+        bad("both", torch.zeros(3, WIDTH), "residual: expected 117 rows at level 'scan'"),
         bad("update", torch.zeros(117, 5), r"of one shape, got \(117, 24\) and \(117, 5\)"),
         bad("weight", torch.zeros(5), r"weight: expected floating-point \(24,\) on cpu, got torch.float32 \(5,\)"),
         bad("bias", torch.zeros(24, device="meta"), "bias: expected .* on cpu, got .* on meta"),
@@ -276,9 +278,8 @@ def bad(name: str, value: Tensor | None = None, message: str = "") -> object:
 def test_bad_input(name: str, value: object, message: str) -> None:
     layout = StudyLayout.from_grids(RAGGED, 1)
     inputs: dict[str, object] = {**make_inputs(layout, "scan", "both"), "src": "scan", "dst": "study"}
-    inputs[name] = value if value is not None else message.split("'")[1]
-    if name in ("src", "dst"):
-        inputs[name] = "patch"
+    wrong = {"src": "patch", "dst": "patch", "backend": "flash"}.get(name, value)
+    inputs |= {n: wrong for n in (("residual", "update") if name == "both" else (name,))}
     with pytest.raises(ValueError, match=message):
         add_regroup_norm(layout=layout, **inputs)  # type: ignore[arg-type]
 
