@@ -279,7 +279,7 @@ def test_bad_input(name: str, value: object, message: str) -> None:
     layout = StudyLayout.from_grids(RAGGED, 1)
     inputs: dict[str, object] = {**make_inputs(layout, "scan", "both"), "src": "scan", "dst": "study"}
     wrong = {"src": "patch", "dst": "patch", "backend": "flash"}.get(name, value)
-    inputs |= {n: wrong for n in (("residual", "update") if name == "both" else (name,))}
+    inputs |= dict.fromkeys(("residual", "update") if name == "both" else (name,), wrong)
     with pytest.raises(ValueError, match=message):
         add_regroup_norm(layout=layout, **inputs)  # type: ignore[arg-type]
 

@@ -138,6 +138,27 @@ def test_bytes_of_each_level(level: Level, monkeypatch: pytest.MonkeyPatch) -> N
     assert (traffic.loaded, traffic.stored) == closed_form(groups, 16, 4)["attention_forward"]
 
 
+def addresses_only(monkeypatch: pytest.MonkeyPatch, real: list[torch.Tensor]) -> list[np.ndarray]:
+    """From here on kernels touch no memory but that of `real`; the list returned gets all other addresses."""
+    seen: list[np.ndarray] = []
+    real_load = InterpreterBuilder.create_masked_load
+    ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in real]
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        address = pointers.data.astype(np.uint64)
+        if any(start <= int(address.min()) < end for start, end in ranges):
+            return real_load(self, pointers, mask, *rest)
+        seen.append(address[mask.data.astype(bool)])
+        return TensorHandle(np.zeros(address.shape, dtype=np.float32), pointers.get_element_ty())
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
+        seen.append(pointers.data.astype(np.uint64)[mask.data.astype(bool)])
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
+    return seen
+
+
 def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group that begins two thousand million rows into the stream: the addresses, without the memory."""
     start, length, num_prefix, head_dim = 2_000_000_000, 150, 3, 32
@@ -145,23 +166,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = torch.tensor([start, start + length], dtype=torch.int32)
     statistics = torch.zeros(HEADS, 4)
     tile = torch.tensor([[0, 64]], dtype=torch.int32)
-    seen: dict[str, list[np.ndarray]] = {}
-    real_load = InterpreterBuilder.create_masked_load
-    small = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (bounds, tile)]
-
-    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        address = pointers.data.astype(np.uint64)
-        if any(start <= int(address.min()) < end for start, end in small):
-            return real_load(self, pointers, mask, *rest)
-        seen.setdefault("load", []).append(address[mask.data.astype(bool)])
-        kind = pointers.get_element_ty()
-        return TensorHandle(np.zeros(address.shape, dtype=np.float32), kind)
-
-    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
-        seen.setdefault("store", []).append(pointers.data.astype(np.uint64)[mask.data.astype(bool)])
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
+    seen = addresses_only(monkeypatch, [bounds, tile])
     out, grad = torch.zeros(4, HEADS, head_dim), torch.zeros_like(qkv)
     rows = 4 * np.arange(3 * HEADS * head_dim)  # bytes within one row of qkv
     shared = (bounds, *qkv.stride()[:3], start + length + num_prefix, num_prefix)
@@ -170,7 +175,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(kernel: Any, *args: Any) -> np.ndarray:
         seen.clear()
         kernel[(1, HEADS)](*args, num_prefix, **constants)
-        return np.unique(np.concatenate(seen["load"] + seen["store"]))
+        return np.unique(np.concatenate(seen))
 
     row_bytes, out_bytes = qkv.stride(0) * 4, HEADS * head_dim * 4
     patches = num_prefix + start + np.arange(length, dtype=np.int64)
@@ -193,6 +198,49 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = tensors["qkv"].reshape(-1, 3, HEADS * head_dim)[:, 1:].ravel().astype(np.uint64)
     assert np.isin(keys, forward).all()
     assert int(forward.max() - np.uint64(qkv.data_ptr())) > 2**31
+
+
+def test_offsets_of_the_norm_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, length, num_prefix, width = 2_000_000_000, 40, 3, 16
+    bounds = torch.tensor([start, start + length], dtype=torch.int32)
+    tile = torch.tensor([[0, 0]], dtype=torch.int32)
+    families = torch.tensor([1_000_000_000, 1_000_000_005], dtype=torch.int32)  # a coarse group's run of fine ones
+    seen = addresses_only(monkeypatch, [bounds, tile, families])
+    x, statistics = torch.zeros(4, width), torch.zeros(4)
+    base = x.data_ptr()
+    forward = x, x, None, None, x, x, x, x, statistics, statistics
+    backward = x, x, x, statistics, statistics, None, None, None, x, x, x, x
+    for src_rows, dst_rows in ((num_prefix, num_prefix), (5 * num_prefix, num_prefix)):
+        constants = {"SAME": src_rows == dst_rows, "C": width, "BLOCK_C": 16, "ROWS": 64, "SUB": 2}
+        patches = start + np.arange(length, dtype=np.int64)
+        rows = [np.arange(num_prefix), src_rows + patches, dst_rows + patches]  # the prefix, or weight and bias
+        legal = [base + (np.concatenate(rows)[:, None] * width + np.arange(width)) * 4]
+        legal += [statistics.data_ptr() + np.concatenate(rows) * 4]
+        legal = np.unique(np.concatenate([a.ravel() for a in legal])).astype(np.uint64)
+        for kernel, tensors, rest in (
+            (triton_norm.norm_forward, forward, (1e-6,)),
+            (triton_norm.norm_backward, backward, ()),
+        ):
+            seen.clear()
+            kernel[(1,)](*tensors, tile, bounds, src_rows, dst_rows, num_prefix, *rest, **constants)
+            addresses = np.concatenate(seen)
+            assert np.isin(addresses, legal).all()
+            assert int(addresses.max()) - base >= 4 * width * start
+    for coarser in (True, False):
+        constants = {"COARSER": coarser, "C": width, "BLOCK_C": 16, "SUB": 2}
+        children = (1_000_000_000 + np.arange(5)) * num_prefix
+        rows = np.concatenate([np.arange(3), children])
+        for kernel, tensors, rest in (
+            (triton_norm.prefix_forward, forward, (1e-6,)),
+            (triton_norm.prefix_backward, backward, (0,)),
+        ):
+            seen.clear()
+            kernel[(1,)](*tensors, families, num_prefix, *rest, **constants)
+            addresses = np.concatenate(seen)
+            legal = np.concatenate([(base + (rows[:, None] * width + np.arange(width)) * 4).ravel(),
+                                    statistics.data_ptr() + rows * 4])  # fmt: skip
+            assert np.isin(addresses, legal.astype(np.uint64)).all()
+            assert int(addresses.max()) - base >= 4 * width * int(children[-1])
 
 
 @pytest.mark.parametrize("update_dtype", [torch.float32, torch.float16])
