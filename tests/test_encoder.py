@@ -22,6 +22,8 @@ from hlip.model.config import VisionConfig, level_pattern
 from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, sincos, spatial_table
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
+HEADS = [("token", 1), ("token", 2), ("dinotxt", 1), ("dinotxt", 2), ("average", 0), ("average", 1),
+         ("attention_pool", 0), ("attention_pool", 1)]  # fmt: skip
 RAGGED = [
     [(8, 16, 16)],
     [(4, 16, 24), (12, 8, 16), (8, 16, 16)],
@@ -41,13 +43,13 @@ def make_encoder(pattern: str, **changes: object) -> StudyEncoder:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("num_prefix", [1, 2])
-def test_packed_equals_each_study_alone(pattern: str, num_prefix: int) -> None:
-    encoder = make_encoder(pattern, num_prefix=num_prefix).double()
+@pytest.mark.parametrize(("head", "num_prefix"), HEADS)
+def test_packed_equals_each_study_alone(pattern: str, head: str, num_prefix: int) -> None:
+    encoder = make_encoder(pattern, head=head, num_prefix=num_prefix).double()
     studies = [random_study(sizes, seed) for seed, sizes in enumerate(RAGGED)]
     together = encoder(hlip.pack(studies, (4, 8, 8)))
     alone = torch.cat([encoder(hlip.pack([study], (4, 8, 8))) for study in studies])
-    assert together.shape == (len(studies), num_prefix, 48)
+    assert together.shape == (len(studies), encoder.config.num_outputs, encoder.config.num_features)
     assert (together - alone).abs().max() <= 1e-10
 
 
@@ -63,15 +65,15 @@ def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int]) -> Te
     x = F.conv3d(x, weight, encoder.patch_embed.proj.bias, stride=config.patch_size)  # (B * M, C, d, h, w)
     x = x.unflatten(0, (batch, scans)).permute(0, 1, 3, 4, 5, 2)
     x = x + encoder.spatial_posemb[None].to(x) + encoder.sequential_posemb[:, :scans, None, None, None].to(x)
-    tokens = [encoder.cls_token] + ([encoder.reg_token] if config.num_prefix > 1 else [])
+    tokens = [getattr(encoder, name) for name in ("cls_token", "reg_token")[: config.num_prefix]]
     level = config.levels[0]
     x = x.reshape(batch * group[level], -1, width)
-    x = torch.cat([torch.cat(tokens, 1).expand(len(x), -1, -1), x], dim=1)
+    x = torch.cat([*(token.expand(len(x), -1, -1) for token in tokens), x], dim=1)
 
     def move(x: Tensor, src: str, dst: str) -> Tensor:
         prefix, patches = x[:, : config.num_prefix], x[:, config.num_prefix :]
         if group[dst] < group[src]:
-            prefix = prefix.reshape(batch * group[dst], -1, config.num_prefix, width).mean(1)
+            prefix = prefix.unflatten(0, (batch * group[dst], -1)).mean(1)
         elif group[dst] > group[src]:
             prefix = prefix.repeat_interleave(group[dst] // group[src], dim=0)
         return torch.cat([prefix, patches.reshape(batch * group[dst], -1, width)], dim=1)
@@ -84,18 +86,28 @@ def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int]) -> Te
         out = (scores.softmax(-1) @ qkv[2]).transpose(1, 2).flatten(2)
         x = x + block.attn.proj(out)
         x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-    return encoder.norm(move(x, level, "study")[:, : config.num_prefix])
+    x = encoder.norm(move(x, level, "study"))
+    prefix, mean = x[:, : config.num_prefix], x[:, config.num_prefix :].mean(1, keepdim=True)
+    if config.head == "attention_pool":
+        pool = encoder.attn_pool
+        k, v = pool.kv(x).unflatten(-1, (2, config.heads, -1)).permute(2, 0, 3, 1, 4)
+        query = pool.q(pool.latent).unflatten(-1, (config.heads, -1)).transpose(1, 2).expand(batch, -1, -1, -1)
+        out = pool.proj(F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2))
+        return out + pool.mlp.fc2(F.gelu(pool.mlp.fc1(pool.norm(out))))
+    dinotxt = torch.cat([prefix, mean.expand_as(prefix)], dim=-1) if config.num_prefix else mean
+    return {"token": prefix, "average": mean, "dinotxt": dinotxt}[config.head]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("num_prefix", [1, 2])
-def test_equals_the_textbook_reshape(pattern: str, num_prefix: int) -> None:
-    encoder = make_encoder(pattern, num_prefix=num_prefix)
+@pytest.mark.parametrize(("head", "num_prefix"), HEADS)
+def test_equals_the_textbook_reshape(pattern: str, head: str, num_prefix: int) -> None:
+    encoder = make_encoder(pattern, head=head, num_prefix=num_prefix)
     studies = [random_study([(8, 16, 16)] * 3, seed) for seed in range(2)]
     images = torch.stack([torch.stack(study) for study in studies])
     group = {"slice": 6, "scan": 3, "study": 1}
 
-    probe = torch.randn(2, num_prefix, 48, generator=torch.Generator().manual_seed(2))
+    probe = torch.randn(2, encoder.config.num_outputs, encoder.config.num_features,
+                        generator=torch.Generator().manual_seed(2))  # fmt: skip
     grads = []
     outs = []
     for out in (encoder(hlip.pack(studies, (4, 8, 8))), textbook(encoder, images, group)):

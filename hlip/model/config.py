@@ -12,6 +12,7 @@ from hlip_kernels import Grid, Level
 from ..data.preprocess import BrainMRI
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
+Head = Literal["token", "average", "dinotxt", "attention_pool"]
 Pattern = Literal["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 
 
@@ -44,6 +45,10 @@ class VisionConfig:
 
     patch_size: (pd, ph, pw) voxels of a token; grid: (d, h, w) tokens of the scan that positions are made for.
     levels: attention level of each layer; their number is the depth.
+    num_prefix: prefix rows of a group: a cls token, then register tokens.
+    head: what the encoder gives of a study's normalised rows. "token": its prefix rows; "dinotxt": each prefix row
+        beside the mean of the patch rows, twice as wide; "average": the mean of the patch rows; "attention_pool": what
+        a learned query attends to. The latter two need no prefix.
     max_scans: positions for the scans of a study; 0 for none.
     positions: "tiled" is a 2D sin-cos table over (h, w) plus a 1D one over d (MAE's, tiled over depth);
         "sincos3d" gives each of w, h and d a third of the width.
@@ -57,6 +62,7 @@ class VisionConfig:
     grid: Grid = (6, 14, 14)
     levels: tuple[Level, ...] = level_pattern("scan+study", 12)
     num_prefix: int = 1
+    head: Head = "token"
     max_scans: int = 40
     positions: Literal["tiled", "sincos3d"] = "tiled"
     patch_dropout: float = 0.0
@@ -83,11 +89,24 @@ class VisionConfig:
             raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")
         if self.max_scans < 0:
             raise ValueError(f"max_scans must be 0 or more, got {self.max_scans}")
-        if self.num_prefix < 1:
-            raise ValueError(f"num_prefix must be at least 1 (a cls token), got {self.num_prefix}")
+        if self.head not in get_args(Head):
+            raise ValueError(f"head must be one of {', '.join(get_args(Head))}, got {self.head!r}")
+        least = 1 if self.head in ("token", "dinotxt") else 0
+        if self.num_prefix < least:
+            raise ValueError(f"num_prefix must be at least {least} with head {self.head!r}, got {self.num_prefix}")
         for name in ("patch_dropout", "scan_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows that the encoder gives of a study."""
+        return self.num_prefix if self.head in ("token", "dinotxt") else 1
+
+    @property
+    def num_features(self) -> int:
+        """Width of those rows."""
+        return 2 * self.width if self.head == "dinotxt" else self.width
 
 
 @dataclass(frozen=True)

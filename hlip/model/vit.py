@@ -105,6 +105,46 @@ class Block(nn.Module):
         return (torch.rand(layout.num_groups(level), device=x.device) < keep).float() / keep
 
 
+class AttentionPool(nn.Module):
+    """A learned query that attends to all rows of a study. Parameter names are those of timm's AttentionPoolLatent."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+
+    def forward(self, prefix: Tensor, patches: Tensor, layout: StudyLayout) -> Tensor:
+        """prefix (B, P, C), patches (T, C), ordered by study. Returns (B, 1, C)."""
+        bounds = layout.cu_seqlens("study")
+        lengths = bounds.diff()
+        offsets = bounds.long()
+
+        wide = torch.promote_types(self.latent.dtype, torch.float32)
+
+        def each_study(reduce: str, rows: Tensor) -> Tensor:
+            return torch.segment_reduce(rows, reduce, offsets=offsets, axis=0)
+
+        query = self.q(self.latent[0, 0]).unflatten(0, (self.heads, -1))
+        scores, values = [], []
+        for rows in (prefix, patches):
+            k, v = self.kv(rows).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+            scores.append((k * query).sum(-1).to(wide) * query.shape[-1] ** -0.5)
+            values.append(v.to(wide))
+        highest = torch.cat([scores[0].detach(), each_study("max", scores[1].detach())[:, None]], dim=1).amax(1)
+        spread = highest.repeat_interleave(lengths, dim=0, output_size=layout.num_tokens)
+        p_prefix, p_patches = (scores[0] - highest[:, None]).exp(), (scores[1] - spread).exp()
+        total = p_prefix.sum(1) + each_study("sum", p_patches)
+        pooled = (p_prefix[..., None] * values[0]).sum(1) + each_study("sum", p_patches[..., None] * values[1])
+        x = self.proj((pooled / total[..., None]).flatten(1).to(patches.dtype))
+        return (x + self.mlp(self.norm(x)))[:, None]
+
+
 class StudyEncoder(nn.Module):
     """Encode every study of a packed batch."""
 
@@ -115,7 +155,8 @@ class StudyEncoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if config.num_prefix > 0:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if config.num_prefix > 1:
             self.reg_token = nn.Parameter(torch.zeros(1, config.num_prefix - 1, width))
         self.patch_embed = PatchEmbed(config)
@@ -125,6 +166,8 @@ class StudyEncoder(nn.Module):
         rates = np.linspace(0, config.drop_path, len(config.levels))
         self.blocks = nn.ModuleList(Block(config, float(rate)) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        if config.head == "attention_pool":
+            self.attn_pool = AttentionPool(config)
         self.grad_checkpointing = False
         self._init_weights()
 
@@ -137,6 +180,8 @@ class StudyEncoder(nn.Module):
                     nn.init.zeros_(module.bias)
         for name, token in self.named_parameters(recurse=False):
             nn.init.trunc_normal_(token, std=1e-6 if name == "cls_token" else std)
+        if self.config.head == "attention_pool":
+            nn.init.trunc_normal_(self.attn_pool.latent, std=self.config.width**-0.5)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the stream between blocks for backward, and run each block again there."""
@@ -147,7 +192,7 @@ class StudyEncoder(nn.Module):
         return plan(batch, self.config, self.training)
 
     def forward(self, batch: PackedBatch | TokenBatch) -> Tensor:
-        """Returns (B, P, C): the normalised prefix rows of every study.
+        """Returns (B, num_outputs, num_features) of the configuration: what its head gives of every study.
 
         Given what `plan` returns, it touches tensors only: `torch.compile(encoder, fullgraph=True, dynamic=True)`.
 
@@ -157,8 +202,8 @@ class StudyEncoder(nn.Module):
         tokens = self.plan(batch) if isinstance(batch, PackedBatch) else batch
         layout, level = tokens.layout, self.config.levels[0]
         patches = self.patch_embed(tokens.patches) + self._positions(tokens)  # fp32 under autocast
-        own = self.cls_token if self.config.num_prefix == 1 else torch.cat([self.cls_token, self.reg_token], dim=1)
-        prefix = own[0].repeat(layout.num_groups(level), 1)
+        own = [getattr(self, name)[0] for name in ("cls_token", "reg_token")[: self.config.num_prefix]]
+        prefix = torch.cat(own).repeat(layout.num_groups(level), 1) if own else patches[:0]
         stream = Stream(torch.cat([prefix.to(patches.dtype), patches]), None, None)
         for block, next_level in zip(self.blocks, self.config.levels, strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -166,17 +211,38 @@ class StudyEncoder(nn.Module):
             else:
                 stream = block(stream, layout, level, next_level)
             level = next_level
-        return self._studies(stream, layout, level).unflatten(0, (layout.num_studies, layout.num_prefix))
+        if self.config.head == "token":
+            return self._prefix(stream, layout, level)
+        return self._pool(stream, layout, level)
 
-    def _studies(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
-        """(B * P, C): what the last block leaves, of the prefix rows alone, at the level of the study, normalised."""
+    def _prefix(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
+        """(B, P, C): the prefix rows of every study, normalised. Patch rows are left as they are."""
         rows = layout.num_groups(level) * layout.num_prefix
         x, update, path_scale = stream
         assert update is not None
         prefix = update[:rows]
         if path_scale is not None:
             prefix = prefix * path_scale.repeat_interleave(layout.num_prefix)[:, None]
-        return self.norm(regroup_prefix((x[:rows] + prefix).to(x.dtype), layout, level, "study"))
+        prefix = regroup_prefix((x[:rows] + prefix).to(x.dtype), layout, level, "study")
+        return self.norm(prefix).unflatten(0, (layout.num_studies, layout.num_prefix))
+
+    def _pool(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
+        """What heads that look at patch rows give."""
+        x, update, path_scale = stream
+        assert update is not None
+        norm = self.norm
+        _, y = add_regroup_norm(  # in the residual's dtype: these rows are not for a product in 16 bits
+            x, update.to(x.dtype), layout, level, "study", norm.weight, norm.bias, norm.eps, path_scale=path_scale
+        )
+        rows = layout.num_studies * layout.num_prefix
+        prefix, patches = y[:rows].unflatten(0, (layout.num_studies, layout.num_prefix)), y[rows:]
+        if self.config.head == "attention_pool":
+            return self.attn_pool(prefix, patches, layout)
+        bounds = layout.cu_seqlens("study").long()
+        mean = torch.segment_reduce(patches, "mean", offsets=bounds, axis=0)[:, None]
+        if self.config.head == "average":
+            return mean
+        return torch.cat([prefix, mean.expand(-1, layout.num_prefix, -1)], dim=-1)
 
     def _positions(self, tokens: TokenBatch) -> Tensor:
         """(T, C): where a patch lies in its scan, plus which scan of the study it belongs to."""
