@@ -135,7 +135,7 @@ def _study_paths(files: list[Path]) -> list[Path | list[Path]]:
 def _load(groups: list[Path | list[Path]], model: HLIPModel) -> Iterator[Study]:
     for paths in tqdm(groups, "reading studies", unit="study", disable=len(groups) == 1 or None):
         name = paths if isinstance(paths, Path) else min(paths)
-        yield load_study(paths, model.config.recipe, uid=str(name))
+        yield load_study(paths, model.config.preprocess, uid=str(name))
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ import hlip
 from conftest import random_study, tiny_vision
 from hlip.model import checkpoint
 from hlip.model.clip import clip_loss
-from hlip.model.config import TextConfig, preset
+from hlip.model.config import ALIASES, MODELS, TextConfig, preset
 from hlip.model.text import TextTower
 
 
@@ -125,24 +126,132 @@ def test_weights_that_do_not_fit_are_named(model_folder: Path, tmp_path: Path) -
         hlip.HLIPModel.from_pretrained(folder)
 
 
-def test_unknown_models(bert_folder: str) -> None:
+def test_unknown_models() -> None:
     with pytest.raises(ValueError, match="did you mean 'clip_vit_base_scan_study_token1176'"):
-        hlip.create_model("clip_vit_base_scan_study_token1167", bert_folder)
+        hlip.create_model("clip_vit_base_scan_study_token1167")
     with pytest.raises(ValueError, match="no/such: unknown model"):
         hlip.HLIPModel.from_pretrained("no/such")
     with pytest.raises(ValueError, match=r"text tower 'no_such_folder'"):
-        hlip.create_model("demo", "no_such_folder")
+        hlip.create_model("demo", pretrained_text="no_such_folder")
 
 
-def test_every_listed_model_has_a_configuration_that_builds() -> None:
-    for name in hlip.list_models():
-        config = preset(name)
-        trunk = hlip.model.vit.StudyEncoder(replace(config.vision, width=24, heads=2))  # type: ignore[attr-defined]
-        assert config.recipe.shape == tuple(
-            g * p for g, p in zip(config.vision.grid, config.vision.patch_size, strict=True)
-        )
-        assert len(trunk.blocks) == len(config.vision.levels)
-        assert hlip.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+@pytest.mark.parametrize("name", [*MODELS, *ALIASES])
+def test_every_listed_model_has_a_configuration_that_builds(name: str) -> None:
+    config = preset(name)
+    assert hlip.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    small = replace(config.vision, width=24, heads=2)
+    changes = {"vision": small, "embed_dim": small.num_features}
+    with torch.device("meta"):
+        model = hlip.create_model(name, **changes)
+    assert len(model.visual.trunk.blocks) == len(config.vision.levels)
+    if config.recipe is None:
+        with pytest.raises(ValueError, match="no recipe makes scans"):
+            _ = config.preprocess
+    else:
+        shape = tuple(g * p for g, p in zip(config.vision.grid, config.vision.patch_size, strict=True))
+        assert config.preprocess.shape == shape
+
+
+BLOCK = ("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+         "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")  # fmt: skip
+BERT_LAYER = {"attention.self.query": (768, 768), "attention.self.key": (768, 768), "attention.self.value": (768, 768),
+              "attention.output.dense": (768, 768), "attention.output.LayerNorm": (768,),
+              "intermediate.dense": (3072, 768), "output.dense": (768, 3072), "output.LayerNorm": (768,)}  # fmt: skip
+# name: width, depth, patch, grid, prefix rows, scan positions, features of the head, embedding, objective
+PUBLISHED = {
+    "clip_vit_base_slice_scan_token2744": (768, 12, (8, 24, 24), (14, 14, 14), 1, 0, 768, 512, "clip"),
+    "vit_base_singlescan_h2_token2744": (768, 12, (8, 24, 24), (14, 14, 14), 1, 0, 768, 512, "clip"),
+    "clip_vit_base_scan_study_token1176": (768, 12, (8, 16, 16), (6, 14, 14), 1, 40, 768, 512, "clip"),
+    "vit_base_multiscan_h2_token1176": (768, 12, (8, 16, 16), (6, 14, 14), 1, 40, 768, 512, "clip"),
+    "vit_base_multiscan_h2_token588": (768, 12, (16, 16, 16), (3, 14, 14), 1, 40, 768, 512, "clip"),
+    "vit_base_multiscan_h3_token1176": (768, 12, (8, 16, 16), (6, 14, 14), 1, 40, 768, 512, "clip"),
+    "hlip-2025_10_08": (768, 12, (6, 16, 16), (8, 14, 14), 1, 0, 1536, 512, "clip"),
+    "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568":
+        (768, 12, (6, 16, 16), (8, 14, 14), 1, 0, 1536, 512, "clip"),
+    "clip_vit_base_scan_study_dualdinotxt1568": (768, 12, (6, 16, 16), (8, 14, 14), 2, 0, 1536, 512, "dual"),
+    "clip_vit_base_slice_scan_study_dualdinotxt1568": (768, 12, (6, 16, 16), (8, 14, 14), 2, 0, 1536, 768, "dual"),
+    "clip_vit_large_scan_study_dualdinotxt1568": (1024, 24, (6, 16, 16), (8, 14, 14), 2, 0, 2048, 768, "dual"),
+    "clip_vit_large_slice_scan_study_dualdinotxt1568": (1024, 24, (6, 16, 16), (8, 14, 14), 2, 0, 2048, 768, "dual"),
+    "clip_vit_base_slice_scan_dualdinotxt2744": (768, 12, (8, 24, 24), (14, 14, 14), 2, 0, 1536, 512, "dual"),
+    "siglip_vit_base_singlescan_h2_token2744": (768, 12, (8, 24, 24), (14, 14, 14), 1, 0, 0, 768, "siglip"),
+}  # fmt: skip
+
+
+def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Every key of a released model and its shape, from the rules of the release."""
+    width, depth, patch, grid, prefix, scans, features, embedding, objective = PUBLISHED[name]
+    shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
+    trunk = {"cls_token": (1, 1, width), "spatial_posemb": (1, *grid, width), "norm.weight": (width,),
+             "norm.bias": (width,), "patch_embed.proj.weight": (width, 1, *patch),
+             "patch_embed.proj.bias": (width,)}  # fmt: skip
+    if prefix == 2:
+        trunk["reg_token"] = (1, 1, width)
+    if scans:
+        trunk["sequential_posemb"] = (1, scans, width)
+    rows = {"attn.qkv": 3, "mlp.fc1": 4}
+    columns = {"attn.qkv": 1, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 4}
+    for i in range(depth):
+        for key in BLOCK:
+            part, kind = key.rsplit(".", 1)
+            size = (rows.get(part, 1) * width,)
+            trunk[f"blocks.{i}.{key}"] = (
+                (*size, columns[part] * width) if kind == "weight" and part in columns else size
+            )
+    if objective == "siglip":
+        trunk["attn_pool.latent"] = (1, 1, width)
+        sizes = {"q": (width, width), "kv": (2 * width, width), "proj": (width, width), "norm": (width,),
+                 "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}  # fmt: skip
+        for part, shape in sizes.items():
+            trunk |= {f"attn_pool.{part}.weight": shape, f"attn_pool.{part}.bias": shape[:1]}
+    shapes |= {f"visual.trunk.{key}": shape for key, shape in trunk.items()}
+    if features:
+        shapes["visual.head.proj.weight"] = (embedding, features)
+    if objective != "clip":
+        shapes["logit_bias"] = ()
+    bert = {"embeddings.word_embeddings.weight": (30522, 768), "embeddings.position_embeddings.weight": (512, 768),
+            "embeddings.token_type_embeddings.weight": (2, 768), "embeddings.LayerNorm.weight": (768,),
+            "embeddings.LayerNorm.bias": (768,)}  # fmt: skip
+    for i in range(12):
+        for part, shape in BERT_LAYER.items():
+            bert |= {f"encoder.layer.{i}.{part}.weight": shape, f"encoder.layer.{i}.{part}.bias": shape[:1]}
+    shapes |= {f"text.transformer.{key}": shape for key, shape in bert.items()}
+    return shapes | {"text.proj.weight": (embedding, 768)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
+    assert set(PUBLISHED) == {*MODELS, *ALIASES} - {"demo"}
+    with torch.device("meta"):
+        model = hlip.create_model(name)
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == published_shapes(name)
+    assert model.config.objective == PUBLISHED[name][-1]
+
+
+def test_old_names_give_one_embedding_a_study() -> None:
+    assert not preset("vit_base_multiscan_h2_token1176").per_prefix
+    assert preset("clip_vit_base_scan_study_token1176").per_prefix
+
+
+def test_one_embedding_for_each_prefix_row() -> None:
+    vision = tiny_vision(num_prefix=2, head="dinotxt")
+    text = TextConfig("unread", context_length=32)
+    config = hlip.ModelConfig(vision, text, None, 32, per_prefix=True, objective="dual")
+    torch.manual_seed(0)
+    model = hlip.HLIPModel(config).eval()
+    batch = batch_of(3)
+    embeddings = model.encode_image(batch)
+    assert embeddings.shape == (3, 2, 32)
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(3, 2))
+    expected = F.normalize(model.visual.trunk(batch) @ model.visual.head.proj.weight.T, dim=-1)
+    torch.testing.assert_close(embeddings, expected)
+    assert math.isclose(float(model.logit_bias.detach()), 2.65926, abs_tol=1e-5)
+    for change, message in [
+        ({"per_prefix": False}, "needs per_prefix"),
+        ({"objective": "moco"}, "clip, siglip or dual"),
+        ({"projection": False}, "embed_dim must be the encoder's 96, got 32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replace(config, **change)
 
 
 def test_locked_text_tower_stays_fixed(bert_folder: str) -> None:

@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> None:
     model = HLIPModel.from_pretrained(args.out / "model")
     control = HLIPModel.from_pretrained(shuffled / "model")
     torch.manual_seed(args.seed)
-    untrained = create_model(MODEL, text).eval()
+    untrained = create_model(MODEL, pretrained_text=text).eval()
     prompts = Prompts.read(data / "prompts.yaml")
     table = read_labels(data / "labels.csv", list(prompts.classes))
     train, test = (
-        prepare_studies(read_study_list(data / f"{split}.json"), model.config.recipe, cache).records
+        prepare_studies(read_study_list(data / f"{split}.json"), model.config.preprocess, cache).records
         for split in ("train", "test")
     )
     labels = np.stack([table[record.uid] for record in test])

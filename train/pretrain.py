@@ -79,7 +79,9 @@ def train(config: TrainConfig) -> None:
     records = read_study_list(config.data)
     held_out = HeldOut.read(config)
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.text).to(device)
+    model = create_model(config.model, pretrained_text=config.text or True).to(device)
+    if model.config.objective != "clip":
+        raise ValueError(f"{config.model}: training with objective {model.config.objective!r} is not there yet")
     optimizer = make_optimizer(model, config)
     first_step = load_checkpoint(checkpoint_path, config, model, optimizer, device) if config.resume else 0
 
@@ -225,7 +227,7 @@ def prepare(
 ) -> list[StudyRecord]:
     """Preprocess the scans of a study list, shared out over the processes; count what cannot be used."""
     bar = functools.partial(tqdm, desc=f"preprocessing {path.name}", unit="study", disable=world.rank > 0)
-    parts = world.gather(prepare_studies(records[world.rank :: world.size], model.config.recipe, cache, bar))
+    parts = world.gather(prepare_studies(records[world.rank :: world.size], model.config.preprocess, cache, bar))
     usable = {record.uid: record for part in parts for record in part.records}
     if not usable:
         raise ValueError(f"{path}: no study has a scan that can be used")

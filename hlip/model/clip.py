@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,25 +24,29 @@ from .vit import StudyEncoder
 
 
 class VisualHead(nn.Module):
-    """From a study's prefix rows (B, P, C) to its embedding (B, E): the cls row, projected."""
+    """The projection of the encoder's outputs to the embedding: (B, P, F) to (B, P, E)."""
 
-    def __init__(self, width: int, embed_dim: int) -> None:
+    def __init__(self, features: int, embed_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, embed_dim, bias=False)
-        nn.init.normal_(self.proj.weight, std=width**-0.5)
+        self.proj = nn.Linear(features, embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=features**-0.5)
 
-    def forward(self, prefix: Tensor) -> Tensor:
-        return self.proj(prefix[:, 0])
+    def forward(self, outputs: Tensor) -> Tensor:
+        return self.proj(outputs)
 
 
 class VisualTower(nn.Module):
+    """Encoder and projection. Returns (B, P, E) or, unless `config.per_prefix`, (B, E)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.per_prefix = config.per_prefix
         self.trunk = StudyEncoder(config.vision)
-        self.head = VisualHead(config.vision.width, config.embed_dim)
+        self.head = VisualHead(config.vision.num_features, config.embed_dim) if config.projection else nn.Identity()
 
     def forward(self, batch: PackedBatch | TokenBatch) -> Tensor:
-        return self.head(self.trunk(batch))
+        outputs = self.trunk(batch)
+        return self.head(outputs if self.per_prefix else outputs[:, 0])
 
 
 class HLIPModel(nn.Module):
@@ -51,20 +57,24 @@ class HLIPModel(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, text_source: Path | str | None = None, pretrained_text: bool = True
+        self, config: ModelConfig, text_source: Path | str | None = None, pretrained_text: bool = False
     ) -> None:
         super().__init__()
         self.config = config
         self.visual = VisualTower(config)
         self.text = TextTower(config.text, config.embed_dim, text_source, pretrained_text)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        siglip = config.objective == "siglip"
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if siglip else 1 / 0.07)))
+        if config.objective != "clip":
+            # The published key has two meanings: SigLIP's bias, or the logarithm of the reports' inverse temperature.
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0 if siglip else math.log(1 / 0.07)))
 
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device
 
     def encode_image(self, batch: PackedBatch | TokenBatch) -> Tensor:
-        """Embeddings of the batch's studies: (B, E), of unit length."""
+        """Embeddings of the batch's studies, of unit length: (B, E), or (B, P, E) if `config.per_prefix`."""
         return F.normalize(self.visual(batch.to(self.device)).float(), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -72,12 +82,15 @@ class HLIPModel(nn.Module):
         return F.normalize(self.text(texts).float(), dim=-1)
 
     def forward(self, batch: PackedBatch, text_features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Image and text embeddings of a batch, each (B, E), and the temperature's inverse.
+        """Image and text embeddings of a batch, each (B, E), and the temperature's inverse. Of several image
+        embeddings of a study, the first.
 
         Args:
             text_features: (B, W) from `TextTower.features`, where they are known; else the reports are read.
         """
         image = self.encode_image(batch)
+        if self.config.per_prefix:
+            image = image[:, 0]
         if text_features is None:
             text_features = self.text.features(batch.texts)
         text = F.normalize(self.text.proj(text_features).float(), dim=-1)
@@ -106,22 +119,23 @@ class HLIPModel(nn.Module):
         return from_pretrained(str(name))
 
 
-def create_model(name: str, text: str | None = None) -> HLIPModel:
-    """A new model by name, its vision tower untrained.
+def create_model(name: str, pretrained_text: bool | Path | str = False, **changes: Any) -> HLIPModel:
+    """A new model by name. Without pretrained parts it needs no network: all weights are drawn from the default
+    generator, position tables are the published ones.
 
     Args:
         name: see `hlip.list_models()`.
-        text: folder or hub name of another BERT.
+        pretrained_text: True reads the text tower's weights from where its configuration says; a folder or hub name
+            reads another BERT.
+        changes: fields of `ModelConfig` to replace.
 
     Raises:
-        ValueError: unknown name, or a text tower that cannot be read.
+        ValueError: unknown name, or a part that cannot be read.
     """
-    from dataclasses import replace
-
-    config = preset(name)
-    if text is not None:
-        config = replace(config, text=replace(config.text, name=text))
-    return HLIPModel(config)
+    config = replace(preset(name), **changes)
+    if not isinstance(pretrained_text, bool):
+        config = replace(config, text=replace(config.text, name=str(pretrained_text)))
+    return HLIPModel(config, pretrained_text=bool(pretrained_text))
 
 
 class _AllGather(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from hlip_kernels import Grid, Level
@@ -109,17 +109,30 @@ class VisionConfig:
         return 2 * self.width if self.head == "dinotxt" else self.width
 
 
+# What a BERT is built of where no pretrained one is read: PubMedBERT and CXR-BERT are both of BERT's base size.
+BERT_BASE: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+}
+PUBMED_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
+CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"
+
+
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower: any BERT that `transformers` reads.
+    """The text tower: a BERT.
 
-    name: a folder, or a name on the Hugging Face hub.
+    name: a folder, or a name on the Hugging Face hub, of its tokenizer and its pretrained weights.
     context_length: tokens of a text that are read.
     pooling: "cls" takes the first token of the last hidden state, "mean" the average over the text.
     locked: keep the transformer's weights fixed; its projection is trained all the same.
     """
 
-    name: str = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
+    name: str = PUBMED_BERT
     context_length: int = 256
     pooling: Literal["cls", "mean"] = "cls"
     locked: bool = False
@@ -127,12 +140,49 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that a saved model needs to be built and fed again."""
+    """Everything that a saved model needs to be built and fed again.
+
+    recipe: how scans are preprocessed; None if the package has no recipe for the model's data.
+    embed_dim: E, width of the shared embedding.
+    projection: project the encoder's output to it; without, the encoder's width is E.
+    per_prefix: image embeddings are (B, P, E), one for each of the encoder's outputs; else (B, E), of the first.
+    objective: "clip"; "siglip", with a bias on the logits; "dual", in which the first output is compared with an
+        impression's sentence and the second with the whole report, each at a temperature of its own.
+
+    Source: HLIP (arXiv 2505.21862) and its released models.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    recipe: BrainMRI = field(default_factory=BrainMRI)
+    recipe: BrainMRI | None = field(default_factory=BrainMRI)
     embed_dim: int = 512
+    projection: bool = True
+    per_prefix: bool = False
+    objective: Literal["clip", "siglip", "dual"] = "clip"
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("clip", "siglip", "dual"):
+            raise ValueError(f"objective must be clip, siglip or dual, got {self.objective!r}")
+        if self.objective == "dual" and (self.vision.num_outputs < 2 or not self.per_prefix):
+            raise ValueError("objective 'dual' needs per_prefix and an encoder with two outputs")
+        if not self.projection and self.vision.num_features != self.embed_dim:
+            raise ValueError(
+                f"without a projection embed_dim must be the encoder's {self.vision.num_features}, got {self.embed_dim}"
+            )
+
+    @property
+    def preprocess(self) -> BrainMRI:
+        """The recipe.
+
+        Raises:
+            ValueError: the package has none for this model's data.
+        """
+        if self.recipe is None:
+            raise ValueError(
+                f"no recipe makes scans of {self.vision.grid} patches of {self.vision.patch_size} voxels from image "
+                "files yet: give such scans to hlip.pack"
+            )
+        return self.recipe
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,33 +192,121 @@ class ModelConfig:
         """Raises TypeError or ValueError where `content` is not what `to_dict` gives."""
         parts: dict[str, Any] = dict(content)
         for name, kind in {"vision": VisionConfig, "text": TextConfig, "recipe": BrainMRI}.items():
+            if name == "recipe" and parts[name] is None:
+                continue
             fields = {key: tuple(value) if isinstance(value, list) else value for key, value in parts[name].items()}
             parts[name] = kind(**fields)
         return cls(**parts)
 
 
-PRESETS: dict[str, ModelConfig] = {
-    "clip_vit_base_scan_study_token1176": ModelConfig(VisionConfig(patch_dropout=0.25, drop_path=0.2)),
-    "vit_base_multiscan_h2_token588": ModelConfig(
-        VisionConfig(patch_size=(16, 16, 16), grid=(3, 14, 14), patch_dropout=0.25, drop_path=0.2)
+def _published(
+    pattern: Pattern,
+    patch_size: Grid,
+    grid: Grid,
+    advice: str,
+    *,
+    size: Literal["base", "large"] = "base",
+    text: TextConfig | None = None,
+    embed_dim: int = 512,
+    patch_dropout: float = 0.25,
+    **vision: Any,
+) -> tuple[ModelConfig, str]:
+    """A released model. Later ones give an embedding for each prefix row; `ALIASES` undoes that for older names."""
+    width, heads, depth = {"base": (768, 12, 12), "large": (1024, 16, 24)}[size]
+    dual = vision.get("num_prefix", 1) == 2
+    return ModelConfig(
+        VisionConfig(
+            width, heads, patch_size=patch_size, grid=grid, levels=level_pattern(pattern, depth),
+            patch_dropout=patch_dropout, drop_path=0.2, **vision,
+        ),
+        text or TextConfig(),
+        # Chest CT has no recipe yet.
+        BrainMRI() if tuple(g * p for g, p in zip(grid, patch_size, strict=True)) == BrainMRI().shape else None,
+        embed_dim=embed_dim,
+        per_prefix=True,
+        objective="dual" if dual else "clip",
+    ), advice  # fmt: skip
+
+
+_CHEST_TEXT = TextConfig(CXR_BERT, context_length=512, locked=True)
+_CHEST: dict[str, Any] = {"patch_size": (8, 24, 24), "grid": (14, 14, 14), "text": _CHEST_TEXT, "patch_dropout": 0.0}
+_HEAD: dict[str, Any] = {"patch_size": (6, 16, 16), "grid": (8, 14, 14), "head": "dinotxt", "max_scans": 0}
+_DUAL: dict[str, Any] = {**_HEAD, "num_prefix": 2}
+
+# Names, configurations, and for whom they are.
+MODELS: dict[str, tuple[ModelConfig, str]] = {
+    "clip_vit_base_slice_scan_token2744": _published(
+        "slice+scan", max_scans=0, advice="chest CT, one scan a study; CXR-BERT, locked", **_CHEST
     ),
-    "vit_base_multiscan_h3_token1176": ModelConfig(
-        VisionConfig(levels=level_pattern("slice+scan+study", 12), patch_dropout=0.25, drop_path=0.2)
+    "clip_vit_base_scan_study_token1176": _published(
+        "scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, up to 40 scans a study; PubMedBERT"
+    ),
+    "vit_base_multiscan_h2_token588": _published(
+        "scan+study", (16, 16, 16), (3, 14, 14), "the same at half the tokens, for less memory; PubMedBERT"
+    ),
+    "vit_base_multiscan_h3_token1176": _published(
+        "slice+scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, all three levels; PubMedBERT"
+    ),
+    "hlip-2025_10_08": _published(
+        "scan+study", advice="brain MRI and head CT in one model, any number of scans; PubMedBERT", **_HEAD
+    ),
+    "clip_vit_base_scan_study_dualdinotxt1568": _published(
+        "scan+study", advice="brain MRI and head CT, impression and findings apart; PubMedBERT", **_DUAL
+    ),
+    "clip_vit_base_slice_scan_study_dualdinotxt1568": _published(
+        "slice+scan+study", advice="the same with all three levels; PubMedBERT", embed_dim=768, **_DUAL
+    ),
+    "clip_vit_large_scan_study_dualdinotxt1568": _published(
+        "scan+study", advice="the same at three times the size; PubMedBERT", size="large", embed_dim=768, **_DUAL
+    ),
+    "clip_vit_large_slice_scan_study_dualdinotxt1568": _published(
+        "slice+scan+study",
+        advice="the largest, with all three levels; PubMedBERT",
+        size="large",
+        embed_dim=768,
+        **_DUAL,
+    ),
+    "clip_vit_base_slice_scan_dualdinotxt2744": _published(
+        "slice+scan", max_scans=0, advice="chest CT, impression and findings apart; CXR-BERT, locked",
+        head="dinotxt", num_prefix=2, **_CHEST,
     ),
     # Small enough to train on two CPU cores in minutes; the initial weights are about Xavier's.
-    "demo": ModelConfig(
-        VisionConfig(
-            width=128,
-            heads=4,
-            patch_size=(6, 12, 12),
-            grid=(4, 4, 4),
-            levels=level_pattern("scan+study", 6, subsets=2),
-            init_std=0.09,
+    "demo": (
+        ModelConfig(
+            VisionConfig(
+                width=128,
+                heads=4,
+                patch_size=(6, 12, 12),
+                grid=(4, 4, 4),
+                levels=level_pattern("scan+study", 6, subsets=2),
+                init_std=0.09,
+            ),
+            TextConfig(context_length=64, pooling="mean", locked=True),
+            BrainMRI(size=(24, 55, 55), crop=(48, 48), percentiles=(0.5, 99.95)),  # keeps small bright lesions bright
+            embed_dim=256,
         ),
-        TextConfig(context_length=64, pooling="mean", locked=True),
-        BrainMRI(size=(24, 55, 55), crop=(48, 48), percentiles=(0.5, 99.95)),  # keeps small bright lesions bright
-        embed_dim=256,
+        "the demo: small synthetic brain MRI; any BERT",
     ),
+}  # fmt: skip
+MODELS["siglip_vit_base_singlescan_h2_token2744"] = (
+    replace(
+        MODELS["clip_vit_base_slice_scan_token2744"][0],
+        vision=replace(MODELS["clip_vit_base_slice_scan_token2744"][0].vision, head="attention_pool"),
+        embed_dim=768,
+        projection=False,
+        per_prefix=False,
+        objective="siglip",
+    ),
+    "chest CT, one scan a study, SigLIP with attention pooling; CXR-BERT, locked",
+)
+# The models of the paper's first release, which gave one embedding a study.
+for _name in ("vit_base_multiscan_h2_token588", "vit_base_multiscan_h3_token1176"):
+    MODELS[_name] = (replace(MODELS[_name][0], per_prefix=False), MODELS[_name][1])
+# Other names: of which model, and what differs.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_base_singlescan_h2_token2744": ("clip_vit_base_slice_scan_token2744", {"per_prefix": False}),
+    "vit_base_multiscan_h2_token1176": ("clip_vit_base_scan_study_token1176", {"per_prefix": False}),
+    "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568": ("hlip-2025_10_08", {}),
 }
 
 
@@ -178,13 +316,16 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ValueError: there is none; names the closest, or all.
     """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PRESETS)}"
+    if name in ALIASES:
+        model, changes = ALIASES[name]
+        return replace(MODELS[model][0], **changes)
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(MODELS)}"
         raise ValueError(f"unknown model {name!r}; {hint}")
-    return PRESETS[name]
+    return MODELS[name][0]
 
 
-def list_models() -> list[str]:
-    """Names for `create_model`."""
-    return sorted(PRESETS)
+def list_models() -> dict[str, str]:
+    """Names for `create_model`, each with a line of advice: which data, which text tower."""
+    return {name: advice for name, (_, advice) in MODELS.items()}

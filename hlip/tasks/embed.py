@@ -38,4 +38,7 @@ def embed_studies(model: HLIPModel, studies: Iterable[Study], max_tokens: int = 
 
 def _embed(model: HLIPModel, studies: list[Study]) -> Iterator[tuple[str, Tensor]]:
     batch = pack(studies, model.config.vision.patch_size)
-    return zip(batch.uids, model.encode_image(batch).float().cpu(), strict=True)
+    embeddings = model.encode_image(batch)
+    if model.config.per_prefix:  # the first is for zero-shot classification
+        embeddings = embeddings[:, 0]
+    return zip(batch.uids, embeddings.float().cpu(), strict=True)
