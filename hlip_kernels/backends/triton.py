@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..configs import BLOCK_D
-from .groups import Groups, Regroup
+from .groups import Groups, Regroup, check_scale
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,8 +35,7 @@ def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     from . import triton_attention
 
-    if not softmax_scale > 0:
-        raise ValueError(f"backend 'triton' needs a softmax_scale above 0, got {softmax_scale}")
+    check_scale("triton", softmax_scale)
     return triton_attention.forward(qkv, groups, softmax_scale)
 
 
