@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import hlip
 from conftest import random_study, tiny_vision
 from hlip.data.batch import PackedBatch
-from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.config import VisionConfig, level_pattern, place_levels
 from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, sincos, spatial_table
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
@@ -53,10 +53,11 @@ def test_packed_equals_each_study_alone(pattern: str, head: str, num_prefix: int
     assert (together - alone).abs().max() <= 1e-10
 
 
-def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int]) -> Tensor:
+def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int], kept: Tensor | None = None) -> Tensor:
     """The published way: dense tensors, reshaped and concatenated at every change of level.
 
-    images: (B, M, D, H, W) uint8; group: how many groups of a level one study has.
+    images: (B, M, D, H, W) uint8; group: how many groups of a level one study has; kept: the patches of each group of
+    the first level that are not dropped.
     """
     config, width = encoder.config, encoder.config.width
     batch, scans = images.shape[:2]
@@ -68,6 +69,8 @@ def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int]) -> Te
     tokens = [getattr(encoder, name) for name in ("cls_token", "reg_token")[: config.num_prefix]]
     level = config.levels[0]
     x = x.reshape(batch * group[level], -1, width)
+    if kept is not None:
+        x = x.gather(1, kept[:, :, None].expand(-1, -1, width))
     x = torch.cat([*(token.expand(len(x), -1, -1) for token in tokens), x], dim=1)
 
     def move(x: Tensor, src: str, dst: str) -> Tensor:
@@ -252,6 +255,40 @@ def test_level_patterns_are_the_published_ones() -> None:
         level_pattern("patch", 12)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="do not divide"):
         level_pattern("scan+study", 10)
+
+
+def test_coarse_layers_in_any_number_and_place() -> None:
+    for depth in (1, 6, 12):
+        for count in range(depth + 1):
+            for place in ("first", "last", "even"):
+                levels = place_levels("scan", "study", depth, count, place)
+                assert (len(levels), levels.count("study")) == (depth, count)
+            assert place_levels("scan", "study", depth, count, "first") == ("study",) * count + ("scan",) * (
+                depth - count
+            )
+            assert (
+                place_levels("scan", "study", depth, count, "last") == ("scan",) * (depth - count) + ("study",) * count
+            )
+    assert place_levels("scan", "study", 12, 4) == level_pattern("scan+study", 12)
+    gaps = np.diff([i for i, level in enumerate(place_levels("slice", "scan", 12, 5)) if level == "scan"])
+    assert gaps.max() - gaps.min() <= 1
+    for bad, message in [({"count": 7}, "from 0 to the depth of 6"), ({"place": "middle"}, "first, last or even"),
+                         ({"fine": "voxel"}, "levels must be of")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            place_levels(**{"fine": "scan", "coarse": "study", "depth": 6, "count": 2, **bad})
+
+
+def test_kept_patches_equal_the_textbook_on_those_patches() -> None:
+    """Patch dropout with a given choice: three of the four patches of every slice."""
+    encoder = make_encoder("slice+scan+study", num_prefix=2, head="dinotxt")
+    studies = [random_study([(8, 16, 16)] * 3, seed) for seed in range(2)]
+    batch = hlip.pack(studies, (4, 8, 8))
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(batch.layout.num_groups("slice"), 4, generator=generator).argsort(1)[:, :3].sort(1).values
+    rows = (kept + 4 * torch.arange(len(kept))[:, None]).flatten()
+    images = torch.stack([torch.stack(study) for study in studies])
+    expected = textbook(encoder, images, {"slice": 6, "scan": 3, "study": 1}, kept)
+    assert (encoder(batch.select(rows)) - expected).abs().max() <= 1e-5
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -39,6 +39,33 @@ def level_pattern(pattern: Pattern, depth: int, subsets: int = 4) -> tuple[Level
     return tuple(run * subsets)
 
 
+def place_levels(
+    fine: Level, coarse: Level, depth: int, count: int, place: Literal["first", "last", "even"] = "even"
+) -> tuple[Level, ...]:
+    """The attention level of every layer, `count` of them coarse: the first ones, the last ones, or evenly spaced with
+    the last layer among them.
+
+    >>> place_levels("scan", "study", 6, 2)
+    ('scan', 'scan', 'study', 'scan', 'scan', 'study')
+
+    Raises:
+        ValueError: `count` not from 0 to `depth`, unknown level or place.
+
+    Source: the ablations of HLIP (arXiv 2505.21862).
+    """
+    if not 0 <= count <= depth:
+        raise ValueError(f"count must be from 0 to the depth of {depth}, got {count}")
+    if fine not in get_args(Level) or coarse not in get_args(Level):
+        raise ValueError(f"levels must be of {', '.join(get_args(Level))}, got {fine!r} and {coarse!r}")
+    if place == "even":
+        chosen = {(i + 1) * depth // count - 1 for i in range(count)}
+    elif place in ("first", "last"):
+        chosen = set(range(count) if place == "first" else range(depth - count, depth))
+    else:
+        raise ValueError(f"place must be first, last or even, got {place!r}")
+    return tuple(coarse if i in chosen else fine for i in range(depth))
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The study encoder.
