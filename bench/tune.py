@@ -60,9 +60,10 @@ class Timing:
 def main(dtypes: Sequence[str], head_dims: Sequence[int]) -> int:
     path = table_path()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the long part, not after
         old = user_tiles()
         timings = list(tune(architecture(torch.cuda.current_device()), dtypes, head_dims, gpu_seconds, "cuda"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -70,9 +71,12 @@ def main(dtypes: Sequence[str], head_dims: Sequence[int]) -> int:
         return 130
     print_timings(timings)
     new = complete_rows(timings)
+    if not new:
+        print("no row has a tile for every kernel that works: nothing is written", file=sys.stderr)
+        return 1
     write_tiles(path, {**old, **new})
     print(f"{len(new)} rows written to {path}")
-    return 0 if new else 1
+    return 0
 
 
 def tune(

@@ -132,7 +132,12 @@ def test_a_tile_that_fails_is_reported_and_passed_over(
 
 def test_where_no_tile_works_there_is_no_row(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "launch_dq", lambda *_: None)
-    assert tune.complete_rows(tuned(wall_clock, SMALL)) == {}
+    timings = tuned(wall_clock, SMALL)
+    assert tune.complete_rows(timings) == {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "tune", lambda *_: timings)
+    assert tune.main(["fp32"], [16]) == 1
+    assert not table.exists()
 
 
 def test_half_precision_is_timed_once_and_checked_in_every_dtype(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +249,7 @@ def test_env_says_which_tiles_are_used(table: Path, tmp_path: Path) -> None:
     assert f"cannot use the tile table {table}" in env_report(tmp_path)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such thing")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such thing"), OSError("read-only")])
 def test_a_broken_run_leaves_the_table(error: Any, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs.write_tiles(table, {ROW: CONFIG})
     before, run = table.read_bytes(), tune.tune
