@@ -1,22 +1,32 @@
 """Tile sizes of the Triton kernels: a plain table, no search at run time.
 
-A row is chosen by GPU architecture, width of the type, head dim, and the length of the level's longest group.
-Tiles change the order of sums, so a table, unlike autotuning, also keeps results the same from run to run.
-`python bench/attention.py --static` compiles every row and shows what it costs; no half-precision row spills.
+A row is chosen by GPU architecture, kind of arithmetic, head dim, and the length of the level's longest group. Tiles
+change the order of sums, so a table, unlike autotuning, also keeps results the same from run to run.
+`python bench/attention.py --static` compiles every row of the built-in table and shows what it costs; none spills.
+`python bench/attention.py --tune` times others on the GPU at hand and writes the user's own table, whose rows come
+before those of the built-in one. It is read once a process.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import os
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from .layout import TILE_ROWS
+
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DEFAULT_ARCHITECTURE = "sm_80"
+KINDS = ("half", "fp32", "tf32")
 BLOCK_D = {16: 16, 32: 32, 64: 64, 80: 128, 96: 128, 128: 128}  # head dim -> columns of a tile, a power of two
 SHORT = 256  # patch tokens; groups up to here leave large tiles half empty
+LENGTHS = ("short", "long")
 
 
 class Tile(NamedTuple):
@@ -28,6 +38,9 @@ class Tile(NamedTuple):
     stages: int
 
 
+ALLOWED = Tile(TILE_ROWS, (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5))  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """Tiles of the three kernels."""
@@ -37,20 +50,59 @@ class AttentionConfig:
     dkdv: Tile
 
 
-def attention_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> AttentionConfig:
-    """The table's row; an unknown architecture gets the default's."""
+class Row(NamedTuple):
+    """What a row of the table is found by."""
+
+    arch: str
+    kind: str  # one of `KINDS`
+    head_dim: int
+    length: str  # one of `LENGTHS`
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+def kind_of(dtype: torch.dtype, tf32: bool = False) -> str:
+    return "half" if dtype.itemsize == 2 else "tf32" if tf32 else "fp32"
+
+
+def row_of(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, tf32: bool = False) -> Row:
+    return Row(arch, kind_of(dtype, tf32), head_dim, LENGTHS[max_seqlen > SHORT])
+
+
+def attention_config(
+    arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, tf32: bool = False
+) -> AttentionConfig:
+    """The user's row, or else the built-in one.
+
+    Raises:
+        ValueError: the user's table cannot be read.
+    """
+    row = row_of(arch, dtype, head_dim, max_seqlen, tf32)
+    return user_tiles().get(row) or built_in_config(row)
+
+
+def built_in_config(row: Row) -> AttentionConfig:
+    """An unknown architecture gets the default's."""
+    arch, kind, head_dim, length = row
     wide = BLOCK_D[head_dim] == 128
-    if dtype == torch.float32:
+    if kind == "tf32":
+        back = Tile(32, 32, 4, 1) if wide else Tile(64, 32, 4, 1)
+        return AttentionConfig(Tile(64, 32, 8, 2) if head_dim > 32 else Tile(64, 32, 4, 2), back, back)
+    if kind == "fp32" and head_dim > 32 and arch != "gfx942":
+        tile = Tile(32, 16, 8, 1) if wide else Tile(32, 32, 8, 1)
+        return AttentionConfig(tile, Tile(32, 32, 16, 1) if wide else tile, tile)
+    if kind == "fp32":
         tile = Tile(32, 32, 4, 1) if wide else Tile(64, 32, 4, 1)
         return AttentionConfig(tile, tile, Tile(32, 32, 4, 1))
     if arch in ("sm_90", "sm_100") and wide:
         return AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
     if arch == "sm_90":
-        if max_seqlen <= SHORT:
+        if length == "short":
             return AttentionConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
         return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "sm_100":
-        if max_seqlen <= SHORT:
+        if length == "short":
             return AttentionConfig(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2))
         return AttentionConfig(Tile(128, 64, 8, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "gfx942":
@@ -62,6 +114,90 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: i
         Tile(64, 32, warps, 1 if head_dim == 32 else 2),
         Tile(64, 64 if head_dim == 16 else 32, warps, 2),
     )
+
+
+def max_registers(kind: str, warps: int) -> int | None:
+    """What the CUDA compiler may use in a thread; None leaves it to guess.
+
+    The guess aims at more programs on a multiprocessor, and for sums without matrix units it cuts so close that a few
+    bytes spill. All that one program may have is then the better limit.
+    """
+    return min(255, 65536 // (32 * warps)) if kind == "fp32" else None
+
+
+def table_path() -> Path:
+    """Where the user's table lies, if there is one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111 - Path's own fails where there is no home
+    return cache / "hlip-kernels" / "tiles.json"
+
+
+@functools.cache
+def user_tiles() -> dict[Row, AttentionConfig]:
+    """The user's table; empty if there is none."""
+    path = table_path()
+    if not (os.access(path.parent, os.X_OK) and path.exists()):
+        return {}
+    return read_tiles(path)
+
+
+def read_tiles(path: Path) -> dict[Row, AttentionConfig]:
+    """
+    Raises:
+        ValueError: anything in the file is not as `write_tiles` writes it; it names the file and what is wrong.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {_parse_row(name): _parse_config(name, tiles) for name, tiles in _expect(table, "the table").items()}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot use the tile table {path}: {error}. Delete the file to go back to the built-in tiles; "
+            "`python bench/attention.py --tune` makes a new one"
+        ) from error
+
+
+def write_tiles(path: Path, table: dict[Row, AttentionConfig]) -> None:
+    """Whole or not at all. A running process keeps the table that it has read, this one excepted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {
+        str(row): {kernel: tile._asdict() for kernel, tile in vars(config).items()}
+        for row, config in sorted(table.items())
+    }
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    user_tiles.cache_clear()
+
+
+def _parse_row(name: str) -> Row:
+    arch, kind, head_dim, length = [*name.split(" "), *[""] * 4][:4]
+    fits = re.fullmatch(r"sm_\d+|gfx\w+", arch) and kind in KINDS and length in LENGTHS
+    if not fits or head_dim not in map(str, BLOCK_D) or name.count(" ") != 3:
+        raise ValueError(f"{name!r} is not a row such as 'sm_90 half 64 long'")
+    return Row(arch, kind, int(head_dim), length)
+
+
+def _parse_config(name: str, tiles: Any) -> AttentionConfig:
+    kernels = _expect(tiles, name, AttentionConfig.__annotations__)
+    return AttentionConfig(**{kernel: _parse_tile(f"{name}, {kernel}", tile) for kernel, tile in kernels.items()})
+
+
+def _parse_tile(name: str, tile: Any) -> Tile:
+    for field, value in _expect(tile, name, Tile._fields).items():
+        allowed = getattr(ALLOWED, field)
+        if type(value) is not int or value not in allowed:
+            raise ValueError(f"{name}: {field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return Tile(**tile)
+
+
+def _expect(value: Any, name: str, keys: Any = None) -> dict[str, Any]:
+    """A JSON object, with these keys and no others."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r:.60}, not an object")
+    if keys is not None and set(value) != set(keys):
+        raise ValueError(f"{name} has {', '.join(sorted(value)) or 'nothing'}, not {', '.join(keys)}")
+    return value
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import platform
 import torch
 
 from .backends import BACKENDS, choose_backend, not_supported_reasons
+from .configs import table_path, user_tiles
 
 
 def report() -> str:
@@ -18,6 +19,7 @@ def report() -> str:
     lines.append(f"{'cpu':<14}{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"{'gpu':<14}{', '.join(gpus) or 'none'}")
+    lines.append(f"{'tiles':<14}{_tiles()}")
     for device, dtype in [("cpu", torch.float32), *([("cuda", torch.bfloat16)] if gpus else [])]:
         auto = choose_backend("auto", device, dtype, 64)
         lines.append(f"\nattention on {device} in {str(dtype).removeprefix('torch.')} (auto: {auto})")
@@ -25,6 +27,17 @@ def report() -> str:
             reasons = not_supported_reasons(name, device, dtype, 64)
             lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
     return "\n".join(lines)
+
+
+def _tiles() -> str:
+    """Which tile table the Triton kernels use."""
+    try:
+        rows = len(user_tiles())
+    except ValueError as error:
+        return str(error)
+    if not rows:
+        return f"built-in; none in {table_path()}"
+    return f"{rows} row{'s' * (rows > 1)} from {table_path()}, the others built-in"
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,7 @@ import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import BrainMRI
 from hlip.model.config import TextConfig, VisionConfig, level_pattern
-from hlip_kernels import Grid
+from hlip_kernels import Grid, configs
 from hlip_kernels.backends.groups import Groups
 from hlip_kernels.layout import TILE_ROWS
 
@@ -67,6 +67,14 @@ def token_labels(grids: Sequence[Sequence[Grid]]) -> list[tuple[int, int, int]]:
 def random_study(sizes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, size, dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built_in_tiles() -> Iterator[None]:
+    """Not those that someone has tuned on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "table_path", lambda: Path(os.devnull, "tiles.json"))
+        yield
 
 
 @pytest.fixture(scope="session")

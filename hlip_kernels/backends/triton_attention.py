@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config
+from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config, kind_of, max_registers
 from .groups import Groups
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -270,35 +270,71 @@ def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, 
     num_rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(num_rows, heads, head_dim)
     lse = qkv.new_empty(heads, num_rows, dtype=torch.float32)
-    tile = _config(qkv, groups).forward
-    tiles = groups.tile_map(tile.rows)
-    if len(tiles):
-        attention_forward[(len(tiles), heads)](
-            qkv, out, lse, tiles, groups.cu_seqlens,
-            *qkv.stride()[:3], num_rows, (len(groups.cu_seqlens) - 1) * groups.num_prefix,
-            softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, tile),
-        )  # fmt: skip
+    launch_forward(qkv, out, lse, groups, softmax_scale, _config(qkv, groups).forward)
     return out, lse
 
 
 def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
     qkv, grad_out = _last_contiguous(qkv), grad_out.contiguous()
     delta, grad_qkv = torch.empty_like(lse), qkv.new_empty(qkv.shape)
-    num_rows, _, heads, _ = qkv.shape
-    shared = (
-        groups.cu_seqlens, *qkv.stride()[:3], num_rows, (len(groups.cu_seqlens) - 1) * groups.num_prefix,
-        softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix,
-    )  # fmt: skip
     config = _config(qkv, groups)
-    q_tiles, k_tiles = groups.tile_map(config.dq.rows), groups.tile_map(config.dkdv.rows)
-    if len(q_tiles):
-        attention_dq[(len(q_tiles), heads)](
-            qkv, out, grad_out, lse, delta, grad_qkv, q_tiles, *shared, **_constants(qkv, config.dq)
-        )
-        attention_dkdv[(len(k_tiles), heads)](
-            qkv, grad_out, lse, delta, grad_qkv, k_tiles, *shared, **_constants(qkv, config.dkdv)
-        )
+    launch_dq(qkv, out, grad_out, lse, delta, grad_qkv, groups, softmax_scale, config.dq)
+    launch_dkdv(qkv, grad_out, lse, delta, grad_qkv, groups, softmax_scale, config.dkdv)
     return grad_qkv
+
+
+def launch_forward(qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float, tile: Tile) -> None:
+    """Writes out and lse."""
+    tiles = groups.tile_map(tile.rows)
+    if len(tiles):
+        attention_forward[(len(tiles), qkv.shape[2])](
+            qkv, out, lse, tiles, *_geometry(qkv, groups), softmax_scale * LOG2_E.value, groups.num_prefix,
+            **_constants(qkv, tile),
+        )  # fmt: skip
+
+
+def launch_dq(
+    qkv: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_qkv: Tensor,
+    groups: Groups,
+    softmax_scale: float,
+    tile: Tile,
+) -> None:
+    """Writes delta and slot 0 of grad_qkv."""
+    tiles = groups.tile_map(tile.rows)
+    if len(tiles):
+        attention_dq[(len(tiles), qkv.shape[2])](
+            qkv, out, grad_out, lse, delta, grad_qkv, tiles, *_geometry(qkv, groups),
+            softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, tile),
+        )  # fmt: skip
+
+
+def launch_dkdv(
+    qkv: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_qkv: Tensor,
+    groups: Groups,
+    softmax_scale: float,
+    tile: Tile,
+) -> None:
+    """Writes slots 1 and 2 of grad_qkv."""
+    tiles = groups.tile_map(tile.rows)
+    if len(tiles):
+        attention_dkdv[(len(tiles), qkv.shape[2])](
+            qkv, grad_out, lse, delta, grad_qkv, tiles, *_geometry(qkv, groups),
+            softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, tile),
+        )  # fmt: skip
+
+
+def _geometry(qkv: Tensor, groups: Groups) -> tuple[Any, ...]:
+    prefix_rows = (len(groups.cu_seqlens) - 1) * groups.num_prefix
+    return groups.cu_seqlens, *qkv.stride()[:3], qkv.shape[0], prefix_rows
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -306,18 +342,25 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _config(qkv: Tensor, groups: Groups) -> AttentionConfig:
-    return attention_config(architecture(qkv.device.index or 0), qkv.dtype, qkv.shape[3], groups.max_seqlen)
+    arch = architecture(qkv.device.index or 0)
+    return attention_config(arch, qkv.dtype, qkv.shape[3], groups.max_seqlen, _tf32(qkv))
+
+
+def _tf32(qkv: Tensor) -> bool:
+    return qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
-    tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    kind = kind_of(qkv.dtype, _tf32(qkv))
+    registers = None if torch.version.hip else max_registers(kind, tile.warps)
     return {
         "H": qkv.shape[2],
         "D": qkv.shape[3],
         "BLOCK_D": BLOCK_D[qkv.shape[3]],
         "ROWS": tile.rows,
         "STREAMED": tile.streamed,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **({} if registers is None else {"maxnreg": registers}),
     }

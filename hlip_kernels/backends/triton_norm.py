@@ -297,15 +297,14 @@ def forward(
     y = update.new_empty(num_rows, width)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     tensors = residual, update, path_scale, layer_scale, weight, bias, x, y, mean, rstd
-    constants = _constants(width)
     if regroup.children is not None and regroup.num_prefix:
         prefix_forward[(_families(regroup),)](
-            *tensors, regroup.children, regroup.num_prefix, eps, COARSER=regroup.coarser, **constants
+            *tensors, regroup.children, regroup.num_prefix, eps, COARSER=regroup.coarser, **_constants(width, True)
         )
     if len(regroup.tiles):
         norm_forward[(len(regroup.tiles),)](
             *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix, eps,
-            SAME=regroup.children is None, ROWS=ROWS, **constants,
+            SAME=regroup.children is None, ROWS=ROWS, **_constants(width, False),
         )  # fmt: skip
     return x, y, mean, rstd
 
@@ -336,15 +335,15 @@ def backward(
     tensors = (
         grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, grad_residual, grad_update, partials,
     )  # fmt: skip
-    constants = _constants(width)
     if families:
         prefix_backward[(families,)](
-            *tensors, regroup.children, regroup.num_prefix, len(regroup.tiles), COARSER=regroup.coarser, **constants
-        )
+            *tensors, regroup.children, regroup.num_prefix, len(regroup.tiles),
+            COARSER=regroup.coarser, **_constants(width, True),
+        )  # fmt: skip
     if len(regroup.tiles):
         norm_backward[(len(regroup.tiles),)](
             *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix,
-            SAME=regroup.children is None, ROWS=ROWS, **constants,
+            SAME=regroup.children is None, ROWS=ROWS, **_constants(width, False),
         )  # fmt: skip
     grad_weight, grad_bias, *grad_layer_scale = (x.to(weight.dtype, copy=True) for x in partials.sum(0))
     return (
@@ -361,6 +360,9 @@ def _families(regroup: Regroup) -> int:
     return (len(regroup.children) - 1) * regroup.num_prefix
 
 
-def _constants(width: int) -> dict[str, Any]:
+def _constants(width: int, prefix: bool) -> dict[str, Any]:
+    """Either way a thread holds 16 values of each tensor. Programs of prefix rows are few and each has many rows to go
+    through: two at a time. On sm_100, patch rows two at a time spill."""
     block = triton.next_power_of_2(width)
-    return {"C": width, "BLOCK_C": block, "SUB": 2, "num_warps": min(16, max(1, block // 256))}
+    rows = 2 if prefix else 1
+    return {"C": width, "BLOCK_C": block, "SUB": rows, "num_warps": min(16, max(1, rows * block // 512))}

@@ -1,0 +1,195 @@
+"""Every kernel compiled ahead of time with Triton's own compiler, and what its machine code says. Nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import machine_code
+from hlip_kernels.configs import BLOCK_D, SHORT, Tile, built_in_config, kind_of, max_registers, row_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+HEADS = 12
+WIDTHS = (384, 768, 1024)
+SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KiB
+THREADS_PER_SM = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+REGISTERS_PER_SM = 65536
+COLUMNS = (
+    "arch", "dtype", "head_dim", "width", "length", "kernel", "rows", "streamed", "warps", "stages", "registers",
+    "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "loop_instructions",
+    "dense_loop_instructions",
+)  # fmt: skip
+NORM_DTYPES = {"fp32+bf16": ("fp32", "bf16"), "bf16": ("bf16", "bf16")}  # of the residual, of the update
+
+
+class Attention(NamedTuple):
+    arch: str
+    dtype: str
+    head_dim: int
+    length: str
+    name: str
+    tile: Tile
+
+
+class Norm(NamedTuple):
+    """change: what becomes of the prefix rows from one level to the next; same, coarser or finer."""
+
+    arch: str
+    dtype: str
+    width: int
+    name: str
+    change: str
+
+
+Case = Attention | Norm
+
+
+def run(cases: Sequence[Case], workers: int) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = pool.map(compile_case, cases)
+        return list(tqdm(found, "compiling", total=len(cases), unit="kernel"))
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What no row of the built-in table may show."""
+    found = []
+    for row in rows:
+        what = " ".join(str(row[name]) for name in ("arch", "dtype", "head_dim", "width", "kernel") if row[name])
+        if row["stack_bytes"]:
+            found.append(f"{what}: {row['stack_bytes']} bytes spill")
+        if row["occupancy"] == 0:
+            found.append(f"{what}: {row['shared_bytes']} bytes of shared memory are more than there is")
+        if row["head_dim"] and row["dtype"] != "fp32" and not row["matrix_instructions"]:
+            found.append(f"{what}: the matrix units are idle")
+    return found
+
+
+def attention_cases(archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int]) -> list[Case]:
+    """The built-in table's distinct rows, for a level of short groups and one of long groups."""
+    found: dict[tuple, Case] = {}
+    for arch, dtype, head_dim, max_seqlen in product(archs, dtypes, head_dims, (SHORT, SHORT + 1)):
+        row = row_of(arch, DTYPES[dtype], head_dim, max_seqlen, dtype == "tf32")
+        for name, tile in vars(built_in_config(row)).items():
+            case = Attention(arch, dtype, head_dim, row.length, name, tile)
+            found.setdefault((arch, dtype, head_dim, name, tile), case)
+    return list(found.values())
+
+
+def norm_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
+    return [
+        Norm(arch, dtype, width, name, change)
+        for arch, dtype, width in product(archs, NORM_DTYPES, widths)
+        for change, names in (
+            ("same", ("norm_forward", "norm_backward")),
+            ("coarser", ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
+            ("finer", ("prefix_forward", "prefix_backward")),
+        )
+        for name in names
+    ]
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    facts = dict.fromkeys(COLUMNS) | {"arch": case.arch, "dtype": case.dtype}
+    return facts | (_attention_facts(case) if isinstance(case, Attention) else _norm_facts(case))
+
+
+def _attention_facts(case: Attention) -> dict[str, Any]:
+    """As `triton_attention` would launch it; for bf16, the same of plain dense attention with the same tile."""
+    import dense
+    from hlip_kernels.backends import triton_attention
+
+    arch, dtype, head_dim, length, name, tile = case
+    known = {"head_dim": head_dim, "length": length, "kernel": name, **tile._asdict()}
+    facts = compile_attention(getattr(triton_attention, f"attention_{name}"), arch, dtype, head_dim, tile)
+    if dtype == "bf16" and BLOCK_D[head_dim] == head_dim:
+        plain = compile_attention(getattr(dense, f"attention_{name}"), arch, dtype, head_dim, tile)
+        facts["dense_loop_instructions"] = plain["loop_instructions"]
+    return known | facts
+
+
+def compile_attention(kernel: Any, arch: str, dtype: str, head_dim: int, tile: Tile) -> dict[str, Any]:
+    constants = {
+        "H": HEADS, "D": head_dim, "BLOCK_D": BLOCK_D[head_dim], "ROWS": tile.rows, "STREAMED": tile.streamed,
+        "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+    }  # fmt: skip
+    stored = {"tf32": "fp32"}.get(dtype, dtype)
+    types = dict.fromkeys(("QKV", "Out", "GradOut", "GradQKV"), f"*{stored}")
+    types |= {"Lse": "*fp32", "Delta": "*fp32", "Tiles": "*i32", "CuSeqlens": "*i32"}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    registers = max_registers(kind_of(DTYPES[dtype], dtype == "tf32"), tile.warps)
+    if arch.startswith("sm_") and registers:
+        options["maxnreg"] = registers
+    return compile_kernel(kernel, arch, types, constants, options)
+
+
+def _norm_facts(case: Norm) -> dict[str, Any]:
+    """With a scale per path; without one per layer, and with the residual's own gradient."""
+    from hlip_kernels.backends import triton_norm
+
+    settings = triton_norm._constants(case.width, case.name.startswith("prefix"))
+    options = {"num_warps": settings.pop("num_warps")}
+    residual, update = NORM_DTYPES[case.dtype]
+    types = dict.fromkeys(("Residual", "X", "GradX", "GradResidual"), f"*{residual}")
+    types |= dict.fromkeys(("Update", "Y", "GradY", "GradUpdate"), f"*{update}")
+    types |= dict.fromkeys(("PathScale", "Weight", "Bias", "Mean", "Rstd", "Partials"), "*fp32")
+    types |= dict.fromkeys(("Tiles", "CuSeqlens", "Children"), "*i32")
+    constants = settings | {
+        "LayerScale": None, "ROWS": triton_norm.ROWS, "SAME": case.change == "same",
+        "COARSER": case.change == "coarser",
+    }  # fmt: skip
+    facts = compile_kernel(getattr(triton_norm, case.name), case.arch, types, constants, options)
+    known = {"width": case.width, "kernel": f"{case.name} {case.change}"}
+    return known | {"rows": triton_norm.ROWS, "streamed": settings["SUB"], "warps": options["num_warps"]} | facts
+
+
+def compile_kernel(
+    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """types: of the pointers. Scales and eps are fp32, other arguments integers."""
+    binary = compile_binary(kernel, arch, types, constants, options)
+    nvidia = arch.startswith("sm_")
+    read = machine_code.read_cubin if nvidia else machine_code.read_amdgcn
+    facts = read(binary.asm["cubin" if nvidia else "amdgcn"])
+    shared, warps = binary.metadata.shared, options["num_warps"]
+    facts |= {"shared_bytes": shared, "stages": binary.metadata.num_stages}
+    facts["occupancy"] = occupancy(arch, facts["registers"], shared, warps) if nvidia else None
+    return facts
+
+
+def compile_binary(
+    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = dict(_signature(kernel.arg_names, types, used))
+    aligned = [
+        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name.startswith("stride")
+    ]  # as at run time, else loads are not vectorised
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
+    nvidia = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+
+
+def _signature(names: list[str], types: dict[str, str], constants: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        scalar = "fp32" if name == "eps" or name.endswith("_scale") else "i32"
+        yield name, "constexpr" if name in constants else types.get(name, scalar)
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at once."""
+    threads = 32 * warps
+    by_registers = REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads)
+    by_shared = SHARED_PER_SM[arch] * 1024 // (shared + 1024)  # the driver keeps 1 KiB of each program's
+    return min(by_registers, by_shared, THREADS_PER_SM[arch] // threads)
