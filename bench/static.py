@@ -171,8 +171,11 @@ def compile_binary(
 
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = dict(_signature(kernel.arg_names, types, used))
+    free = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
     aligned = [
-        i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name.startswith("stride")
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if name not in free and (signature[name][0] == "*" or name.startswith("stride"))
     ]  # as at run time, else loads are not vectorised
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)

@@ -101,11 +101,13 @@ def tune(
         for kind, head_dim, kernel, tiles in jobs:
             with tf32_products(kind == "tf32"):
                 oracles = [Oracle(dtype, head_dim, device) for dtype in kinds[kind]]
-                for length in LENGTHS:
+                order = None  # the first length chooses it, the other must follow: see `Tile.order`
+                for length in reversed(LENGTHS):
                     row = Row(arch, kind, head_dim, length)
                     problem = Problem(timed[length], WIDTH // head_dim, kinds[kind][0], head_dim, device)
-                    found = best_tile(row, kernel, tiles, problem, oracles, measure, progress)
+                    found = best_tile(row, kernel, tiles, problem, oracles, measure, progress, order)
                     if found:
+                        order = found.after.order
                         yield found
 
 
@@ -117,12 +119,12 @@ def best_tile(
     oracles: Sequence[Oracle],
     measure: Measure,
     progress: tqdm,
+    order: tuple[int, int] | None,
 ) -> Timing | None:
-    """None if no tile works."""
-    dtype = problem.qkv.dtype
+    """None if no tile works. Of a given order if there is one; the tile in use is timed in any case."""
     dtype, longest = problem.qkv.dtype, problem.groups.max_seqlen
     before = getattr(attention_config(row.arch, dtype, row.head_dim, longest, row.kind == "tf32"), kernel)
-    tried = dict.fromkeys([before, *tiles])
+    tried = dict.fromkeys([before, *(tile for tile in tiles if order in (None, tile.order))])
     seconds: dict[Tile, float] = {}
     for tile in tried:
         progress.set_postfix_str(f"{row}, {kernel} {_name(tile)}")
@@ -138,10 +140,11 @@ def best_tile(
         if faults:
             progress.write(f"skipped {row}, {kernel} {_name(tile)}: {'; '.join(faults)}", file=sys.stderr)
     progress.update(1 + len(tiles) - len(tried))
-    if not seconds:
+    free = [tile for tile in seconds if order in (None, tile.order)]
+    if not free:
         return None
-    after = min(seconds, key=lambda tile: seconds[tile])
-    if before in seconds and seconds[after] > GAIN * seconds[before]:
+    after = min(free, key=lambda tile: seconds[tile])
+    if before in free and seconds[after] > GAIN * seconds[before]:
         after = before
     return Timing(row, kernel, before, seconds.get(before), after, seconds[after])
 
@@ -160,11 +163,12 @@ def all_candidates(kind: str, kernel: str, head_dim: int) -> Iterator[Tile]:
 
 
 def complete_rows(timings: Iterable[Timing]) -> dict[Row, AttentionConfig]:
-    """The rows whose three kernels all have a tile."""
+    """The rows whose three kernels all have a tile, for groups of either length."""
     found: dict[Row, dict[str, Tile]] = defaultdict(dict)
     for timing in timings:
         found[timing.row][timing.kernel] = timing.after
-    return {row: AttentionConfig(**tiles) for row, tiles in found.items() if len(tiles) == len(SUMS)}
+    whole = {row: AttentionConfig(**tiles) for row, tiles in found.items() if len(tiles) == len(SUMS)}
+    return {row: tiles for row, tiles in whole.items() if all(row._replace(length=n) in whole for n in LENGTHS)}
 
 
 def print_timings(timings: Iterable[Timing]) -> None:

@@ -37,6 +37,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """What fixes the order in which a row's sums are taken. It must not depend on the lengths of groups: a study's
+        result would depend on the other studies of its batch."""
+        return self.streamed, self.warps
+
 
 ALLOWED = Tile(TILE_ROWS, (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5))  # type: ignore[arg-type]
 
@@ -103,8 +109,9 @@ def built_in_config(row: Row) -> AttentionConfig:
         return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "sm_100":
         if length == "short":
-            return AttentionConfig(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2))
-        return AttentionConfig(Tile(128, 64, 8, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
+            return AttentionConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        forward = Tile(64 if head_dim == 16 else 128, 64, 4, 2)
+        return AttentionConfig(forward, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "gfx942":
         streamed = 32 if wide else 64
         return AttentionConfig(Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1))
@@ -148,8 +155,11 @@ def read_tiles(path: Path) -> dict[Row, AttentionConfig]:
         ValueError: anything in the file is not as `write_tiles` writes it; it names the file and what is wrong.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {_parse_row(name): _parse_config(name, tiles) for name, tiles in _expect(table, "the table").items()}
+        content = _expect(json.loads(path.read_text(encoding="utf-8")), "the table")
+        table = {_parse_row(name): _parse_config(name, tiles) for name, tiles in content.items()}
+        for row, config in table.items():
+            _check_order(row, config, table)
+        return table
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot use the tile table {path}: {error}. Delete the file to go back to the built-in tiles; "
@@ -168,6 +178,18 @@ def write_tiles(path: Path, table: dict[Row, AttentionConfig]) -> None:
     partial.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
     user_tiles.cache_clear()
+
+
+def _check_order(row: Row, config: AttentionConfig, table: dict[Row, AttentionConfig]) -> None:
+    for length in LENGTHS:
+        other = row._replace(length=length)
+        for kernel, tile in vars(table.get(other) or built_in_config(other)).items():
+            own = getattr(config, kernel)
+            if own.order != tile.order:
+                raise ValueError(
+                    f"{row}, {kernel}: streamed and warps are {own.order}, but {tile.order} in {other}; they must not "
+                    "depend on the length"
+                )
 
 
 def _parse_row(name: str) -> Row:

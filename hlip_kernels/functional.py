@@ -14,6 +14,8 @@ from .backends.groups import Regroup
 from .backends.torch_norm import move_prefix
 from .layout import LEVELS, Level, StudyLayout, check_level
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def hier_attention(
     qkv: Tensor,
@@ -31,7 +33,7 @@ def hier_attention(
             stream follows.
         layout: the batch's groups, on the device of `qkv`.
         level: "slice", "scan" or "study".
-        softmax_scale: factor on q k^T; D ** -0.5 if None.
+        softmax_scale: factor on q k^T, above 0; D ** -0.5 if None.
         backend: "auto", or a name from `available_backends()`; a name never falls back.
 
     Returns:
@@ -43,10 +45,12 @@ def hier_attention(
 
     Source: HLIP (arXiv 2505.21862), section 3.1.
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3 or not qkv.is_floating_point():
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or 0 in qkv.shape[2:] or qkv.dtype not in DTYPES:
         raise ValueError(
             f"qkv: expected a floating-point tensor (rows, 3, heads, head_dim), got {tuple(qkv.shape)} {qkv.dtype}"
         )
+    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
+        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     _check_rows("qkv", qkv, layout, level)
     if not torch.compiler.is_compiling():  # a compiled model leaves the choice to the op
         backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
@@ -85,7 +89,7 @@ def add_regroup_norm(
         update: the same shape; its dtype may differ.
         layout: the batch's groups, on the device of `residual`.
         weight, bias: (C) - of the LayerNorm.
-        path_scale: (G_src) - stochastic depth: a factor for all rows of a group; 1 if None.
+        path_scale: (G_src) - stochastic depth: a constant factor for all rows of a group; 1 if None.
         layer_scale: (C) - a learned factor for each channel; 1 if None.
         backend: "auto", "triton" or "torch"; a name never falls back.
 
@@ -113,11 +117,13 @@ def add_regroup_norm(
         ("path_scale", path_scale, (groups,)),
         ("update", update, update.shape),
     ):
-        if x is not None and (x.shape != shape or x.device != residual.device or not x.is_floating_point()):
+        if x is not None and (x.shape != shape or x.device != residual.device or x.dtype not in DTYPES):
             raise ValueError(
                 f"{name}: expected floating-point {tuple(shape)} on {residual.device}, got {x.dtype} {tuple(x.shape)} "
                 f"on {x.device}"
             )
+    if path_scale is not None and path_scale.requires_grad:
+        raise ValueError("path_scale: expected a constant; there is no gradient for it")
     if not torch.compiler.is_compiling():
         backend = choose_norm_backend(backend, residual.device.type, residual.dtype)
     x, y, _, _ = torch.ops.hlip_kernels.add_regroup_norm(

@@ -157,14 +157,14 @@ class MonaiAttention(nn.Module):
         """x: (B, L, C). Returns the same shape.
 
         Raises:
-            ValueError: a mask, dropout in training, or fewer tokens than the grid has.
+            ValueError: a mask, dropout in training, or not as many tokens as the grid has and perhaps a cls token.
         """
         if attn_mask is not None:
             raise ValueError("attn_mask: a mask is not supported; a group attends to all of its own")
         _refuse_dropout(self.dropout_rate if self.training else 0.0)
         num_prefix = x.shape[1] - math.prod(self.grid)
-        if num_prefix < 0:
-            raise ValueError(f"grid {self.grid} has {math.prod(self.grid)} patches, but x only {x.shape[1]} tokens")
+        if num_prefix not in (0, 1):  # without and with classification=True
+            raise ValueError(f"grid {self.grid} has {math.prod(self.grid)} patches, but x has {x.shape[1]} tokens")
         plain = x.as_subclass(Tensor)  # MONAI's MetaTensor overrides methods that backends call
         qkv = self.qkv(plain).unflatten(-1, (3, self.num_heads, -1))
         layout = _equal_studies(self.grid, len(x), num_prefix, x.device)

@@ -70,8 +70,9 @@ class StudyLayout:
         }
         # One buffer, so that moving a layout to a device is one copy.
         pieces = [*self._bounds.values(), *children.values(), *tiles.values()]
-        flat = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]).astype(np.int32))
-        flat = flat.to(device, non_blocking=True)
+        with torch.inference_mode(False):  # a layout made there may serve in training too
+            flat = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]).astype(np.int32))
+            flat = flat.to(device, non_blocking=True)
         views = iter(_mark_dynamic(flat.split([piece.size for piece in pieces])))
         self.device = flat.device
         self._cu_seqlens = {level: next(views) for level in LEVELS}
@@ -204,7 +205,7 @@ def _mark_dynamic(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tell torch.compile that these lengths vary, each by itself. It would take two that are equal in the first batch
     to be equal in all, and compile again for the batch in which they are not."""
     dynamo = sys.modules.get("torch._dynamo")  # loaded by whoever compiles
-    if dynamo is not None:
+    if dynamo is not None and not torch.compiler.is_compiling():
         for tensor in tensors:
             dynamo.maybe_mark_dynamic(tensor, 0)
     return tensors

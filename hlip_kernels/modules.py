@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .backends import BACKENDS
 from .functional import hier_attention
 from .layout import Level, StudyLayout
 
@@ -23,7 +24,7 @@ class HierarchicalAttention(nn.Module):
         qk_norm: whether each head's queries and keys pass a LayerNorm (with the epsilon of timm's ViTs).
 
     Raises:
-        ValueError: `dim` is not a multiple of `num_heads`.
+        ValueError: `dim` is not a multiple of `num_heads`, or an unknown backend.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class HierarchicalAttention(nn.Module):
         qk_norm: bool = False,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
         self.num_heads = num_heads
         self.backend = backend
         self.qk_norm = qk_norm
@@ -47,7 +50,13 @@ class HierarchicalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor:
-        """x: (G * P + T, C), prefix rows first (see `hier_attention`). Returns the same shape."""
+        """x: (G * P + T, C), prefix rows first (see `hier_attention`). Returns the same shape.
+
+        Raises:
+            ValueError: x of another width, or anything that `hier_attention` refuses.
+        """
+        if x.dim() != 2 or x.shape[1] != self.qkv.in_features:
+            raise ValueError(f"x: expected (rows, {self.qkv.in_features}), got {tuple(x.shape)}")
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if self.qk_norm:
             # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.

@@ -136,7 +136,7 @@ def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     check_against_float64(random_qkv(layout, "scan", head_dim, dtype), layout, "scan", "cpu")
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, -1.0])
+@pytest.mark.parametrize("scale", [0.125, 0.3, 2.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_softmax_scale(backend: str, scale: float) -> None:
     layout = StudyLayout.from_grids(RAGGED)
@@ -305,11 +305,29 @@ def test_two_runs_agree_bitwise(backend: str, level: Level, dtype: torch.dtype) 
         ((1, 34, 3, 2, 8), torch.float32, r"got \(1, 34, 3, 2, 8\)"),
         ((34, 2, 3, 8), torch.float32, r"got \(34, 2, 3, 8\)"),
         ((34, 3, 2, 8), torch.int64, "got .* torch.int64"),
+        ((34, 3, 2, 8), torch.float8_e4m3fn, "got .* torch.float8_e4m3fn"),
+        ((34, 3, 0, 8), torch.float32, r"got \(34, 3, 0, 8\)"),
+        ((34, 3, 2, 0), torch.float32, r"got \(34, 3, 2, 0\)"),
     ],
 )
 def test_refuses_tensors(shape: tuple[int, ...], dtype: torch.dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hier_attention(torch.zeros(shape, dtype=dtype), StudyLayout.from_grids(RAGGED), "scan")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+def test_refuses_scales(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"softmax_scale must be positive and finite, got {scale}"):
+        hier_attention(torch.zeros(34, 3, 2, 8), StudyLayout.from_grids(RAGGED), "scan", softmax_scale=scale)
+
+
+def test_a_layout_made_in_inference_mode_serves_in_training() -> None:
+    with torch.inference_mode():
+        layout = StudyLayout.from_grids(RAGGED)
+        hier_attention(torch.zeros(34, 3, 2, 8), layout, "scan")
+    qkv = torch.zeros(34, 3, 2, 8, requires_grad=True)
+    hier_attention(qkv, layout, "scan").sum().backward()
+    assert qkv.grad is not None
 
 
 def test_refuses_mixed_devices() -> None:

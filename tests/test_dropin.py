@@ -436,7 +436,7 @@ def test_monai_errors(volumes: Tensor) -> None:
     with pytest.raises(ValueError, match="got 'voxel'"):
         MonaiAttention(monai_vit().blocks[0].attn, GRID, "voxel")  # type: ignore[arg-type]
     attention = MonaiAttention(monai_vit().blocks[0].attn, GRID)
-    with pytest.raises(ValueError, match=r"grid .3, 2, 2. has 12 patches, but x only 11 tokens"):
+    with pytest.raises(ValueError, match=r"grid .3, 2, 2. has 12 patches, but x has 11 tokens"):
         attention(torch.zeros(1, 11, 24, dtype=torch.float64))
     with pytest.raises(ValueError, match="attn_mask"):
         attention(torch.zeros(1, 12, 24, dtype=torch.float64), attn_mask=torch.ones(1, 12))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -19,12 +21,14 @@ from hypothesis import strategies as st
 import hlip
 from conftest import plain_groups, random_study, tiny_vision
 from hlip.model.vit import StudyEncoder
-from hlip_kernels import StudyLayout, available_backends, hier_attention
-from hlip_kernels.configs import ALLOWED, ARCHITECTURES, BLOCK_D, attention_config
+from hlip_kernels import StudyLayout, available_backends, configs, hier_attention
+from hlip_kernels.configs import ALLOWED, ARCHITECTURES, BLOCK_D, KINDS, Row, attention_config, built_in_config
 from hlip_kernels.layout import LEVELS, TILE_ROWS
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="conftest sets TRITON_INTERPRET=1")
+
+from hlip_kernels.backends import triton_attention, triton_norm  # noqa: E402
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -121,13 +125,22 @@ def test_a_study_alone_is_bitwise_the_study_in_a_batch(level: str) -> None:
     generator = torch.Generator().manual_seed(0)
     groups = batch.num_groups(level)
     qkv = torch.randn(groups * 2 + batch.num_tokens, 3, HEADS, 32, generator=generator)
-    first_group = {"slice": 1, "scan": 1, "study": 1}[level]
-    prefix = torch.arange(first_group * 2, (first_group + alone.num_groups(level)) * 2)
+    prefix = torch.arange(2, (1 + alone.num_groups(level)) * 2)  # the study before has one group at every level
     patches = groups * 2 + 81 + torch.arange(alone.num_tokens)
     rows = torch.cat([prefix, patches])
-    together = hier_attention(qkv, batch, level, backend="triton")
-    assert torch.equal(together[rows], hier_attention(qkv[rows], alone, level, backend="triton"))
-    assert torch.equal(together, hier_attention(qkv, batch, level, backend="triton"))
+    grad_out = torch.randn(len(qkv), HEADS, 32, generator=generator)
+
+    def results(layout: StudyLayout, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = qkv[rows].requires_grad_()
+        out = hier_attention(leaf, layout, level, backend="triton")
+        return out, torch.autograd.grad(out, leaf, grad_out[rows])[0]
+
+    everything = torch.arange(len(qkv))
+    for one, whole, again in zip(
+        *(results(*x) for x in ((alone, rows), (batch, everything), (batch, everything))), strict=True
+    ):
+        assert torch.equal(whole[rows], one)
+        assert torch.equal(whole, again)
 
 
 def test_strided_qkv() -> None:
@@ -183,11 +196,47 @@ def test_every_reason_is_given() -> None:
     assert available_backends("cpu")[0] == "cpu"
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.5])
-def test_scales_that_are_not_positive_are_refused(scale: float) -> None:
-    layout = StudyLayout.from_grids([[(2, 1, 2)]])
-    with pytest.raises(ValueError, match="'triton' needs a softmax_scale above 0"):
-        hier_attention(torch.randn(5, 3, 2, 16), layout, "study", softmax_scale=scale, backend="triton")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
+def test_the_order_of_sums_does_not_depend_on_the_lengths_in_a_batch(arch: str, kind: str) -> None:
+    for head_dim in BLOCK_D:
+        short, long = (vars(built_in_config(Row(arch, kind, head_dim, length))) for length in configs.LENGTHS)
+        for kernel, tile in short.items():
+            assert tile.order == long[kernel].order, (head_dim, kernel)
+
+
+def test_tf32_only_where_pytorch_allows_it() -> None:
+    """In a process of its own: PyTorch refuses a mix of its old and new settings."""
+    code = (
+        "import torch; from hlip_kernels.backends.triton_attention import _constants\n"
+        "from hlip_kernels.configs import Tile\n"
+        "x, tile = torch.zeros(4, 3, 1, 16), Tile(64, 32, 4, 1)\n"
+        "def kind(x=x): return _constants(x, tile)['PRECISION']\n"
+        "assert kind() == 'ieee'\n"
+        "{allow}\n"
+        "assert kind() == 'tf32' and kind(x.half()) == 'ieee'\n"
+    )
+    ways = ["torch.set_float32_matmul_precision('high')", "torch.backends.cuda.matmul.allow_tf32 = True"]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        ways += ["torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'"]
+    for allow in ways:
+        subprocess.run([sys.executable, "-c", code.format(allow=allow)], check=True)
+
+
+def test_mixes_of_studies_share_compiled_kernels() -> None:
+    """Of the arguments that differ between batches, none makes Triton specialise."""
+    for module, names in (
+        (triton_attention, ("attention_forward", "attention_dq", "attention_dkdv")),
+        (triton_norm, ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
+    ):
+        for name in names:
+            kernel = getattr(module, name)
+            source = inspect.getsource(kernel.fn)
+            arguments = set(re.findall(r"\w+", source.partition("(")[2].partition("):")[0]))
+            given = arguments & {"num_rows", "prefix_rows", "src_rows", "dst_rows", "first_partial"}
+            maps = arguments & {"Tiles", "CuSeqlens", "Children"}
+            assert given <= set(kernel.kwargs["do_not_specialize"]), name
+            assert maps <= set(kernel.kwargs["do_not_specialize_on_alignment"]), name
 
 
 def test_without_triton_the_cpu_works_and_triton_explains_itself() -> None:

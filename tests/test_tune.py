@@ -45,6 +45,11 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 TABLE_PATH = configs.table_path  # before conftest hides the user's own
 
 
+def both(row: Row) -> dict[Row, AttentionConfig]:
+    """One configuration for groups of either length."""
+    return {row._replace(length=length): CONFIG for length in configs.LENGTHS}
+
+
 def wall_clock(run: Callable[[], None]) -> float:
     start = time.perf_counter()
     run()
@@ -80,6 +85,22 @@ def test_the_fastest_tiles_are_written_and_used(table: Path) -> None:
     built_in = configs.built_in_config(ROW._replace(head_dim=32))
     assert attention_config("sm_999", torch.float32, 32, 20) == built_in
     assert attention_config("sm_999", torch.float32, 16, 20, tf32=True) != rows[ROW]
+
+
+def test_the_order_of_sums_is_one_for_all_lengths(table: Path) -> None:
+    """A study's result would else depend on the longest group of its batch."""
+    other = LARGE._replace(rows=64)
+
+    def measure(run: Any) -> float:  # long groups like LARGE best, short ones SMALL
+        groups = next(x for x in run.args if isinstance(x, str)) and run.func.__self__.groups
+        return {LARGE: 1.0, SMALL: 0.5 if groups.max_seqlen < 100 else 3.0}.get(run.args[1], 2.0)
+
+    timings = tuned(measure, SMALL, LARGE, other)
+    assert {each.after for each in timings if each.row.length == "long"} == {LARGE}
+    assert {each.after.order for each in timings} == {LARGE.order}
+    configs.write_tiles(table, {ROW: CONFIG})
+    with pytest.raises(ValueError, match=r"they must not depend on the length.* Delete the file"):
+        attention_config("sm_80", torch.float16, 64, 20)
 
 
 def test_a_real_clock_and_the_table_that_is_printed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +146,7 @@ def test_a_tile_that_fails_is_reported_and_passed_over(
     assert chosen == {(name, before if name == kernel else LARGE) for name in ("forward", "dq", "dkdv")}
     reason = {"raises": "RuntimeError: out of resource: shared memory", "wrong": "is off by 0.01", "unwritten": "nan"}
     said = capsys.readouterr().err
-    assert f"skipped sm_999 fp32 16 short, {kernel} 128x64, 8 warps, 2 stages" in said
+    assert f"skipped sm_999 fp32 16 long, {kernel} 128x64, 8 warps, 2 stages" in said
     assert reason[how] in said
     assert "and more" not in said
 
@@ -164,7 +185,7 @@ def test_tf32_has_rows_of_its_own_and_the_switch_is_put_back(table: Path) -> Non
 
     timings = tuned(measure, LARGE, dtypes=("fp32", "tf32"))
     assert {each.row.kind for each in timings} == {"fp32", "tf32"}
-    assert seen.count(True) == seen.count(False) == len(timings)
+    assert seen.count(True) == seen.count(False) == 9  # in use and LARGE; of short groups, what has the order of sums
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
@@ -219,7 +240,7 @@ def test_a_broken_table_is_refused(text: str, complaint: str, table: Path) -> No
 
 
 def test_what_is_written_is_read(table: Path) -> None:
-    rows = {ROW: CONFIG, Row("gfx942", "half", 128, "long"): CONFIG, Row("sm_90", "tf32", 80, "long"): CONFIG}
+    rows = both(ROW) | both(Row("gfx942", "half", 128, "long")) | both(Row("sm_90", "tf32", 80, "long"))
     configs.write_tiles(table, rows)
     assert configs.user_tiles() == configs.read_tiles(table) == rows
 
@@ -243,15 +264,15 @@ def env_report(cache: Path) -> str:
 
 def test_env_says_which_tiles_are_used(table: Path, tmp_path: Path) -> None:
     assert f"built-in; none in {table}" in env_report(tmp_path)
-    configs.write_tiles(table, {ROW: CONFIG})
-    assert f"1 row from {table}, the others built-in" in env_report(tmp_path)
+    configs.write_tiles(table, both(ROW))
+    assert f"2 rows from {table}, the others built-in" in env_report(tmp_path)
     table.write_text("{")
     assert f"cannot use the tile table {table}" in env_report(tmp_path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such thing"), OSError("read-only")])
 def test_a_broken_run_leaves_the_table(error: Any, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs.write_tiles(table, {ROW: CONFIG})
+    configs.write_tiles(table, both(ROW))
     before, run = table.read_bytes(), tune.tune
 
     def stopped(*_: object) -> Iterator[tune.Timing]:
@@ -266,7 +287,7 @@ def test_a_broken_run_leaves_the_table(error: Any, table: Path, monkeypatch: pyt
 
 def test_a_whole_run_keeps_the_other_rows(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = ROW._replace(head_dim=64)
-    configs.write_tiles(table, {other: CONFIG, ROW: CONFIG})
+    configs.write_tiles(table, both(other) | both(ROW))
     run = tune.tune
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune, "tune", lambda _arch, *rest: run("sm_999", *rest[:3], "cpu", lambda *_: [SMALL], TIMED))

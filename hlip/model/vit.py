@@ -51,6 +51,10 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+# The norm's backend by that of attention; libraries of attention alone leave the choice open.
+NORM_BACKEND = {"triton": "triton", "cpu": "torch", "reference": "torch"}
+
+
 class Stream(NamedTuple):
     """The token stream between two blocks, at the level of the block before.
 
@@ -92,10 +96,13 @@ class Block(nn.Module):
         x, update, path_scale = stream
         if update is None:
             return x, norm(x)
-        backend = "triton" if self.attn.backend == "triton" else "auto"
         return add_regroup_norm(
-            x, update, layout, src, dst, norm.weight, norm.bias, norm.eps, path_scale=path_scale, backend=backend
+            x, update, layout, src, dst, norm.weight, norm.bias, norm.eps, path_scale, backend=self.norm_backend
         )
+
+    @property
+    def norm_backend(self) -> str:
+        return NORM_BACKEND.get(self.attn.backend, "auto")
 
     def _path_scale(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor | None:
         """Stochastic depth: a group's rows keep their update, scaled, or lose it, together."""
@@ -230,10 +237,12 @@ class StudyEncoder(nn.Module):
         """What heads that look at patch rows give."""
         x, update, path_scale = stream
         assert update is not None
-        norm = self.norm
+        norm, last = self.norm, self.blocks[-1]
+        assert isinstance(last, Block)
         _, y = add_regroup_norm(  # in the residual's dtype: these rows are not for a product in 16 bits
-            x, update.to(x.dtype), layout, level, "study", norm.weight, norm.bias, norm.eps, path_scale=path_scale
-        )
+            x, update.to(x.dtype), layout, level, "study", norm.weight, norm.bias, norm.eps, path_scale,
+            backend=last.norm_backend,
+        )  # fmt: skip
         rows = layout.num_studies * layout.num_prefix
         prefix, patches = y[:rows].unflatten(0, (layout.num_studies, layout.num_prefix)), y[rows:]
         if self.config.head == "attention_pool":

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import Groups
+from .groups import Groups, gpu_capability_reasons
 
-FLASH_CAPABILITY = (8, 0)
 FLASH_HEAD_DIM = 256
 
 
@@ -62,10 +61,7 @@ def flash_not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) 
     reasons = []
     if device != "cuda":
         reasons.append(f"needs CUDA or ROCm tensors, got {device}")
-    elif torch.version.cuda and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if capability < FLASH_CAPABILITY:
-            reasons.append("needs a GPU of compute capability 8.0 or higher, got {}.{}".format(*capability))
+    reasons += gpu_capability_reasons(device)
     if dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"needs float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
     if head_dim % 8 or head_dim > FLASH_HEAD_DIM:

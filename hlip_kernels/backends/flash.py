@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .external import GroupOrder, flash_not_supported_reasons, group_order
-from .groups import Groups, check_scale
+from .groups import Groups
 
 OLDEST = (2, 7)
 
@@ -24,7 +25,7 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         return ["flash-attn is not installed (pip install flash-attn --no-build-isolation)", *reasons]
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         reasons.insert(0, f"needs flash-attn {'.'.join(map(str, OLDEST))} or newer, got {version}")
     if not reasons:
         try:
@@ -35,7 +36,6 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    check_scale("flash", softmax_scale)
     order = group_order(groups, qkv.shape[0])
     q, k, v = order.gather(qkv).unbind(1)
     out, lse, *_ = _ops()._flash_attn_varlen_forward(q=q, k=k, v=v, **_settings(order, softmax_scale))

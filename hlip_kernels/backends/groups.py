@@ -33,21 +33,21 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_scale(backend: str, softmax_scale: float) -> None:
-    """For kernels that take the largest score before they scale it.
-
-    Raises:
-        ValueError: the scale is not above 0.
-    """
-    if not softmax_scale > 0:
-        raise ValueError(f"backend {backend!r} needs a softmax_scale above 0, got {softmax_scale}")
+def gpu_capability_reasons(device: str) -> list[str]:
+    """Triton and FlashAttention ask for the same: an NVIDIA GPU of the Ampere generation or newer."""
+    if device != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return []
+    capability = torch.cuda.get_device_capability()
+    if capability >= (8, 0):
+        return []
+    return ["needs a GPU of compute capability 8.0 or higher, got {}.{}".format(*capability)]
 
 
 class Regroup(NamedTuple):
     """From the groups of one level, src, to those of another, dst; or of the same.
 
     cu_seqlens: (G_src + 1) int32 - bounds of the groups of src in the patch stream.
-    tiles: (NT, 2) int32 - the tile map of src at `NORM_ROWS` rows.
+    tiles: (NT, 2) int32 - the tile map of src at the least of `TILE_ROWS`.
     children: (G of the coarser level + 1) int32 - bounds of each coarse group's run of fine ones; None if the levels
         are the same.
     num_prefix: P, prefix rows of every group.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..configs import BLOCK_D
-from .groups import Groups, Regroup, check_scale
+from .groups import Groups, Regroup, gpu_capability_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,6 +27,7 @@ def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
         reasons.append("triton is not installed (pip install triton)")
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         reasons.append(f"needs CUDA or ROCm tensors, or TRITON_INTERPRET=1 for CPU tensors; got {device}")
+    reasons += gpu_capability_reasons(device)
     if dtype not in DTYPES:
         reasons.append(f"needs float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
     return reasons
@@ -35,14 +36,15 @@ def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     from . import triton_attention
 
-    check_scale("triton", softmax_scale)
-    return triton_attention.forward(qkv, groups, softmax_scale)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        return triton_attention.forward(qkv, groups, softmax_scale)
 
 
 def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
     from . import triton_attention
 
-    return triton_attention.backward(grad_out, qkv, out, lse, groups, softmax_scale)
+    with torch.cuda.device_of(qkv):
+        return triton_attention.backward(grad_out, qkv, out, lse, groups, softmax_scale)
 
 
 def norm_forward(
@@ -57,7 +59,8 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import triton_norm
 
-    return triton_norm.forward(residual, update, path_scale, layer_scale, weight, bias, regroup, eps)
+    with torch.cuda.device_of(residual):
+        return triton_norm.forward(residual, update, path_scale, layer_scale, weight, bias, regroup, eps)
 
 
 def norm_backward(
@@ -74,4 +77,5 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import triton_norm
 
-    return triton_norm.backward(grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, regroup)
+    with torch.cuda.device_of(x):
+        return triton_norm.backward(grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, regroup)

@@ -25,6 +25,9 @@ from torch import Tensor
 from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config, kind_of, max_registers
 from .groups import Groups
 
+# What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
+VARYING = ["num_rows", "prefix_rows"]
+MAPS = ["Tiles", "CuSeqlens"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -75,7 +78,7 @@ def _attend(b_q, p_k, slot, m_k, m_d, b_m, b_l, b_acc, qk_scale,
     return b_m_new, b_l, b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def attention_forward(
     QKV, Out, Lse, Tiles, CuSeqlens,
     stride_row, stride_slot, stride_head, num_rows, prefix_rows, qk_scale, P,
@@ -132,7 +135,7 @@ def _add_dq(b_q, b_do, b_lse, b_delta, p_k, slot, m_k, m_d, b_dq, qk_scale,
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def attention_dq(
     QKV, Out, GradOut, Lse, Delta, GradQKV, Tiles, CuSeqlens,
     stride_row, stride_slot, stride_head, num_rows, prefix_rows, softmax_scale, qk_scale, P,
@@ -171,20 +174,8 @@ def attention_dq(
     p_run = p_base + stride_slot + (patch_base + mixed) * stride_row + o_k[:, None] * stride_row + o_d[None, :]
     for _ in range(num_patches // STREAMED):
         b_dq = _add_dq(
-            b_q,
-            b_do,
-            b_lse,
-            b_delta,
-            p_run,
-            stride_slot,
-            o_k >= 0,
-            m_d,
-            b_dq,
-            qk_scale,
-            False,
-            EVEN_D,
-            PRECISION,
-        )
+            b_q, b_do, b_lse, b_delta, p_run, stride_slot, o_k >= 0, m_d, b_dq, qk_scale, False, EVEN_D, PRECISION
+        )  # fmt: skip
         p_run += STREAMED * stride_row
     p_dq = GradQKV + (row_q[:, None] * 3 * H + head) * D + o_d[None, :]
     tl.store(p_dq, (b_dq * softmax_scale).to(GradQKV.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
@@ -209,7 +200,7 @@ def _add_dkdv(b_k, b_v, p_q, p_do, p_lse, p_delta, m_q, m_d, b_dk, b_dv, qk_scal
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def attention_dkdv(
     QKV, GradOut, Lse, Delta, GradQKV, Tiles, CuSeqlens,
     stride_row, stride_slot, stride_head, num_rows, prefix_rows, softmax_scale, qk_scale, P,
@@ -347,7 +338,13 @@ def _config(qkv: Tensor, groups: Groups) -> AttentionConfig:
 
 
 def _tf32(qkv: Tensor) -> bool:
-    return qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """Whether the caller lets PyTorch's own products of float32 run in tf32."""
+    if qkv.dtype != torch.float32:
+        return False
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:  # before PyTorch 2.9
+        return torch.backends.cuda.matmul.allow_tf32
+    return (getattr(torch.backends, "fp32_precision", "ieee") if precision == "none" else precision) == "tf32"
 
 
 def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from ..layout import TILE_ROWS
 from .groups import Regroup
 
 ROWS = TILE_ROWS[0]  # of the tile maps
+# What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
+VARYING = ["src_rows", "dst_rows", "first_partial"]
+MAPS = ["Tiles", "CuSeqlens", "Children"]
 
 
 @triton.jit
@@ -58,7 +61,7 @@ def _write_normalised(b_x, X, Y, Mean, Rstd, row, m_row, b_w, b_b, o_c, m_c, eps
     tl.store(Rstd + row, b_rstd, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def norm_forward(
     Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Tiles, CuSeqlens,
     src_rows, dst_rows, P, eps,
@@ -104,7 +107,7 @@ def _family(Children, P):
     return group, place, begin, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def prefix_forward(
     Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Children, P, eps,
     COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, SUB: tl.constexpr,
@@ -194,7 +197,7 @@ def _write_partials(Partials, LayerScale, place, b_gw, b_gb, b_gl, o_c, m_c, C: 
         tl.store(p + 2 * C, b_gl, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def norm_backward(
     GradX, GradY, X, Mean, Rstd, Update, PathScale, LayerScale, Weight, GradResidual, GradUpdate, Partials,
     Tiles, CuSeqlens, src_rows, dst_rows, P,
@@ -231,7 +234,7 @@ def norm_backward(
     _write_partials(Partials, LayerScale, tl.program_id(0), b_gw, b_gb, b_gl, o_c, m_c, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def prefix_backward(
     GradX, GradY, X, Mean, Rstd, Update, PathScale, LayerScale, Weight, GradResidual, GradUpdate, Partials,
     Children, P, first_partial,
@@ -290,7 +293,9 @@ def forward(
     regroup: Regroup,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual, update = residual.contiguous(), update.contiguous()
+    residual, update, path_scale, layer_scale, weight, bias = map(
+        _contiguous, (residual, update, path_scale, layer_scale, weight, bias)
+    )
     src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
     num_rows, width = residual.shape[0] - src + dst, residual.shape[1]
     x = residual.new_empty(num_rows, width)
@@ -321,8 +326,9 @@ def backward(
     weight: Tensor,
     regroup: Regroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x = None if grad_x is None else grad_x.contiguous()
-    grad_y, update = grad_y.contiguous(), None if update is None else update.contiguous()
+    grad_x, grad_y, update, path_scale, layer_scale, weight = map(
+        _contiguous, (grad_x, grad_y, update, path_scale, layer_scale, weight)
+    )
     src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
     width = x.shape[1]
     grad_residual = x.new_empty(x.shape[0] - dst + src, width)
@@ -353,6 +359,10 @@ def backward(
         grad_weight,
         grad_bias,
     )
+
+
+def _contiguous(x: Any) -> Any:
+    return None if x is None else x.contiguous()
 
 
 def _families(regroup: Regroup) -> int:

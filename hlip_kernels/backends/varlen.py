@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .external import flash_not_supported_reasons, group_order
-from .groups import Groups, check_scale
+from .groups import Groups
 
 
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -30,7 +30,6 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    check_scale("varlen", softmax_scale)
     order = group_order(groups, qkv.shape[0])
     bounds, longest = order.cu_seqlens, order.max_seqlen
     q, k, v = order.gather(qkv).unbind(1)

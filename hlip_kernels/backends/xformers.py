@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .external import GroupOrder, group_order
-from .groups import Groups, check_scale
+from .groups import Groups
 
 MULTIPLES = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}  # of the head dim
 PADDED_ROWS = 32  # a padded log-sum-exp has a multiple of so many
@@ -44,7 +44,6 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     from xformers.ops import fmha
 
-    check_scale("xformers", softmax_scale)
     order = group_order(groups, qkv.shape[0])
     mask = block_diagonal(order.cu_seqlens, order.max_seqlen)
     q, k, v = order.gather(qkv)[None].unbind(2)
