@@ -130,7 +130,7 @@ def _zeroshot(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    model, how = load(args.source, args.model, args.text)
+    model, how, _ = load(args.source, args.model, args.text)
     print(f"{args.source}: {how}\n{describe(model.config)}")
     if args.layout == "hlip":
         model.save_pretrained(args.target)

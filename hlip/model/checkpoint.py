@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
-from .published import CONFIGS, OPEN_CLIP_CONFIG, identify, names, open_clip_json, published_name
+from .published import CONFIGS, OPEN_CLIP_CONFIG, Identity, describe, identify, names, open_clip_json, published_name
 from .text import TOKENIZER_FILES, has_tokenizer
 from .weights import find_weights, load_strict, local_folder, read_json, read_weights
 
@@ -33,10 +33,11 @@ OURS = ("text/*.json", "text/vocab.*", "text/merges.txt")
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, and how its configuration is known."""
+    """A model in evaluation mode, and how its configuration is known. See `Identity`."""
 
     model: HLIPModel
     how: str
+    guessed: bool
 
 
 def save_pretrained(model: HLIPModel, folder: Path) -> None:
@@ -104,6 +105,14 @@ def push_to_hub(model: HLIPModel, repo_id: str, layout: Layout = "hlip", private
             raise ValueError(f"{repo_id}: could not be uploaded ({str(error).splitlines()[0]})") from error
 
 
+def from_pretrained(name: str, model: str | None = None, text: Path | str | None = None) -> HLIPModel:
+    """See `HLIPModel.from_pretrained`. A configuration that had to be guessed is told on the log."""
+    loaded = load(name, model, text)
+    if loaded.guessed:
+        log.warning("%s: %s\n%s", name, loaded.how, describe(loaded.model.config))
+    return loaded.model
+
+
 def load(name: str, model: str | None = None, text: Path | str | None = None) -> Loaded:
     """Read a model in any layout. See `HLIPModel.from_pretrained`."""
     try:
@@ -115,7 +124,7 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
     ours = path.is_dir() and _is_ours(path)
     if ours:
-        config, how = _own_config(path), f"as {path / 'config.json'} says"
+        config, how, guessed = Identity(_own_config(path), f"as {path / 'config.json'} says")
         if model is not None:
             try:
                 published_name(config, model)
@@ -125,19 +134,17 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
         source = path / "text"
     else:
         weights = read_weights(path if path.is_file() else find_weights(path))
-        config, how = identify(weights, path if path.is_dir() else None, model)
+        config, how, guessed = identify(weights, path if path.is_dir() else None, model)
         source = None
     if text is not None:
         config = replace(config, text=replace(config.text, name=str(text)))
     built = HLIPModel(config, text_source=text if text is not None else source)
     if source is None and text is None and path.is_dir() and has_tokenizer(path):
         built.text.tokenizer_source = str(path)
-    if "logit_bias" not in weights.state and not ours:
-        how += "; no logit_bias, so it begins anew" if config.objective != "clip" else ""
+    if "logit_bias" not in weights.state and not ours and config.objective != "clip":
+        how += "; no logit_bias, so it begins anew"
     load_strict(built, weights.state, weights.path, () if ours else ("logit_bias",))
-    if "guessed" in how:
-        log.warning("%s: %s; see `hlip convert`", weights.path, how)
-    return Loaded(built.eval(), how)
+    return Loaded(built.eval(), how, guessed)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -144,9 +144,9 @@ class HLIPModel(nn.Module):
         Raises:
             ValueError: nothing usable there; names the file and the reason.
         """
-        from .checkpoint import load
+        from .checkpoint import from_pretrained
 
-        return load(str(name), model, text).model
+        return from_pretrained(str(name), model, text)
 
 
 def create_model(

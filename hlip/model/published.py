@@ -78,8 +78,16 @@ def names() -> list[str]:
     return [name for name in (*MODELS, *ALIASES) if name != "demo"]
 
 
-def identify(weights: Weights, folder: Path | None, model: str | None) -> tuple[ModelConfig, str]:
-    """The configuration of published weights, and how it is known.
+class Identity(NamedTuple):
+    """A configuration, how it is known in words, and whether it is only guessed."""
+
+    config: ModelConfig
+    how: str
+    guessed: bool = False
+
+
+def identify(weights: Weights, folder: Path | None, model: str | None) -> Identity:
+    """The configuration of published weights.
 
     The first of these that says: `model`; the JSON files of `folder`; the training run's name; the shapes.
 
@@ -89,6 +97,7 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> tuple[
     shapes = Shapes.of_weights(weights)
     fitting = [name for name in names() if Shapes.of_config(preset(name)) == shapes]
     files = _json_files(folder) if folder else {}
+    guessed = False
     if model is not None:
         config, how = preset(model), f"{model}, as told"
         if model in files:
@@ -114,12 +123,13 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> tuple[
         )
     else:
         rest = f" ({', '.join(fitting[1:])} fits too, and has the same levels)" if fitting[1:] else ""
-        config, how = preset(fitting[0]), f"{fitting[0]}, guessed from its shapes{rest}"
+        config, guessed = preset(fitting[0]), True
+        how = f"{fitting[0]}, guessed from its shapes{rest}"
     sequence = weights.state.get("visual.trunk.sequential_posemb")
     if config.vision.max_scans == 0 and sequence is not None and sequence.shape[1:2] == (1,):
         config = replace(config, vision=replace(config.vision, max_scans=1))
         how += "; its one scan position is added to every token"
-    return config, how
+    return Identity(config, how, guessed)
 
 
 def describe(config: ModelConfig) -> str:

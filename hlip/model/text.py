@@ -76,7 +76,8 @@ class TextTower(nn.Module):
 
     @staticmethod
     def _unreadable(source: str, error: Exception) -> ValueError:
-        return ValueError(f"text tower {source!r}: not a readable BERT folder or hub name ({error})")
+        reason = " ".join(str(error).split())
+        return ValueError(f"text tower {source!r}: not a readable BERT folder or hub name ({reason})")
 
     @functools.cached_property
     def tokenizer(self) -> Any:
