@@ -110,6 +110,8 @@ def test_published_to_ours_and_back_is_the_same_bits(name: str, tmp_path: Path) 
     files = sorted(str(p.relative_to(tmp_path / "theirs")) for p in (tmp_path / "theirs").rglob("*") if p.is_file())
     registered = published.REGISTERED.get(name, name)
     assert files == [f"hlip/model_configs/{registered}.json", "model.safetensors", "open_clip_config.json"]
+    for each in ("ours", "theirs"):  # the folder's file stands for the folder
+        assert hlip.HLIPModel.from_pretrained(tmp_path / each / "model.safetensors").config == preset(name)
     (tmp_path / "theirs" / "hlip").rename(tmp_path / "aside")
     assert hlip.HLIPModel.from_pretrained(tmp_path / "theirs").config.vision == preset(name).vision
 
@@ -534,6 +536,36 @@ def test_a_bert_that_lacks_weights_is_refused(bert_folder: str, tmp_path: Path) 
     save_file(state, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"1 weights are missing: encoder.layer.1.output.dense.bias"):
         hlip.create_model("demo", pretrained_text=tmp_path / "bert")
+
+
+def not_finite(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["encoder.layer.0.output.dense.bias"][0] = float("nan")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def malicious(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"encoder": Evil(folder.parent / "executed")}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (not_finite, "1 weights are not finite numbers: encoder.layer.0.output.dense.bias"),
+        (lambda folder: cut(folder / "model.safetensors"), "not a readable BERT folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable"),
+        (malicious, "not a readable BERT folder"),
+    ],
+)
+def test_damaged_bert_folders(damage: Callable[[Path], Any], message: str, bert_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    damage(tmp_path / "bert")
+    with pytest.raises(ValueError, match=message) as error:
+        hlip.create_model("demo", pretrained_text=tmp_path / "bert")
+    assert str(tmp_path / "bert") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_saved_without_a_tokenizer(tmp_path: Path, bert_folder: str, caplog: pytest.LogCaptureFixture) -> None:

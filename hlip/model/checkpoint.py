@@ -23,7 +23,7 @@ from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
 from .published import CONFIGS, OPEN_CLIP_CONFIG, Identity, describe, identify, names, open_clip_json, published_name
 from .text import TOKENIZER_FILES, has_tokenizer
-from .weights import find_weights, load_strict, local_folder, read_json, read_weights
+from .weights import WEIGHT_FILES, find_weights, load_strict, local_folder, read_json, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,13 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
     except ValueError as error:
         hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in names() else ""
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
+    if (
+        path.is_file()
+        and path.name in WEIGHT_FILES
+        and _is_described(path.parent)
+        and find_weights(path.parent) == path
+    ):
+        path = path.parent
     ours = path.is_dir() and _is_ours(path)
     if ours:
         config, how, guessed = Identity(_own_config(path), f"as {path / 'config.json'} says")
@@ -155,6 +162,10 @@ def _is_ours(folder: Path) -> bool:
     if path.is_file() and "vision" in read_json(path):
         raise ValueError(f"{folder}: not a saved model: it has no folder 'text'")
     return False
+
+
+def _is_described(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("text", OPEN_CLIP_CONFIG, CONFIGS))
 
 
 def _own_config(folder: Path) -> ModelConfig:

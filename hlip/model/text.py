@@ -139,21 +139,21 @@ def _pretrained(folder: Path) -> Any:
     """A BERT with the weights of a folder.
 
     Raises:
-        ValueError: weights missing, left over or of other shapes.
+        ValueError: weights that cannot be read, are missing, or are not finite; of CXR-BERT also any left over.
     """
     from transformers import AutoModel, BertModel
 
     if read_json(folder / "config.json").get("model_type") != CXR_TYPE:
-        with _quiet():  # the pooler, which checkpoints hold and nobody uses, is reported at length
-            model, found = AutoModel.from_pretrained(
-                folder,
-                add_pooling_layer=False,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+        options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        try:
+            with _quiet():  # the pooler, which checkpoints hold and nobody uses, is reported at length
+                model, found = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
+        except Exception as error:  # damaged weights can raise anything
+            raise ValueError(str(error) or type(error).__name__) from error
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing: {shorten(missing)}")
+        if broken := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
+            raise ValueError(f"{len(broken)} weights are not finite numbers: {shorten(broken)}")
         return model
     path = find_weights(folder)
     state = {key: value for key, value in read_weights(path).state.items() if not key.startswith(CXR_HEADS)}
