@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from hlip import cli
 from hlip.model import checkpoint, published, weights
 from hlip.model.config import ALIASES, BERT_BASE, MODELS, preset
 
-NAMES = [*(set(MODELS) - {"demo"}), *ALIASES]
+NAMES = [name for name in (*MODELS, *ALIASES) if name != "demo"]
 State = dict[str, Tensor]
 # timm_model_name of the released JSON files.
 TRUNKS = {
@@ -214,6 +215,12 @@ def test_trunks_of_old_spelling(trunk: str, tmp_path: Path) -> None:
     content["vision_cfg"]["timm_model_name"] = "vit_base_scan_study_token1177"
     with pytest.raises(ValueError, match=r"open_clip_config.json: unknown model .*did you mean .*token1176"):
         published.config_of_json(tmp_path / "open_clip_config.json", content)
+    bad = {**content, "embed_dim": "wide", "vision_cfg": {"timm_model_name": "vit_base_scan_study_token1176"}}
+    with pytest.raises(ValueError, match=r"open_clip_config.json: not a configuration of open_clip \(ValueError"):
+        published.config_of_json(tmp_path / "open_clip_config.json", bad)
+    bad["vision_cfg"] = {"timm_model_name": "vit_base_singlescan_h2_token2744", "timm_pool": "map"}
+    with pytest.raises(ValueError, match=r"open_clip_config.json: without a projection embed_dim must be"):
+        published.config_of_json(tmp_path / "open_clip_config.json", bad | {"embed_dim": 7})
     with pytest.raises(ValueError, match=r"open_clip_config.json: not a configuration of open_clip .*'text_cfg'"):
         published.config_of_json(tmp_path / "open_clip_config.json", {"vision_cfg": content["vision_cfg"]})
 
@@ -577,6 +584,54 @@ def test_saved_without_a_tokenizer(tmp_path: Path, bert_folder: str, caplog: pyt
     assert hlip.HLIPModel.from_pretrained(tmp_path / "model").text.tokenizer_source == preset(MULTISCAN).text.name
 
 
+def test_from_the_hub_come_weights_json_and_vocabulary_only(
+    cxr_folder: tuple[Path, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = tmp_path / "cache"
+    name = "clip_vit_base_slice_scan_token2744"
+    hub = {
+        "zch/released": hub_folder(tmp_path / "released", seeded(name), name, hf_tokenizer_name="microsoft/cxr"),
+        "microsoft/cxr": cxr_folder[0],
+        "timm/mae": tmp_path / "mae",
+    }
+    torch.save(seeded(name), hub["zch/released"] / "pytorch_model.bin")
+    hub["timm/mae"].mkdir()
+    save_file(vit(), hub["timm/mae"] / "model.safetensors")
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        for path in (each for each in hub[repo_id].rglob("*") if each.is_file()):
+            relative = path.relative_to(hub[repo_id])
+            if any(fnmatch.fnmatch(str(relative), pattern) for pattern in allow_patterns):
+                (cache / repo_id / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / repo_id / relative)
+        return str(cache / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with caplog.at_level(logging.WARNING):
+        model = hlip.HLIPModel.from_pretrained("zch/released")
+        assert model.text.tokenizer.tokenize("effusion")
+        config = replace(preset(name).text, name="microsoft/cxr")
+        begun = hlip.create_model(name, text=config, pretrained_text=True, pretrained_vision="timm/mae")
+    assert begun.text.transformer.config.hidden_size == 16
+    found = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+    assert found == [
+        "microsoft/cxr/config.json",
+        "microsoft/cxr/pytorch_model.bin",
+        "microsoft/cxr/tokenizer_config.json",
+        "microsoft/cxr/vocab.txt",
+        "timm/mae/model.safetensors",
+        "zch/released/config.json",
+        f"zch/released/hlip/model_configs/{name}.json",
+        "zch/released/model.safetensors",
+    ]
+    for repo in hub:
+        assert f"{repo} is no folder here: asking the Hugging Face hub for it" in caplog.text
+
+
 def test_push_to_hub_uploads_what_a_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -620,6 +675,9 @@ def test_convert_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run("convert", tmp_path / "theirs", tmp_path / "ours") == 0  # replaces a model
     assert run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "open_clip") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_5.pt", "ours", "theirs"]
+    (tmp_path / "theirs" / "hlip" / "thesis.json").touch()  # not from us: the folder is somebody's work
+    assert run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "open_clip") == 2
+    assert "theirs exists and is not a saved model" in capsys.readouterr().err
 
 
 def test_convert_writes_nothing_when_it_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ is written too.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import os
@@ -82,7 +83,13 @@ def save_open_clip(model: HLIPModel, folder: Path, name: str | None = None) -> s
         (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(whole, indent=4) + "\n")
         _save_tokenizer(model, partial)
 
-    _write(folder, fill, lambda path: (path / OPEN_CLIP_CONFIG).is_file() and (path / CONFIGS).is_dir())
+    own = ("model.safetensors", OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", *TOKENIZER_FILES)
+
+    def is_older(path: Path) -> bool:
+        files = [str(each.relative_to(path)) for each in path.rglob("*") if not each.is_dir()]
+        return OPEN_CLIP_CONFIG in files and all(any(fnmatch.fnmatch(file, one) for one in own) for file in files)
+
+    _write(folder, fill, is_older)
     return name
 
 
@@ -122,13 +129,8 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
     except ValueError as error:
         hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in names() else ""
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
-    if (
-        path.is_file()
-        and path.name in WEIGHT_FILES
-        and _is_described(path.parent)
-        and find_weights(path.parent) == path
-    ):
-        path = path.parent
+    if path.is_file() and path.name in WEIGHT_FILES and _is_described(path.parent):
+        path = path.parent if find_weights(path.parent) == path else path
     ours = path.is_dir() and _is_ours(path)
     if ours:
         config, how, guessed = Identity(_own_config(path), f"as {path / 'config.json'} says")

@@ -47,9 +47,7 @@ class Shapes(NamedTuple):
             found = trunk.get(key)
             if found is None or found.ndim != ndim:
                 what = f"no visual.trunk.{key}" if found is None else f"visual.trunk.{key} is {tuple(found.shape)}"
-                hint = (
-                    "; a 2D ViT: give it to create_model as pretrained_vision" if "pos_embed" in weights.state else ""
-                )
+                hint = "; a 2D ViT is for create_model's pretrained_vision" * ("pos_embed" in weights.state)
                 raise ValueError(f"{weights.path}: weights of another architecture: {what}{hint}")
         width = len(trunk["norm.weight"])
         depth = len({key.split(".")[1] for key in trunk if key.startswith("blocks.")})
@@ -67,10 +65,8 @@ class Shapes(NamedTuple):
         )
 
     def __str__(self) -> str:
-        parts = (
-            f"{name} {' x '.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in self._asdict().items()
-        )
-        return ", ".join(parts)
+        plain = {key: " x ".join(map(str, v)) if isinstance(v, tuple) else v for key, v in self._asdict().items()}
+        return ", ".join(f"{key} {value}" for key, value in plain.items())
 
 
 def names() -> list[str]:
@@ -79,7 +75,7 @@ def names() -> list[str]:
 
 
 class Identity(NamedTuple):
-    """A configuration, how it is known in words, and whether it is only guessed."""
+    """A configuration, how it is known in words, and whether it is only guessed, from shapes or the run's name."""
 
     config: ModelConfig
     how: str
@@ -106,11 +102,10 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
         path = files[inside[0]]
         config, how = config_of_json(path, read_json(path)), f"{inside[0]}, the only one of {path.parent} that fits"
     elif len(files) == 1:
-        ((_, path),) = files.items()
-        content = read_json(path)
-        config, how = config_of_json(path, content), f"as {path} says"
+        (path,) = files.values()
+        config, how = config_of_json(path, read_json(path)), f"as {path} says"
     elif called := max((name for name in names() if name in weights.name), key=len, default=None):
-        config, how = preset(called), f"{called}, as the training run was called {weights.name!r}"
+        config, how, guessed = preset(called), f"{called}, as the training run was called {weights.name!r}", True
     elif not fitting:
         raise ValueError(
             f"{weights.path}: fits no released model: {shapes}; if it has the levels of one, name it with "
@@ -176,20 +171,19 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
     """
     try:
         content = content.get("model_cfg", content)
-        trunk, pool = str(content["vision_cfg"]["timm_model_name"]), content["vision_cfg"].get("timm_pool")
-        text = content["text_cfg"]
-        name = path.stem if path.stem in names() else _of_trunk(path, trunk, pool == "map")
-        config = preset(name)
-        pooling = {label: key for key, label in POOLERS.items()}[text.get("hf_pooler_type", POOLERS["cls"])]
-        settings: dict[str, Any] = {"context_length": int(text["context_length"]), "pooling": pooling}
+        vision, text = content["vision_cfg"], content["text_cfg"]
+        trunk, siglip = str(vision["timm_model_name"]), vision.get("timm_pool") == "map"
+        embed_dim, context = int(content["embed_dim"]), int(text["context_length"])
+        pooling: Any = {label: key for key, label in POOLERS.items()}[text.get("hf_pooler_type", POOLERS["cls"])]
         tokenizer = str(text.get("hf_tokenizer_name") or text["hf_model_name"])
-        return replace(
-            config,
-            embed_dim=int(content["embed_dim"]),
-            text=replace(config.text, name=tokenizer, **settings),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a configuration of open_clip ({type(error).__name__} {error})") from error
+    config = preset(path.stem if path.stem in names() else _of_trunk(path, trunk, siglip))
+    texts = replace(config.text, name=tokenizer, context_length=context, pooling=pooling)
+    try:
+        return replace(config, embed_dim=embed_dim, text=texts)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _of_trunk(path: Path, trunk: str, siglip: bool) -> str:
