@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from .data.batch import Study
 from .data.studies import load_study
+from .model.checkpoint import Layout, load
 from .model.clip import HLIPModel
+from .model.published import describe
 from .tasks.embed import embed_studies
 from .tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, zeroshot
 
@@ -51,10 +53,29 @@ def main(argv: list[str] | None = None) -> int:
     zero.set_defaults(run=_zeroshot)
 
     for command in (embed, zero):
-        command.add_argument("--model", required=True, help="folder of a saved model, or its name on the hub")
+        command.add_argument(
+            "--model", required=True, help="a saved or released model: its folder, its file, or its name on the hub"
+        )
         command.add_argument(
             "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"
         )
+
+    convert = commands.add_parser(
+        "convert",
+        help="read a model in any layout and write it in another",
+        description="Read a saved or released model, or a training checkpoint; say what it is; write it anew.",
+    )
+    convert.add_argument("source", metavar="IN", help="file of weights, folder, or name on the hub")
+    convert.add_argument("target", metavar="OUT", type=Path, help="folder to write; replaced if it holds such a model")
+    convert.add_argument(
+        "--layout",
+        choices=get_args(Layout),
+        default="hlip",
+        help="hlip: config.json, model.safetensors and text/; open_clip: that of the released models (default: hlip)",
+    )
+    convert.add_argument("--model", metavar="NAME", help="which model it is, where neither files nor shapes can say")
+    convert.add_argument("--text", metavar="FOLDER", help="configuration and tokenizer of the text tower")
+    convert.set_defaults(run=_convert)
 
     env = commands.add_parser("env", help="report versions, devices and attention backends")
     env.set_defaults(run=_env)
@@ -106,6 +127,16 @@ def _zeroshot(args: argparse.Namespace) -> None:
         print(uid)
         for name, probability in sorted(row.items(), key=lambda item: -item[1]):
             print(f"  {name:<{width}}  {probability:6.1%}  {'#' * round(40 * probability)}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    model, how, _ = load(args.source, args.model, args.text)
+    print(f"{args.source}: {how}\n{describe(model.config)}")
+    if args.layout == "hlip":
+        model.save_pretrained(args.target)
+    else:
+        model.save_open_clip(args.target, args.model)
+    print(f"{args.target}: written in layout {args.layout}")
 
 
 def _model(args: argparse.Namespace) -> HLIPModel:

@@ -134,6 +134,19 @@ def test_a_resumed_run_equals_an_unbroken_one(demo: Path, tmp_path: Path, bert_f
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_a_training_checkpoint(demo: Path, tmp_path: Path, bert_folder: str) -> None:
+    torch.manual_seed(7)
+    state = hlip.create_model("demo", pretrained_text=bert_folder).state_dict()
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "epoch_1.pt")
+    args = command(demo, tmp_path / "run", bert_folder, steps=1, lr=1e-9, init=tmp_path / "epoch_1.pt")
+    done = pretrain(args)
+    assert done.returncode == 0, done.stderr
+    after = hlip.HLIPModel.from_pretrained(tmp_path / "run" / "checkpoint.pt", model="demo", text=bert_folder)
+    for name, value in after.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
 def test_bad_input_is_named(demo: Path, tmp_path: Path, bert_folder: str) -> None:
     labels = tmp_path / "labels.csv"
     with (demo / "labels.csv").open() as source, labels.open("w", newline="") as target:
@@ -149,6 +162,8 @@ def test_bad_input_is_named(demo: Path, tmp_path: Path, bert_folder: str) -> Non
         ({"batch_size": 64}, "batch_size 64 is larger than the data set of 11 studies"),
         ({"val": demo / "test.json"}, "all three of val, labels and prompts"),
         ({"resume": "true"}, "no checkpoint to resume from"),
+        ({"resume": "true", "init": "x.pt"}, "init and resume are both given"),
+        ({"init": tmp_path / "x.pt"}, "x.pt: unknown model: no such file or folder"),
         (held_out, "labels.csv: no label for study test-0009"),
         (held_out | {"labels": one_sided}, "one_sided.csv: AUC needs positives and negatives of every class"),
         ({"out": labels / "x"}, "Not a directory"),

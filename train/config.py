@@ -16,6 +16,7 @@ class TrainConfig:
         out: folder for the model, the checkpoint and the logs.
         model: name of the model; `python -c "import hlip; print(hlip.list_models())"` lists them.
         text: folder or hub name of the BERT; the model's own if not given.
+        init: model to begin with, in any layout: a folder, a training checkpoint, or a hub name.
         cache: folder for preprocessed scans, reused by later runs; `out/cache` if not given.
         val: study list to evaluate on; needs `labels` and `prompts`.
         labels: CSV with a column `study` and one of 0 and 1 per class.
@@ -42,6 +43,7 @@ class TrainConfig:
     out: Path
     model: str = "clip_vit_base_scan_study_token1176"
     text: str | None = None
+    init: str | None = None
     cache: Path | None = None
     val: Path | None = None
     labels: Path | None = None
@@ -69,6 +71,7 @@ class TrainConfig:
         "cache",
         "device",
         "resume",
+        "init",
         "workers",
         "log_every",
         "eval_every",
@@ -81,6 +84,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_scans is not None and self.max_scans < 1:
             raise ValueError(f"max_scans must be at least 1, got {self.max_scans}")
+        if self.init is not None and self.resume:
+            raise ValueError("init and resume are both given: a run that goes on has its weights")
         given = [self.val is not None, self.labels is not None, self.prompts is not None]
         if any(given) and not all(given):
             raise ValueError("evaluation needs all three of val, labels and prompts")

@@ -79,7 +79,10 @@ def train(config: TrainConfig) -> None:
     records = read_study_list(config.data)
     held_out = HeldOut.read(config)
     torch.manual_seed(config.seed)
-    model = create_model(config.model, pretrained_text=config.text or True).to(device)
+    if config.init:
+        model = HLIPModel.from_pretrained(config.init, config.model, config.text).to(device)
+    else:
+        model = create_model(config.model, pretrained_text=config.text or True).to(device)
     if model.config.objective != "clip":
         raise ValueError(f"{config.model}: training with objective {model.config.objective!r} is not there yet")
     optimizer = make_optimizer(model, config)

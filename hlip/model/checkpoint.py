@@ -1,38 +1,205 @@
-"""Models in folders: `config.json`, `model.safetensors`, and the text tower's configuration and tokenizer."""
+"""Models in files and folders.
+
+Ours is a folder: `config.json`, `model.safetensors`, and in `text` the text tower's configuration and tokenizer. The
+released layouts are a file of weights, or a hub folder of one with JSON files of open_clip; both are read, the latter
+is written too.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import logging
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .clip import HLIPModel
-from .config import ModelConfig
+from .config import BERT_BASE, ModelConfig
+from .published import CONFIGS, OPEN_CLIP_CONFIG, Identity, describe, identify, names, open_clip_json, published_name
+from .text import TOKENIZER_FILES, has_tokenizer
+from .weights import WEIGHT_FILES, find_weights, load_strict, local_folder, read_json, read_weights
 
+log = logging.getLogger(__name__)
+
+Layout = Literal["hlip", "open_clip"]
 FILES = {"config.json", "model.safetensors", "text"}
+OURS = ("text/*.json", "text/vocab.*", "text/merges.txt")
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and how its configuration is known. See `Identity`."""
+
+    model: HLIPModel
+    how: str
+    guessed: bool
 
 
 def save_pretrained(model: HLIPModel, folder: Path) -> None:
     """Write `folder` whole: it is complete or, if anything fails, as it was.
 
+    Where the tokenizer is not to be had, the folder is written without it, and a line of the log says so.
+
     Raises:
         ValueError: `folder` exists and holds something else than a saved model.
     """
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - FILES):
+
+    def fill(partial: Path) -> None:
+        (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
+        _save_weights(model, partial / "model.safetensors")
+        model.text.transformer.config.save_pretrained(partial / "text")
+        _save_tokenizer(model, partial / "text")
+
+    _write(folder, fill, lambda path: not {each.name for each in path.iterdir()} - FILES)
+
+
+def save_open_clip(model: HLIPModel, folder: Path, name: str | None = None) -> str:
+    """Write `folder` whole, in the layout of the released models: flat weights, and JSON files with which open_clip
+    builds the model where HLIP's released code is installed. Returns the name of the model in there.
+
+    Args:
+        name: of the released model that this is; found by its architecture if None.
+
+    Raises:
+        ValueError: the model has no released one's architecture, or `folder` exists and is not of this layout.
+    """
+    name, content = open_clip_json(model.config, published_name(model.config, name))
+    bert = model.text.transformer.config
+    wrong = [f"{key} {getattr(bert, key, None)}, not {v}" for key, v in BERT_BASE.items() if getattr(bert, key, 0) != v]
+    if wrong:
+        raise ValueError(f"the layout holds a text tower of BERT's base size; this one has {', '.join(wrong)}")
+
+    def fill(partial: Path) -> None:
+        _save_weights(model, partial / "model.safetensors")
+        (partial / CONFIGS).mkdir(parents=True)
+        (partial / CONFIGS / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
+        whole = {"model_cfg": content, "preprocess_cfg": {"mean": [0.449] * 3, "std": [0.226] * 3}}
+        (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(whole, indent=4) + "\n")
+        _save_tokenizer(model, partial)
+
+    own = ("model.safetensors", OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", *TOKENIZER_FILES)
+
+    def is_older(path: Path) -> bool:
+        files = [str(each.relative_to(path)) for each in path.rglob("*") if not each.is_dir()]
+        return OPEN_CLIP_CONFIG in files and all(any(fnmatch.fnmatch(file, one) for one in own) for file in files)
+
+    _write(folder, fill, is_older)
+    return name
+
+
+def push_to_hub(model: HLIPModel, repo_id: str, layout: Layout = "hlip", private: bool = False) -> None:
+    """Upload what a save writes. Raises ValueError if the hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        if layout == "hlip":
+            save_pretrained(model, folder)
+        else:
+            save_open_clip(model, folder)
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model of hlip-kernels")
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ValueError(f"{repo_id}: could not be uploaded ({str(error).splitlines()[0]})") from error
+
+
+def from_pretrained(name: str, model: str | None = None, text: Path | str | None = None) -> HLIPModel:
+    """See `HLIPModel.from_pretrained`. A configuration that had to be guessed is told on the log."""
+    loaded = load(name, model, text)
+    if loaded.guessed:
+        log.warning("%s: %s\n%s", name, loaded.how, describe(loaded.model.config))
+    return loaded.model
+
+
+def load(name: str, model: str | None = None, text: Path | str | None = None) -> Loaded:
+    """Read a model in any layout. See `HLIPModel.from_pretrained`."""
+    try:
+        path = Path(name)
+        if not path.is_file():
+            path = local_folder(name, *TOKENIZER_FILES, *OURS, OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", weights=True)
+    except ValueError as error:
+        hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in names() else ""
+        raise ValueError(f"{name}: unknown model: {error}{hint}") from error
+    if path.is_file() and path.name in WEIGHT_FILES and _is_described(path.parent):
+        path = path.parent if find_weights(path.parent) == path else path
+    ours = path.is_dir() and _is_ours(path)
+    if ours:
+        config, how, guessed = Identity(_own_config(path), f"as {path / 'config.json'} says")
+        if model is not None:
+            try:
+                published_name(config, model)
+            except ValueError as error:
+                raise ValueError(f"{path / 'config.json'}: {error}") from error
+        weights = read_weights(path / "model.safetensors")
+        source = path / "text"
+    else:
+        weights = read_weights(path if path.is_file() else find_weights(path))
+        config, how, guessed = identify(weights, path if path.is_dir() else None, model)
+        source = None
+    if text is not None:
+        config = replace(config, text=replace(config.text, name=str(text)))
+    built = HLIPModel(config, text_source=text if text is not None else source)
+    if source is None and text is None and path.is_dir() and has_tokenizer(path):
+        built.text.tokenizer_source = str(path)
+    if "logit_bias" not in weights.state and not ours and config.objective != "clip":
+        how += "; no logit_bias, so it begins anew"
+    load_strict(built, weights.state, weights.path, () if ours else ("logit_bias",))
+    return Loaded(built.eval(), how, guessed)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Not a released layout: those have no folder `text`, and say nothing of vision in config.json."""
+    if (folder / "text").is_dir():
+        return True
+    path = folder / "config.json"
+    if path.is_file() and "vision" in read_json(path):
+        raise ValueError(f"{folder}: not a saved model: it has no folder 'text'")
+    return False
+
+
+def _is_described(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("text", OPEN_CLIP_CONFIG, CONFIGS))
+
+
+def _own_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    try:
+        return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable model configuration ({error})") from error
+
+
+def _save_weights(model: HLIPModel, path: Path) -> None:
+    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
+
+
+def _save_tokenizer(model: HLIPModel, folder: Path) -> None:
+    try:
+        model.text.tokenizer.save_pretrained(folder)
+    except ValueError as error:
+        log.warning(
+            "saved without a tokenizer, so texts will be read with that of %s: %s", model.config.text.name, error
+        )
+
+
+def _write(folder: Path, fill: Callable[[Path], Any], is_older: Callable[[Path], bool]) -> None:
+    """Replace `folder` by what `fill` writes, whole or not at all, if it is new, empty, or `is_older` says so."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_older(folder))):
         raise ValueError(f"{folder} exists and is not a saved model: choose a new folder, or remove it")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     partial.mkdir(parents=True)
     try:
-        (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
-        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(state, partial / "model.safetensors")
-        model.text.transformer.config.save_pretrained(partial / "text")
-        model.text.tokenizer.save_pretrained(partial / "text")
+        fill(partial)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
@@ -41,45 +208,3 @@ def save_pretrained(model: HLIPModel, folder: Path) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def from_pretrained(name: str) -> HLIPModel:
-    folder = Path(name) if Path(name).is_dir() else _download(name)
-    path = folder / "config.json"
-    if not (folder / "text").is_dir():
-        raise ValueError(f"{folder}: not a saved model: it has no folder 'text'")
-    try:
-        config = ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable model configuration ({error})") from error
-    model = HLIPModel(config, text_source=folder / "text", pretrained_text=False)
-    path = folder / "model.safetensors"
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not readable weights ({error})") from error
-    expected = model.state_dict()
-    wrong = [
-        *(f"missing {key}" for key in expected.keys() - state.keys()),
-        *(f"unexpected {key}" for key in state.keys() - expected.keys()),
-        *(
-            f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
-            for key in expected.keys() & state.keys()
-            if state[key].shape != expected[key].shape
-        ),
-    ]
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} weights do not fit: {'; '.join(sorted(wrong)[:8])}")
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "text/*"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name}: unknown model: no such folder, and not to be had from the hub ({reason})") from error

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -107,19 +107,51 @@ class HLIPModel(nn.Module):
 
         save_pretrained(self, Path(folder))
 
+    def save_open_clip(self, folder: Path | str, name: str | None = None) -> None:
+        """Write the model to `folder` in the layout of the released models, for open_clip with HLIP's released code.
+
+        Args:
+            name: of the released model that this is; found by its architecture if None.
+
+        Raises:
+            ValueError: it has the architecture of no released model, or `folder` holds something else.
+        """
+        from .checkpoint import save_open_clip
+
+        save_open_clip(self, Path(folder), name)
+
+    def push_to_hub(self, repo_id: str, layout: Literal["hlip", "open_clip"] = "hlip", private: bool = False) -> None:
+        """Upload what `save_pretrained` or `save_open_clip` writes to the Hugging Face hub.
+
+        Raises:
+            ValueError: the hub refuses; says why.
+        """
+        from .checkpoint import push_to_hub
+
+        push_to_hub(self, repo_id, layout, private)
+
     @classmethod
-    def from_pretrained(cls, name: Path | str) -> HLIPModel:
-        """Read a model that `save_pretrained` wrote, from a folder or a hub name, in evaluation mode.
+    def from_pretrained(cls, name: Path | str, model: str | None = None, text: Path | str | None = None) -> HLIPModel:
+        """Read a model, in evaluation mode: what `save_pretrained` wrote, a released one, or a training checkpoint.
+
+        Every weight must be used and be finite; a released model's `logit_bias` may be absent.
+
+        Args:
+            name: a file of weights, a folder, or a name on the Hugging Face hub.
+            model: which of `hlip.list_models()` it is, where neither files beside the weights nor shapes can say.
+            text: folder or hub name of the text tower's configuration and tokenizer, in place of the model's own.
 
         Raises:
             ValueError: nothing usable there; names the file and the reason.
         """
         from .checkpoint import from_pretrained
 
-        return from_pretrained(str(name))
+        return from_pretrained(str(name), model, text)
 
 
-def create_model(name: str, pretrained_text: bool | Path | str = False, **changes: Any) -> HLIPModel:
+def create_model(
+    name: str, pretrained_text: bool | Path | str = False, pretrained_vision: Path | str | None = None, **changes: Any
+) -> HLIPModel:
     """A new model by name. Without pretrained parts it needs no network: all weights are drawn from the default
     generator, position tables are the published ones.
 
@@ -127,6 +159,8 @@ def create_model(name: str, pretrained_text: bool | Path | str = False, **change
         name: see `hlip.list_models()`.
         pretrained_text: True reads the text tower's weights from where its configuration says; a folder or hub name
             reads another BERT.
+        pretrained_vision: a 2D ViT of MAE or timm, as a file, folder or hub name ("timm/vit_base_patch16_224.mae"),
+            for the encoder to begin with. See `hlip.model.inflate.load_vision`.
         changes: fields of `ModelConfig` to replace.
 
     Raises:
@@ -135,7 +169,12 @@ def create_model(name: str, pretrained_text: bool | Path | str = False, **change
     config = replace(preset(name), **changes)
     if not isinstance(pretrained_text, bool):
         config = replace(config, text=replace(config.text, name=str(pretrained_text)))
-    return HLIPModel(config, pretrained_text=bool(pretrained_text))
+    model = HLIPModel(config, pretrained_text=bool(pretrained_text))
+    if pretrained_vision is not None:
+        from .inflate import load_vision
+
+        load_vision(model.visual.trunk, pretrained_vision)
+    return model
 
 
 class _AllGather(torch.autograd.Function):

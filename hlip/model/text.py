@@ -15,6 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from .config import BERT_BASE, TextConfig
+from .weights import find_weights, load_strict, local_folder, read_json, read_weights, shorten
+
+CONFIG_FILES = ("config.json",)
+TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json")
+# CXR-BERT's weights are a BERT's beside heads for its own training; its hub folder brings a class in code for them.
+CXR_TYPE = "cxr-bert"
+CXR_HEADS = ("cls.", "cls_projection_head.", "bert.pooler.")
+BERT_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
+    "layer_norm_eps", "pad_token_id",
+)  # fmt: skip
 
 
 class TextTower(nn.Module):
@@ -25,6 +37,9 @@ class TextTower(nn.Module):
         pretrained: read the weights there too. Else they are random, of BERT's base size if nothing of `source` is at
             hand; the tokenizer is then asked for when the first text comes.
 
+    The tokenizer is that of `config` where `source` is a folder without one. Code that lies beside weights
+    or tokenizer is never run: CXR-BERT's weights are read into transformers' BERT.
+
     Raises:
         ValueError: nothing usable at `source`; names it and says why.
     """
@@ -32,24 +47,23 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, embed_dim: int, source: Path | str | None = None, pretrained: bool = False):
         super().__init__()
         try:
-            from transformers import AutoConfig, AutoModel, BertConfig
+            from transformers import AutoModel, BertConfig
         except ImportError as error:
             raise ImportError("the text tower needs transformers: pip install 'hlip-kernels[text]'") from error
 
         self.config = config
         self.source = str(source or config.name)
+        bare = source is not None and Path(source).is_dir() and not has_tokenizer(Path(source))
+        self.tokenizer_source = config.name if bare else self.source
         try:
             if pretrained:
-                with _quiet():  # the pooler, which checkpoints hold and nobody uses, is reported at length
-                    self.transformer = AutoModel.from_pretrained(
-                        self.source, add_pooling_layer=False, dtype=torch.float32
-                    )
+                self.transformer = _pretrained(local_folder(self.source, *TOKENIZER_FILES, weights=True))
             else:
                 there = source is not None or Path(self.source).is_dir()
-                bert = AutoConfig.from_pretrained(self.source) if there else BertConfig(**BERT_BASE)
-                self.transformer = AutoModel.from_config(bert, add_pooling_layer=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(error) from error
+                bert = _bert_config(local_folder(self.source, *CONFIG_FILES)) if there else BertConfig(**BERT_BASE)
+                self.transformer = AutoModel.from_config(bert, add_pooling_layer=False, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._unreadable(self.source, error) from error
         longest = self.transformer.config.max_position_embeddings
         if config.context_length > longest:
             raise ValueError(
@@ -60,17 +74,23 @@ class TextTower(nn.Module):
         if config.locked:
             self.transformer.requires_grad_(False)
 
-    def _unreadable(self, error: Exception) -> ValueError:
-        return ValueError(f"text tower {self.source!r}: not a readable BERT folder or hub name ({error})")
+    @staticmethod
+    def _unreadable(source: str, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split())
+        return ValueError(f"text tower {source!r}: not a readable BERT folder or hub name ({reason})")
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, BertTokenizerFast
 
+        source = self.tokenizer_source
         try:
-            return AutoTokenizer.from_pretrained(self.source)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(error) from error
+            folder = local_folder(source, *TOKENIZER_FILES)
+            if _is_cxr(folder):
+                return BertTokenizerFast.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(source, error) from error
 
     def train(self, mode: bool = True) -> TextTower:
         super().train(mode)
@@ -93,6 +113,53 @@ class TextTower(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """(N, E), not normalised."""
         return self.proj(self.features(texts))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(each for pattern in ("tokenizer*.json", "vocab.*") for each in folder.glob(pattern))
+
+
+def _is_cxr(folder: Path) -> bool:
+    said = [read_json(path) for name in ("config.json", "tokenizer_config.json") if (path := folder / name).is_file()]
+    return any(
+        each.get("model_type") == CXR_TYPE or str(each.get("tokenizer_class")).startswith("CXRBert") for each in said
+    )
+
+
+def _bert_config(folder: Path) -> Any:
+    from transformers import AutoConfig, BertConfig
+
+    content = read_json(folder / "config.json")
+    if content.get("model_type") == CXR_TYPE:
+        return BertConfig(**{key: content[key] for key in BERT_FIELDS if key in content})
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _pretrained(folder: Path) -> Any:
+    """A BERT with the weights of a folder.
+
+    Raises:
+        ValueError: weights that cannot be read, are missing, or are not finite; of CXR-BERT also any left over.
+    """
+    from transformers import AutoModel, BertModel
+
+    if read_json(folder / "config.json").get("model_type") != CXR_TYPE:
+        options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        try:
+            with _quiet():  # the pooler, which checkpoints hold and nobody uses, is reported at length
+                model, found = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
+        except Exception as error:  # damaged weights can raise anything
+            raise ValueError(str(error) or type(error).__name__) from error
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{len(missing)} weights are missing: {shorten(missing)}")
+        if broken := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
+            raise ValueError(f"{len(broken)} weights are not finite numbers: {shorten(broken)}")
+        return model
+    path = find_weights(folder)
+    state = {key: value for key, value in read_weights(path).state.items() if not key.startswith(CXR_HEADS)}
+    model = BertModel(_bert_config(folder), add_pooling_layer=False)
+    load_strict(model, {key.removeprefix("bert."): value for key, value in state.items()}, path)
+    return model.eval()
 
 
 @contextmanager

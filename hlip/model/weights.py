@@ -1,0 +1,181 @@
+"""Files of weights, here or on the hub. Nothing that they hold is executed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# What a folder's weights are called, in the order in which they are looked for.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+WRAPPERS = ("module", "_orig_mod")  # put into keys by DistributedDataParallel and torch.compile
+UNUSED = re.compile(r"text\.transformer\.pooler\..*|(.*\.)?embeddings\.position_ids")
+
+
+class Weights(NamedTuple):
+    """What a file holds.
+
+    state: tensors by key.
+    name: what the training run was called, if the file says.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    name: str
+
+
+def read_weights(path: Path) -> Weights:
+    """Read `.safetensors`, or `.bin`, `.pt`, `.pth` without unpickling anything but tensors and plain values.
+
+    Unwraps training checkpoints ("state_dict" or "model"), takes the wrappers' parts out of the keys, gives
+    `series_posemb` its later name, and drops the text tower's unused `pooler` and `position_ids`.
+
+    Raises:
+        ValueError: no such file, not weights, or keys that collide; names the file, and the key.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: not readable weights (no such file{near(path)})")
+    content: Any = None
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        elif path.suffix in SUFFIXES:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        else:
+            raise ValueError(f"weights end in {', '.join(SUFFIXES)}")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds more than weights, {found[1]}" if found else "truncated, or not made by torch.save"
+        raise ValueError(f"{path}: not readable weights ({reason}; nothing of it was run)") from error
+    except (SafetensorError, Exception) as error:  # a damaged pickle can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not readable weights ({reason})") from error
+    name = ""
+    while isinstance(content, Mapping):
+        name = str(content.get("name", "")) or name
+        inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: not readable weights (it holds {type(content).__name__}, no tensors by name)")
+    state: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: not readable weights ({key!r} is {type(value).__name__}, not a tensor)")
+        parts = [part for part in key.split(".") if part not in WRAPPERS]
+        plain = ".".join("sequential_posemb" if part == "series_posemb" else part for part in parts)
+        if plain in state:
+            raise ValueError(f"{path}: two keys that both mean {plain}; one is {key}")
+        if not UNUSED.fullmatch(plain):
+            state[plain] = value
+    return Weights(path, state, name)
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: tuple[str, ...] = ()) -> None:
+    """Load `state`, all of it and nothing less; keys that begin with one of `optional` may be absent.
+
+    Raises:
+        ValueError: keys missing or left over, other shapes, or values that are not finite; names file and keys.
+    """
+    expected = module.state_dict()
+    absent = {key for key in expected.keys() - state.keys() if key.startswith(optional)} if optional else set()
+    wrong = [
+        *(f"missing {key}" for key in expected.keys() - state.keys() - absent),
+        *(f"unexpected {key}" for key in state.keys() - expected.keys()),
+        *(
+            f"{key} is {tuple(state[key].shape)}, not {tuple(expected[key].shape)}"
+            for key in expected.keys() & state.keys()
+            if state[key].shape != expected[key].shape
+        ),
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} weights do not fit: {shorten(sorted(wrong))}")
+    broken = [key for key, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
+    if broken:
+        raise ValueError(f"{path}: {len(broken)} weights are not finite numbers: {shorten(sorted(broken))}")
+    module.load_state_dict(state, strict=not absent)
+
+
+def find_weights(folder: Path) -> Path:
+    """The file of weights in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder}: no weights: none of {', '.join(WEIGHT_FILES)}")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, unless it holds a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not readable (not a JSON object)")
+    return content
+
+
+def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
+    """`name` if it is a folder; else the files that fit `patterns`, and weights if asked for, from the hub.
+
+    Says on the log that the hub is asked. Code is never among what is fetched unless a pattern asks for it.
+
+    Raises:
+        ValueError: no such folder, and not to be had from the hub; says why.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_absolute() or Path(name).suffix in SUFFIXES:
+        raise ValueError(f"no such file or folder{near(Path(name))}")
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            log.warning("%s is no folder here: asking the Hugging Face hub for it", name)
+        for file in WEIGHT_FILES if weights else ("",):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, *([file] if file else [])]))
+            if not file or (folder / file).is_file():
+                break
+        return folder
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"no such folder{near(Path(name))}, and not to be had from the hub: {reason}") from error
+
+
+def near(path: Path) -> str:
+    """Names beside a missing path that are close to its own, as words to add to an error."""
+    try:
+        names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in close)}?" if close else ""
+
+
+def shorten(items: list[str], most: int = 8) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

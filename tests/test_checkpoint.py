@@ -1,0 +1,709 @@
+"""Published weights in and out, in every layout, with seeded weights; and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+import hlip
+from conftest import random_study
+from hlip import cli
+from hlip.model import checkpoint, published, weights
+from hlip.model.config import ALIASES, BERT_BASE, MODELS, preset
+
+NAMES = [name for name in (*MODELS, *ALIASES) if name != "demo"]
+State = dict[str, Tensor]
+# timm_model_name of the released JSON files.
+TRUNKS = {
+    "clip_vit_base_slice_scan_token2744": "vit_base_slice_scan_token2744",
+    "vit_base_singlescan_h2_token2744": "vit_base_singlescan_h2_token2744",
+    "clip_vit_base_scan_study_token1176": "vit_base_scan_study_token1176",
+    "clip_vit_base_scan_study_dualdinotxt1568": "vit_base_scan_study_dualdinotxt1568",
+    "clip_vit_base_slice_scan_study_dualdinotxt1568": "vit_base_slice_scan_study_dualdinotxt1568",
+    "clip_vit_large_slice_scan_study_dualdinotxt1568": "vit_large_slice_scan_study_dualdinotxt1568",
+    "clip_vit_base_slice_scan_dualdinotxt2744": "vit_base_slice_scan_dualdinotxt2744",
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model as it is, but narrow, with a text tower of two narrow layers."""
+    for name in MODELS:
+        config = MODELS[name][0]
+        width = 96 if config.vision.width == 1024 else 48
+        vision = replace(config.vision, width=width, heads=width // 12)
+        embed_dim = config.embed_dim // 16 if config.projection else width
+        monkeypatch.setitem(MODELS, name, (replace(config, vision=vision, embed_dim=embed_dim), ""))
+    tiny = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for key, value in {**tiny, "intermediate_size": 64}.items():
+        monkeypatch.setitem(BERT_BASE, key, value)
+
+
+def seeded(name: str, seed: int = 0) -> State:
+    """A released model's weights: its keys and shapes, and random values."""
+    with torch.device("meta"):
+        model = hlip.create_model(name)
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+def released_json(name: str, **changes: Any) -> dict[str, Any]:
+    text = {
+        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext",
+        "hf_tokenizer_name": preset(name).text.name,
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "hf_proj_type": "linear",
+        "context_length": preset(name).text.context_length,
+    }
+    vision = {"timm_model_name": TRUNKS[name], "timm_model_pretrained": True, "timm_drop_path": 0.2,
+              "timm_pool": "token", "timm_proj": "linear"}  # fmt: skip
+    return {"embed_dim": preset(name).embed_dim, "vision_cfg": vision, "text_cfg": {**text, **changes}}
+
+
+def hub_folder(folder: Path, state: State, *names: str, **text: Any) -> Path:
+    configs = folder / "hlip" / "model_configs"
+    configs.mkdir(parents=True)
+    (folder / "hlip" / "__init__.py").write_text("raise RuntimeError('code of a checkpoint was run')")
+    (folder / "config.json").write_text('{"date": "2025-10-08"}')
+    for name in names:
+        (configs / f"{name}.json").write_text(json.dumps(released_json(name, **text)))
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def assert_same(one: State, other: State) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert value.dtype == other[key].dtype
+        assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_to_ours_and_back_is_the_same_bits(name: str, tmp_path: Path) -> None:
+    state = seeded(name)
+    path = tmp_path / "epoch_20.pt"
+    torch.save({"epoch": 20, "name": "mine", "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    model = hlip.HLIPModel.from_pretrained(path, model=name)
+    assert model.config == preset(name)
+    model.save_pretrained(tmp_path / "ours")
+    ours = hlip.HLIPModel.from_pretrained(tmp_path / "ours")
+    assert ours.config == preset(name)
+    ours.save_open_clip(tmp_path / "theirs")
+    assert_same(load_file(tmp_path / "theirs" / "model.safetensors"), state)
+    again = hlip.HLIPModel.from_pretrained(tmp_path / "theirs")
+    assert again.config == preset(name)
+    assert_same(again.state_dict(), state)
+    files = sorted(str(p.relative_to(tmp_path / "theirs")) for p in (tmp_path / "theirs").rglob("*") if p.is_file())
+    registered = published.REGISTERED.get(name, name)
+    assert files == [f"hlip/model_configs/{registered}.json", "model.safetensors", "open_clip_config.json"]
+    for each in ("ours", "theirs"):  # the folder's file stands for the folder
+        assert hlip.HLIPModel.from_pretrained(tmp_path / each / "model.safetensors").config == preset(name)
+    (tmp_path / "theirs" / "hlip").rename(tmp_path / "aside")
+    assert hlip.HLIPModel.from_pretrained(tmp_path / "theirs").config.vision == preset(name).vision
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_json_files_are_the_released_ones(name: str) -> None:
+    registered, written = published.open_clip_json(preset(name), name)
+    expected = released_json(name)
+    assert registered == name
+    assert (
+        written["vision_cfg"].pop("timm_model_pretrained"),
+        expected["vision_cfg"].pop("timm_model_pretrained"),
+    ) == (
+        False,  # the release begins with a MAE; whoever loads these weights need not download it
+        True,
+    )
+    if preset(name).objective == "dual":
+        assert written.pop("init_logit_bias") == pytest.approx(2.659260036932778)
+    assert written == expected
+
+
+MULTISCAN = "vit_base_multiscan_h2_token588"
+
+
+def layouts() -> dict[str, Callable[[State, Path], Path]]:
+    def file(name: str, change: Callable[[State], Any] = dict, **options: Any) -> Callable[[State, Path], Path]:
+        def write(state: State, folder: Path) -> Path:
+            torch.save(change(state), folder / name, **options)
+            return folder / name
+
+        return write
+
+    def safetensors(state: State, folder: Path) -> Path:
+        save_file(state, folder / "weights.safetensors")
+        return folder / "weights.safetensors"
+
+    def renamed(rule: Callable[[str], str]) -> Callable[[State], State]:
+        return lambda state: {rule(key): value for key, value in state.items()}
+
+    def training(state: State) -> dict[str, Any]:
+        inner = renamed(lambda key: f"module.{key}")(state)
+        return {"epoch": 3, "name": "x", "state_dict": inner, "optimizer": {"state": {}}, "scaler": {"scale": 65536.0}}
+
+    unused = {"text.transformer.pooler.dense.weight": torch.zeros(2, 2),
+              "text.transformer.pooler.dense.bias": torch.ones(2),
+              "text.transformer.embeddings.position_ids": torch.arange(512)[None]}  # fmt: skip
+    return {
+        "flat safetensors": safetensors,
+        "flat .bin": file("pytorch_model.bin"),
+        "before torch 1.6": file("old.pth", _use_new_zipfile_serialization=False),
+        "training": file("epoch_3.pt", training),
+        "no module": file("epoch_3.pt", lambda state: {"state_dict": state}),
+        "compiled": file("a.pt", renamed(lambda key: f"_orig_mod.module.{key}")),
+        "trunk compiled": file("a.pt", renamed(lambda key: key.replace("trunk.", "trunk._orig_mod."))),
+        "old position name": file("a.pt", renamed(lambda key: key.replace("sequential_", "series_"))),
+        "pooler": file("a.pt", lambda state: state | unused),
+        "our trainer's": file("checkpoint.pt", lambda state: {"step": 4, "config": {"lr": 0.1}, "model": state}),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_every_layout_is_read(layout: str, tmp_path: Path) -> None:
+    state = seeded(MULTISCAN)
+    path = layouts()[layout](state, tmp_path)
+    assert_same(hlip.HLIPModel.from_pretrained(path, model=MULTISCAN).state_dict(), state)
+
+
+def test_hub_folder_is_read_from_its_json_and_no_code_of_it_runs(bert_folder: str, tmp_path: Path) -> None:
+    name = "clip_vit_base_scan_study_token1176"
+    folder = hub_folder(tmp_path / "hub", seeded(name), name, context_length=77, hf_tokenizer_name="some/tokenizer")
+    loaded = checkpoint.load(str(folder))
+    assert str(folder / "hlip" / "model_configs" / f"{name}.json") in loaded.how
+    assert loaded.model.config == replace(
+        preset(name), text=replace(preset(name).text, name="some/tokenizer", context_length=77)
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(Path(bert_folder) / file, folder)
+    assert hlip.HLIPModel.from_pretrained(folder).text.tokenizer.tokenize("acute mass") == ["acute", "mass"]
+    (folder / "model.safetensors").rename(tmp_path / "away")
+    torch.save(seeded(name), folder / "pytorch_model.bin")
+    assert_same(hlip.HLIPModel.from_pretrained(folder).state_dict(), seeded(name))
+
+
+def test_among_several_json_files_the_one_that_fits_is_taken(tmp_path: Path) -> None:
+    name, other = "clip_vit_base_slice_scan_dualdinotxt2744", "clip_vit_base_scan_study_token1176"
+    folder = hub_folder(tmp_path / "hub", seeded(name), name, other)
+    assert hlip.HLIPModel.from_pretrained(folder).config == preset(name)
+
+
+@pytest.mark.parametrize(
+    "trunk", ["ablate_seqposemb_vit_base_multiscan_h2_dinotxt1568", "vit_base_singlescan_h2_token2744"]
+)
+def test_trunks_of_old_spelling(trunk: str, tmp_path: Path) -> None:
+    content = released_json("clip_vit_base_scan_study_token1176")
+    content["vision_cfg"]["timm_model_name"] = trunk
+    found = published.config_of_json(tmp_path / "open_clip_config.json", {"model_cfg": content})
+    wanted = "hlip-2025_10_08" if "1568" in trunk else trunk
+    assert found.vision == preset(wanted).vision
+    assert found.per_prefix == preset(wanted).per_prefix
+    content["vision_cfg"]["timm_model_name"] = "vit_base_scan_study_token1177"
+    with pytest.raises(ValueError, match=r"open_clip_config.json: unknown model .*did you mean .*token1176"):
+        published.config_of_json(tmp_path / "open_clip_config.json", content)
+    bad = {**content, "embed_dim": "wide", "vision_cfg": {"timm_model_name": "vit_base_scan_study_token1176"}}
+    with pytest.raises(ValueError, match=r"open_clip_config.json: not a configuration of open_clip \(ValueError"):
+        published.config_of_json(tmp_path / "open_clip_config.json", bad)
+    bad["vision_cfg"] = {"timm_model_name": "vit_base_singlescan_h2_token2744", "timm_pool": "map"}
+    with pytest.raises(ValueError, match=r"open_clip_config.json: without a projection embed_dim must be"):
+        published.config_of_json(tmp_path / "open_clip_config.json", bad | {"embed_dim": 7})
+    with pytest.raises(ValueError, match=r"open_clip_config.json: not a configuration of open_clip .*'text_cfg'"):
+        published.config_of_json(tmp_path / "open_clip_config.json", {"vision_cfg": content["vision_cfg"]})
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ALIASES)))
+def test_what_shapes_tell(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file(seeded(name), path := tmp_path / "weights.safetensors")
+    if "token1176" in name or "large" in name:
+        with pytest.raises(ValueError, match="differ in what weights do not tell") as error:
+            hlip.HLIPModel.from_pretrained(path)
+        assert name in str(error.value)
+        assert str(path) in str(error.value)
+    else:
+        with caplog.at_level(logging.WARNING):
+            assert hlip.HLIPModel.from_pretrained(path).config == preset(name)
+        assert f"{path}: {name}, guessed from its shapes" in caplog.text
+        assert f"levels: {' '.join(preset(name).vision.levels)}" in caplog.text
+
+
+def test_the_name_of_the_training_run_says_which_model(tmp_path: Path) -> None:
+    name = "vit_base_multiscan_h3_token1176"
+    path = tmp_path / "epoch_5.pt"
+    torch.save({"name": f"DATE_2025_05_01-MODEL_{name}", "state_dict": seeded(name)}, path)
+    loaded = checkpoint.load(str(path))
+    assert loaded.model.config == preset(name)
+    assert "as the training run was called" in loaded.how
+
+
+def test_one_scan_position_is_added_to_every_token(tmp_path: Path) -> None:
+    name = "clip_vit_base_slice_scan_token2744"
+    state = seeded(name)
+    row = torch.randn(1, 1, 48, generator=torch.Generator().manual_seed(1))
+    save_file({**state, "visual.trunk.sequential_posemb": row}, tmp_path / "old.safetensors")
+    loaded = checkpoint.load(str(tmp_path / "old.safetensors"))
+    assert "its one scan position is added" in loaded.how
+    assert loaded.model.config.vision.max_scans == 1
+    state["visual.trunk.spatial_posemb"] = state["visual.trunk.spatial_posemb"] + row[:, :, None, None]
+    save_file(state, tmp_path / "summed.safetensors")
+    summed = hlip.HLIPModel.from_pretrained(tmp_path / "summed.safetensors")
+    batch = hlip.pack([random_study([(16, 48, 48)]), random_study([(16, 48, 48)] * 2)], (8, 24, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model.visual.trunk(batch), summed.visual.trunk(batch), rtol=1e-3, atol=1e-4)
+    loaded.model.save_open_clip(tmp_path / "back")
+    assert torch.equal(load_file(tmp_path / "back" / "model.safetensors")["visual.trunk.sequential_posemb"], row)
+    assert hlip.HLIPModel.from_pretrained(tmp_path / "back").config == loaded.model.config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("clip_vit_base_scan_study_dualdinotxt1568", 2.65926), ("siglip_vit_base_singlescan_h2_token2744", -10.0)],
+)
+def test_absent_logit_bias_begins_anew(name: str, value: float, tmp_path: Path) -> None:
+    state = seeded(name)
+    del state["logit_bias"]
+    save_file(state, tmp_path / "weights.safetensors")
+    model, how, _ = checkpoint.load(str(tmp_path / "weights.safetensors"))
+    assert float(model.logit_bias.detach()) == pytest.approx(value, abs=1e-5)
+    assert "no logit_bias" in how
+
+
+class Evil:
+    """A pickle that makes a file when it is read by pickle."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    for i, content in enumerate([{"state_dict": seeded(MULTISCAN), "args": Evil(mark)}, Evil(mark)]):
+        for zipped in (True, False):
+            path = tmp_path / f"evil{i}.pt"
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(
+                ValueError, match=r"evil\d.pt: not readable weights \(it holds more than weights, posix.mkdir"
+            ):
+                hlip.HLIPModel.from_pretrained(path)
+            assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()
+    torch.save({"state_dict": seeded(MULTISCAN), "loss": np.float64(1)}, tmp_path / "numpy.pt")
+    with pytest.raises(ValueError, match=r"numpy.pt: not readable weights \(it holds more than weights, numpy"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "numpy.pt")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("file", ["a.safetensors", "a.pt", "a.bin"])
+def test_truncated_files_are_named(file: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    save_file(seeded(MULTISCAN), path) if path.suffix == ".safetensors" else torch.save(seeded(MULTISCAN), path)
+    cut(path)
+    with pytest.raises(ValueError, match=f"{file}: not readable weights"):
+        hlip.HLIPModel.from_pretrained(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{file}: not readable weights"):
+        hlip.HLIPModel.from_pretrained(path)
+
+
+def nan(state: State) -> None:
+    state["visual.trunk.blocks.3.attn.qkv.weight"][5, 7] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (nan, "a.pt: 1 weights are not finite numbers: visual.trunk.blocks.3.attn.qkv.weight"),
+        (lambda s: s["text.proj.weight"].fill_(float("inf")), "not finite numbers: text.proj.weight"),
+        (lambda s: s.update({"logit_scale": torch.tensor(3)}), "not finite numbers: logit_scale"),
+        (lambda s: s.update({"text.proj.weight": torch.zeros(7, 32)}), r"text.proj.weight is \(7, 32\), not"),
+        (lambda s: s.update({"visual.extra.weight": torch.zeros(1)}), "not fit: unexpected visual.extra.weight"),
+        (lambda s: s.update({"logit_bias": torch.zeros(())}), "unexpected logit_bias"),
+        (lambda s: s.pop("visual.trunk.norm.bias"), "1 weights do not fit: missing visual.trunk.norm.bias"),
+        (lambda s: s.pop("visual.trunk.sequential_posemb"), "missing visual.trunk.sequential_posemb"),
+        (lambda s: s.pop("visual.trunk.spatial_posemb"), "another architecture: no visual.trunk.spatial_posemb"),
+        (lambda s: s.update({"epoch": 3}), "'epoch' is int, not a tensor"),
+        (lambda s: s.update({"module.logit_scale": torch.zeros(())}), "two keys that both mean logit_scale"),
+        (lambda s: s.clear(), "it holds dict, no tensors by name"),
+    ],
+)  # fmt: skip
+def test_wrong_weights_are_named(damage: Callable[[State], Any], message: str, tmp_path: Path) -> None:
+    state = seeded(MULTISCAN)
+    damage(state)
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        hlip.HLIPModel.from_pretrained(tmp_path / "a.pt", model=MULTISCAN)
+    assert str(tmp_path / "a.pt") in str(error.value)
+
+
+def vit(width: int = 48, depth: int = 12, side: int = 14, **extra: Tensor) -> State:
+    """A 2D ViT as timm and MAE publish it."""
+    from test_model import BLOCK
+
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = {"attn.qkv": 3, "mlp.fc1": 4}, {"attn.qkv": 1, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 4}
+    shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width),
+              "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,),
+              "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
+    for i in range(depth):
+        for key in BLOCK:
+            part, kind = key.rsplit(".", 1)
+            last = (columns[part] * width,) if kind == "weight" and part in columns else ()
+            shapes[f"blocks.{i}.{key}"] = (rows.get(part, 1) * width, *last)
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()} | extra
+
+
+def test_other_architectures_and_names_that_do_not_exist(tmp_path: Path) -> None:
+    torch.save(vit(), tmp_path / "mae.pth")
+    with pytest.raises(ValueError, match=r"mae.pth: weights of another architecture: .*pretrained_vision"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "mae.pth")
+    odd = {**seeded(MULTISCAN), "visual.trunk.spatial_posemb": torch.zeros(1, 4, 14, 14, 48)}
+    save_file(odd, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r"odd.safetensors: fits no released model: width 48, .*grid 4 x 14 x 14"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r"spatial_posemb is \(1, 4, 14, 14, 48\), not \(1, 3, 14, 14, 48\)"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "odd.safetensors", model=MULTISCAN)
+    with pytest.raises(ValueError, match="did you mean 'vit_base_multiscan_h2_token588'"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "odd.safetensors", model="vit_base_multiscan_h2_token688")
+    with pytest.raises(ValueError, match=r"od.safetensors: unknown model: no such .* mean .*odd.safetensors"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "od.safetensors")
+    with pytest.raises(ValueError, match="it is a name of an architecture: give its weights"):
+        hlip.HLIPModel.from_pretrained(MULTISCAN)
+    (tmp_path / "x.npz").touch()
+    with pytest.raises(ValueError, match=r"x.npz: not readable weights \(weights end in .safetensors"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "x.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: no weights: none of model.safetensors"):
+        hlip.HLIPModel.from_pretrained(tmp_path / "empty")
+
+
+def test_ours_names_its_own_architecture(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json: the model is no demo: width is 48, not 48|patch_size is"):
+        hlip.HLIPModel.from_pretrained(model_folder, model="demo")
+    model = hlip.HLIPModel.from_pretrained(model_folder)
+    with pytest.raises(ValueError, match="architecture of no released one"):
+        model.save_open_clip(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"the model is no vit_base_multiscan_h2_token588: .*levels"):
+        model.save_open_clip(tmp_path / "out", MULTISCAN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_tower_of_another_size_has_no_place_in_the_layout(bert_folder: str, tmp_path: Path) -> None:
+    model = hlip.create_model(MULTISCAN, text=replace(preset(MULTISCAN).text, name=bert_folder))
+    with pytest.raises(ValueError, match="text tower of BERT's base size; this one has vocab_size 30522, not 99"):
+        model.save_open_clip(tmp_path / "out")
+
+
+def test_average_inflation_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flat = vit()
+    classifier = {"head.weight": torch.zeros(3, 48), "head.bias": torch.zeros(3)}
+    decoder = {"mask_token": torch.zeros(1, 1, 9), "decoder_pos_embed": torch.zeros(1, 197, 9),
+               "decoder_blocks.0.norm1.weight": torch.zeros(9)}  # fmt: skip
+    torch.save({"model": flat | classifier | decoder}, tmp_path / "mae.pth")
+    torch.manual_seed(0)
+    plain = hlip.create_model("clip_vit_base_scan_study_dualdinotxt1568").state_dict()
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING):
+        model = hlip.create_model("clip_vit_base_scan_study_dualdinotxt1568", pretrained_vision=tmp_path / "mae.pth")
+    assert "5 weights of a classifier or decoder left aside: decoder_blocks.0.norm1.weight" in caplog.text
+    trunk = model.visual.trunk
+    patch = trunk.patch_embed.proj.weight
+    for z in range(6):
+        torch.testing.assert_close(patch[:, 0, z], flat["patch_embed.proj.weight"].sum(1) / 6)
+    assert torch.equal(trunk.cls_token, flat["cls_token"] + flat["pos_embed"][:, :1])
+    assert torch.equal(trunk.reg_token, plain["visual.trunk.reg_token"])
+    for z, y, x in ((0, 0, 0), (3, 2, 5), (7, 13, 13)):
+        frequency = 10000.0 ** -(torch.arange(24, dtype=torch.float64) / 24)
+        depth = torch.cat([(z * frequency).sin(), (z * frequency).cos()])
+        expected = flat["pos_embed"][0, 1 + 14 * y + x] + depth.float()
+        torch.testing.assert_close(trunk.spatial_posemb[0, z, y, x], expected)
+    assert torch.equal(trunk.blocks[11].mlp.fc2.weight, flat["blocks.11.mlp.fc2.weight"])
+    # A constant image gives what the 2D projection gives: the average over depth of its response.
+    torch.testing.assert_close(
+        patch.sum((1, 2, 3, 4)), flat["patch_embed.proj.weight"].sum((1, 2, 3)), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_inflation_resizes_patches_and_positions(tmp_path: Path) -> None:
+    flat = vit(side=7)
+    save_file(flat, tmp_path / "model.safetensors")
+    trunk = hlip.create_model("clip_vit_base_slice_scan_token2744", pretrained_vision=tmp_path).visual.trunk
+    resized = F.interpolate(flat["patch_embed.proj.weight"], (24, 24), mode="bicubic").sum(1) / 8
+    torch.testing.assert_close(trunk.patch_embed.proj.weight[:, 0, 5], resized)
+    plane = flat["pos_embed"][:, 1:].reshape(1, 7, 7, 48).permute(0, 3, 1, 2)
+    plane = F.interpolate(plane, (14, 14), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    first = torch.cat([torch.zeros(24), torch.ones(24)])  # sines and cosines of depth 0
+    torch.testing.assert_close(trunk.spatial_posemb[0, 0], plane + first)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        (vit(width=32), "its width is 32, the encoder's 48"),
+        (vit(depth=2), "weights do not fit: missing blocks.10.attn.proj.bias"),
+        (vit(**{"blocks.0.ls1.gamma": torch.ones(48)}), "1 weights do not fit: unexpected blocks.0.ls1.gamma"),
+        ({k: v for k, v in vit().items() if k != "pos_embed"}, "not a 2D vision transformer: no pos_embed"),
+        (vit(pos_embed=torch.full((1, 197, 48), float("nan"))), "pos_embed is not of finite numbers"),
+        (vit(pos_embed=torch.zeros(1, 199, 48)), "pos_embed has 199 rows"),
+        (vit(**{"norm.weight": torch.full((48,), float("nan"))}), "not finite numbers: norm.weight"),
+    ],
+)
+def test_wrong_2d_weights_are_named(flat: State, message: str, tmp_path: Path) -> None:
+    torch.save(flat, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=f"vit.pth: .*{message}"):
+        hlip.create_model(MULTISCAN, pretrained_vision=tmp_path / "vit.pth")
+
+
+def test_2d_weights_that_cannot_be_had_offline() -> None:
+    with pytest.raises(ValueError, match=r"pretrained vision 'timm/vit_base_patch16_224.mae': .*not to be had"):
+        hlip.create_model(MULTISCAN, pretrained_vision="timm/vit_base_patch16_224.mae")
+
+
+@pytest.fixture
+def cxr_folder(tmp_path: Path, bert_folder: str) -> tuple[Path, State]:
+    """CXR-BERT as it lies on the hub: a class in code, heads beside the BERT, a tokenizer of a class in code."""
+    folder = tmp_path / "cxr"
+    folder.mkdir()
+    sizes = {"vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "max_position_embeddings": 512, "layer_norm_eps": 1e-5, "projection_size": 8}
+    code = {"AutoConfig": "configuration_cxrbert.CXRBertConfig", "AutoModel": "modeling_cxrbert.CXRBertModel"}
+    config = {"model_type": "cxr-bert", "architectures": ["CXRBertModel"], "auto_map": code, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    for module in ("configuration_cxrbert", "modeling_cxrbert"):
+        (folder / f"{module}.py").write_text("raise RuntimeError('code of a checkpoint was run')")
+    shutil.copy(Path(bert_folder) / "vocab.txt", folder)
+    tokenizer = {"AutoTokenizer": ["configuration_cxrbert.CXRBertTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CXRBertTokenizer", "do_lower_case": True, "auto_map": tokenizer})
+    )
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(3)
+    bert = BertModel(BertConfig(**{k: v for k, v in sizes.items() if k != "projection_size"})).state_dict()
+    state = {f"bert.{key}": value for key, value in bert.items()}
+    state["bert.embeddings.position_ids"] = torch.arange(512)[None]
+    state["cls.predictions.bias"] = torch.zeros(30522)
+    state["cls_projection_head.dense_to_hidden.weight"] = torch.zeros(8, 16)
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder, bert
+
+
+def test_cxr_bert_is_read_without_its_code(cxr_folder: tuple[Path, State], tmp_path: Path) -> None:
+    folder, bert = cxr_folder
+    model = hlip.create_model("clip_vit_base_slice_scan_token2744", pretrained_text=folder)
+    got = model.text.transformer.state_dict()
+    assert_same(got, {key: value for key, value in bert.items() if not key.startswith("pooler.")})
+    assert model.text.transformer.config.layer_norm_eps == 1e-5
+    assert model.text.tokenizer.tokenize("Pleural effusion.")[-1] == "."
+    assert model.encode_text(["pleural effusion"]).shape == (1, 32)
+    model.eval().save_pretrained(tmp_path / "ours")
+    again = hlip.HLIPModel.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again.encode_text(["pleural effusion"]), model.encode_text(["pleural effusion"]))
+    save_file(seeded("clip_vit_base_slice_scan_token2744"), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=re.escape("text.proj.weight is (32, 32), not (32, 16)")):
+        hlip.HLIPModel.from_pretrained(tmp_path / "w.safetensors", text=folder)
+
+
+def test_wrong_cxr_weights_are_named(cxr_folder: tuple[Path, State]) -> None:
+    folder, bert = cxr_folder
+    state = {f"bert.{key}": value for key, value in bert.items()}
+    del state["bert.encoder.layer.1.output.dense.bias"]
+    torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"missing encoder.layer.1.output.dense.bias; unexpected extra.weight"):
+        hlip.create_model(MULTISCAN, pretrained_text=folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="no weights: none of"):
+        hlip.create_model(MULTISCAN, pretrained_text=folder)
+
+
+def test_a_bert_that_lacks_weights_is_refused(bert_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    path = weights.find_weights(tmp_path / "bert")
+    state = load_file(path)
+    del state["encoder.layer.1.output.dense.bias"]
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights are missing: encoder.layer.1.output.dense.bias"):
+        hlip.create_model("demo", pretrained_text=tmp_path / "bert")
+
+
+def not_finite(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["encoder.layer.0.output.dense.bias"][0] = float("nan")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def malicious(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"encoder": Evil(folder.parent / "executed")}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (not_finite, "1 weights are not finite numbers: encoder.layer.0.output.dense.bias"),
+        (lambda folder: cut(folder / "model.safetensors"), "not a readable BERT folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable"),
+        (malicious, "not a readable BERT folder"),
+    ],
+)
+def test_damaged_bert_folders(damage: Callable[[Path], Any], message: str, bert_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    damage(tmp_path / "bert")
+    with pytest.raises(ValueError, match=message) as error:
+        hlip.create_model("demo", pretrained_text=tmp_path / "bert")
+    assert str(tmp_path / "bert") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_saved_without_a_tokenizer(tmp_path: Path, bert_folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = hlip.create_model(MULTISCAN)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path / "model")
+    assert "saved without a tokenizer, so texts will be read with that of microsoft/" in caplog.text
+    assert [path.name for path in (tmp_path / "model" / "text").iterdir()] == ["config.json"]
+    assert hlip.HLIPModel.from_pretrained(tmp_path / "model").text.tokenizer_source == preset(MULTISCAN).text.name
+
+
+def test_from_the_hub_come_weights_json_and_vocabulary_only(
+    cxr_folder: tuple[Path, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = tmp_path / "cache"
+    name = "clip_vit_base_slice_scan_token2744"
+    hub = {
+        "zch/released": hub_folder(tmp_path / "released", seeded(name), name, hf_tokenizer_name="microsoft/cxr"),
+        "microsoft/cxr": cxr_folder[0],
+        "timm/mae": tmp_path / "mae",
+    }
+    torch.save(seeded(name), hub["zch/released"] / "pytorch_model.bin")
+    hub["timm/mae"].mkdir()
+    save_file(vit(), hub["timm/mae"] / "model.safetensors")
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        for path in (each for each in hub[repo_id].rglob("*") if each.is_file()):
+            relative = path.relative_to(hub[repo_id])
+            if any(fnmatch.fnmatch(str(relative), pattern) for pattern in allow_patterns):
+                (cache / repo_id / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache / repo_id / relative)
+        return str(cache / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with caplog.at_level(logging.WARNING):
+        model = hlip.HLIPModel.from_pretrained("zch/released")
+        assert model.text.tokenizer.tokenize("effusion")
+        config = replace(preset(name).text, name="microsoft/cxr")
+        begun = hlip.create_model(name, text=config, pretrained_text=True, pretrained_vision="timm/mae")
+    assert begun.text.transformer.config.hidden_size == 16
+    found = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
+    assert found == [
+        "microsoft/cxr/config.json",
+        "microsoft/cxr/pytorch_model.bin",
+        "microsoft/cxr/tokenizer_config.json",
+        "microsoft/cxr/vocab.txt",
+        "timm/mae/model.safetensors",
+        "zch/released/config.json",
+        f"zch/released/hlip/model_configs/{name}.json",
+        "zch/released/model.safetensors",
+    ]
+    for repo in hub:
+        assert f"{repo} is no folder here: asking the Hugging Face hub for it" in caplog.text
+
+
+def test_push_to_hub_uploads_what_a_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            calls.append((repo_id, private))
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            calls.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    model = hlip.create_model(MULTISCAN)
+    model.push_to_hub("me/mine", private=True)
+    model.push_to_hub("me/mine", layout="open_clip")
+    ours = ["config.json", "model.safetensors", "text"]
+    theirs = ["hlip", "model.safetensors", "open_clip_config.json"]
+    assert calls == [("me/mine", True), ("me/mine", ours), ("me/mine", False), ("me/mine", theirs)]
+
+
+def test_push_to_hub_offline_is_an_error() -> None:
+    with pytest.raises(ValueError, match="me/mine: could not be uploaded"):
+        hlip.create_model(MULTISCAN).push_to_hub("me/mine")
+
+
+def run(*args: object) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+def test_convert_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = seeded("hlip-2025_10_08")
+    torch.save({"state_dict": state}, source := tmp_path / "epoch_5.pt")
+    assert run("convert", source, tmp_path / "ours") == 0
+    printed = capsys.readouterr().out
+    for words in ("hlip-2025_10_08, guessed from its shapes", "patch_size 6 x 16 x 16", "grid 8 x 14 x 14", "dinotxt",
+                  "scan scan study", "BiomedBERT", "one per output", "written in layout hlip"):  # fmt: skip
+        assert words in printed
+    assert run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "open_clip") == 0
+    assert_same(load_file(tmp_path / "theirs" / "model.safetensors"), state)
+    assert run("convert", tmp_path / "theirs", tmp_path / "ours") == 0  # replaces a model
+    assert run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "open_clip") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_5.pt", "ours", "theirs"]
+    (tmp_path / "theirs" / "hlip" / "thesis.json").touch()  # not from us: the folder is somebody's work
+    assert run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "open_clip") == 2
+    assert "theirs exists and is not a saved model" in capsys.readouterr().err
+
+
+def test_convert_writes_nothing_when_it_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(seeded("vit_base_multiscan_h3_token1176"), source := tmp_path / "a.safetensors")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(source.read_bytes()[:5000])
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    out, name = tmp_path / "out", "vit_base_multiscan_h3_token1176"
+    for args, message in [
+        ([source, out], "choose with model= or --model"),
+        ([source, out, "--model", name.replace("76", "67")], f"did you mean '{name}'"),
+        ([source, out, "--model", MULTISCAN], "visual.trunk.spatial_posemb is"),
+        ([broken, out], "broken.safetensors: not readable weights"),
+        ([tmp_path / "none", out], "none: unknown model: no such file or folder"),
+        ([source, tmp_path / "thesis", "--model", name], "thesis exists and is not a saved model"),
+    ]:
+        assert run("convert", *args) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "broken.safetensors", "thesis"]
+
+
+def test_embed_takes_a_released_model(nifti_study: list[Path], tmp_path: Path) -> None:
+    save_file(seeded(MULTISCAN), tmp_path / "a.safetensors")
+    out = tmp_path / "emb.npz"
+    assert run("embed", *nifti_study, "--model", tmp_path / "a.safetensors", "--out", out) == 0
+    assert np.load(out)["embedding"].shape == (1, 32)
