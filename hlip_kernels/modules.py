@@ -57,7 +57,11 @@ class HierarchicalAttention(nn.Module):
         """
         if x.dim() != 2 or x.shape[1] != self.qkv.in_features:
             raise ValueError(f"x: expected (rows, {self.qkv.in_features}), got {tuple(x.shape)}")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.attend(self.qkv(x), layout, level)
+
+    def attend(self, qkv: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+        """What follows the first projection: (G * P + T, 3 C) to (G * P + T, C)."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if self.qk_norm:
             # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.
             q, k, v = qkv.unbind(1)

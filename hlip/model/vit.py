@@ -19,6 +19,7 @@ from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, add_re
 from ..data.batch import PackedBatch
 from .config import VisionConfig
 from .plan import TokenBatch, plan
+from .recompute import linear_of_gelu, linear_of_norm
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
@@ -84,10 +85,12 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
 
     def forward(self, stream: Stream, layout: StudyLayout, previous: Level, level: Level) -> Stream:
+        attn, mlp = self.attn, self.mlp
         x, y = self._norm(stream, layout, previous, level, self.norm1)
-        stream = Stream(x, self.attn(y, layout, level), self._path_scale(x, layout, level))
-        x, y = self._norm(stream, layout, level, level, self.norm2)
-        return Stream(x, self.mlp(y), self._path_scale(x, layout, level))
+        update = attn.attend(linear_of_norm(attn.qkv, self.norm1, x, y), layout, level)
+        x, y = self._norm(Stream(x, update, self._path_scale(x, layout, level)), layout, level, level, self.norm2)
+        update = linear_of_gelu(mlp.fc2, linear_of_norm(mlp.fc1, self.norm2, x, y))
+        return Stream(x, update, self._path_scale(x, layout, level))
 
     def _norm(
         self, stream: Stream, layout: StudyLayout, src: Level, dst: Level, norm: nn.LayerNorm
