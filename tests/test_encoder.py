@@ -27,7 +27,7 @@ from hlip_kernels import StudyLayout
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 HEADS = [("token", 1), ("token", 2), ("dinotxt", 1), ("dinotxt", 2), ("average", 0), ("average", 1),
-         ("attention_pool", 0), ("attention_pool", 1)]  # fmt: skip
+         ("weighted_average", 0), ("attention_pool", 0), ("attention_pool", 1)]  # fmt: skip
 RAGGED = [
     [(8, 16, 16)],
     [(4, 16, 24), (12, 8, 16), (8, 16, 16)],
@@ -100,6 +100,9 @@ def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int], kept:
         query = pool.q(pool.latent).unflatten(-1, (config.heads, -1)).transpose(1, 2).expand(batch, -1, -1, -1)
         out = pool.proj(F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2))
         return out + pool.mlp.fc2(F.gelu(pool.mlp.fc1(pool.norm(out))))
+    if config.head == "weighted_average":
+        patches = x[:, config.num_prefix :]
+        return (encoder.weighted_average.score(patches).softmax(1) * patches).sum(1, keepdim=True)
     dinotxt = torch.cat([prefix, mean.expand_as(prefix)], dim=-1) if config.num_prefix else mean
     return {"token": prefix, "average": mean, "dinotxt": dinotxt}[config.head]
 

@@ -12,7 +12,7 @@ from hlip_kernels import Grid, Level
 from ..data.preprocess import BrainMRI
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
-Head = Literal["token", "average", "dinotxt", "attention_pool"]
+Head = Literal["token", "average", "weighted_average", "dinotxt", "attention_pool"]
 Pattern = Literal["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 
 
@@ -74,8 +74,9 @@ class VisionConfig:
     levels: attention level of each layer; their number is the depth.
     num_prefix: prefix rows of a group: a cls token, then register tokens.
     head: what the encoder gives of a study's normalised rows. "token": its prefix rows; "dinotxt": each prefix row
-        beside the mean of the patch rows, twice as wide; "average": the mean of the patch rows; "attention_pool": what
-        a learned query attends to. The latter two need no prefix.
+        beside the mean of the patch rows, twice as wide; "average": the mean of the patch rows; "weighted_average":
+        the same, weighted by a learned score; "attention_pool": what a learned query attends to among all rows. The
+        latter three need no prefix.
     max_scans: positions for the scans of a study; 0 for none.
     positions: "tiled" is a 2D sin-cos table over (h, w) plus a 1D one over d (MAE's, tiled over depth);
         "sincos3d" gives each of w, h and d a third of the width.

@@ -18,8 +18,9 @@ from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, add_re
 
 from ..data.batch import PackedBatch
 from .config import VisionConfig
+from .heads import AttentionPool, WeightedAverage
+from .layers import Mlp, linear_of_gelu, linear_of_norm
 from .plan import TokenBatch, plan
-from .recompute import linear_of_gelu, linear_of_norm
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
@@ -40,16 +41,6 @@ class PatchEmbed(nn.Module):
         assert self.proj.bias is not None
         bias = self.proj.bias + weight.sum(1) * ((PIXEL_ZERO / 255 - PIXEL_MEAN) / PIXEL_STD)
         return F.linear(patches.to(weight.dtype) - PIXEL_ZERO, weight / (255 * PIXEL_STD), bias)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 # The norm's backend by that of attention; libraries of attention alone leave the choice open.
@@ -115,46 +106,6 @@ class Block(nn.Module):
         return (torch.rand(layout.num_groups(level), device=x.device) < keep).float() / keep
 
 
-class AttentionPool(nn.Module):
-    """A learned query that attends to all rows of a study. Parameter names are those of timm's AttentionPoolLatent."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.latent = nn.Parameter(torch.zeros(1, 1, width))
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
-
-    def forward(self, prefix: Tensor, patches: Tensor, layout: StudyLayout) -> Tensor:
-        """prefix (B, P, C), patches (T, C), ordered by study. Returns (B, 1, C)."""
-        bounds = layout.cu_seqlens("study")
-        lengths = bounds.diff()
-        offsets = bounds.long()
-
-        wide = torch.promote_types(self.latent.dtype, torch.float32)
-
-        def each_study(reduce: str, rows: Tensor) -> Tensor:
-            return torch.segment_reduce(rows, reduce, offsets=offsets, axis=0)
-
-        query = self.q(self.latent[0, 0]).unflatten(0, (self.heads, -1))
-        scores, values = [], []
-        for rows in (prefix, patches):
-            k, v = self.kv(rows).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-            scores.append((k * query).sum(-1).to(wide) * query.shape[-1] ** -0.5)
-            values.append(v.to(wide))
-        highest = torch.cat([scores[0].detach(), each_study("max", scores[1].detach())[:, None]], dim=1).amax(1)
-        spread = highest.repeat_interleave(lengths, dim=0, output_size=layout.num_tokens)
-        p_prefix, p_patches = (scores[0] - highest[:, None]).exp(), (scores[1] - spread).exp()
-        total = p_prefix.sum(1) + each_study("sum", p_patches)
-        pooled = (p_prefix[..., None] * values[0]).sum(1) + each_study("sum", p_patches[..., None] * values[1])
-        x = self.proj((pooled / total[..., None]).flatten(1).to(patches.dtype))
-        return (x + self.mlp(self.norm(x)))[:, None]
-
-
 class StudyEncoder(nn.Module):
     """Encode every study of a packed batch."""
 
@@ -178,6 +129,8 @@ class StudyEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if config.head == "attention_pool":
             self.attn_pool = AttentionPool(config)
+        if config.head == "weighted_average":
+            self.weighted_average = WeightedAverage(width)
         self.grad_checkpointing = False
         self._init_weights()
 
@@ -250,6 +203,8 @@ class StudyEncoder(nn.Module):
         prefix, patches = y[:rows].unflatten(0, (layout.num_studies, layout.num_prefix)), y[rows:]
         if self.config.head == "attention_pool":
             return self.attn_pool(prefix, patches, layout)
+        if self.config.head == "weighted_average":
+            return self.weighted_average(patches, layout)
         bounds = layout.cu_seqlens("study").long()
         mean = torch.segment_reduce(patches, "mean", offsets=bounds, axis=0)[:, None]
         if self.config.head == "average":

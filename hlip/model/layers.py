@@ -1,4 +1,4 @@
-"""Linear layers that do not keep their input for backward, where it is cheap to compute again.
+"""The MLP, and linear layers that do not keep their input for backward, where it is cheap to compute again.
 
 Beside what the norm keeps in any case, a block then keeps its query, key and value rows, the output of attention and
 the hidden rows of the MLP: 0.7 of what its layers would keep by themselves.
@@ -13,6 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
