@@ -108,10 +108,9 @@ def built_in_config(row: Row) -> AttentionConfig:
             return AttentionConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
         return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "sm_100":
-        if length == "short":
-            return AttentionConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-        forward = Tile(64 if head_dim == 16 else 128, 64, 4, 2)
-        return AttentionConfig(forward, Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
+        rows = 64 if length == "short" else 128
+        forward = Tile(128 if head_dim == 16 else rows, 64, 4, 2)
+        return AttentionConfig(forward, Tile(rows, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "gfx942":
         streamed = 32 if wide else 64
         return AttentionConfig(Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1))

@@ -228,7 +228,7 @@ def test_trunks_of_old_spelling(trunk: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ALIASES)))
 def test_what_shapes_tell(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file(seeded(name), path := tmp_path / "weights.safetensors")
-    if "token1176" in name or "large" in name:
+    if "token1176" in name or "study_dual" in name:
         with pytest.raises(ValueError, match="differ in what weights do not tell") as error:
             hlip.HLIPModel.from_pretrained(path)
         assert name in str(error.value)
@@ -270,7 +270,7 @@ def test_one_scan_position_is_added_to_every_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("clip_vit_base_scan_study_dualdinotxt1568", 2.65926), ("siglip_vit_base_singlescan_h2_token2744", -10.0)],
+    [("clip_vit_base_slice_scan_dualdinotxt2744", 2.65926), ("siglip_vit_base_singlescan_h2_token2744", -10.0)],
 )
 def test_absent_logit_bias_begins_anew(name: str, value: float, tmp_path: Path) -> None:
     state = seeded(name)
@@ -279,6 +279,39 @@ def test_absent_logit_bias_begins_anew(name: str, value: float, tmp_path: Path) 
     model, how, _ = checkpoint.load(str(tmp_path / "weights.safetensors"))
     assert float(model.logit_bias.detach()) == pytest.approx(value, abs=1e-5)
     assert "no logit_bias" in how
+
+
+def test_another_width_of_the_embedding_is_the_same_model(tmp_path: Path) -> None:
+    """Releases of one model differ in it, so it says nothing of the levels."""
+    name = "clip_vit_base_slice_scan_dualdinotxt2744"
+    state = seeded(name)
+    for key in ("visual.head.proj.weight", "text.proj.weight"):
+        state[key] = state[key][:24].clone()
+    save_file(state, tmp_path / "weights.safetensors")
+    for model in (None, name):
+        config = hlip.HLIPModel.from_pretrained(tmp_path / "weights.safetensors", model=model).config
+        assert config == replace(preset(name), embed_dim=24)
+
+
+def test_a_checkpoint_of_our_trainer_says_which_model(tmp_path: Path) -> None:
+    name = "vit_base_multiscan_h3_token1176"
+    torch.save({"config": {"model": name}, "step": 3, "model": seeded(name)}, tmp_path / "checkpoint.pt")
+    loaded = checkpoint.load(str(tmp_path / "checkpoint.pt"))
+    assert loaded.model.config == preset(name)
+    assert not loaded.guessed
+
+
+def test_files_that_are_not_weights(tmp_path: Path) -> None:
+    endless: dict[str, object] = {}
+    endless["state_dict"] = endless
+    for content, message in [
+        (endless, "'state_dict' is dict, not a tensor"),
+        ({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, "a is torch.float8_e4m3fn"),
+        ({"a": torch.eye(3).to_sparse()}, "a is torch.float32, torch.sparse_coo"),
+    ]:
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match=f"odd.pt: not readable weights .*{message}"):
+            hlip.HLIPModel.from_pretrained(tmp_path / "odd.pt")
 
 
 class Evil:

@@ -96,7 +96,7 @@ def textbook(encoder: StudyEncoder, images: Tensor, group: dict[str, int], kept:
     prefix, mean = x[:, : config.num_prefix], x[:, config.num_prefix :].mean(1, keepdim=True)
     if config.head == "attention_pool":
         pool = encoder.attn_pool
-        k, v = pool.kv(x).unflatten(-1, (2, config.heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = pool.kv(x[:, config.num_prefix :]).unflatten(-1, (2, config.heads, -1)).permute(2, 0, 3, 1, 4)
         query = pool.q(pool.latent).unflatten(-1, (config.heads, -1)).transpose(1, 2).expand(batch, -1, -1, -1)
         out = pool.proj(F.scaled_dot_product_attention(query, k, v).transpose(1, 2).flatten(2))
         return out + pool.mlp.fc2(F.gelu(pool.mlp.fc1(pool.norm(out))))
@@ -428,6 +428,49 @@ def test_compiles_as_one_graph_for_all_mixes_of_studies() -> None:
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_layers_put_in_place_and_hooks_are_used_in_training() -> None:
+    encoder = make_encoder("scan")
+    batch = hlip.pack([random_study([(8, 16, 16)])], (4, 8, 8))
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.layer, self.extra = layer, torch.nn.Parameter(torch.ones(layer.out_features))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.extra
+
+    plain = encoder(batch)
+    seen: list[str] = []
+    for name in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
+        layer = encoder.get_submodule(f"blocks.0.{name}")
+        handle = layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+        torch.testing.assert_close(encoder(batch), plain)
+        handle.remove()
+        part, _, last = name.partition(".")
+        adapted = Adapted(layer)
+        setattr(encoder.get_submodule(f"blocks.0.{part}"), last, adapted)
+        out = encoder(batch)
+        out.sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(batch), out)
+        assert adapted.extra.grad is not None
+        setattr(encoder.get_submodule(f"blocks.0.{part}"), last, layer)
+    assert seen == ["attn.qkv", "mlp.fc1", "mlp.fc2"]
+
+
+def test_frozen_layers_get_no_gradient_and_pass_it_on() -> None:
+    encoder = make_encoder("scan").double()
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(name == "cls_token")
+    batch = hlip.pack([random_study([(8, 16, 16)])], (4, 8, 8))
+    encoder(batch).sum().backward()
+    whole = make_encoder("scan").double()
+    whole(batch).sum().backward()
+    torch.testing.assert_close(encoder.cls_token.grad, whole.cls_token.grad)
+    assert all(p.grad is None for name, p in encoder.named_parameters() if name != "cls_token")
 
 
 def bytes_kept(run: Callable[[], Tensor]) -> int:

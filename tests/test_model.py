@@ -50,20 +50,30 @@ def test_saved_model_gives_the_same_embeddings(tiny_model: hlip.HLIPModel, model
 
 
 def test_saving_over_a_model_replaces_it_whole(tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
-    (tmp_path / "model" / "text").mkdir(parents=True)
-    (tmp_path / "model" / "text" / "stale").touch()
     tiny_model.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model" / "text" / "stale").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    (tmp_path / "model" / "text" / "config.json").write_text("stale")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for name in ("model", "link"):
+        tiny_model.save_pretrained(tmp_path / name)
+        assert (tmp_path / "model" / "text" / "config.json").read_text() != "stale"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
+    assert (tmp_path / "link").is_symlink()
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors", "text"]
 
 
 def test_saving_never_removes_what_is_not_a_model(tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    for target in (tmp_path, tmp_path / "thesis.txt"):
+    (tmp_path / "reports" / "text").mkdir(parents=True)
+    (tmp_path / "reports" / "text" / "report.txt").write_text("of a patient")
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "config.json").write_text('{"colour": "red"}')
+    tiny_model.save_pretrained(tmp_path / "with_more")
+    (tmp_path / "with_more" / "text" / "notes.txt").write_text("to keep")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for target in (".", "thesis.txt", "reports", "settings", "with_more"):
         with pytest.raises(ValueError, match="exists and is not a saved model"):
-            tiny_model.save_pretrained(target)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+            tiny_model.save_pretrained(tmp_path / target)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 def test_a_failed_save_leaves_the_old_model(
@@ -168,11 +178,11 @@ PUBLISHED = {
     "hlip-2025_10_08": (768, 12, (6, 16, 16), (8, 14, 14), 1, 0, 1536, 512, "clip"),
     "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568":
         (768, 12, (6, 16, 16), (8, 14, 14), 1, 0, 1536, 512, "clip"),
-    "clip_vit_base_scan_study_dualdinotxt1568": (768, 12, (6, 16, 16), (8, 14, 14), 2, 0, 1536, 512, "dual"),
+    "clip_vit_base_scan_study_dualdinotxt1568": (768, 12, (6, 16, 16), (8, 14, 14), 2, 0, 1536, 768, "dual"),
     "clip_vit_base_slice_scan_study_dualdinotxt1568": (768, 12, (6, 16, 16), (8, 14, 14), 2, 0, 1536, 768, "dual"),
     "clip_vit_large_scan_study_dualdinotxt1568": (1024, 24, (6, 16, 16), (8, 14, 14), 2, 0, 2048, 768, "dual"),
     "clip_vit_large_slice_scan_study_dualdinotxt1568": (1024, 24, (6, 16, 16), (8, 14, 14), 2, 0, 2048, 768, "dual"),
-    "clip_vit_base_slice_scan_dualdinotxt2744": (768, 12, (8, 24, 24), (14, 14, 14), 2, 0, 1536, 512, "dual"),
+    "clip_vit_base_slice_scan_dualdinotxt2744": (768, 12, (8, 24, 24), (14, 14, 14), 2, 0, 1536, 768, "dual"),
     "siglip_vit_base_singlescan_h2_token2744": (768, 12, (8, 24, 24), (14, 14, 14), 1, 0, 0, 768, "siglip"),
 }  # fmt: skip
 
@@ -247,7 +257,10 @@ def test_one_embedding_for_each_prefix_row() -> None:
     assert math.isclose(float(model.logit_bias.detach()), 2.65926, abs_tol=1e-5)
     for change, message in [
         ({"per_prefix": False}, "needs per_prefix"),
-        ({"objective": "moco"}, "clip, siglip or dual"),
+        ({"objective": "moco"}, "objective must be one of clip, siglip, dual, got 'moco'"),
+        ({"per_prefix": "false"}, "per_prefix must be bool, got 'false'"),
+        ({"embed_dim": 32.0}, "embed_dim must be int, got 32.0"),
+        ({"embed_dim": 0}, "embed_dim must be above 0, got 0"),
         ({"projection": False}, "embed_dim must be the encoder's 96, got 32"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,8 @@ class TrainConfig:
     Args:
         data: study list (JSON) to train on.
         out: folder for the model, the checkpoint and the logs.
-        model: name of the model; `python -c "import hlip; print(hlip.list_models())"` lists them.
+        model: name of the model (`python -c "import hlip; print(hlip.list_models())"` lists them);
+            clip_vit_base_scan_study_token1176 if neither this nor `init` says.
         text: folder or hub name of the BERT; the model's own if not given.
         init: model to begin with, in any layout: a folder, a training checkpoint, or a hub name.
         cache: folder for preprocessed scans, reused by later runs; `out/cache` if not given.
@@ -41,7 +42,7 @@ class TrainConfig:
 
     data: Path
     out: Path
-    model: str = "clip_vit_base_scan_study_token1176"
+    model: str | None = None
     text: str | None = None
     init: str | None = None
     cache: Path | None = None

@@ -35,6 +35,7 @@ from config import TrainConfig
 from hlip.data.batch import pack
 from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
 from hlip.model.clip import HLIPModel, clip_loss, create_model
+from hlip.model.config import ModelConfig, preset
 from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, zeroshot
 from sampler import StepSampler
@@ -82,9 +83,10 @@ def train(config: TrainConfig) -> None:
     if config.init:
         model = HLIPModel.from_pretrained(config.init, config.model, config.text).to(device)
     else:
-        model = create_model(config.model, pretrained_text=config.text or True).to(device)
-    if model.config.objective != "clip":
-        raise ValueError(f"{config.model}: training with objective {model.config.objective!r} is not there yet")
+        name = config.model or "clip_vit_base_scan_study_token1176"
+        check_objective(preset(name))  # before a text tower is read
+        model = create_model(name, pretrained_text=config.text or True).to(device)
+    check_objective(model.config)
     optimizer = make_optimizer(model, config)
     first_step = load_checkpoint(checkpoint_path, config, model, optimizer, device) if config.resume else 0
 
@@ -170,6 +172,11 @@ def train(config: TrainConfig) -> None:
         model.save_pretrained(config.out / "model")
     log.event("end", seconds=round(time.perf_counter() - started, 1))
     log.close()
+
+
+def check_objective(config: ModelConfig) -> None:
+    if config.objective != "clip":
+        raise ValueError(f"training with objective {config.objective!r} is not there yet")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

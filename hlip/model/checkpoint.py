@@ -29,7 +29,6 @@ from .weights import WEIGHT_FILES, find_weights, load_strict, local_folder, read
 log = logging.getLogger(__name__)
 
 Layout = Literal["hlip", "open_clip"]
-FILES = {"config.json", "model.safetensors", "text"}
 OURS = ("text/*.json", "text/vocab.*", "text/merges.txt")
 
 
@@ -56,7 +55,15 @@ def save_pretrained(model: HLIPModel, folder: Path) -> None:
         model.text.transformer.config.save_pretrained(partial / "text")
         _save_tokenizer(model, partial / "text")
 
-    _write(folder, fill, lambda path: not {each.name for each in path.iterdir()} - FILES)
+    own = ("config.json", "model.safetensors", "text/config.json", *(f"text/{name}" for name in TOKENIZER_FILES))
+
+    def is_older(path: Path) -> bool:
+        try:
+            return _only(path, own) and "vision" in read_json(path / "config.json")
+        except ValueError:
+            return False
+
+    _write(folder, fill, is_older)
 
 
 def save_open_clip(model: HLIPModel, folder: Path, name: str | None = None) -> str:
@@ -86,8 +93,7 @@ def save_open_clip(model: HLIPModel, folder: Path, name: str | None = None) -> s
     own = ("model.safetensors", OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", *TOKENIZER_FILES)
 
     def is_older(path: Path) -> bool:
-        files = [str(each.relative_to(path)) for each in path.rglob("*") if not each.is_dir()]
-        return OPEN_CLIP_CONFIG in files and all(any(fnmatch.fnmatch(file, one) for one in own) for file in files)
+        return (path / OPEN_CLIP_CONFIG).is_file() and _only(path, own)
 
     _write(folder, fill, is_older)
     return name
@@ -191,10 +197,17 @@ def _save_tokenizer(model: HLIPModel, folder: Path) -> None:
         )
 
 
+def _only(folder: Path, own: tuple[str, ...]) -> bool:
+    """Whether every file in `folder` is one of those."""
+    files = [str(each.relative_to(folder)) for each in folder.rglob("*") if not each.is_dir()]
+    return all(any(fnmatch.fnmatch(file, one) for one in own) for file in files)
+
+
 def _write(folder: Path, fill: Callable[[Path], Any], is_older: Callable[[Path], bool]) -> None:
     """Replace `folder` by what `fill` writes, whole or not at all, if it is new, empty, or `is_older` says so."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_older(folder))):
         raise ValueError(f"{folder} exists and is not a saved model: choose a new folder, or remove it")
+    folder = folder.resolve()  # of a link, what it points to
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     partial.mkdir(parents=True)

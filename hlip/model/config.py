@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hlip_kernels import Grid, Level
 
@@ -66,6 +67,21 @@ def place_levels(
     return tuple(coarse if i in chosen else fine for i in range(depth))
 
 
+def _check_fields(config: Any, positive: tuple[str, ...]) -> None:
+    """Raise ValueError where a field is of another type than it says; configurations are read from files."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        elif kind in (bool, int, str) and type(value) is not kind:
+            raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
+        elif kind is float and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if name in positive and value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """The study encoder.
@@ -75,7 +91,7 @@ class VisionConfig:
     num_prefix: prefix rows of a group: a cls token, then register tokens.
     head: what the encoder gives of a study's normalised rows. "token": its prefix rows; "dinotxt": each prefix row
         beside the mean of the patch rows, twice as wide; "average": the mean of the patch rows; "weighted_average":
-        the same, weighted by a learned score; "attention_pool": what a learned query attends to among all rows. The
+        the same, weighted by a learned score; "attention_pool": what a learned query attends to among them. The
         latter three need no prefix.
     max_scans: positions for the scans of a study; 0 for none.
     positions: "tiled" is a 2D sin-cos table over (h, w) plus a 1D one over d (MAE's, tiled over depth);
@@ -117,14 +133,13 @@ class VisionConfig:
             raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")
         if self.max_scans < 0:
             raise ValueError(f"max_scans must be 0 or more, got {self.max_scans}")
-        if self.head not in get_args(Head):
-            raise ValueError(f"head must be one of {', '.join(get_args(Head))}, got {self.head!r}")
         least = 1 if self.head in ("token", "dinotxt") else 0
         if self.num_prefix < least:
             raise ValueError(f"num_prefix must be at least {least} with head {self.head!r}, got {self.num_prefix}")
         for name in ("patch_dropout", "scan_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        _check_fields(self, positive=("mlp_ratio", "init_std"))
 
     @property
     def num_outputs(self) -> int:
@@ -165,6 +180,9 @@ class TextConfig:
     pooling: Literal["cls", "mean"] = "cls"
     locked: bool = False
 
+    def __post_init__(self) -> None:
+        _check_fields(self, positive=("context_length",))
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -189,8 +207,7 @@ class ModelConfig:
     objective: Literal["clip", "siglip", "dual"] = "clip"
 
     def __post_init__(self) -> None:
-        if self.objective not in ("clip", "siglip", "dual"):
-            raise ValueError(f"objective must be clip, siglip or dual, got {self.objective!r}")
+        _check_fields(self, positive=("embed_dim",))
         if self.objective == "dual" and (self.vision.num_outputs < 2 or not self.per_prefix):
             raise ValueError("objective 'dual' needs per_prefix and an encoder with two outputs")
         if not self.projection and self.vision.num_features != self.embed_dim:
@@ -279,7 +296,7 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "scan+study", advice="brain MRI and head CT in one model, any number of scans; PubMedBERT", **_HEAD
     ),
     "clip_vit_base_scan_study_dualdinotxt1568": _published(
-        "scan+study", advice="brain MRI and head CT, impression and findings apart; PubMedBERT", **_DUAL
+        "scan+study", advice="brain MRI and head CT, impression and findings apart; PubMedBERT", embed_dim=768, **_DUAL
     ),
     "clip_vit_base_slice_scan_study_dualdinotxt1568": _published(
         "slice+scan+study", advice="the same with all three levels; PubMedBERT", embed_dim=768, **_DUAL
@@ -296,7 +313,7 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
     ),
     "clip_vit_base_slice_scan_dualdinotxt2744": _published(
         "slice+scan", max_scans=0, advice="chest CT, impression and findings apart; CXR-BERT, locked",
-        head="dinotxt", num_prefix=2, **_CHEST,
+        head="dinotxt", num_prefix=2, embed_dim=768, **_CHEST,
     ),
     # Small enough to train on two CPU cores in minutes; the initial weights are about Xavier's.
     "demo": (

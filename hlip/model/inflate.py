@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Left aside: the classifier of a timm ViT and what comes right before it, and the decoder of a whole MAE.
 ASIDE = ("head.", "fc_norm.", "decoder", "mask_token")
 # What a 2D transformer has not; these stay as they are.
-OWN = ("reg_token", "sequential_posemb", "attn_pool.")
+OWN = ("reg_token", "sequential_posemb", "attn_pool.", "weighted_average.")
 
 
 def load_vision(encoder: StudyEncoder, source: Path | str) -> None:

@@ -27,16 +27,22 @@ class Mlp(nn.Module):
 
 def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     """linear(y), where y = norm(x): (R, C) to (R, D). Keeps x, to which no gradient goes from here, in place of y."""
-    if not torch.is_grad_enabled():
+    if not _plain(linear):
         return linear(y)
     return _LinearOfNorm.apply(y, x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
 
 
 def linear_of_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     """linear(gelu(x)): (R, C) to (R, D). Keeps x alone."""
-    if not torch.is_grad_enabled():
+    if not _plain(linear):
         return linear(F.gelu(x))
     return _LinearOfGelu.apply(x, linear.weight, linear.bias)
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether backward may be ours: a layer put in its place, or a hook on it, must see its input."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
+    return torch.is_grad_enabled() and type(linear) is nn.Linear and linear.bias is not None and not hooks
 
 
 class _LinearOfNorm(torch.autograd.Function):
@@ -51,6 +57,8 @@ class _LinearOfNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[5:]):
+            return _gradient(grad, weight), *[None] * 6
         y = F.layer_norm(x, x.shape[1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), ctx.eps)
         return _gradient(grad, weight), None, None, None, None, *_parameter_gradients(grad, y, weight)
 
@@ -64,7 +72,9 @@ class _LinearOfGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        gradients = _parameter_gradients(grad, F.gelu(x), weight)
+        gradients: tuple[Tensor | None, ...] = (None, None)
+        if any(ctx.needs_input_grad[1:]):
+            gradients = _parameter_gradients(grad, F.gelu(x), weight)
         return torch.ops.aten.gelu_backward(_gradient(grad, weight), x), *gradients
 
 

@@ -56,7 +56,7 @@ class Shapes(NamedTuple):
         scans = sequence.shape[1] if sequence is not None and sequence.ndim == 3 and sequence.shape[1] > 1 else 0
         proj = weights.state.get("visual.head.proj.weight")
         text = weights.state.get("text.proj.weight")
-        head = "token" if proj is None or proj.shape[-1] == width else "dinotxt"
+        head = "token" if proj is None or proj.ndim != 2 or proj.shape[1] == width else "dinotxt"
         head = "attention_pool" if "attn_pool.latent" in trunk else head
         embed_dim = len(proj) if proj is not None and proj.ndim else len(text) if text is not None and text.ndim else 0
         patch, grid = trunk["patch_embed.proj.weight"].shape[2:], trunk["spatial_posemb"].shape[1:4]
@@ -91,9 +91,12 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
         ValueError: another architecture, or several models that fit; names the file and those models.
     """
     shapes = Shapes.of_weights(weights)
-    fitting = [name for name in names() if Shapes.of_config(preset(name)) == shapes]
+    embed_dim = shapes.embed_dim  # it differs between releases of one model, and says nothing of the levels
+    fitting = [name for name in names() if Shapes.of_config(preset(name))._replace(embed_dim=embed_dim) == shapes]
     files = _json_files(folder) if folder else {}
     guessed = False
+    if model is None and weights.name in MODELS:  # a checkpoint of our own trainer
+        model = weights.name
     if model is not None:
         config, how = preset(model), f"{model}, as told"
         if model in files:
@@ -120,6 +123,8 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
         rest = f" ({', '.join(fitting[1:])} fits too, and has the same levels)" if fitting[1:] else ""
         config, guessed = preset(fitting[0]), True
         how = f"{fitting[0]}, guessed from its shapes{rest}"
+    if config.projection and embed_dim:
+        config = replace(config, embed_dim=embed_dim)
     sequence = weights.state.get("visual.trunk.sequential_posemb")
     if config.vision.max_scans == 0 and sequence is not None and sequence.shape[1:2] == (1,):
         config = replace(config, vision=replace(config.vision, max_scans=1))

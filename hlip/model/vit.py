@@ -202,7 +202,7 @@ class StudyEncoder(nn.Module):
         rows = layout.num_studies * layout.num_prefix
         prefix, patches = y[:rows].unflatten(0, (layout.num_studies, layout.num_prefix)), y[rows:]
         if self.config.head == "attention_pool":
-            return self.attn_pool(prefix, patches, layout)
+            return self.attn_pool(patches, layout)
         if self.config.head == "weighted_average":
             return self.weighted_average(patches, layout)
         bounds = layout.cu_seqlens("study").long()

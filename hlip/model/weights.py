@@ -70,8 +70,12 @@ def read_weights(path: Path) -> Weights:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not readable weights ({reason})") from error
     name = ""
-    while isinstance(content, Mapping):
-        name = str(content.get("name", "")) or name
+    for _ in range(4):  # wrappings; a file may also refer to itself
+        if not isinstance(content, Mapping):
+            break
+        config = content.get("config")
+        run = config.get("model") if isinstance(config, Mapping) else content.get("name")
+        name = run if isinstance(run, str) and run else name
         inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
@@ -82,6 +86,8 @@ def read_weights(path: Path) -> Weights:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: not readable weights ({key!r} is {type(value).__name__}, not a tensor)")
+        if value.layout != torch.strided or (value.dtype.itemsize < 2 and value.is_floating_point()):
+            raise ValueError(f"{path}: not readable weights ({key} is {value.dtype}, {value.layout})")
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         plain = ".".join("sequential_posemb" if part == "series_posemb" else part for part in parts)
         if plain in state:
