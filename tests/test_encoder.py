@@ -331,17 +331,18 @@ def test_residual_stream_and_embedding_stay_in_fp32_under_autocast() -> None:
     assert (mixed - exact).norm() <= 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_patch_projection_of_pixels_is_as_exact_as_a_plain_one(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("std", [0.2, 0.02, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_patch_projection_of_pixels_is_as_exact_as_a_plain_one(dtype: torch.dtype, std: float) -> None:
     """Scaling folded into the weights, against normalising the pixels first; brain-like: mostly far from the mean."""
-    embed = make_encoder("scan").patch_embed
+    embed = make_encoder("scan", init_std=std).patch_embed
     patches = torch.randint(0, 60, (500, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     weight = embed.proj.weight.flatten(1)
     pixels = (patches.double() / 255 - PIXEL_MEAN) / PIXEL_STD
     exact = pixels @ weight.double().T + embed.proj.bias.double()
     eager = F.linear(pixels.to(dtype), weight.to(dtype), embed.proj.bias.to(dtype))
     ours = embed.to(dtype)(patches)
-    errors = [float((out.double() - exact).square().mean().sqrt()) for out in (ours, eager)]
+    errors = [float((out.detach().double() - exact.detach()).square().mean().sqrt()) for out in (ours, eager)]
     assert errors[0] <= 2 * errors[1]
 
 
@@ -384,7 +385,8 @@ def test_a_change_of_level_takes_no_pass_over_the_stream(drop_path: float) -> No
         backwards.append(backward.seen)
     assert forwards[0] == forwards[1]
     assert backwards[0] == backwards[1]
-    del forwards[0]["aten.sub.Tensor"], forwards[0]["aten._to_copy.default"]  # pixels, before there is a stream
+    for name in ("sub_.Tensor", "mul_.Tensor", "_to_copy.default"):  # of pixels, before there is a stream
+        del forwards[0][f"aten.{name}"]
     assert forwards[0] == {
         "aten.addmm.default": 1 + 4 * 6,
         "aten._embedding_bag_forward_only.default": 1,

@@ -278,6 +278,8 @@ _CHEST: dict[str, Any] = {"patch_size": (8, 24, 24), "grid": (14, 14, 14), "text
 _HEAD: dict[str, Any] = {"patch_size": (6, 16, 16), "grid": (8, 14, 14), "head": "dinotxt", "max_scans": 0}
 _DUAL: dict[str, Any] = {**_HEAD, "num_prefix": 2}
 
+_TWO_HEADS = "brain MRI and head CT, any number of scans, impression and findings apart; PubMedBERT"
+
 # Names, configurations, and for whom they are.
 MODELS: dict[str, tuple[ModelConfig, str]] = {
     "clip_vit_base_slice_scan_token2744": _published(
@@ -287,32 +289,32 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, up to 40 scans a study; PubMedBERT"
     ),
     "vit_base_multiscan_h2_token588": _published(
-        "scan+study", (16, 16, 16), (3, 14, 14), "the same at half the tokens, for less memory; PubMedBERT"
+        "scan+study", (16, 16, 16), (3, 14, 14), "brain MRI or head CT, up to 40 scans, half the tokens; PubMedBERT"
     ),
     "vit_base_multiscan_h3_token1176": _published(
-        "slice+scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, all three levels; PubMedBERT"
+        "slice+scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, up to 40 scans, three levels; PubMedBERT"
     ),
     "hlip-2025_10_08": _published(
-        "scan+study", advice="brain MRI and head CT in one model, any number of scans; PubMedBERT", **_HEAD
+        "scan+study", advice="brain MRI and head CT, any number of scans; PubMedBERT", **_HEAD
     ),
     "clip_vit_base_scan_study_dualdinotxt1568": _published(
-        "scan+study", advice="brain MRI and head CT, impression and findings apart; PubMedBERT", embed_dim=768, **_DUAL
+        "scan+study", advice=_TWO_HEADS, embed_dim=768, **_DUAL
     ),
     "clip_vit_base_slice_scan_study_dualdinotxt1568": _published(
-        "slice+scan+study", advice="the same with all three levels; PubMedBERT", embed_dim=768, **_DUAL
+        "slice+scan+study", advice=f"{_TWO_HEADS}; three levels", embed_dim=768, **_DUAL
     ),
     "clip_vit_large_scan_study_dualdinotxt1568": _published(
-        "scan+study", advice="the same at three times the size; PubMedBERT", size="large", embed_dim=768, **_DUAL
+        "scan+study", advice=f"{_TWO_HEADS}; ViT-L", size="large", embed_dim=768, **_DUAL
     ),
     "clip_vit_large_slice_scan_study_dualdinotxt1568": _published(
         "slice+scan+study",
-        advice="the largest, with all three levels; PubMedBERT",
+        advice=f"{_TWO_HEADS}; ViT-L, three levels",
         size="large",
         embed_dim=768,
         **_DUAL,
     ),
     "clip_vit_base_slice_scan_dualdinotxt2744": _published(
-        "slice+scan", max_scans=0, advice="chest CT, impression and findings apart; CXR-BERT, locked",
+        "slice+scan", max_scans=0, advice="chest CT, one scan a study, impression and findings apart; CXR-BERT, locked",
         head="dinotxt", num_prefix=2, embed_dim=768, **_CHEST,
     ),
     # Small enough to train on two CPU cores in minutes; the initial weights are about Xavier's.

@@ -26,6 +26,7 @@ from .plan import TokenBatch, plan
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
 PIXEL_STD = (0.229 + 0.224 + 0.225) / 3
 PIXEL_ZERO = 115  # the whole number next to the mean: subtracted from the pixels first, it is exact in bfloat16
+PIXEL_UNIT = 64  # next to 255 times the deviation, and exact: what is left for the weights keeps them normal in float16
 
 
 class PatchEmbed(nn.Module):
@@ -40,7 +41,8 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight.flatten(1)
         assert self.proj.bias is not None
         bias = self.proj.bias + weight.sum(1) * ((PIXEL_ZERO / 255 - PIXEL_MEAN) / PIXEL_STD)
-        return F.linear(patches.to(weight.dtype) - PIXEL_ZERO, weight / (255 * PIXEL_STD), bias)
+        pixels = patches.to(weight.dtype).sub_(PIXEL_ZERO).mul_(1 / PIXEL_UNIT)
+        return F.linear(pixels, weight * (PIXEL_UNIT / (255 * PIXEL_STD)), bias)
 
 
 # The norm's backend by that of attention; libraries of attention alone leave the choice open.
@@ -141,8 +143,8 @@ class StudyEncoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for name, token in self.named_parameters(recurse=False):
-            nn.init.trunc_normal_(token, std=1e-6 if name == "cls_token" else std)
+        for token in self.parameters(recurse=False):  # cls and register tokens, as timm has them
+            nn.init.normal_(token, std=1e-6)
         if self.config.head == "attention_pool":
             nn.init.trunc_normal_(self.attn_pool.latent, std=self.config.width**-0.5)
 
