@@ -90,18 +90,10 @@ _REGROUP = "Tensor cu_seqlens, Tensor tiles, Tensor? children, int num_prefix, S
 _SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
 
 
-def _norm(
-    residual: Tensor,
-    update: Tensor,
-    path_scale: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *regroup, eps, backend = settings
+def _norm(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, eps, backend = rest[:5] + rest[10:]
     forward = NORM_BACKENDS[choose_norm_backend(backend, residual.device.type, residual.dtype)].norm_forward
-    return forward(residual, update, path_scale, layer_scale, weight, bias, Regroup(*regroup), eps)
+    return forward(residual, *tensors, Regroup(*rest[5:10]), eps)
 
 
 def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,21 +104,10 @@ def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Te
     return x, x.new_empty(x.shape, dtype=update.dtype), mean, rstd
 
 
-def _norm_backward(
-    grad_x: Tensor | None,
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    update: Tensor | None,
-    path_scale: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *regroup, backend = settings
+def _norm_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *tensors, backend = rest[:6] + rest[11:]
     backward = NORM_BACKENDS[choose_norm_backend(backend, x.device.type, x.dtype)].norm_backward
-    return backward(grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, Regroup(*regroup))
+    return backward(grad_x, grad_y, x, *tensors, Regroup(*rest[6:11]))
 
 
 def _norm_backward_fake(

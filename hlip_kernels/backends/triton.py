@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..configs import BLOCK_D
-from .groups import Groups, Regroup, gpu_capability_reasons
+from .groups import Groups, gpu_capability_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -47,35 +48,15 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Gr
         return triton_attention.backward(grad_out, qkv, out, lse, groups, softmax_scale)
 
 
-def norm_forward(
-    residual: Tensor,
-    update: Tensor,
-    path_scale: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    regroup: Regroup,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_forward(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import triton_norm
 
     with torch.cuda.device_of(residual):
-        return triton_norm.forward(residual, update, path_scale, layer_scale, weight, bias, regroup, eps)
+        return triton_norm.forward(residual, *rest)
 
 
-def norm_backward(
-    grad_x: Tensor | None,
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    update: Tensor | None,
-    path_scale: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    regroup: Regroup,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def norm_backward(grad_x: Tensor | None, grad_y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import triton_norm
 
-    with torch.cuda.device_of(x):
-        return triton_norm.backward(grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, regroup)
+    with torch.cuda.device_of(grad_y):
+        return triton_norm.backward(grad_x, grad_y, *rest)
