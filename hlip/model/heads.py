@@ -16,7 +16,7 @@ from .layers import Mlp
 
 class AttentionPool(nn.Module):
     """A learned query that attends to a study's patch rows. Parameter names are those of timm's AttentionPoolLatent;
-    as in timm's ViTs since 1.0.13, prefix rows are not among what is pooled."""
+    as in timm 1.0.31's ViTs by default, prefix rows are not among what is pooled."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
