@@ -87,7 +87,7 @@ def test_labels_and_prompts_agree(made: Path) -> None:
 
 def test_studies_can_be_loaded(made: Path) -> None:
     record = all_records(made)[0]
-    study = load_study(record.scans, BrainMRI((24, 48, 48), (48, 48)), record.uid, record.text)
+    study = load_study(record.scans, BrainMRI((24, 48, 48), (48, 48)), record.uid, record.impression, record.findings)
     assert len(study.scans) == len(record.scans)
     assert {tuple(scan.shape) for scan in study.scans} == {(24, 48, 48)}
     assert all(scan.float().std() > 20 for scan in study.scans)

@@ -24,7 +24,7 @@ from hlip.model.text import TextTower
 
 def batch_of(count: int) -> hlip.PackedBatch:
     studies = [
-        hlip.Study(f"s{i}", random_study([(8, 16, 16)] * (1 + i % 3), i), text=f"report {i}") for i in range(count)
+        hlip.Study(f"s{i}", random_study([(8, 16, 16)] * (1 + i % 3), i), [], f"report {i}") for i in range(count)
     ]
     return hlip.pack(studies, (4, 8, 8))
 
@@ -36,7 +36,7 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(tiny_model: 
     torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(text, tiny_model.encode_text([f"report {i}" for i in range(3)]))
     assert float(scale.detach()) == pytest.approx(1 / 0.07)
-    again, text_again, _ = tiny_model(batch, tiny_model.text.features(batch.texts))
+    again, text_again, _ = tiny_model(batch, tiny_model.text.features(batch.reports))
     torch.testing.assert_close(again, image)
     torch.testing.assert_close(text_again, text)
 

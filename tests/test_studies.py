@@ -50,9 +50,9 @@ def folder(tmp_path: Path) -> Path:
 def test_files_are_read_in_the_order_of_a_folder(folder: Path) -> None:
     files = [folder / "a.nii", folder / "c.nii.gz", folder / "sub" / "b.nii.gz"]
     for paths in (files, [str(file) for file in files[::-1]], iter(files)):
-        study = load_study(paths, RECIPE, text="No stroke.")
+        study = load_study(paths, RECIPE, impression="No stroke.")
         assert study.names == ["a.nii", "c.nii.gz", "b.nii.gz"]
-        assert (study.uid, study.text) == ("a.nii", "No stroke.")
+        assert (study.uid, study.impression) == ("a.nii", "No stroke.")
         for scan, file in zip(study.scans, files, strict=True):
             assert torch.equal(scan, RECIPE(read_nifti(file)))
 
@@ -95,7 +95,7 @@ def test_repeated_uids_and_scans_in_a_study_list(tmp_path: Path) -> None:
 def test_folder_is_read_in_sorted_order(folder: Path) -> None:
     study = load_study(folder, RECIPE)
     assert study.names == ["a.nii", "c.nii.gz", "b.nii.gz"]  # sub/ after c
-    assert (study.uid, study.text) == ("p7", None)
+    assert (study.uid, study.impression) == ("p7", "")
     assert load_study(str(folder), RECIPE, uid="other").uid == "other"
 
 
@@ -196,7 +196,7 @@ def test_prepared_scans_equal_the_recipe(records: list[StudyRecord], tmp_path: P
     assert len(dataset) == 2
     for i, record in enumerate(records):
         study = dataset[i]
-        assert (study.uid, study.text) == (record.uid, record.text)
+        assert (study.uid, study.impression, study.findings) == (record.uid, record.impression, record.findings)
         for scan, path in zip(study.scans, record.scans, strict=True):
             assert scan.dtype == torch.uint8
             assert torch.equal(scan, RECIPE(read_nifti(path)))

@@ -137,7 +137,7 @@ def train(config: TrainConfig) -> None:
             group["lr"] = learning_rate(config, step)
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            known = torch.stack([text_features[text] for text in batch.texts]) if text_features else None
+            known = torch.stack([text_features[text] for text in batch.reports]) if text_features else None
             image, text, logit_scale = wrapped(batch, known)
         loss = clip_loss(image.float(), text.float(), logit_scale)
         optimizer.zero_grad(set_to_none=True)

@@ -21,13 +21,14 @@ class Study:
 
     scans: each (D, H, W) uint8, through-plane axis first; sizes may differ.
     names: what to call each scan, in the same order.
-    text: the report, if there is one.
+    impression, findings: the report's two sections; empty if absent.
     """
 
     uid: str
     scans: list[Tensor]
     names: list[str] = field(default_factory=list)
-    text: str | None = None
+    impression: str = ""
+    findings: str = ""
 
 
 @dataclass
@@ -37,7 +38,7 @@ class PackedBatch:
     patches: (T, V) uint8 - voxels of each patch, ordered study, scan, slice, row, column.
     positions: (T, 2) int32, always on the host - the scan's place in its study, the patch's place in its scan's grid.
     layout: where slices, scans and studies begin and end.
-    uids, texts: one per study; an absent report is an empty string.
+    uids, impressions, findings: one per study; what is absent is an empty string.
     """
 
     patches: Tensor
@@ -45,10 +46,16 @@ class PackedBatch:
     layout: StudyLayout
     patch_size: Grid
     uids: list[str]
-    texts: list[str]
+    impressions: list[str]
+    findings: list[str]
 
     def __len__(self) -> int:
         return self.layout.num_studies
+
+    @property
+    def reports(self) -> list[str]:
+        """Impression, then findings, of every study."""
+        return [join_report(*parts) for parts in zip(self.impressions, self.findings, strict=True)]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         return replace(self, patches=self.patches.to(device, non_blocking=True), layout=self.layout.to(device))
@@ -98,7 +105,12 @@ def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> Packe
             positions[row:end, 0] = m
             positions[row:end, 1] = torch.arange(d * h * w, dtype=torch.int32)
             row = end
-    return PackedBatch(patches, positions, layout, (pd, ph, pw), [s.uid for s in items], [s.text or "" for s in items])
+    impressions, findings = [study.impression for study in items], [study.findings for study in items]
+    return PackedBatch(patches, positions, layout, (pd, ph, pw), [study.uid for study in items], impressions, findings)
+
+
+def join_report(impression: str, findings: str) -> str:
+    return " ".join(part for part in (impression, findings) if part)
 
 
 def _grid(study: Study, m: int, patch_size: Grid) -> Grid:

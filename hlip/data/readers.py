@@ -14,15 +14,19 @@ MAX_SHEAR = 0.01  # cosine between two axes; larger than what rounding of a head
 
 
 class ScanError(ValueError):
-    """A scan that cannot be used. The message names the file and the reason."""
+    """A scan that cannot be used. The message names the file and the reason.
 
-    def __init__(self, path: Path | str, reason: str) -> None:
+    rule: a short name for all errors of the kind, by which they are counted.
+    """
+
+    def __init__(self, path: Path | str, reason: str, rule: str = "unreadable") -> None:
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason
+        self.rule = rule
 
-    def __reduce__(self) -> tuple[type[ScanError], tuple[str, str]]:
-        return ScanError, (self.path, self.reason)
+    def __reduce__(self) -> tuple[type[ScanError], tuple[str, str, str]]:
+        return ScanError, (self.path, self.reason, self.rule)
 
 
 @dataclass(frozen=True)

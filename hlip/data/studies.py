@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .batch import Study
+from .batch import Study, join_report
 from .preprocess import BrainMRI
 from .readers import ScanError, Volume, read_nifti
 
@@ -31,7 +31,8 @@ def load_study(
     paths: Path | str | Iterable[Path | str],
     recipe: Callable[[Volume], Tensor] | None = None,
     uid: str | None = None,
-    text: str | None = None,
+    impression: str = "",
+    findings: str = "",
 ) -> Study:
     """Read one study from NIfTI files.
 
@@ -49,7 +50,7 @@ def load_study(
     scans = [recipe(read_nifti(file)) for file in files]
     if uid is None:
         uid = Path(paths).resolve().name if isinstance(paths, (str, Path)) and Path(paths).is_dir() else files[0].name
-    return Study(uid, scans, [file.name for file in files], text)
+    return Study(uid, scans, [file.name for file in files], impression, findings)
 
 
 def scan_files(paths: Path | str | Iterable[Path | str]) -> list[Path]:
@@ -95,7 +96,7 @@ class StudyRecord:
     @property
     def text(self) -> str:
         """The whole report: impression, then findings."""
-        return " ".join(part for part in (self.impression, self.findings) if part)
+        return join_report(self.impression, self.findings)
 
 
 def read_study_list(path: Path | str) -> list[StudyRecord]:
@@ -240,4 +241,4 @@ class StudyDataset(Dataset):
                 scans.append(torch.from_numpy(np.load(record.scans[i], allow_pickle=False)))
             except (OSError, ValueError, EOFError) as error:
                 raise ScanError(record.scans[i], f"damaged cache of a scan of {record.uid} ({error})") from error
-        return Study(record.uid, scans, [record.names[i] for i in chosen], record.text)
+        return Study(record.uid, scans, [record.names[i] for i in chosen], record.impression, record.findings)

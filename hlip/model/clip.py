@@ -92,7 +92,7 @@ class HLIPModel(nn.Module):
         if self.config.per_prefix:
             image = image[:, 0]
         if text_features is None:
-            text_features = self.text.features(batch.texts)
+            text_features = self.text.features(batch.reports)
         text = F.normalize(self.text.proj(text_features).float(), dim=-1)
         return image, text, self.logit_scale.exp()
 
