@@ -103,8 +103,8 @@ def test_accepts_studies_and_lists_of_scans() -> None:
     named = pack([Study("a", first, ["x", "y"], "No stroke."), Study("b", second)], PATCH)
     plain = pack([first, tuple(second)], PATCH)
     assert torch.equal(named.patches, plain.patches)
-    assert (named.uids, named.reports) == (["a", "b"], ["No stroke.", ""])
-    assert (plain.uids, plain.reports) == (["study 0", "study 1"], ["", ""])
+    assert (named.uids, named.impressions) == (["a", "b"], ["No stroke.", ""])
+    assert (plain.uids, plain.impressions) == (["study 0", "study 1"], ["", ""])
 
 
 def test_accepts_views_of_scans() -> None:
@@ -171,7 +171,7 @@ def test_select_keeps_patches_positions_and_layout_together(case: tuple[Grids, l
             assert part.layout.seqlens(level).tolist() == group_lengths(left, level)
         scans = [grids[s][m] for s, m in dict.fromkeys(row[:2] for row in left)]
         assert [grid for study in part.layout.grids for grid in study] == scans
-        assert (part.uids, part.reports, part.patch_size) == (batch.uids, batch.reports, batch.patch_size)
+        assert (part.uids, part.impressions, part.patch_size) == (batch.uids, batch.impressions, batch.patch_size)
 
 
 def test_select_in_steps_equals_select_at_once() -> None:
@@ -260,7 +260,7 @@ def test_batch_survives_pickling() -> None:
     copy = pickle.loads(pickle.dumps(batch))
     assert torch.equal(copy.patches, batch.patches)
     assert torch.equal(copy.positions, batch.positions)
-    assert (copy.uids, copy.reports, copy.patch_size) == (batch.uids, batch.reports, batch.patch_size)
+    assert (copy.uids, copy.impressions, copy.patch_size) == (batch.uids, batch.impressions, batch.patch_size)
     assert copy.layout.grids == batch.layout.grids
     for level in LEVELS:
         assert torch.equal(copy.layout.cu_seqlens(level), batch.layout.cu_seqlens(level))

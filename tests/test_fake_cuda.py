@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hlip
 from conftest import random_study, tiny_vision
 from fake_cuda import fake_mode
-from hlip.model.clip import clip_loss
+from hlip.model.losses import Outputs, contrastive_loss
 from hlip.model.plan import TokenBatch
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, add_regroup_norm, hier_attention
@@ -141,7 +141,8 @@ def encoder_and_loss(dtype: torch.dtype) -> tuple[Facts, Facts, list[str]]:
     with fake_mode(), SeenBackends() as seen:
         out = encoder.to("cuda", dtype)(tokens.to("cuda"))
         embedding = F.normalize(out[:, 0].float(), dim=-1)
-        loss = clip_loss(embedding, embedding.roll(1, 0), torch.tensor(2.0, device="cuda").exp())
+        embedding, scale = embedding[:, None], torch.ones(1, device="cuda")
+        loss = contrastive_loss(Outputs(embedding, embedding.roll(1, 0), scale))
         return facts(out), facts(loss), seen.names
 
 

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from config import TrainConfig
 from hlip.data.batch import pack
 from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
-from hlip.model.clip import HLIPModel, clip_loss, create_model
-from hlip.model.config import ModelConfig, preset
+from hlip.model.clip import HLIPModel, create_model
+from hlip.model.losses import contrastive_loss
 from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, zeroshot
 from sampler import StepSampler
@@ -84,9 +84,7 @@ def train(config: TrainConfig) -> None:
         model = HLIPModel.from_pretrained(config.init, config.model, config.text).to(device)
     else:
         name = config.model or "clip_vit_base_scan_study_token1176"
-        check_objective(preset(name))  # before a text tower is read
         model = create_model(name, pretrained_text=config.text or True).to(device)
-    check_objective(model.config)
     optimizer = make_optimizer(model, config)
     first_step = load_checkpoint(checkpoint_path, config, model, optimizer, device) if config.resume else 0
 
@@ -126,7 +124,7 @@ def train(config: TrainConfig) -> None:
     wrapped: nn.Module = model
     if world.size > 1:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    text_features = locked_features(model, [record.text for record in records], world)
+    text_features = locked_features(model, records, world)
     progress = tqdm(total=config.steps, initial=first_step, desc="pre-training", unit="step", disable=world.rank > 0)
     started, studies, tokens = time.perf_counter(), 0, 0
     wrapped.train()
@@ -137,9 +135,10 @@ def train(config: TrainConfig) -> None:
             group["lr"] = learning_rate(config, step)
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            known = torch.stack([text_features[text] for text in batch.reports]) if text_features else None
-            image, text, logit_scale = wrapped(batch, known)
-        loss = clip_loss(image.float(), text.float(), logit_scale)
+            texts = model.texts(batch.impressions, batch.findings)
+            known = torch.stack([text_features[text] for text in texts]) if text_features else None
+            outputs = wrapped(batch, known)
+        loss = contrastive_loss(outputs)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -158,7 +157,7 @@ def train(config: TrainConfig) -> None:
                 loss=float(loss.detach()),
                 lr=learning_rate(config, step),
                 grad_norm=float(norm),
-                temperature=float(1 / logit_scale.detach()),
+                temperature=float(1 / outputs.scale[0].detach()),
                 studies_per_second=studies / seconds,
                 tokens_per_second_of_rank_0=tokens / seconds,
             )
@@ -172,11 +171,6 @@ def train(config: TrainConfig) -> None:
         model.save_pretrained(config.out / "model")
     log.event("end", seconds=round(time.perf_counter() - started, 1))
     log.close()
-
-
-def check_objective(config: ModelConfig) -> None:
-    if config.objective != "clip":
-        raise ValueError(f"training with objective {config.objective!r} is not there yet")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -212,13 +206,14 @@ class World:
         return values
 
 
-def locked_features(model: HLIPModel, texts: list[str], world: World) -> dict[str, Tensor] | None:
+def locked_features(model: HLIPModel, records: list[StudyRecord], world: World) -> dict[str, Tensor] | None:
     """States of a locked text tower for every report, each read once; None where the tower is trained.
 
     Reports are read in the same chunks whatever the number of processes, so that the states are the same bits.
     """
     if not model.config.text.locked:
         return None
+    texts = model.texts([record.impression for record in records], [record.findings for record in records])
     unique = sorted(set(texts))
     chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
     mine = tqdm(chunks[world.rank :: world.size], "reading reports", unit="chunk", disable=world.rank > 0)

@@ -52,11 +52,6 @@ class PackedBatch:
     def __len__(self) -> int:
         return self.layout.num_studies
 
-    @property
-    def reports(self) -> list[str]:
-        """Impression, then findings, of every study."""
-        return [join_report(*parts) for parts in zip(self.impressions, self.findings, strict=True)]
-
     def to(self, device: torch.device | str) -> PackedBatch:
         return replace(self, patches=self.patches.to(device, non_blocking=True), layout=self.layout.to(device))
 

@@ -1,4 +1,4 @@
-"""Two towers and the contrastive loss.
+"""The two towers.
 
 Shapes: B studies (of one process), E embedding.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import PackedBatch
+from ..data.batch import PackedBatch, join_report
 from .config import ModelConfig, preset
+from .losses import Outputs
 from .plan import TokenBatch
 from .text import TextTower
 from .vit import StudyEncoder
@@ -81,25 +81,42 @@ class HLIPModel(nn.Module):
         """Embeddings of texts: (N, E), of unit length."""
         return F.normalize(self.text(texts).float(), dim=-1)
 
-    def forward(self, batch: PackedBatch, text_features: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Image and text embeddings of a batch, each (B, E), and the temperature's inverse. Of several image
-        embeddings of a study, the first.
+    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
+        """What N studies are compared with: N reports; or, with objective "dual", N impressions and after them N
+        findings, where either stands in for the other if that is empty.
+        """
+        pairs = list(zip(impressions, findings, strict=True))
+        if self.config.objective != "dual":
+            return [join_report(*pair) for pair in pairs]
+        return [impression or found for impression, found in pairs] + [
+            found or impression for impression, found in pairs
+        ]
+
+    def forward(self, batch: PackedBatch, text_features: Tensor | None = None) -> Outputs:
+        """What `contrastive_loss` reads. Of several image embeddings of a study, those that the objective compares.
 
         Args:
-            text_features: (B, W) from `TextTower.features`, where they are known; else the reports are read.
+            text_features: from `TextTower.features`, of `texts`, where they are known.
         """
+        pairs = 2 if self.config.objective == "dual" else 1
         image = self.encode_image(batch)
-        if self.config.per_prefix:
-            image = image[:, 0]
+        image = image[:, :pairs] if self.config.per_prefix else image[:, None]
         if text_features is None:
-            text_features = self.text.features(batch.reports)
+            text_features = self.text.features(self.texts(batch.impressions, batch.findings))
         text = F.normalize(self.text.proj(text_features).float(), dim=-1)
-        return image, text, self.logit_scale.exp()
+        text = text.unflatten(0, (pairs, len(batch))).transpose(0, 1)
+        scale = self.logit_scale[None]
+        if self.config.objective == "dual":
+            scale = torch.stack([self.logit_scale, self.logit_bias])
+        bias = self.logit_bias.clone() if self.config.objective == "siglip" else None
+        return Outputs(image, text, scale.exp(), bias)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature at 0.01 or above, as CLIP does; call after every step."""
+        """Keep temperatures from 0.01 to 1, as CLIP does; call after every step. SigLIP's bias is left alone."""
         self.logit_scale.clamp_(0, math.log(100))
+        if self.config.objective == "dual":
+            self.logit_bias.clamp_(0, math.log(100))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the model, its configuration and its tokenizer to `folder`."""
@@ -150,7 +167,10 @@ class HLIPModel(nn.Module):
 
 
 def create_model(
-    name: str, pretrained_text: bool | Path | str = False, pretrained_vision: Path | str | None = None, **changes: Any
+    name: str,
+    pretrained_text: bool | Path | str | None = False,
+    pretrained_vision: Path | str | None = None,
+    **changes: Any,
 ) -> HLIPModel:
     """A new model by name. Without pretrained parts it needs no network: all weights are drawn from the default
     generator, position tables are the published ones.
@@ -167,7 +187,7 @@ def create_model(
         ValueError: unknown name, or a part that cannot be read.
     """
     config = replace(preset(name), **changes)
-    if not isinstance(pretrained_text, bool):
+    if isinstance(pretrained_text, (str, Path)):
         config = replace(config, text=replace(config.text, name=str(pretrained_text)))
     model = HLIPModel(config, pretrained_text=bool(pretrained_text))
     if pretrained_vision is not None:
@@ -175,37 +195,3 @@ def create_model(
 
         load_vision(model.visual.trunk, pretrained_vision)
     return model
-
-
-class _AllGather(torch.autograd.Function):
-    """Rows of all processes. Every process must compute the same function of them.
-
-    Then the gradient of that function reaches each process's own rows at full size; the factor makes up for
-    DistributedDataParallel, which averages parameter gradients over the processes.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
-
-
-def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric contrastive loss over the studies of all processes.
-
-    Args:
-        image, text: (B, E) of unit length; B is the same on every process.
-        logit_scale: the temperature's inverse.
-
-    Source: CLIP (arXiv 2103.00020), figure 3.
-    """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        image, text = _AllGather.apply(image), _AllGather.apply(text)
-    logits = logit_scale * image @ text.T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
