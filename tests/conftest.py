@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import BrainMRI
-from hlip.model.config import TextConfig, VisionConfig, level_pattern
+from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid, configs
 from hlip_kernels.backends.groups import Groups
 from hlip_kernels.layout import TILE_ROWS
@@ -126,3 +127,17 @@ def nifti_study(tmp_path: Path) -> list[Path]:
         paths[-1].parent.mkdir(exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1.0, 3.0, 1.0])), paths[-1])
     return paths
+
+
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model as it is, but narrow, with a text tower of two narrow layers."""
+    for name in MODELS:
+        config = MODELS[name][0]
+        width = 96 if config.vision.width == 1024 else 48
+        vision = replace(config.vision, width=width, heads=width // 12)
+        embed_dim = config.embed_dim // 16 if config.projection else width
+        monkeypatch.setitem(MODELS, name, (replace(config, vision=vision, embed_dim=embed_dim), ""))
+    tiny = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for key, value in {**tiny, "intermediate_size": 64}.items():
+        monkeypatch.setitem(BERT_BASE, key, value)

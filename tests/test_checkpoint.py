@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,80 +13,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
 
 import hlip
 from conftest import random_study
 from hlip import cli
-from hlip.model import checkpoint, published, weights
-from hlip.model.config import ALIASES, BERT_BASE, MODELS, preset
+from hlip.model import checkpoint, published
+from hlip.model.config import ALIASES, preset
+from released_files import (
+    MULTISCAN,
+    NAMES,
+    TRUNKS,
+    Evil,
+    State,
+    assert_same,
+    cut,
+    hub_folder,
+    released_json,
+    seeded,
+    vit,
+)
 
-NAMES = [name for name in (*MODELS, *ALIASES) if name != "demo"]
-State = dict[str, Tensor]
-# timm_model_name of the released JSON files.
-TRUNKS = {
-    "clip_vit_base_slice_scan_token2744": "vit_base_slice_scan_token2744",
-    "vit_base_singlescan_h2_token2744": "vit_base_singlescan_h2_token2744",
-    "clip_vit_base_scan_study_token1176": "vit_base_scan_study_token1176",
-    "clip_vit_base_scan_study_dualdinotxt1568": "vit_base_scan_study_dualdinotxt1568",
-    "clip_vit_base_slice_scan_study_dualdinotxt1568": "vit_base_slice_scan_study_dualdinotxt1568",
-    "clip_vit_large_slice_scan_study_dualdinotxt1568": "vit_large_slice_scan_study_dualdinotxt1568",
-    "clip_vit_base_slice_scan_dualdinotxt2744": "vit_base_slice_scan_dualdinotxt2744",
-}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model as it is, but narrow, with a text tower of two narrow layers."""
-    for name in MODELS:
-        config = MODELS[name][0]
-        width = 96 if config.vision.width == 1024 else 48
-        vision = replace(config.vision, width=width, heads=width // 12)
-        embed_dim = config.embed_dim // 16 if config.projection else width
-        monkeypatch.setitem(MODELS, name, (replace(config, vision=vision, embed_dim=embed_dim), ""))
-    tiny = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    for key, value in {**tiny, "intermediate_size": 64}.items():
-        monkeypatch.setitem(BERT_BASE, key, value)
-
-
-def seeded(name: str, seed: int = 0) -> State:
-    """A released model's weights: its keys and shapes, and random values."""
-    with torch.device("meta"):
-        model = hlip.create_model(name)
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
-
-
-def released_json(name: str, **changes: Any) -> dict[str, Any]:
-    text = {
-        "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext",
-        "hf_tokenizer_name": preset(name).text.name,
-        "hf_pooler_type": "cls_last_hidden_state_pooler",
-        "hf_proj_type": "linear",
-        "context_length": preset(name).text.context_length,
-    }
-    vision = {"timm_model_name": TRUNKS[name], "timm_model_pretrained": True, "timm_drop_path": 0.2,
-              "timm_pool": "token", "timm_proj": "linear"}  # fmt: skip
-    return {"embed_dim": preset(name).embed_dim, "vision_cfg": vision, "text_cfg": {**text, **changes}}
-
-
-def hub_folder(folder: Path, state: State, *names: str, **text: Any) -> Path:
-    configs = folder / "hlip" / "model_configs"
-    configs.mkdir(parents=True)
-    (folder / "hlip" / "__init__.py").write_text("raise RuntimeError('code of a checkpoint was run')")
-    (folder / "config.json").write_text('{"date": "2025-10-08"}')
-    for name in names:
-        (configs / f"{name}.json").write_text(json.dumps(released_json(name, **text)))
-    save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def assert_same(one: State, other: State) -> None:
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert value.dtype == other[key].dtype
-        assert torch.equal(value, other[key]), key
+pytestmark = pytest.mark.usefixtures("small_models")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,9 +75,6 @@ def test_json_files_are_the_released_ones(name: str) -> None:
     if preset(name).objective == "dual":
         assert written.pop("init_logit_bias") == pytest.approx(2.659260036932778)
     assert written == expected
-
-
-MULTISCAN = "vit_base_multiscan_h2_token588"
 
 
 def layouts() -> dict[str, Callable[[State, Path], Path]]:
@@ -240,13 +180,24 @@ def test_what_shapes_tell(name: str, tmp_path: Path, caplog: pytest.LogCaptureFi
         assert f"levels: {' '.join(preset(name).vision.levels)}" in caplog.text
 
 
-def test_the_name_of_the_training_run_says_which_model(tmp_path: Path) -> None:
-    name = "vit_base_multiscan_h3_token1176"
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("vit_base_multiscan_h3_token1176", "vit_base_multiscan_h3_token1176"),
+        ("vit_base_multiscan_h3_dualdinotxt1568", "clip_vit_base_slice_scan_study_dualdinotxt1568"),
+        ("clip_vit_base_scan_study_token1176-lr_1e-4", "clip_vit_base_scan_study_token1176"),
+    ],
+)
+def test_the_name_of_the_training_run_says_which_model(called: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "epoch_5.pt"
-    torch.save({"name": f"DATE_2025_05_01-MODEL_{name}", "state_dict": seeded(name)}, path)
+    torch.save({"name": f"DATE_2025_05_01-MODEL_{called}", "state_dict": seeded(name)}, path)
     loaded = checkpoint.load(str(path))
     assert loaded.model.config == preset(name)
     assert "as the training run was called" in loaded.how
+    path = tmp_path / "more.pt"  # a part of another name says nothing
+    torch.save({"name": f"x{called}8", "state_dict": seeded(name)}, path)
+    with pytest.raises(ValueError, match="differ in what weights do not tell"):
+        checkpoint.load(str(path))
 
 
 def test_one_scan_position_is_added_to_every_token(tmp_path: Path) -> None:
@@ -314,16 +265,6 @@ def test_files_that_are_not_weights(tmp_path: Path) -> None:
             hlip.HLIPModel.from_pretrained(tmp_path / "odd.pt")
 
 
-class Evil:
-    """A pickle that makes a file when it is read by pickle."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
-
-
 def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     for i, content in enumerate([{"state_dict": seeded(MULTISCAN), "args": Evil(mark)}, Evil(mark)]):
@@ -340,10 +281,6 @@ def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path: Path) -> None
     torch.save({"state_dict": seeded(MULTISCAN), "loss": np.float64(1)}, tmp_path / "numpy.pt")
     with pytest.raises(ValueError, match=r"numpy.pt: not readable weights \(it holds more than weights, numpy"):
         hlip.HLIPModel.from_pretrained(tmp_path / "numpy.pt")
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("file", ["a.safetensors", "a.pt", "a.bin"])
@@ -388,23 +325,6 @@ def test_wrong_weights_are_named(damage: Callable[[State], Any], message: str, t
     assert str(tmp_path / "a.pt") in str(error.value)
 
 
-def vit(width: int = 48, depth: int = 12, side: int = 14, **extra: Tensor) -> State:
-    """A 2D ViT as timm and MAE publish it."""
-    from test_model import BLOCK
-
-    generator = torch.Generator().manual_seed(2)
-    rows, columns = {"attn.qkv": 3, "mlp.fc1": 4}, {"attn.qkv": 1, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 4}
-    shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, side * side + 1, width),
-              "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,),
-              "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
-    for i in range(depth):
-        for key in BLOCK:
-            part, kind = key.rsplit(".", 1)
-            last = (columns[part] * width,) if kind == "weight" and part in columns else ()
-            shapes[f"blocks.{i}.{key}"] = (rows.get(part, 1) * width, *last)
-    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()} | extra
-
-
 def test_other_architectures_and_names_that_do_not_exist(tmp_path: Path) -> None:
     torch.save(vit(), tmp_path / "mae.pth")
     with pytest.raises(ValueError, match=r"mae.pth: weights of another architecture: .*pretrained_vision"):
@@ -446,168 +366,6 @@ def test_a_text_tower_of_another_size_has_no_place_in_the_layout(bert_folder: st
         model.save_open_clip(tmp_path / "out")
 
 
-def test_average_inflation_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    flat = vit()
-    classifier = {"head.weight": torch.zeros(3, 48), "head.bias": torch.zeros(3)}
-    decoder = {"mask_token": torch.zeros(1, 1, 9), "decoder_pos_embed": torch.zeros(1, 197, 9),
-               "decoder_blocks.0.norm1.weight": torch.zeros(9)}  # fmt: skip
-    torch.save({"model": flat | classifier | decoder}, tmp_path / "mae.pth")
-    torch.manual_seed(0)
-    plain = hlip.create_model("clip_vit_base_scan_study_dualdinotxt1568").state_dict()
-    torch.manual_seed(0)
-    with caplog.at_level(logging.WARNING):
-        model = hlip.create_model("clip_vit_base_scan_study_dualdinotxt1568", pretrained_vision=tmp_path / "mae.pth")
-    assert "5 weights of a classifier or decoder left aside: decoder_blocks.0.norm1.weight" in caplog.text
-    trunk = model.visual.trunk
-    patch = trunk.patch_embed.proj.weight
-    for z in range(6):
-        torch.testing.assert_close(patch[:, 0, z], flat["patch_embed.proj.weight"].sum(1) / 6)
-    assert torch.equal(trunk.cls_token, flat["cls_token"] + flat["pos_embed"][:, :1])
-    assert torch.equal(trunk.reg_token, plain["visual.trunk.reg_token"])
-    for z, y, x in ((0, 0, 0), (3, 2, 5), (7, 13, 13)):
-        frequency = 10000.0 ** -(torch.arange(24, dtype=torch.float64) / 24)
-        depth = torch.cat([(z * frequency).sin(), (z * frequency).cos()])
-        expected = flat["pos_embed"][0, 1 + 14 * y + x] + depth.float()
-        torch.testing.assert_close(trunk.spatial_posemb[0, z, y, x], expected)
-    assert torch.equal(trunk.blocks[11].mlp.fc2.weight, flat["blocks.11.mlp.fc2.weight"])
-    # A constant image gives what the 2D projection gives: the average over depth of its response.
-    torch.testing.assert_close(
-        patch.sum((1, 2, 3, 4)), flat["patch_embed.proj.weight"].sum((1, 2, 3)), rtol=1e-4, atol=1e-3
-    )
-
-
-def test_inflation_resizes_patches_and_positions(tmp_path: Path) -> None:
-    flat = vit(side=7)
-    save_file(flat, tmp_path / "model.safetensors")
-    trunk = hlip.create_model("clip_vit_base_slice_scan_token2744", pretrained_vision=tmp_path).visual.trunk
-    resized = F.interpolate(flat["patch_embed.proj.weight"], (24, 24), mode="bicubic").sum(1) / 8
-    torch.testing.assert_close(trunk.patch_embed.proj.weight[:, 0, 5], resized)
-    plane = flat["pos_embed"][:, 1:].reshape(1, 7, 7, 48).permute(0, 3, 1, 2)
-    plane = F.interpolate(plane, (14, 14), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    first = torch.cat([torch.zeros(24), torch.ones(24)])  # sines and cosines of depth 0
-    torch.testing.assert_close(trunk.spatial_posemb[0, 0], plane + first)
-
-
-@pytest.mark.parametrize(
-    ("flat", "message"),
-    [
-        (vit(width=32), "its width is 32, the encoder's 48"),
-        (vit(depth=2), "weights do not fit: missing blocks.10.attn.proj.bias"),
-        (vit(**{"blocks.0.ls1.gamma": torch.ones(48)}), "1 weights do not fit: unexpected blocks.0.ls1.gamma"),
-        ({k: v for k, v in vit().items() if k != "pos_embed"}, "not a 2D vision transformer: no pos_embed"),
-        (vit(pos_embed=torch.full((1, 197, 48), float("nan"))), "pos_embed is not of finite numbers"),
-        (vit(pos_embed=torch.zeros(1, 199, 48)), "pos_embed has 199 rows"),
-        (vit(**{"norm.weight": torch.full((48,), float("nan"))}), "not finite numbers: norm.weight"),
-    ],
-)
-def test_wrong_2d_weights_are_named(flat: State, message: str, tmp_path: Path) -> None:
-    torch.save(flat, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=f"vit.pth: .*{message}"):
-        hlip.create_model(MULTISCAN, pretrained_vision=tmp_path / "vit.pth")
-
-
-def test_2d_weights_that_cannot_be_had_offline() -> None:
-    with pytest.raises(ValueError, match=r"pretrained vision 'timm/vit_base_patch16_224.mae': .*not to be had"):
-        hlip.create_model(MULTISCAN, pretrained_vision="timm/vit_base_patch16_224.mae")
-
-
-@pytest.fixture
-def cxr_folder(tmp_path: Path, bert_folder: str) -> tuple[Path, State]:
-    """CXR-BERT as it lies on the hub: a class in code, heads beside the BERT, a tokenizer of a class in code."""
-    folder = tmp_path / "cxr"
-    folder.mkdir()
-    sizes = {"vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 24, "max_position_embeddings": 512, "layer_norm_eps": 1e-5, "projection_size": 8}
-    code = {"AutoConfig": "configuration_cxrbert.CXRBertConfig", "AutoModel": "modeling_cxrbert.CXRBertModel"}
-    config = {"model_type": "cxr-bert", "architectures": ["CXRBertModel"], "auto_map": code, **sizes}
-    (folder / "config.json").write_text(json.dumps(config))
-    for module in ("configuration_cxrbert", "modeling_cxrbert"):
-        (folder / f"{module}.py").write_text("raise RuntimeError('code of a checkpoint was run')")
-    shutil.copy(Path(bert_folder) / "vocab.txt", folder)
-    tokenizer = {"AutoTokenizer": ["configuration_cxrbert.CXRBertTokenizer", None]}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CXRBertTokenizer", "do_lower_case": True, "auto_map": tokenizer})
-    )
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(3)
-    bert = BertModel(BertConfig(**{k: v for k, v in sizes.items() if k != "projection_size"})).state_dict()
-    state = {f"bert.{key}": value for key, value in bert.items()}
-    state["bert.embeddings.position_ids"] = torch.arange(512)[None]
-    state["cls.predictions.bias"] = torch.zeros(30522)
-    state["cls_projection_head.dense_to_hidden.weight"] = torch.zeros(8, 16)
-    torch.save(state, folder / "pytorch_model.bin")
-    return folder, bert
-
-
-def test_cxr_bert_is_read_without_its_code(cxr_folder: tuple[Path, State], tmp_path: Path) -> None:
-    folder, bert = cxr_folder
-    model = hlip.create_model("clip_vit_base_slice_scan_token2744", pretrained_text=folder)
-    got = model.text.transformer.state_dict()
-    assert_same(got, {key: value for key, value in bert.items() if not key.startswith("pooler.")})
-    assert model.text.transformer.config.layer_norm_eps == 1e-5
-    assert model.text.tokenizer.tokenize("Pleural effusion.")[-1] == "."
-    assert model.encode_text(["pleural effusion"]).shape == (1, 32)
-    model.eval().save_pretrained(tmp_path / "ours")
-    again = hlip.HLIPModel.from_pretrained(tmp_path / "ours")
-    assert torch.equal(again.encode_text(["pleural effusion"]), model.encode_text(["pleural effusion"]))
-    save_file(seeded("clip_vit_base_slice_scan_token2744"), tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=re.escape("text.proj.weight is (32, 32), not (32, 16)")):
-        hlip.HLIPModel.from_pretrained(tmp_path / "w.safetensors", text=folder)
-
-
-def test_wrong_cxr_weights_are_named(cxr_folder: tuple[Path, State]) -> None:
-    folder, bert = cxr_folder
-    state = {f"bert.{key}": value for key, value in bert.items()}
-    del state["bert.encoder.layer.1.output.dense.bias"]
-    torch.save(state | {"extra.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"missing encoder.layer.1.output.dense.bias; unexpected extra.weight"):
-        hlip.create_model(MULTISCAN, pretrained_text=folder)
-    (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="no weights: none of"):
-        hlip.create_model(MULTISCAN, pretrained_text=folder)
-
-
-def test_a_bert_that_lacks_weights_is_refused(bert_folder: str, tmp_path: Path) -> None:
-    shutil.copytree(bert_folder, tmp_path / "bert")
-    path = weights.find_weights(tmp_path / "bert")
-    state = load_file(path)
-    del state["encoder.layer.1.output.dense.bias"]
-    save_file(state, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 weights are missing: encoder.layer.1.output.dense.bias"):
-        hlip.create_model("demo", pretrained_text=tmp_path / "bert")
-
-
-def not_finite(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    state["encoder.layer.0.output.dense.bias"][0] = float("nan")
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-
-def malicious(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"encoder": Evil(folder.parent / "executed")}, folder / "pytorch_model.bin")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (not_finite, "1 weights are not finite numbers: encoder.layer.0.output.dense.bias"),
-        (lambda folder: cut(folder / "model.safetensors"), "not a readable BERT folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable"),
-        (malicious, "not a readable BERT folder"),
-    ],
-)
-def test_damaged_bert_folders(damage: Callable[[Path], Any], message: str, bert_folder: str, tmp_path: Path) -> None:
-    shutil.copytree(bert_folder, tmp_path / "bert")
-    damage(tmp_path / "bert")
-    with pytest.raises(ValueError, match=message) as error:
-        hlip.create_model("demo", pretrained_text=tmp_path / "bert")
-    assert str(tmp_path / "bert") in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "executed").exists()
-
-
 def test_saved_without_a_tokenizer(tmp_path: Path, bert_folder: str, caplog: pytest.LogCaptureFixture) -> None:
     model = hlip.create_model(MULTISCAN)
     with caplog.at_level(logging.WARNING):
@@ -615,54 +373,6 @@ def test_saved_without_a_tokenizer(tmp_path: Path, bert_folder: str, caplog: pyt
     assert "saved without a tokenizer, so texts will be read with that of microsoft/" in caplog.text
     assert [path.name for path in (tmp_path / "model" / "text").iterdir()] == ["config.json"]
     assert hlip.HLIPModel.from_pretrained(tmp_path / "model").text.tokenizer_source == preset(MULTISCAN).text.name
-
-
-def test_from_the_hub_come_weights_json_and_vocabulary_only(
-    cxr_folder: tuple[Path, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    cache = tmp_path / "cache"
-    name = "clip_vit_base_slice_scan_token2744"
-    hub = {
-        "zch/released": hub_folder(tmp_path / "released", seeded(name), name, hf_tokenizer_name="microsoft/cxr"),
-        "microsoft/cxr": cxr_folder[0],
-        "timm/mae": tmp_path / "mae",
-    }
-    torch.save(seeded(name), hub["zch/released"] / "pytorch_model.bin")
-    hub["timm/mae"].mkdir()
-    save_file(vit(), hub["timm/mae"] / "model.safetensors")
-
-    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
-        for path in (each for each in hub[repo_id].rglob("*") if each.is_file()):
-            relative = path.relative_to(hub[repo_id])
-            if any(fnmatch.fnmatch(str(relative), pattern) for pattern in allow_patterns):
-                (cache / repo_id / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, cache / repo_id / relative)
-        return str(cache / repo_id)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with caplog.at_level(logging.WARNING):
-        model = hlip.HLIPModel.from_pretrained("zch/released")
-        assert model.text.tokenizer.tokenize("effusion")
-        config = replace(preset(name).text, name="microsoft/cxr")
-        begun = hlip.create_model(name, text=config, pretrained_text=True, pretrained_vision="timm/mae")
-    assert begun.text.transformer.config.hidden_size == 16
-    found = sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file())
-    assert found == [
-        "microsoft/cxr/config.json",
-        "microsoft/cxr/pytorch_model.bin",
-        "microsoft/cxr/tokenizer_config.json",
-        "microsoft/cxr/vocab.txt",
-        "timm/mae/model.safetensors",
-        "zch/released/config.json",
-        f"zch/released/hlip/model_configs/{name}.json",
-        "zch/released/model.safetensors",
-    ]
-    for repo in hub:
-        assert f"{repo} is no folder here: asking the Hugging Face hub for it" in caplog.text
 
 
 def test_push_to_hub_uploads_what_a_save_writes(monkeypatch: pytest.MonkeyPatch) -> None:

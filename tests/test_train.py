@@ -16,6 +16,7 @@ import torch
 
 import hlip
 from hlip.data.demo import make_demo
+from hlip.model.config import preset
 
 TRAIN = Path(__file__).parents[1] / "train"
 sys.path.insert(0, str(TRAIN))
@@ -144,6 +145,23 @@ def test_a_run_begins_with_the_weights_of_a_training_checkpoint(demo: Path, tmp_
     after = hlip.HLIPModel.from_pretrained(tmp_path / "run" / "checkpoint.pt", model="demo", text=bert_folder)
     for name, value in after.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["siglip", "dual"])
+def test_other_objectives_train(objective: str, demo: Path, tmp_path: Path, bert_folder: str) -> None:
+    vision = dataclasses.replace(preset("demo").vision, num_prefix=2)
+    changes = {"vision": vision, "objective": objective, "per_prefix": objective == "dual"}
+    before = hlip.create_model("demo", pretrained_text=bert_folder, **changes)
+    before.save_pretrained(tmp_path / "init")
+    settings = {"init": tmp_path / "init", "model": "null", "steps": 2, "max_scans": "null"}
+    args = command(demo, tmp_path / "run", bert_folder, **settings)
+    done = pretrain(args)
+    assert done.returncode == 0, done.stderr
+    after = hlip.HLIPModel.from_pretrained(tmp_path / "run" / "model")
+    for name, value in before.state_dict().items():
+        if name in ("logit_bias", "visual.head.proj.weight", "text.proj.weight", "visual.trunk.reg_token"):
+            assert not torch.equal(value, after.state_dict()[name]), name
 
 
 @pytest.mark.slow

@@ -93,9 +93,8 @@ def train(config: TrainConfig) -> None:
     log = Log(config, world, first_step)
     cache = config.cache or config.out / "cache"
     vision = model.config.vision
-    max_scans = min((n for n in (config.max_scans, vision.max_scans) if n), default=None)
     records = prepare(config.data, records, model, cache, world, log)
-    dataset = StudyDataset(records, max_scans)
+    dataset = StudyDataset(records, config.max_scans)
     if held_out:
         held_out.prepare(config, model, cache, world, log)
     sampler = StepSampler(
@@ -273,7 +272,7 @@ class HeldOut:
             macro_auc(self._labels(), np.zeros((len(self.records), len(self.prompts.classes))))
         except ValueError as error:
             raise ValueError(f"{config.labels}: {error}") from error
-        self.dataset = StudyDataset(self.records, model.config.vision.max_scans or None)
+        self.dataset = StudyDataset(self.records)
 
     def auc(self, model: HLIPModel, world: World) -> float:
         """Macro AUC of zero-shot classification; every process embeds its share."""

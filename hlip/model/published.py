@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     elif len(files) == 1:
         (path,) = files.values()
         config, how = config_of_json(path, read_json(path)), f"as {path} says"
-    elif called := max((name for name in names() if name in weights.name), key=len, default=None):
+    elif called := _in_run_name(weights.name, fitting):
         config, how, guessed = preset(called), f"{called}, as the training run was called {weights.name!r}", True
     elif not fitting:
         raise ValueError(
@@ -138,7 +139,7 @@ def describe(config: ModelConfig) -> str:
     rows = "one per output" if config.per_prefix else "one a study"
     return "\n".join(
         [
-            f"vision: {Shapes.of_config(config)}, heads {vision.heads}",
+            f"vision: {Shapes.of_config(config)._replace(max_scans=vision.max_scans)}, heads {vision.heads}",
             f"levels: {' '.join(vision.levels)}",
             f"text: {text.name}, {text.context_length} tokens, pooling {text.pooling}{', locked' * text.locked}",
             f"embedding: {config.embed_dim}, {rows}; objective {config.objective}",
@@ -189,6 +190,16 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
         return replace(config, embed_dim=embed_dim, text=texts)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _in_run_name(run: str, fitting: list[str]) -> str | None:
+    """The model that a training run is called after, in any spelling."""
+    for spelled in (str, _spelling):
+        called = [(name, rf"(?<![a-z0-9]){re.escape(spelled(name))}(?![a-z0-9])") for name in fitting]
+        found = [name for name, pattern in called if re.search(pattern, spelled(run))]
+        if found:
+            return max(found, key=len)
+    return None
 
 
 def _of_trunk(path: Path, trunk: str, siglip: bool) -> str:
