@@ -15,7 +15,7 @@ import torch
 
 import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
-from hlip.data.preprocess import BrainMRI
+from hlip.data.preprocess import Recipe
 from hlip.model.config import TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid, configs
 from hlip_kernels.backends.groups import Groups
@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton"):
 
     correct_bfloat16()
 
-TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
+TINY_RECIPE = Recipe(size=(8, 18, 18), crop=(16, 16))
 
 
 def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hlip.data.preprocess import BrainMRI, through_plane_first
+from hlip.data.preprocess import PreparedScan, Recipe, Window, load_recipe, percentiles, through_plane_first
+from hlip.data.quality import Rules
 from hlip.data.readers import ScanError, Volume, read_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -20,6 +22,21 @@ DIRECTIONS = np.array([[1.0, 0, 0], [0, -1.0, 0], [0, 0, -1.0]])
 PLANES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 SPACINGS = {"axial": (1.0, 1.0, 3.0), "coronal": (0.9, 4.0, 1.1), "sagittal": (1.2, 1.0, 1.0), "isotropic": (1.0,) * 3}
 STORAGE_ORDERS = list(itertools.product(itertools.permutations(range(3)), itertools.product([False, True], repeat=3)))
+
+
+def oriented(volume: Volume) -> np.ndarray:
+    return through_plane_first(volume)[0]
+
+
+def recipe(*settings: object, **more: object) -> Callable[[Volume], torch.Tensor]:
+    """What a recipe for volumes of any number of slices makes of one."""
+    made = Recipe(*settings, rules=Rules(min_slices=1), **more)  # type: ignore[arg-type]
+
+    def prepare(volume: Volume) -> torch.Tensor:
+        (scan,) = made(volume)
+        return scan.image
+
+    return prepare
 
 
 def anatomy() -> np.ndarray:
@@ -63,7 +80,7 @@ def test_orientation_does_not_depend_on_storage(name: str) -> None:
     want = expected("axial" if name == "isotropic" else name)
     assert len(STORAGE_ORDERS) == 48
     for order, reverse in STORAGE_ORDERS:
-        got = through_plane_first(store(order, reverse, SPACINGS[name]))
+        got = oriented(store(order, reverse, SPACINGS[name]))
         np.testing.assert_array_equal(got, want, err_msg=f"stored along {order}, reversed {reverse}")
 
 
@@ -72,12 +89,12 @@ def test_orientation_of_an_oblique_head(name: str) -> None:
     want = expected("axial" if name == "isotropic" else name)
     for turn in (-0.5, 0.3):
         volume = store((1, 2, 0), (True, False, True), SPACINGS[name], turn)
-        np.testing.assert_array_equal(through_plane_first(volume), want)
+        np.testing.assert_array_equal(oriented(volume), want)
 
 
 def test_rounding_of_a_header_does_not_choose_the_plane() -> None:
     volume = store((0, 1, 2), (False, False, False), (1.00001, 1.00002, 1.0))
-    np.testing.assert_array_equal(through_plane_first(volume), expected("axial"))
+    np.testing.assert_array_equal(oriented(volume), expected("axial"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +112,7 @@ def test_a_marker_lies_where_it_should(plane: str, directions: tuple[str, ...]) 
         array = np.zeros((5, 5, 5), dtype=np.float32)
         marker = 2 + 2 * away[direction]  # of a volume stored to the right, anterior, superior
         array[tuple(marker.astype(int))] = 1
-        scan = through_plane_first(Volume(array, np.diag([*spacing, 1]), Path("scan.nii")))
+        scan = oriented(Volume(array, np.diag([*spacing, 1]), Path("scan.nii")))
         want = [2, 2, 2]
         want[axis] = 4
         assert np.argwhere(scan).tolist() == [want], direction
@@ -122,7 +139,7 @@ def test_orientation_agrees_with_simpleitk(plane: str, tmp_path: Path) -> None:
 
     inferior_posterior_right = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "RPI"))
     want = inferior_posterior_right.transpose([2 - axis for axis in PLANES[plane]])
-    got = through_plane_first(read_nifti(path))
+    got = oriented(read_nifti(path))
     assert got.shape[0] == min(got.shape)
     np.testing.assert_array_equal(got, want)
 
@@ -134,29 +151,28 @@ def axial(array: np.ndarray, path: str = "scan.nii") -> Volume:
 
 
 def test_default_shape_and_type() -> None:
-    recipe = BrainMRI()
-    scan = recipe(axial(np.random.default_rng(0).normal(size=(9, 60, 50))))
-    assert recipe.shape == tuple(scan.shape) == (48, 224, 224)
+    (scan,) = (prepared.image for prepared in Recipe()(axial(np.random.default_rng(0).normal(size=(9, 60, 50)))))
+    assert Recipe().shape == tuple(scan.shape) == (48, 224, 224)
     assert scan.dtype == torch.uint8
     assert scan.is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["axial", "coronal", "sagittal"])
 def test_recipe_leaves_the_volume_alone(name: str) -> None:
-    recipe = BrainMRI((4, 8, 8), (8, 8))
-    want = recipe(store((0, 1, 2), (False, False, False), SPACINGS[name]))
+    prepare = recipe((4, 8, 8), (8, 8))
+    want = prepare(store((0, 1, 2), (False, False, False), SPACINGS[name]))
     for order, reverse in STORAGE_ORDERS:
         volume = store(order, reverse, SPACINGS[name])
         before = volume.array.copy()
-        assert torch.equal(recipe(volume), want)
+        assert torch.equal(prepare(volume), want)
         np.testing.assert_array_equal(volume.array, before, err_msg=f"stored along {order}, reversed {reverse}")
 
 
 def test_recipe_leaves_a_file_s_volume_alone(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, -1.0, -4.0, 1.0])), tmp_path / "scan.nii")
-    volume, recipe = read_nifti(tmp_path / "scan.nii"), BrainMRI((4, 8, 8), (8, 8))
-    assert torch.equal(recipe(volume), recipe(volume))
+    volume, prepare = read_nifti(tmp_path / "scan.nii"), recipe((4, 8, 8), (8, 8))
+    assert torch.equal(prepare(volume), prepare(volume))
     np.testing.assert_array_equal(volume.array, array)
 
 
@@ -164,13 +180,13 @@ def test_recipe_leaves_a_file_s_volume_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gain", [1, 4])
 def test_full_window_keeps_a_ramp(offset: int, gain: int) -> None:
     ramp = np.arange(256).reshape(4, 8, 8)
-    scan = BrainMRI((4, 8, 8), (8, 8), (0, 100))(axial(ramp * gain + offset))
+    scan = recipe((4, 8, 8), (8, 8), (0, 100))(axial(ramp * gain + offset))
     assert scan.tolist() == ramp.tolist()
 
 
 def test_window_clips_at_the_percentiles() -> None:
     ramp = np.random.default_rng(0).permutation(256).reshape(4, 8, 8)
-    scan = BrainMRI((4, 8, 8), (8, 8), (20, 80))(axial(ramp))
+    scan = recipe((4, 8, 8), (8, 8), (20, 80))(axial(ramp))
     # 20% and 80% of 0..255 are 51 and 204, so v becomes (v - 51) * 255 / 153 = (v - 51) * 5 / 3.
     assert scan.tolist() == np.clip((10 * (ramp - 51) + 3) // 6, 0, 255).tolist()
 
@@ -178,7 +194,7 @@ def test_window_clips_at_the_percentiles() -> None:
 @pytest.mark.parametrize("shape", [(4, 4, 8), (4, 8, 4)])
 def test_pads_to_square_with_black(shape: tuple[int, int, int]) -> None:
     ramp = np.arange(128).reshape(shape) - 1000
-    scan = BrainMRI((4, 8, 8), (8, 8), (0, 100))(axial(ramp))
+    scan = recipe((4, 8, 8), (8, 8), (0, 100))(axial(ramp))
     inside = np.rint((ramp + 1000) * 255 / 127).astype(int)
     pad = [(0, 0), *[((8 - n) // 2, (8 - n) // 2) for n in shape[1:]]]
     assert scan.tolist() == np.pad(inside, pad).tolist()
@@ -186,13 +202,13 @@ def test_pads_to_square_with_black(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(("shape", "other_axes"), [((2, 5, 8), (0, 2)), ((2, 8, 5), (0, 1))])
 def test_odd_padding_differs_by_one_voxel(shape: tuple[int, int, int], other_axes: tuple[int, int]) -> None:
-    scan = BrainMRI((2, 8, 8), (8, 8), (0, 100))(axial(np.arange(1, 81).reshape(shape)))
+    scan = recipe((2, 8, 8), (8, 8), (0, 100))(axial(np.arange(1, 81).reshape(shape)))
     assert np.flatnonzero(scan.numpy().any(other_axes)).tolist() in ([1, 2, 3, 4, 5], [2, 3, 4, 5, 6])
 
 
 def test_resize_interpolates_between_voxel_centers() -> None:
     slices = np.array([0.0, 255.0]).reshape(2, 1, 1) * np.ones((1, 4, 4))
-    scan = BrainMRI((4, 4, 4), (4, 4), (0, 100))(axial(slices))
+    scan = recipe((4, 4, 4), (4, 4), (0, 100))(axial(slices))
     # The new centers lie a quarter of a slice before and behind the old ones; ends repeat.
     assert scan[:, 0, 0].tolist() == [0, 64, 191, 255]
     assert (scan == scan[:, :1, :1]).all()
@@ -201,7 +217,7 @@ def test_resize_interpolates_between_voxel_centers() -> None:
 def test_pads_before_it_resizes() -> None:
     array = np.full((2, 4, 8), 255.0)
     array[0, 0, 0] = 0
-    scan = BrainMRI((2, 16, 16), (16, 16), (0, 100))(axial(array))
+    scan = recipe((2, 16, 16), (16, 16), (0, 100))(axial(array))
     bright = scan[1] > 127
     assert bright.any(1).nonzero().flatten().tolist() == list(range(4, 12))  # half as high as it is wide, as before
     assert bright.any(0).all()
@@ -209,8 +225,8 @@ def test_pads_before_it_resizes() -> None:
 
 def test_crops_the_middle() -> None:
     ramp = np.arange(128).reshape(2, 8, 8)
-    whole = BrainMRI((2, 8, 8), (8, 8))(axial(ramp))
-    part = BrainMRI((2, 8, 8), (4, 6))(axial(ramp))
+    whole = recipe((2, 8, 8), (8, 8))(axial(ramp))
+    part = recipe((2, 8, 8), (4, 6))(axial(ramp))
     assert torch.equal(part, whole[:, 2:6, 1:7])
     assert part.is_contiguous()
 
@@ -220,7 +236,7 @@ def test_refuses_a_volume_without_contrast(bright_voxels: int) -> None:
     array = np.full((4, 16, 16), 7.0)
     array.reshape(-1)[:bright_voxels] = 1000
     with pytest.raises(ScanError, match=r"flat\.nii: no contrast"):
-        BrainMRI()(axial(array, "flat.nii"))
+        recipe()(axial(array, "flat.nii"))
 
 
 @pytest.mark.parametrize(
@@ -239,5 +255,5 @@ def test_refuses_a_volume_without_contrast(bright_voxels: int) -> None:
     ],
 )
 def test_refuses_bad_settings(settings: dict) -> None:
-    with pytest.raises(ValueError, match=r"crop|percentiles"):
-        BrainMRI(**settings)
+    with pytest.raises(ValueError, match=r"size|crop|percentiles"):
+        Recipe(**settings)

@@ -51,7 +51,7 @@ def test_reads_the_mni_template() -> None:
     path = nilearn_file("mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
     volume = read_nifti(path)
     assert volume.array.shape == (197, 233, 189)
-    assert volume.array.dtype == np.float32
+    assert volume.array.dtype == np.uint8
     assert (volume.array.min(), volume.array.max()) == (0, 255)
     assert volume.affine.dtype == np.float64
     assert volume.affine.tolist() == [[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]]
@@ -191,12 +191,12 @@ def not_a_number(affine: np.ndarray) -> None:
 
 
 def shear(affine: np.ndarray) -> None:
-    affine[0, 1] = 0.1
+    affine[0, 1] = 1.0
 
 
 @pytest.mark.parametrize(
     ("break_affine", "reason"),
-    [(zero_column, "an axis has no length"), (not_a_number, "an axis has no length"), (shear, "sheared axes")],
+    [(zero_column, "voxel size"), (not_a_number, "voxel size"), (shear, "sheared axes")],
 )
 def test_refuses_unusable_axes(tmp_path: Path, break_affine: Callable[[np.ndarray], None], reason: str) -> None:
     affine = np.diag([1.0, 1.0, 3.0, 1.0])
@@ -238,7 +238,7 @@ def test_refuses_one_finite_value_among_others(tmp_path: Path) -> None:
 
 
 def test_replaces_voxels_that_are_not_finite(tmp_path: Path) -> None:
-    array = voxels().astype(np.float32)
+    array = voxels((8, 6, 7)).astype(np.float32)
     expected = array.copy()
     for x, value in enumerate([np.nan, np.inf, -np.inf]):
         array[x] = value
