@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import print_table, write_json
 
 from hlip.data.preprocess import load_recipe
 from hlip.data.sources import ScanSource
+from report import print_table, write_json
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -48,6 +48,7 @@ def make_cases(folder: Path, slices: int) -> list[tuple[str, str, str, list[Path
     """Name, recipe, kind and files of every case."""
     import nilearn.datasets
     import SimpleITK as sitk
+
     from dicom_files import write_series
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -12,6 +12,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
     CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -97,6 +99,55 @@ def write_series(
     return files
 
 
+def write_enhanced(
+    path: Path,
+    volume: np.ndarray,
+    affine: np.ndarray,
+    *,
+    order: Sequence[int] | None = None,
+    modality: str = "MR",
+    transfer_syntax: str = "explicit",
+    slope: float = 1.0,
+    intercept: float = 0.0,
+) -> Path:
+    """Write a volume as one enhanced multi-frame file: arguments as of `write_series`.
+
+    order: which index along the last axis each frame holds; as they come if None.
+    """
+    volume = np.asarray(volume, dtype=np.int16)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    columns, rows = (LPS @ affine[:3, k] / spacing[k] for k in (0, 1))
+    order = range(volume.shape[2]) if order is None else order
+    data = _dataset(modality, generate_uid(), generate_uid(), 0)
+    sop_class = EnhancedCTImageStorage if modality == "CT" else EnhancedMRImageStorage
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = sop_class
+    data.FrameOfReferenceUID, data.ImageType = generate_uid(), ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    _set_pixels(data, np.ascontiguousarray(volume[:, :, list(order)].transpose(2, 1, 0)), transfer_syntax)
+    shared = Dataset()
+    shared.PlaneOrientationSequence = [_item(ImageOrientationPatient=[f"{x:.10g}"[:16] for x in (*columns, *rows)])]
+    between = [f"{x:.10g}"[:16] for x in (spacing[1], spacing[0])]
+    shared.PixelMeasuresSequence = [_item(PixelSpacing=between, SliceThickness=f"{spacing[2]:.10g}"[:16])]
+    shared.PixelValueTransformationSequence = [
+        _item(RescaleSlope=str(slope), RescaleIntercept=str(intercept), RescaleType="US")
+    ]
+    data.SharedFunctionalGroupsSequence = [shared]
+    frames = []
+    for k in order:
+        position = [f"{x:.10g}"[:16] for x in LPS @ (affine[:3, 3] + k * affine[:3, 2])]
+        frames.append(_item(PlanePositionSequence=[_item(ImagePositionPatient=position)]))
+    data.PerFrameFunctionalGroupsSequence = frames
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def _item(**values: Any) -> Dataset:
+    item = Dataset()
+    for keyword, value in values.items():
+        setattr(item, keyword, value)
+    return item
+
+
 def _dataset(modality: str, study_uid: str, series_uid: str, number: int) -> Dataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
@@ -112,14 +163,16 @@ def _dataset(modality: str, study_uid: str, series_uid: str, number: int) -> Dat
 
 
 def _set_pixels(data: Dataset, pixels: np.ndarray, transfer_syntax: str) -> None:
-    """Put a slice of (rows, columns) into the data set, compressed as the syntax asks."""
-    data.Rows, data.Columns = pixels.shape
+    """Put a slice of (rows, columns), or frames of such, into the data set, compressed as the syntax asks."""
+    data.Rows, data.Columns = pixels.shape[-2:]
+    if pixels.ndim == 3:
+        data.NumberOfFrames = len(pixels)
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
     data.PixelRepresentation = int(pixels.dtype == np.int16)
     data.file_meta.TransferSyntaxUID = SYNTAXES[transfer_syntax]
     if transfer_syntax in COMPRESSORS:
-        data.PixelData = encapsulate([_encode(pixels, COMPRESSORS[transfer_syntax])])
+        data.PixelData = encapsulate([_encode(frame, COMPRESSORS[transfer_syntax]) for frame in np.atleast_3d(pixels.T).T])
         data["PixelData"].VR = "OB"
         data["PixelData"].is_undefined_length = True
     elif transfer_syntax == "rle":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hlip.data.preprocess import PreparedScan, Recipe, Window, load_recipe, percentiles, through_plane_first
+from hlip.data.preprocess import Recipe, through_plane_first
 from hlip.data.quality import Rules
 from hlip.data.readers import ScanError, Volume, read_nifti
 

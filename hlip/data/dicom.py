@@ -212,6 +212,8 @@ def _one_orientation(path: Path, slices: Sequence[Slice], rules: Rules) -> list[
 
 
 def _parallel(one: Slice, other: Slice) -> bool:
+    if (one.shape, one.axes, one.spacing) == (other.shape, other.axes, other.spacing):
+        return True
     same_axes = np.allclose(one.axes, other.axes, atol=1e-3)
     return one.shape == other.shape and same_axes and bool(np.allclose(one.spacing, other.spacing, rtol=1e-3))
 
