@@ -172,7 +172,9 @@ def _set_pixels(data: Dataset, pixels: np.ndarray, transfer_syntax: str) -> None
     data.PixelRepresentation = int(pixels.dtype == np.int16)
     data.file_meta.TransferSyntaxUID = SYNTAXES[transfer_syntax]
     if transfer_syntax in COMPRESSORS:
-        data.PixelData = encapsulate([_encode(frame, COMPRESSORS[transfer_syntax]) for frame in np.atleast_3d(pixels.T).T])
+        data.PixelData = encapsulate(
+            [_encode(frame, COMPRESSORS[transfer_syntax]) for frame in np.atleast_3d(pixels.T).T]
+        )
         data["PixelData"].VR = "OB"
         data["PixelData"].is_undefined_length = True
     elif transfer_syntax == "rle":

@@ -148,7 +148,7 @@ def hounsfield(image: sitk.Image) -> sitk.Image:
     """The brain image as if it were of a CT: air around, tissue, something as bright as bone."""
     array = sitk.GetArrayFromImage(image).astype(np.int32)
     result = sitk.GetImageFromArray(
-        np.where(array < 200, -1000, array // 12 - 40 + 900 * (array > 1500)).astype(np.int16)
+        np.where(array < 200, -1000, array // 12 - 40 + 900 * (array > 1780)).astype(np.int16)
     )
     result.CopyInformation(image)
     return result

@@ -19,7 +19,7 @@ LPS = np.array([-1.0, -1.0, 1.0])  # DICOM's x runs to the left, its y to the ba
 SAME_PLACE = 0.01  # mm; closer slices are at one place
 UNEVEN = 0.1  # of the usual step; what a slice may lie off the regular grid
 MAX_FRAMES = 2**16  # of one file
-DEFLATED = b"1.2.840.10008.1.2.1.99\0"
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def _slice(path: Path, data: Any, frame: int, place: Any) -> Slice:
     spacing = tuple(float(x) for x in place.PixelSpacing)
     if (len(axes), len(position), len(spacing)) != (6, 3, 2) or not np.isfinite([*axes, *position, *spacing]).all():
         raise ScanError(path, f"a damaged header: {len(axes)}, {len(position)} and {len(spacing)} numbers of its place")
+    if min(spacing) <= 0:
+        raise ScanError(path, f"PixelSpacing {spacing} mm", "spacing")
     if np.linalg.norm(np.cross(axes[:3], axes[3:])) < 0.1:
         raise ScanError(path, f"rows and columns run the same way: {axes}", "sheared")
     return Slice(

@@ -191,7 +191,8 @@ class Recipe:
     @property
     def hash(self) -> str:
         """Changes whenever the recipe, or what the code makes of it, does."""
-        content = json.dumps([VERSION, self.to_dict()], sort_keys=True)
+        plain = Recipe.from_dict(self.to_dict()).to_dict()  # whole numbers as floats where those are meant
+        content = json.dumps([VERSION, plain], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -245,10 +246,11 @@ def _resize_slices(slab: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Returns the (N, H, W) slices with black around, resized, and their middle kept."""
     before = [axis.black // 2 for axis in (columns, rows)]
     after = [axis.black - axis.black // 2 for axis in (columns, rows)]
-    slab = F.pad(slab, (before[0], after[0], before[1], after[1]))
+    slab = F.pad(slab, (before[0], after[0], before[1], after[1])) if any(before + after) else slab
     size = (rows.resized, columns.resized)
     slab = F.interpolate(slab[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    return F.pad(slab, (*columns.margins, *rows.margins))
+    margins = (*columns.margins, *rows.margins)
+    return F.pad(slab, margins) if any(margins) else slab
 
 
 def percentiles(array: np.ndarray, wanted: tuple[float, float]) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from .sources import ScanSource
 from .volume import ScanError, Volume
 
 SAMPLE = 2**20  # voxels that are looked at to tell Hounsfield units
-SHIFT = -500.0  # an intercept below this moves a scale whose zero is air to one whose zero is water
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,8 @@ def check_volume(volume: Volume, rules: Rules) -> None:
 def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> bool:
     """Whether `array * slope + intercept` looks like a CT of a body in Hounsfield units.
 
-    That is: some air near -1000, some tissue near 0, and nothing colder than air but a scanner's padding, which holds
-    the smallest value of all. Judged on a regular sample.
+    That is: some air near -1000, some tissue near 0, little as dense as bone, and nothing colder than air but a
+    scanner's padding, which holds the smallest value of all. Judged on a regular sample.
     """
     values = _sample(array)
     values = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
@@ -143,13 +142,13 @@ def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0)
         return False
     air = ((values > -1200) & (values < -700)).mean()
     tissue = ((values > -250) & (values < 250)).mean()
-    return bool(air >= 0.001 and tissue >= 0.05 and (values < -1200).mean() <= 0.05)
+    cold, body, dense = (values < -1200).mean(), (values > -700).mean(), (values > 700).mean()
+    return bool(air >= 0.001 and tissue >= 0.05 and cold <= 0.05 and dense <= 0.15 * body)
 
 
 def is_rescaled(array: np.ndarray, slope: float, intercept: float) -> bool:
-    """Whether stored numbers are Hounsfield units already, though a header asks to rescale them."""
-    shifts = slope * -1000 + intercept < -1000 + SHIFT
-    return shifts and is_hounsfield(array)
+    """Whether stored numbers are Hounsfield units, and would no longer be if rescaled as a header asks."""
+    return not is_hounsfield(array, slope, intercept) and is_hounsfield(array)
 
 
 def _sample(array: np.ndarray) -> np.ndarray:
