@@ -1,6 +1,6 @@
 """Prepare scans as `hlip prepare` does, beside a straight-line implementation (SimpleITK and one PyTorch resize).
 
-    python bench/prepare.py --out rows.json
+    PYTHONPATH=.:tests python bench/prepare.py --out rows.json
 
 Rows: real and realistic scans, each by both, in turns on one core; the results are compared in the same run. The
 ratio is of medians. Files are in the page cache: what is measured is decoding and arithmetic.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,8 +22,6 @@ import torch
 from hlip.data.preprocess import load_recipe
 from hlip.data.sources import ScanSource
 from report import print_table, write_json
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 
 def main() -> None:

@@ -301,6 +301,13 @@ def test_gzip_members_and_padding(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_nifti(path).array, voxels())
 
 
+def test_refuses_other_compression_and_folders(tmp_path: Path) -> None:
+    save(tmp_path / "scan.nii.bz2", voxels())
+    assert_refused(tmp_path / "scan.nii.bz2", r"compressed by other than gzip \(.bz2\)")
+    (tmp_path / "folder.nii").mkdir()
+    assert_refused(tmp_path / "folder.nii", "not a regular file")
+
+
 def test_refuses_a_wrong_checksum(tmp_path: Path) -> None:
     path = save(tmp_path / "scan.nii.gz", voxels((20, 21, 22)))
     content = bytearray(path.read_bytes())

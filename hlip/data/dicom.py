@@ -75,12 +75,13 @@ def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
         slices.extend(_slices(path, data))
     assert first is not None
     path = source.files[0]
-    stacks = _stacks(path, _one_orientation(path, slices, rules))
+    slices = _one_orientation(path, slices, rules)
+    if len(slices) * np.prod(slices[0].shape, dtype=np.float64) > rules.max_voxels:
+        raise ScanError(path, f"the series has more than {rules.max_voxels} voxels", "too_large")
+    stacks = _stacks(path, slices)
     if len(stacks) > 1 and (rules.four_d == "reject" or (rules.four_d == "split" and len(stacks) > rules.max_parts)):
         raise ScanError(path, f"expected one 3D volume, got {len(stacks)} at the same places", "four_d")
     stacks = stacks if rules.four_d == "split" else stacks[:1]
-    if sum(len(stack) * np.prod(stack[0].shape, dtype=np.float64) for stack in stacks) > rules.max_voxels:
-        raise ScanError(path, f"the series has more than {rules.max_voxels} voxels", "too_large")
     modality = source.modality or str(first.get("Modality") or "")
     description = source.description or str(first.get("SeriesDescription") or "")
     volumes = []

@@ -99,8 +99,11 @@ def _open_nifti(path: Path) -> Any:
         kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair)
         if type(image) not in kinds:
             raise ScanError(path, f"not a NIfTI image but {type(image).__name__}")
-        if not Path(image.file_map["image"].filename).is_file():
-            raise ScanError(path, f"truncated or corrupt (no {image.file_map['image'].filename})")
+        voxels = Path(image.file_map["image"].filename)
+        if not voxels.is_file():
+            raise ScanError(path, f"truncated or corrupt (no {voxels})")
+        if voxels.suffix.lower() not in (".nii", ".img", ".gz"):
+            raise ScanError(path, f"compressed by other than gzip ({voxels.suffix})")
         int(image.dataobj.offset)  # may not be a number
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if isinstance(error, ScanError):
@@ -117,7 +120,7 @@ def check_file(path: Path) -> None:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise ScanError(path, reason) from error
     if not path.is_file():
-        raise ScanError(path, "no such file" if not path.is_dir() else "a folder, not a file")
+        raise ScanError(path, "not a regular file")
     if size == 0:
         raise ScanError(path, "empty file")
 
