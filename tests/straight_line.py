@@ -52,13 +52,13 @@ def fill_gaps(image: sitk.Image, steps: list[int]) -> sitk.Image:
     return result
 
 
-def orient(image: sitk.Image) -> tuple[np.ndarray, list[float]]:
-    """Through-plane axis first, in-plane RP, RI or PI. Returns float32 (D, H, W) and their spacing in mm."""
+def orient(image: sitk.Image, axial: bool = False) -> tuple[np.ndarray, list[float]]:
+    """Through-plane (or inferior) axis first, in-plane RP, RI or PI. Returns float32 (D, H, W) and their mm."""
     image = sitk.DICOMOrient(image, "RPI")  # x to the right, y to posterior, z to inferior
     array = sitk.GetArrayFromImage(image).astype(np.float32)  # inferior, posterior, right
     right, posterior, inferior = image.GetSpacing()
     thickest = max(round(right, 3), round(posterior, 3), round(inferior, 3))
-    if round(inferior, 3) == thickest:
+    if axial or round(inferior, 3) == thickest:
         return array, [inferior, posterior, right]
     if round(posterior, 3) == thickest:
         return array.transpose(1, 0, 2), [posterior, inferior, right]
@@ -97,7 +97,7 @@ def head_ct(files: Sequence[Path]) -> list[np.ndarray]:
 
 
 def chest_ct(files: Sequence[Path]) -> np.ndarray:
-    array, spacing = orient(read(files))
+    array, spacing = orient(read(files), axial=True)
     counts = [round(n * mm / to) for n, mm, to in zip(array.shape, spacing, (3, 1, 1), strict=True)]
     scan = resize(window(array, -1150, 350), counts)
     for axis, size in enumerate((112, 336, 336)):

@@ -164,13 +164,24 @@ def test_head_ct(view: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spacing", [(0.8, 0.7, 1.5), (1.6, 1.4, 5.0), (0.45, 0.45, 3.1)], ids=["thin", "thick", "fine"]
+    "spacing",
+    [(0.8, 0.7, 1.5), (1.6, 1.4, 5.0), (0.45, 0.45, 3.1), (0.9, 0.9, 0.7)],
+    ids=["thin", "thick", "fine", "thinner than wide"],
 )
 def test_chest_ct(spacing: tuple[float, float, float], tmp_path: Path) -> None:
     file = tmp_path / "scan.nii.gz"
     sitk.WriteImage(hounsfield(seen("axial", spacing)), str(file))
     (got,) = prepare(load_recipe("chest-ct"), [file])
     assert_equal(got, straight_line.chest_ct([file]))
+
+
+def test_chest_ct_is_axial_however_it_was_cut(tmp_path: Path) -> None:
+    file = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(hounsfield(seen("coronal")), str(file))
+    (scan,) = load_recipe("chest-ct").prepare(ScanSource("scan", "nifti", (file,)))
+    assert (scan.plane, tuple(scan.image.shape)) == ("axial", (112, 336, 336))
+    assert scan.spacing == pytest.approx((3, 1, 1), rel=0.02)
+    assert_equal(scan.image.numpy(), straight_line.chest_ct([file]))
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -66,8 +66,8 @@ class Recipe:
     """Preprocessing: window, through-plane axis first, then one of three grids.
 
     By default slices are padded to squares, the scan is resized to `size`, and its middle cut out. With `spacing` it is
-    resampled to that, and its middle is cut out, or black put around it, to `size`. With `native` it keeps its own
-    grid, each axis resized to the nearest whole number of patches, at least one.
+    resampled to that, always axial, and its middle is cut out, or black put around it, to `size`. With `native` it
+    keeps its own grid, each axis resized to the nearest whole number of patches, at least one.
 
     size: (D, H, W) voxels.
     crop: (H, W) voxels kept in the middle of each slice.
@@ -128,7 +128,7 @@ class Recipe:
             ScanError: against the rules, or no contrast within a window.
         """
         check_volume(volume, self.rules)
-        array, spacing, plane = through_plane_first(volume)
+        array, spacing, plane = through_plane_first(volume, axial=self.spacing is not None)
         if len(array) < self.rules.min_slices:
             raise ScanError(
                 volume.path, f"{len(array)} slices, expected at least {self.rules.min_slices}", "few_slices"
@@ -270,10 +270,10 @@ def percentiles(array: np.ndarray, wanted: tuple[float, float]) -> tuple[float, 
     return float(low), float(high)
 
 
-def through_plane_first(volume: Volume) -> tuple[np.ndarray, tuple[float, float, float], str]:
+def through_plane_first(volume: Volume, axial: bool = False) -> tuple[np.ndarray, tuple[float, float, float], str]:
     """The volume as (D, H, W): the axis of largest spacing first, oriented to right, posterior, inferior.
 
-    Axes of equal spacing count as axial.
+    Axes of equal spacing count as axial. With `axial`, the inferior axis comes first whatever the spacing.
 
     Returns the array, a view; mm per voxel along its axes; and the plane's name.
     """
@@ -284,7 +284,7 @@ def through_plane_first(volume: Volume) -> tuple[np.ndarray, tuple[float, float,
     wanted = orientations.axcodes2ornt(("R", "P", "I"))
     array = orientations.apply_orientation(volume.array, orientations.ornt_transform(ornt, wanted))
     spacing = voxel_sizes(volume.affine)[np.argsort(ornt[:, 0])]
-    through = 2 if volume.prepared else max((2, 1, 0), key=lambda axis: round(float(spacing[axis]), 3))
+    through = 2 if axial or volume.prepared else max((2, 1, 0), key=lambda axis: round(float(spacing[axis]), 3))
     mm = [math.nan if volume.prepared else float(spacing[axis]) for axis in _PLANES[through]]
     return array.transpose(_PLANES[through]), (mm[0], mm[1], mm[2]), _PLANE_NAMES[through]
 
