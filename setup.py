@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "io": ["nibabel>=5"],
+    "io": ["nibabel>=5", "pydicom>=3", "SimpleITK>=2.3"],
     "text": ["transformers>=4.56"],
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],
@@ -17,7 +17,7 @@ EXTRAS = {
         "ruff>=0.9",
         "mypy>=1.14",
         "types-PyYAML",
-        "SimpleITK>=2.3",
+        "dipy>=1.9",  # for its image files
         "monai>=1.4",
         "einops>=0.6",  # MONAI's ViT needs it and does not ask for it
         "triton; platform_system == 'Linux'",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.batch import PackedBatch, Study, pack
-    from .data.preprocess import BrainMRI
+    from .data.preprocess import Recipe, load_recipe
     from .data.readers import ScanError
     from .data.studies import load_study
     from .model.clip import HLIPModel, create_model
@@ -15,27 +15,29 @@ if TYPE_CHECKING:
     from .tasks.zeroshot import zeroshot_classifier
 
 _HOMES = {
-    "BrainMRI": "data.preprocess",
     "HLIPModel": "model.clip",
     "ModelConfig": "model.config",
     "PackedBatch": "data.batch",
+    "Recipe": "data.preprocess",
     "ScanError": "data.readers",
     "Study": "data.batch",
     "create_model": "model.clip",
     "list_models": "model.config",
+    "load_recipe": "data.preprocess",
     "load_study": "data.studies",
     "pack": "data.batch",
     "zeroshot_classifier": "tasks.zeroshot",
 }
 __all__ = [
-    "BrainMRI",
     "HLIPModel",
     "ModelConfig",
     "PackedBatch",
+    "Recipe",
     "ScanError",
     "Study",
     "create_model",
     "list_models",
+    "load_recipe",
     "load_study",
     "pack",
     "zeroshot_classifier",

@@ -16,7 +16,7 @@ import torch
 
 import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
-from hlip.data.preprocess import BrainMRI
+from hlip.data.preprocess import Recipe
 from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid, configs
 from hlip_kernels.backends.groups import Groups
@@ -27,7 +27,7 @@ if importlib.util.find_spec("triton"):
 
     correct_bfloat16()
 
-TINY_RECIPE = BrainMRI(size=(8, 18, 18), crop=(16, 16))
+TINY_RECIPE = Recipe(size=(8, 18, 18), crop=(16, 16))
 
 
 def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:

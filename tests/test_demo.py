@@ -16,7 +16,7 @@ import yaml
 nibabel = pytest.importorskip("nibabel")
 pytest.importorskip("nilearn")
 from hlip.data import demo  # noqa: E402
-from hlip.data.preprocess import BrainMRI  # noqa: E402
+from hlip.data.preprocess import Recipe  # noqa: E402
 from hlip.data.studies import load_study, read_study_list  # noqa: E402
 
 CLASSES = ("normal", "stroke", "glioma", "meningioma", "metastases")
@@ -87,7 +87,7 @@ def test_labels_and_prompts_agree(made: Path) -> None:
 
 def test_studies_can_be_loaded(made: Path) -> None:
     record = all_records(made)[0]
-    study = load_study(record.scans, BrainMRI((24, 48, 48), (48, 48)), record.uid, record.impression, record.findings)
+    study = load_study(record.scans, Recipe((24, 48, 48), (48, 48)), record.uid, record.impression, record.findings)
     assert len(study.scans) == len(record.scans)
     assert {tuple(scan.shape) for scan in study.scans} == {(24, 48, 48)}
     assert all(scan.float().std() > 20 for scan in study.scans)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from hlip.data.preprocess import BrainMRI, through_plane_first
+from hlip.data.preprocess import PreparedScan, Recipe, Window, load_recipe, percentiles, through_plane_first
+from hlip.data.quality import Rules
 from hlip.data.readers import ScanError, Volume, read_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -20,6 +28,21 @@ DIRECTIONS = np.array([[1.0, 0, 0], [0, -1.0, 0], [0, 0, -1.0]])
 PLANES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 SPACINGS = {"axial": (1.0, 1.0, 3.0), "coronal": (0.9, 4.0, 1.1), "sagittal": (1.2, 1.0, 1.0), "isotropic": (1.0,) * 3}
 STORAGE_ORDERS = list(itertools.product(itertools.permutations(range(3)), itertools.product([False, True], repeat=3)))
+
+
+def oriented(volume: Volume) -> np.ndarray:
+    return through_plane_first(volume)[0]
+
+
+def recipe(*settings: object, **more: object) -> Callable[[Volume], torch.Tensor]:
+    """What a recipe for volumes of any number of slices makes of one."""
+    made = Recipe(*settings, rules=Rules(min_slices=1), **more)  # type: ignore[arg-type]
+
+    def prepare(volume: Volume) -> torch.Tensor:
+        (scan,) = made(volume)
+        return scan.image
+
+    return prepare
 
 
 def anatomy() -> np.ndarray:
@@ -63,7 +86,7 @@ def test_orientation_does_not_depend_on_storage(name: str) -> None:
     want = expected("axial" if name == "isotropic" else name)
     assert len(STORAGE_ORDERS) == 48
     for order, reverse in STORAGE_ORDERS:
-        got = through_plane_first(store(order, reverse, SPACINGS[name]))
+        got = oriented(store(order, reverse, SPACINGS[name]))
         np.testing.assert_array_equal(got, want, err_msg=f"stored along {order}, reversed {reverse}")
 
 
@@ -72,12 +95,12 @@ def test_orientation_of_an_oblique_head(name: str) -> None:
     want = expected("axial" if name == "isotropic" else name)
     for turn in (-0.5, 0.3):
         volume = store((1, 2, 0), (True, False, True), SPACINGS[name], turn)
-        np.testing.assert_array_equal(through_plane_first(volume), want)
+        np.testing.assert_array_equal(oriented(volume), want)
 
 
 def test_rounding_of_a_header_does_not_choose_the_plane() -> None:
     volume = store((0, 1, 2), (False, False, False), (1.00001, 1.00002, 1.0))
-    np.testing.assert_array_equal(through_plane_first(volume), expected("axial"))
+    np.testing.assert_array_equal(oriented(volume), expected("axial"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +118,7 @@ def test_a_marker_lies_where_it_should(plane: str, directions: tuple[str, ...]) 
         array = np.zeros((5, 5, 5), dtype=np.float32)
         marker = 2 + 2 * away[direction]  # of a volume stored to the right, anterior, superior
         array[tuple(marker.astype(int))] = 1
-        scan = through_plane_first(Volume(array, np.diag([*spacing, 1]), Path("scan.nii")))
+        scan = oriented(Volume(array, np.diag([*spacing, 1]), Path("scan.nii")))
         want = [2, 2, 2]
         want[axis] = 4
         assert np.argwhere(scan).tolist() == [want], direction
@@ -122,7 +145,7 @@ def test_orientation_agrees_with_simpleitk(plane: str, tmp_path: Path) -> None:
 
     inferior_posterior_right = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "RPI"))
     want = inferior_posterior_right.transpose([2 - axis for axis in PLANES[plane]])
-    got = through_plane_first(read_nifti(path))
+    got = oriented(read_nifti(path))
     assert got.shape[0] == min(got.shape)
     np.testing.assert_array_equal(got, want)
 
@@ -134,29 +157,28 @@ def axial(array: np.ndarray, path: str = "scan.nii") -> Volume:
 
 
 def test_default_shape_and_type() -> None:
-    recipe = BrainMRI()
-    scan = recipe(axial(np.random.default_rng(0).normal(size=(9, 60, 50))))
-    assert recipe.shape == tuple(scan.shape) == (48, 224, 224)
+    (scan,) = (prepared.image for prepared in Recipe()(axial(np.random.default_rng(0).normal(size=(9, 60, 50)))))
+    assert Recipe().shape == tuple(scan.shape) == (48, 224, 224)
     assert scan.dtype == torch.uint8
     assert scan.is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["axial", "coronal", "sagittal"])
 def test_recipe_leaves_the_volume_alone(name: str) -> None:
-    recipe = BrainMRI((4, 8, 8), (8, 8))
-    want = recipe(store((0, 1, 2), (False, False, False), SPACINGS[name]))
+    prepare = recipe((4, 8, 8), (8, 8))
+    want = prepare(store((0, 1, 2), (False, False, False), SPACINGS[name]))
     for order, reverse in STORAGE_ORDERS:
         volume = store(order, reverse, SPACINGS[name])
         before = volume.array.copy()
-        assert torch.equal(recipe(volume), want)
+        assert torch.equal(prepare(volume), want)
         np.testing.assert_array_equal(volume.array, before, err_msg=f"stored along {order}, reversed {reverse}")
 
 
 def test_recipe_leaves_a_file_s_volume_alone(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, -1.0, -4.0, 1.0])), tmp_path / "scan.nii")
-    volume, recipe = read_nifti(tmp_path / "scan.nii"), BrainMRI((4, 8, 8), (8, 8))
-    assert torch.equal(recipe(volume), recipe(volume))
+    volume, prepare = read_nifti(tmp_path / "scan.nii"), recipe((4, 8, 8), (8, 8))
+    assert torch.equal(prepare(volume), prepare(volume))
     np.testing.assert_array_equal(volume.array, array)
 
 
@@ -164,13 +186,13 @@ def test_recipe_leaves_a_file_s_volume_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gain", [1, 4])
 def test_full_window_keeps_a_ramp(offset: int, gain: int) -> None:
     ramp = np.arange(256).reshape(4, 8, 8)
-    scan = BrainMRI((4, 8, 8), (8, 8), (0, 100))(axial(ramp * gain + offset))
+    scan = recipe((4, 8, 8), (8, 8), (0, 100))(axial(ramp * gain + offset))
     assert scan.tolist() == ramp.tolist()
 
 
 def test_window_clips_at_the_percentiles() -> None:
     ramp = np.random.default_rng(0).permutation(256).reshape(4, 8, 8)
-    scan = BrainMRI((4, 8, 8), (8, 8), (20, 80))(axial(ramp))
+    scan = recipe((4, 8, 8), (8, 8), (20, 80))(axial(ramp))
     # 20% and 80% of 0..255 are 51 and 204, so v becomes (v - 51) * 255 / 153 = (v - 51) * 5 / 3.
     assert scan.tolist() == np.clip((10 * (ramp - 51) + 3) // 6, 0, 255).tolist()
 
@@ -178,7 +200,7 @@ def test_window_clips_at_the_percentiles() -> None:
 @pytest.mark.parametrize("shape", [(4, 4, 8), (4, 8, 4)])
 def test_pads_to_square_with_black(shape: tuple[int, int, int]) -> None:
     ramp = np.arange(128).reshape(shape) - 1000
-    scan = BrainMRI((4, 8, 8), (8, 8), (0, 100))(axial(ramp))
+    scan = recipe((4, 8, 8), (8, 8), (0, 100))(axial(ramp))
     inside = np.rint((ramp + 1000) * 255 / 127).astype(int)
     pad = [(0, 0), *[((8 - n) // 2, (8 - n) // 2) for n in shape[1:]]]
     assert scan.tolist() == np.pad(inside, pad).tolist()
@@ -186,13 +208,13 @@ def test_pads_to_square_with_black(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(("shape", "other_axes"), [((2, 5, 8), (0, 2)), ((2, 8, 5), (0, 1))])
 def test_odd_padding_differs_by_one_voxel(shape: tuple[int, int, int], other_axes: tuple[int, int]) -> None:
-    scan = BrainMRI((2, 8, 8), (8, 8), (0, 100))(axial(np.arange(1, 81).reshape(shape)))
+    scan = recipe((2, 8, 8), (8, 8), (0, 100))(axial(np.arange(1, 81).reshape(shape)))
     assert np.flatnonzero(scan.numpy().any(other_axes)).tolist() in ([1, 2, 3, 4, 5], [2, 3, 4, 5, 6])
 
 
 def test_resize_interpolates_between_voxel_centers() -> None:
     slices = np.array([0.0, 255.0]).reshape(2, 1, 1) * np.ones((1, 4, 4))
-    scan = BrainMRI((4, 4, 4), (4, 4), (0, 100))(axial(slices))
+    scan = recipe((4, 4, 4), (4, 4), (0, 100))(axial(slices))
     # The new centers lie a quarter of a slice before and behind the old ones; ends repeat.
     assert scan[:, 0, 0].tolist() == [0, 64, 191, 255]
     assert (scan == scan[:, :1, :1]).all()
@@ -201,7 +223,7 @@ def test_resize_interpolates_between_voxel_centers() -> None:
 def test_pads_before_it_resizes() -> None:
     array = np.full((2, 4, 8), 255.0)
     array[0, 0, 0] = 0
-    scan = BrainMRI((2, 16, 16), (16, 16), (0, 100))(axial(array))
+    scan = recipe((2, 16, 16), (16, 16), (0, 100))(axial(array))
     bright = scan[1] > 127
     assert bright.any(1).nonzero().flatten().tolist() == list(range(4, 12))  # half as high as it is wide, as before
     assert bright.any(0).all()
@@ -209,8 +231,8 @@ def test_pads_before_it_resizes() -> None:
 
 def test_crops_the_middle() -> None:
     ramp = np.arange(128).reshape(2, 8, 8)
-    whole = BrainMRI((2, 8, 8), (8, 8))(axial(ramp))
-    part = BrainMRI((2, 8, 8), (4, 6))(axial(ramp))
+    whole = recipe((2, 8, 8), (8, 8))(axial(ramp))
+    part = recipe((2, 8, 8), (4, 6))(axial(ramp))
     assert torch.equal(part, whole[:, 2:6, 1:7])
     assert part.is_contiguous()
 
@@ -220,7 +242,7 @@ def test_refuses_a_volume_without_contrast(bright_voxels: int) -> None:
     array = np.full((4, 16, 16), 7.0)
     array.reshape(-1)[:bright_voxels] = 1000
     with pytest.raises(ScanError, match=r"flat\.nii: no contrast"):
-        BrainMRI()(axial(array, "flat.nii"))
+        recipe()(axial(array, "flat.nii"))
 
 
 @pytest.mark.parametrize(
@@ -236,8 +258,208 @@ def test_refuses_a_volume_without_contrast(bright_voxels: int) -> None:
         {"percentiles": (50, 50)},
         {"percentiles": (99.5, 0.5)},
         {"percentiles": (float("nan"), 99)},
+        {"percentiles": None},
+        {"windows": (Window(0, 1),), "percentiles": (1, 99)},
+        {"percentiles": None, "windows": (Window(0, 1), Window(1, 2))},
+        {"spacing": (3.0, 0.0, 1.0)},
+        {"spacing": (3.0, 1.0, 1.0), "native": (8, 16, 16)},
+        {"native": (8, 0, 16)},
     ],
 )
 def test_refuses_bad_settings(settings: dict) -> None:
-    with pytest.raises(ValueError, match=r"crop|percentiles"):
-        BrainMRI(**settings)
+    with pytest.raises(ValueError, match=r"size|crop|percentiles|windows|spacing|native"):
+        Recipe(**settings)
+
+
+def scans_of(made: Recipe, volume: Volume) -> list[PreparedScan]:
+    return dataclasses.replace(made, rules=Rules(min_slices=1))(volume)
+
+
+def test_names_recipes_shapes_and_windows() -> None:
+    shapes = [load_recipe(name).shape for name in ("brain-mri", "head-ct", "chest-ct")]
+    assert shapes == [(48, 224, 224), (48, 224, 224), (112, 336, 336)]
+    windows = [(window.low, window.high) for window in load_recipe("head-ct").windows]
+    assert windows == [(0, 120), (-20, 180), (-800, 2000)]
+    assert [(window.low, window.high) for window in load_recipe("chest-ct").windows] == [(-1150, 350)]
+    assert load_recipe("chest-ct").spacing == (3, 1, 1)
+
+
+def test_every_window_is_a_scan() -> None:
+    made = Recipe((4, 8, 8), (8, 8), None, (Window(0, 255, "all"), Window(0, 51, "dark")))
+    ramp = np.arange(256).reshape(4, 8, 8)
+    scans = scans_of(made, axial(ramp))
+    assert [scan.name for scan in scans] == ["all", "dark"]
+    assert scans[0].image.tolist() == ramp.tolist()
+    assert scans[1].image.tolist() == np.clip(ramp * 5, 0, 255).tolist()
+    (part, _) = scans_of(made, dataclasses.replace(axial(ramp), part="t1"))
+    assert part.name == "t1-all"
+
+
+@pytest.mark.parametrize("name", ["axial", "coronal", "sagittal"])
+def test_spacing_and_plane_are_those_of_the_result(name: str) -> None:
+    volume = store((1, 2, 0), (True, False, True), SPACINGS[name], turn=0.2)
+    voxels = [anatomy().shape[axis] for axis in PLANES[name]]
+    between = [SPACINGS[name][axis] for axis in PLANES[name]]
+    (scan,) = scans_of(Recipe(native=(2, 2, 2)), volume)
+    assert scan.plane == name
+    want = [n * mm / m for n, mm, m in zip(voxels, between, scan.image.shape, strict=True)]
+    assert scan.spacing == pytest.approx(want)
+    (scan,) = scans_of(Recipe((12, 16, 16), (8, 8)), volume)
+    side = max(voxels[1:])
+    assert scan.spacing == pytest.approx([voxels[0] * between[0] / 12, side * between[1] / 16, side * between[2] / 16])
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"), [((3, 15, 50), (8, 16, 48)), ((12, 24, 25), (16, 32, 32)), ((20, 7, 40), (16, 16, 32))]
+)
+def test_native_grids_are_whole_patches(shape: tuple[int, int, int], want: tuple[int, int, int]) -> None:
+    (scan,) = scans_of(Recipe(native=(8, 16, 16)), axial(np.random.default_rng(0).normal(size=shape)))
+    assert tuple(scan.image.shape) == want
+
+
+def test_resampling_crops_and_pads_the_middle() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (4, 6, 10)).astype(np.float32)
+    made = Recipe((6, 6, 4), None, None, (Window(0, 255),), (4.0, 1.0, 1.0))
+    (scan,) = scans_of(made, axial(array))  # its grid is 4 x 1 x 1 mm already
+    want = np.zeros((6, 6, 4))
+    want[1:5] = array[:, :, 3:7]
+    assert scan.image.tolist() == want.tolist()
+    assert scan.spacing == (4, 1, 1)
+
+
+def test_prepared_scans_are_left_as_they_are() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 224, 224)).astype(np.uint8)
+    volume = Volume(image.transpose(2, 1, 0), np.diag([1.0, -1, -1, 1]), Path("scan.pt"), prepared=True)
+    for made in (load_recipe("brain-mri"), load_recipe("head-ct"), Recipe(native=(8, 16, 16))):
+        (scan,) = made(volume)
+        assert np.array_equal(scan.image, image)
+        assert (scan.name, scan.plane) == ("", "axial")
+        assert np.isnan(scan.spacing).all()
+    larger = np.pad(image, ((0, 0), (16, 16), (16, 16)))
+    (scan,) = load_recipe("brain-mri")(dataclasses.replace(volume, array=larger.transpose(2, 1, 0)))
+    assert np.array_equal(scan.image, image)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.float32])
+def test_percentiles_are_numpy_s(kind: type) -> None:
+    rng = np.random.default_rng(0)
+    for low, high in ((0, 3), (-100, 100), (-30000, 30000)):
+        limits = (-1e9, 1e9) if kind == np.float32 else (np.iinfo(kind).min, np.iinfo(kind).max)
+        array = np.clip(rng.integers(low, high, (11, 12, 13)), *limits).astype(kind)
+        for wanted in ((0.5, 99.5), (0, 100), (33.3, 66.6), (1, 50)):
+            np.testing.assert_allclose(percentiles(array, wanted), np.percentile(array, wanted), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["brain-mri", "head-ct", "chest-ct"])
+def test_recipes_survive_json_and_yaml(name: str, tmp_path: Path) -> None:
+    made = load_recipe(name)
+    again = Recipe.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert (again, again.hash) == (made, made.hash)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(made.to_dict()))
+    assert load_recipe(str(tmp_path / "r.yaml")) == made
+    assert hash(made) == hash(again)
+
+
+def test_a_recipe_file_says_only_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("native: [8, 16, 16]\nrules: {min_slices: 8, four_d: split, spacing: [1, 20]}\n")
+    made = load_recipe(str(path))
+    assert made == Recipe(native=(8, 16, 16), rules=Rules(min_slices=8, four_d="split", spacing=(1.0, 20.0)))
+    assert made.shape is None
+    path.write_text("percentiles:\nwindows: [{low: 0, high: 80, name: brain}]\nrules: {hounsfield: true}\n")
+    assert load_recipe(str(path)).windows == (Window(0.0, 80.0, "brain"),)
+
+
+def test_every_field_changes_the_hash() -> None:
+    changed = [
+        Recipe(),
+        Recipe(size=(64, 256, 256)),
+        Recipe(crop=None),
+        Recipe(percentiles=(1, 99)),
+        Recipe(percentiles=None, windows=(Window(0, 1),)),
+        Recipe(spacing=(3, 1, 1), crop=None),
+        Recipe(native=(8, 16, 16)),
+        Recipe(rules=Rules(min_slices=6)),
+    ]
+    assert len({made.hash for made in changed}) == len(changed)
+    assert Recipe(percentiles=(1, 99)).hash == Recipe(percentiles=(1.0, 99.0)).hash
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("sise: [1, 2, 3]", "unknown field 'sise'; did you mean size"),
+        ("rules: {min_slice: 3}", "recipe.rules: unknown field 'min_slice'; did you mean min_slices"),
+        ("size: [48, 256]", r"recipe.size: expected .*, got \[48, 256\]"),
+        ("size: [48, 256, big]", r"recipe.size\[2\]: expected int, got 'big'"),
+        ("size: [48, 256, true]", r"recipe.size\[2\]: expected int, got True"),
+        ("rules: {four_d: some}", "recipe.rules.four_d: expected .*, got 'some'"),
+        ("rules: 3", "recipe.rules: expected fields, got 3"),
+        ("percentiles: [0, .nan]", r"recipe.percentiles\[1\]: expected float, got nan"),
+        ("windows: [{low: 0}]", r"recipe.windows\[0\]: .*'high'"),
+        ("- 1", r"recipe: expected fields"),
+        ("", r"recipe: expected fields"),
+        ("a: b: c", "not a readable recipe"),
+        ("!!python/object/apply:os.system [touch executed]", "not a readable recipe"),
+    ],
+)
+def test_refuses_bad_recipe_files(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_unknown_recipes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown recipe 'brain_mri'; did you mean brain-mri"):
+        load_recipe("brain_mri")
+    with pytest.raises(ValueError, match=r"absent\.yaml: not a readable recipe"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+from hlip.data.preprocess import load_recipe
+from hlip.data.sources import ScanSource
+
+torch.set_num_threads(1)
+kind, where = sys.argv[1], Path(sys.argv[2])
+source = ScanSource("ct", kind, tuple(sorted(where.iterdir())))
+for name in ("head-ct", "chest-ct"):
+    print([tuple(scan.image.shape) for scan in load_recipe(name).prepare(source)])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nifti", "dicom"])
+def test_a_long_ct_needs_little_memory(kind: str, tmp_path: Path) -> None:
+    """512 x 512 x 1600, in a process of its own."""
+    x = np.linspace(-1, 1, 512)
+    body = np.where(np.hypot.outer(x, x) < 0.8, 40 + 20 * np.multiply.outer(x, x), -1000).astype(np.int16)
+    if kind == "nifti":
+        header = nibabel.Nifti1Header()
+        header.set_data_shape((512, 512, 1600))
+        header.set_data_dtype(np.int16)
+        header.set_sform(np.diag([0.7, 0.7, 0.5, 1]), 1)
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        with gzip.open(tmp_path / "ct.nii.gz", "wb", compresslevel=1) as file:
+            file.write(header.binaryblock + bytes(4))
+            for k in range(1600):
+                file.write((body + np.int16(k % 7)).tobytes())
+    else:
+        pytest.importorskip("pydicom")
+        from dicom_files import write_series
+
+        stored = np.broadcast_to(body[:, :, None] + np.int16(1024), (512, 512, 1600))
+        write_series(tmp_path, stored, np.diag([0.7, 0.7, 0.5, 1]), modality="CT", intercept=-1024)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, kind, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *shapes, peak = done.stdout.splitlines()
+    assert shapes == ["[(48, 224, 224), (48, 224, 224), (48, 224, 224)]", "[(112, 336, 336)]"]
+    assert int(peak) < 3 * 2**20  # KiB

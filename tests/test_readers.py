@@ -1,4 +1,4 @@
-"""NIfTI in: real files read as they are; whatever cannot be used raises an error that names the file and says why."""
+"""NIfTI and tensors in: real files as they are; what cannot be used raises an error that names file and reason."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from hlip.data.readers import ScanError, Volume, read_nifti
+from hlip.data.quality import Rules
+from hlip.data.readers import ScanError, Volume, read_nifti, read_scan
+from hlip.data.sources import ScanSource
 
 nibabel = pytest.importorskip("nibabel")
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
@@ -51,7 +54,7 @@ def test_reads_the_mni_template() -> None:
     path = nilearn_file("mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
     volume = read_nifti(path)
     assert volume.array.shape == (197, 233, 189)
-    assert volume.array.dtype == np.float32
+    assert volume.array.dtype == np.uint8
     assert (volume.array.min(), volume.array.max()) == (0, 255)
     assert volume.affine.dtype == np.float64
     assert volume.affine.tolist() == [[1, 0, 0, -98], [0, 1, 0, -134], [0, 0, 1, -72], [0, 0, 0, 1]]
@@ -191,12 +194,12 @@ def not_a_number(affine: np.ndarray) -> None:
 
 
 def shear(affine: np.ndarray) -> None:
-    affine[0, 1] = 0.1
+    affine[0, 1] = 1.0
 
 
 @pytest.mark.parametrize(
     ("break_affine", "reason"),
-    [(zero_column, "an axis has no length"), (not_a_number, "an axis has no length"), (shear, "sheared axes")],
+    [(zero_column, "voxel size"), (not_a_number, "voxel size"), (shear, "sheared axes")],
 )
 def test_refuses_unusable_axes(tmp_path: Path, break_affine: Callable[[np.ndarray], None], reason: str) -> None:
     affine = np.diag([1.0, 1.0, 3.0, 1.0])
@@ -238,7 +241,7 @@ def test_refuses_one_finite_value_among_others(tmp_path: Path) -> None:
 
 
 def test_replaces_voxels_that_are_not_finite(tmp_path: Path) -> None:
-    array = voxels().astype(np.float32)
+    array = voxels((8, 6, 7)).astype(np.float32)
     expected = array.copy()
     for x, value in enumerate([np.nan, np.inf, -np.inf]):
         array[x] = value
@@ -257,3 +260,129 @@ def test_volume_cannot_be_reassigned(tmp_path: Path) -> None:
     assert isinstance(volume, Volume)
     with pytest.raises(AttributeError):
         volume.array = np.zeros(3)  # type: ignore[misc]
+
+
+def test_sheared_axes_are_read_as_nibabel_has_them() -> None:
+    """A real header that SimpleITK refuses."""
+    path = Path(pytest.importorskip("dipy").__file__).parent / "data" / "files" / "S0_10slices.nii.gz"
+    volume, image = read_nifti(path), nibabel.load(path)
+    np.testing.assert_array_equal(volume.array, np.asarray(image.dataobj)[..., 0])
+    np.testing.assert_array_equal(volume.affine, image.affine)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("kind", [">i2", ">f4", "<i8", ">f8", "<u2", "<i4", "i1"])
+def test_every_stored_type_is_read(tmp_path: Path, kind: str, extension: str) -> None:
+    array = (voxels() % 100).astype(kind)
+    image = nibabel.Nifti1Image(array, np.eye(4), nibabel.Nifti1Header(endianness=kind[0] if kind[0] in "<>" else "<"))
+    image.set_data_dtype(array.dtype)
+    nibabel.save(image, tmp_path / f"scan{extension}")
+    got = read_nifti(tmp_path / f"scan{extension}").array
+    assert got.dtype == (np.float32 if array.dtype.itemsize > 4 else array.dtype.newbyteorder("="))
+    np.testing.assert_array_equal(got, array)
+
+
+def test_a_pair_of_files(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Pair(voxels(), np.eye(4)), tmp_path / "scan.hdr")
+    np.testing.assert_array_equal(read_nifti(tmp_path / "scan.hdr").array, voxels())
+    (tmp_path / "scan.img").unlink()
+    assert_refused(tmp_path / "scan.hdr", "truncated or corrupt|not a readable")
+
+
+def test_gzip_members_and_padding(tmp_path: Path) -> None:
+    content = save(tmp_path / "scan.nii", voxels()).read_bytes()
+    path = tmp_path / "scan.nii.gz"
+    for raw in (
+        gzip.compress(content[:100]) + gzip.compress(content[100:]),
+        gzip.compress(content) + bytes(512),
+        gzip.compress(content + bytes(1000)),
+    ):
+        path.write_bytes(raw)
+        np.testing.assert_array_equal(read_nifti(path).array, voxels())
+
+
+def test_refuses_other_compression_and_folders(tmp_path: Path) -> None:
+    save(tmp_path / "scan.nii.bz2", voxels())
+    assert_refused(tmp_path / "scan.nii.bz2", r"compressed by other than gzip \(.bz2\)")
+    (tmp_path / "folder.nii").mkdir()
+    assert_refused(tmp_path / "folder.nii", "not a regular file")
+
+
+def test_refuses_a_wrong_checksum(tmp_path: Path) -> None:
+    path = save(tmp_path / "scan.nii.gz", voxels((20, 21, 22)))
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    assert_refused(path, "truncated or corrupt .*incorrect data check")
+
+
+def test_refuses_a_gzip_bomb(tmp_path: Path) -> None:
+    """A small header before much more than it says; and a header that says more than any volume holds."""
+    content = save(tmp_path / "scan.nii", voxels()).read_bytes()
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(gzip.compress(content + bytes(2**26)))
+    assert path.stat().st_size < 2**17
+    assert_refused(path, "more data than its header says")
+    huge = bytearray(content)
+    struct.pack_into("<8h", huge, 40, 3, 2000, 2000, 2000, 1, 1, 1, 1)
+    path.write_bytes(gzip.compress(bytes(huge) + bytes(2**26)))
+    assert_refused(path, r"shape \(2000, 2000, 2000\) has more than")
+
+
+def read_tensor(path: Path, content: object, rules: Rules | None = None) -> Volume:
+    torch.save(content, path)
+    (volume,) = read_scan(ScanSource("scan", "tensor", (path,)), rules or Rules())
+    return volume
+
+
+def test_released_tensors(tmp_path: Path) -> None:
+    scan = torch.randint(0, 256, (6, 8, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for tensor in (scan, scan[..., None], scan.float() / 255, (scan / 255).half()):
+        volume = read_tensor(tmp_path / "scan.pt", tensor)
+        assert volume.prepared
+        assert volume.array.dtype == np.uint8
+        assert np.array_equal(volume.array.transpose(2, 1, 0), scan.numpy())
+    units = scan.float() * 10 - 1000
+    volume = read_tensor(tmp_path / "hu.pt", units)
+    assert volume.prepared
+    assert volume.array.dtype == np.float32
+    assert np.array_equal(volume.array.transpose(2, 1, 0), units.numpy())
+    torch.save(scan, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (volume,) = read_scan(ScanSource("scan", "tensor", (tmp_path / "old.pt",)), Rules())
+    assert np.array_equal(volume.array.transpose(2, 1, 0), scan.numpy())
+
+
+class Code:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (Code(), "not a readable tensor"),
+        ({"scan": torch.zeros(2, 2, 2)}, "expected a dense tensor, got dict"),
+        (torch.zeros(2, 2), "expected a tensor"),
+        (torch.zeros(2, 2, 2, 3), "expected a tensor"),
+        (torch.zeros(6, 8, 10), "constant"),
+        (torch.full((6, 8, 10), torch.nan), "no finite voxel"),
+        (torch.zeros(6, 8, 10, dtype=torch.complex64), "one number a voxel"),
+        (torch.zeros(1).expand(2**12, 2**12, 2**12), "more than"),
+        (torch.eye(4).to_sparse(), "expected a dense tensor"),
+        (torch.zeros(0, 2, 2), "an axis has no voxels"),
+    ],
+)
+def test_refuses_other_tensors(content: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ScanError, match=reason):
+        read_tensor(tmp_path / "scan.pt", content)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_refuses_a_damaged_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "scan.pt"
+    torch.save(torch.arange(480).reshape(6, 8, 10), path)
+    for content in (path.read_bytes()[:-300], b"x" * 1000, b""):
+        path.write_bytes(content)
+        with pytest.raises(ScanError, match=r"scan.pt: (not a readable tensor|empty file)"):
+            read_scan(ScanSource("scan", "tensor", (path,)), Rules())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hlip.data.preprocess import BrainMRI
+from hlip.data.preprocess import Recipe
 from hlip.data.readers import ScanError, read_nifti
 from hlip.data.studies import (
     PreparedStudies,
@@ -26,12 +26,12 @@ from hlip.data.studies import (
 )
 
 nibabel = pytest.importorskip("nibabel")
-RECIPE = BrainMRI(size=(2, 4, 4), crop=(4, 4))
+RECIPE = Recipe(size=(2, 4, 4), crop=(4, 4))
 
 
 def write_scan(path: Path, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    array = np.random.default_rng(seed).integers(0, 1000, (6, 5, 3)).astype(np.int16)
+    array = np.random.default_rng(seed).integers(0, 1000, (6, 7, 5)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1.0, 4.0, 1.0])), path)
     return path
 
@@ -54,7 +54,7 @@ def test_files_are_read_in_the_order_of_a_folder(folder: Path) -> None:
         assert study.names == ["a.nii", "c.nii.gz", "b.nii.gz"]
         assert (study.uid, study.impression) == ("a.nii", "No stroke.")
         for scan, file in zip(study.scans, files, strict=True):
-            assert torch.equal(scan, RECIPE(read_nifti(file)))
+            assert torch.equal(scan, RECIPE(read_nifti(file))[0].image)
 
 
 def test_a_scan_given_twice_is_refused(folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_folder_by_a_relative_path_has_a_name(folder: Path, monkeypatch: pytest.
 def test_single_file_is_a_study(folder: Path) -> None:
     study = load_study(folder / "a.nii")
     assert (study.uid, study.names) == ("a.nii", ["a.nii"])
-    assert tuple(study.scans[0].shape) == BrainMRI().shape
+    assert tuple(study.scans[0].shape) == Recipe().shape
 
 
 def test_a_study_needs_scans(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_prepared_scans_equal_the_recipe(records: list[StudyRecord], tmp_path: P
         assert (study.uid, study.impression, study.findings) == (record.uid, record.impression, record.findings)
         for scan, path in zip(study.scans, record.scans, strict=True):
             assert scan.dtype == torch.uint8
-            assert torch.equal(scan, RECIPE(read_nifti(path)))
+            assert torch.equal(scan, RECIPE(read_nifti(path))[0].image)
 
 
 def test_second_run_reads_nothing(records: list[StudyRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_unreadable_scans_are_skipped(
     ]
     kept = StudyDataset(prepared.records)[0].scans
     for scan, path in zip(kept, [records[0].scans[0], records[0].scans[2]], strict=True):
-        assert torch.equal(scan, RECIPE(read_nifti(path)))
+        assert torch.equal(scan, RECIPE(read_nifti(path))[0].image)
 
 
 def test_study_without_scans_is_dropped(tmp_path: Path) -> None:
@@ -249,27 +249,27 @@ def test_interrupted_write_leaves_nothing(
     assert len(prepare_studies(records, RECIPE, tmp_path / "cache").records) == 2
 
 
-def rewrite(path: Path) -> BrainMRI:
+def rewrite(path: Path) -> Recipe:
     write_scan(path, 99)
     return RECIPE
 
 
-def touch(path: Path) -> BrainMRI:
+def touch(path: Path) -> Recipe:
     os.utime(path, ns=(0, 12345))
     return RECIPE
 
 
-def other_size(_: Path) -> BrainMRI:
-    return BrainMRI(size=(2, 6, 6), crop=(4, 4))
+def other_size(_: Path) -> Recipe:
+    return Recipe(size=(2, 6, 6), crop=(4, 4))
 
 
-def other_window(_: Path) -> BrainMRI:
-    return BrainMRI(size=RECIPE.size, crop=RECIPE.crop, percentiles=(1, 99))
+def other_window(_: Path) -> Recipe:
+    return Recipe(size=RECIPE.size, crop=RECIPE.crop, percentiles=(1, 99))
 
 
 @pytest.mark.parametrize("change", [rewrite, touch, other_size, other_window])
 def test_change_of_file_or_recipe_gives_another_entry(
-    records: list[StudyRecord], tmp_path: Path, change: Callable[[Path], BrainMRI]
+    records: list[StudyRecord], tmp_path: Path, change: Callable[[Path], Recipe]
 ) -> None:
     record = records[1]
     before = prepare_studies([record], RECIPE, tmp_path / "cache").records[0].scans[0]
@@ -277,7 +277,7 @@ def test_change_of_file_or_recipe_gives_another_entry(
     after = prepare_studies([record], recipe, tmp_path / "cache").records[0].scans[0]
     assert after != before
     assert sorted((tmp_path / "cache").iterdir()) == sorted([before, after])
-    np.testing.assert_array_equal(np.load(after), recipe(read_nifti(record.scans[0])).numpy())
+    np.testing.assert_array_equal(np.load(after), recipe(read_nifti(record.scans[0]))[0].image.numpy())
 
 
 def test_progress_sees_every_study(records: list[StudyRecord], tmp_path: Path) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import Study, join_report
-from .preprocess import BrainMRI
-from .readers import ScanError, Volume, read_nifti
+from .preprocess import Recipe
+from .readers import ScanError, read_nifti
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".nii", ".nii.gz")
@@ -29,7 +28,7 @@ CACHE_VERSION = 1  # to be raised whenever reading or preprocessing changes what
 
 def load_study(
     paths: Path | str | Iterable[Path | str],
-    recipe: Callable[[Volume], Tensor] | None = None,
+    recipe: Recipe | None = None,
     uid: str | None = None,
     impression: str = "",
     findings: str = "",
@@ -38,7 +37,7 @@ def load_study(
 
     Args:
         paths: scan files, or one folder that holds them. They are taken in sorted order.
-        recipe: volume to (D, H, W) uint8; `BrainMRI()` if None.
+        recipe: how to preprocess them; `Recipe()` if None.
         uid: the study's name; the folder's, or the first file's, if None.
 
     Raises:
@@ -46,8 +45,8 @@ def load_study(
         ValueError: no scan among `paths`.
     """
     files = scan_files(paths)
-    recipe = recipe or BrainMRI()
-    scans = [recipe(read_nifti(file)) for file in files]
+    recipe = recipe or Recipe()
+    scans = [recipe(read_nifti(file))[0].image for file in files]
     if uid is None:
         uid = Path(paths).resolve().name if isinstance(paths, (str, Path)) and Path(paths).is_dir() else files[0].name
     return Study(uid, scans, [file.name for file in files], impression, findings)
@@ -154,7 +153,7 @@ class PreparedStudies:
 
 
 def prepare_studies(
-    records: Sequence[StudyRecord], recipe: BrainMRI, cache: Path, progress: Callable[[Iterable], Iterable] = iter
+    records: Sequence[StudyRecord], recipe: Recipe, cache: Path, progress: Callable[[Iterable], Iterable] = iter
 ) -> PreparedStudies:
     """Preprocess every scan once into `cache`; the result's records point at the cached scans.
 
@@ -180,7 +179,7 @@ def prepare_studies(
     return PreparedStudies(kept, skipped, dropped)
 
 
-def _cached_scan(path: Path, recipe: BrainMRI, cache: Path) -> Path:
+def _cached_scan(path: Path, recipe: Recipe, cache: Path) -> Path:
     try:
         stat = path.stat()
     except OSError as error:
@@ -191,7 +190,7 @@ def _cached_scan(path: Path, recipe: BrainMRI, cache: Path) -> Path:
     )
     target = cache / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
     if not _is_whole(target, recipe):
-        scan = recipe(read_nifti(path)).numpy()
+        scan = recipe(read_nifti(path))[0].image.numpy()
         handle, name = tempfile.mkstemp(".tmp", target.stem, cache)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -202,7 +201,7 @@ def _cached_scan(path: Path, recipe: BrainMRI, cache: Path) -> Path:
     return target
 
 
-def _is_whole(target: Path, recipe: BrainMRI) -> bool:
+def _is_whole(target: Path, recipe: Recipe) -> bool:
     try:
         scan = np.load(target, mmap_mode="r", allow_pickle=False)  # a file cut short cannot be mapped
     except (OSError, ValueError, EOFError):

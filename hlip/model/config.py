@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hlip_kernels import Grid, Level
 
-from ..data.preprocess import BrainMRI
+from ..data.preprocess import RECIPES, Recipe
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
 Head = Literal["token", "average", "weighted_average", "dinotxt", "attention_pool"]
@@ -200,7 +200,7 @@ class ModelConfig:
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    recipe: BrainMRI | None = field(default_factory=BrainMRI)
+    recipe: Recipe | None = field(default_factory=Recipe)
     embed_dim: int = 512
     projection: bool = True
     per_prefix: bool = False
@@ -216,7 +216,7 @@ class ModelConfig:
             )
 
     @property
-    def preprocess(self) -> BrainMRI:
+    def preprocess(self) -> Recipe:
         """The recipe.
 
         Raises:
@@ -236,9 +236,9 @@ class ModelConfig:
     def from_dict(cls, content: Mapping[str, Any]) -> ModelConfig:
         """Raises TypeError or ValueError where `content` is not what `to_dict` gives."""
         parts: dict[str, Any] = dict(content)
-        for name, kind in {"vision": VisionConfig, "text": TextConfig, "recipe": BrainMRI}.items():
-            if name == "recipe" and parts[name] is None:
-                continue
+        if parts["recipe"] is not None:
+            parts["recipe"] = Recipe.from_dict(parts["recipe"])
+        for name, kind in {"vision": VisionConfig, "text": TextConfig}.items():
             fields = {key: tuple(value) if isinstance(value, list) else value for key, value in parts[name].items()}
             parts[name] = kind(**fields)
         return cls(**parts)
@@ -265,12 +265,16 @@ def _published(
             patch_dropout=patch_dropout, drop_path=0.2, **vision,
         ),
         text or TextConfig(),
-        # Chest CT has no recipe yet.
-        BrainMRI() if tuple(g * p for g, p in zip(grid, patch_size, strict=True)) == BrainMRI().shape else None,
+        _recipe(tuple(g * p for g, p in zip(grid, patch_size, strict=True))),
         embed_dim=embed_dim,
         per_prefix=True,
         objective="dual" if dual else "clip",
     ), advice  # fmt: skip
+
+
+def _recipe(shape: tuple[int, ...]) -> Recipe | None:
+    """The recipe that makes scans of this shape: head CT's makes the same as brain MRI's, which comes first."""
+    return next((recipe for recipe in RECIPES.values() if recipe.shape == shape), None)
 
 
 _CHEST_TEXT = TextConfig(CXR_BERT, context_length=512, locked=True)
@@ -329,7 +333,7 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
                 init_std=0.09,
             ),
             TextConfig(context_length=64, pooling="mean", locked=True),
-            BrainMRI(size=(24, 55, 55), crop=(48, 48), percentiles=(0.5, 99.95)),  # keeps small bright lesions bright
+            Recipe(size=(24, 55, 55), crop=(48, 48), percentiles=(0.5, 99.95)),  # keeps small bright lesions bright
             embed_dim=256,
         ),
         "the demo: small synthetic brain MRI; any BERT",

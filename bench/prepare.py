@@ -1,0 +1,116 @@
+"""Prepare scans as `hlip prepare` does, beside a straight-line implementation (SimpleITK and one PyTorch resize).
+
+    PYTHONPATH=.:tests python bench/prepare.py --out rows.json
+
+Rows: real and realistic scans, each by both, in turns on one core; the results are compared in the same run. The
+ratio is of medians. Files are in the page cache: what is measured is decoding and arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hlip.data.preprocess import load_recipe
+from hlip.data.sources import ScanSource
+from report import print_table, write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Scans prepared per second and core, beside a straight line.")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default: %(default)s)")
+    parser.add_argument("--slices", type=int, default=300, help="of the CT (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in make_cases(Path(folder), args.slices):
+            rows.append(measure(*case, rounds=args.rounds))
+            print(f"{rows[-1]['case']}: {rows[-1]['ratio']} times as fast", flush=True)
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    if args.out:
+        write_json(rows, args.out)
+
+
+def make_cases(folder: Path, slices: int) -> list[tuple[str, str, str, list[Path]]]:
+    """Name, recipe, kind and files of every case."""
+    import nilearn.datasets
+    import SimpleITK as sitk
+
+    from dicom_files import write_series
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    mni = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    brain = sitk.ReadImage(str(mni), sitk.sitkFloat32)
+    mri = [folder / "mri.nii.gz"]
+    sitk.WriteImage(sitk.Cast(resampled(brain, (448, 448, 28)) * 5, sitk.sitkInt16), str(mri[0]))
+    ct_image = resampled(brain, (512, 512, slices))
+    voxels = sitk.GetArrayFromImage(ct_image)
+    noise = np.random.default_rng(0).normal(0, 15, voxels.shape[1:])
+    hounsfield = (np.where(voxels < 20, -1000, voxels * 0.6 - 60) + noise).astype(np.int16)
+    ct = [folder / "ct.nii.gz"]
+    image = sitk.GetImageFromArray(hounsfield)
+    image.CopyInformation(ct_image)
+    sitk.WriteImage(image, str(ct[0]))
+    affine = np.diag([-ct_image.GetSpacing()[0], -ct_image.GetSpacing()[1], ct_image.GetSpacing()[2], 1.0])
+    stored = (hounsfield + 1024).transpose(2, 1, 0)
+    series = write_series(folder / "series", stored, affine, modality="CT", intercept=-1024)
+    few = write_series(folder / "jpeg2000", stored[..., ::10], affine, transfer_syntax="jpeg2000", intercept=-1024)
+    return [
+        ("MNI T1, .nii.gz", "brain-mri", "nifti", [mni]),
+        ("MRI 448x448x28, .nii.gz", "brain-mri", "nifti", mri),
+        (f"head CT 512x512x{slices}, .nii.gz", "head-ct", "nifti", ct),
+        (f"chest CT 512x512x{slices}, .nii.gz", "chest-ct", "nifti", ct),
+        (f"chest CT 512x512x{slices}, DICOM", "chest-ct", "dicom", series),
+        (f"head CT 512x512x{slices}, DICOM", "head-ct", "dicom", series),
+        (f"MRI 512x512x{len(few)}, DICOM, JPEG 2000", "brain-mri", "dicom", few),
+    ]
+
+
+def resampled(image: Any, size: tuple[int, int, int]) -> Any:
+    import SimpleITK as sitk
+
+    spacing = [n * mm / m for n, mm, m in zip(image.GetSize(), image.GetSpacing(), size, strict=True)]
+    return sitk.Resample(
+        image, size, sitk.Transform(), sitk.sitkLinear, image.GetOrigin(), spacing, image.GetDirection(), 0.0
+    )
+
+
+def measure(case: str, recipe: str, kind: Any, files: list[Path], rounds: int) -> dict[str, object]:
+    import straight_line
+
+    prepare, source = load_recipe(recipe).prepare, ScanSource("scan", kind, tuple(files))
+    oracle: Callable[[list[Path]], Any] = getattr(straight_line, recipe.replace("-", "_"))
+    times: dict[str, list[float]] = {"hlip": [], "straight": []}
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        scans = [scan.image.numpy() for scan in prepare(source)]
+        times["hlip"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        wanted = oracle(files)
+        times["straight"].append(time.perf_counter() - start)
+    wanted = wanted if isinstance(wanted, list) else [wanted]
+    worst = max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(scans, wanted, strict=True))
+    if worst > 1:
+        raise SystemExit(f"{case}: {worst} grey levels apart")
+    ours, theirs = (statistics.median(times[name][1:]) for name in ("hlip", "straight"))
+    return {
+        "case": case,
+        "hlip_ms": round(ours * 1000, 1),
+        "straight_line_ms": round(theirs * 1000, 1),
+        "ratio": round(theirs / ours, 2),
+        "grey_levels_apart": worst,
+    }
+
+
+if __name__ == "__main__":
+    main()
