@@ -133,7 +133,7 @@ class SectionRules:
             pieces = [(self.unlabelled, "", pieces[0][2])]
         for section, _, body in pieces:
             parts[section].append(normalise(body))
-        return ReportText(*("\n".join(filter(None, parts[name])) for name in ("impression", "findings")))
+        return ReportText(*("\n\n".join(filter(None, parts[name])) for name in ("impression", "findings")))
 
     def _pieces(self, text: str) -> Iterator[tuple[str, str, str]]:
         """Tidy text cut into (section, heading, body); the first piece has no heading."""
@@ -158,7 +158,7 @@ def _heading_pattern(rules: SectionRules) -> re.Pattern[str]:
 
 
 def _is_heading(text: str, match: re.Match[str]) -> bool:
-    words, before = match["words"], text[: match.start()][-2:]
+    words, before = match["words"], text[max(0, match.start() - 2) : match.start()]
     if not before or before.endswith("\n"):
         return match["end"] != "" or words[0].isupper()
     return match["end"].startswith(":") and (words.isupper() or (words[0].isupper() and before[0] in ".!?;:)]"))
@@ -170,16 +170,19 @@ def _tidy(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """The text with single spaces. Only a blank line, or a list's item, begins a new line: wrapped lines are joined."""
-    paragraphs: list[str] = []
+    """The text with single spaces; wrapped lines are joined.
+
+    What remains of its lines: a list's items begin one, and blank lines part paragraphs.
+    """
+    pieces: list[str] = []
     fresh = True
     for line in _tidy(text).split("\n"):
-        if line and (fresh or _LIST_ITEM.match(line)):
-            paragraphs.append(line)
-        elif line:
-            paragraphs[-1] += " " + line
+        if line and pieces:
+            pieces.append("\n" if _LIST_ITEM.match(line) else "\n\n" if fresh else " ")
+        if line:
+            pieces.append(line)
         fresh = not line
-    return "\n".join(paragraphs)
+    return "".join(pieces)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -196,19 +199,20 @@ def split_sentences(text: str) -> list[str]:
     for line in normalise(text).split("\n"):
         begin = 0
         for match in _SENTENCE_END.finditer(line):
-            if _ends_sentence(line[begin : match.start()], line[match.end() :][:1]):
-                sentences.append(line[begin : match.end() - 1])
-                begin = match.end()
+            stop, end = match.start(), match.end()
+            word = line[max(line.rfind(" ", begin, stop) + 1, begin) : stop]
+            is_list_number = begin + len(word) == stop and _LIST_ITEM.fullmatch(f"{word}. ")
+            if not is_list_number and _ends_sentence(word, line[end : end + 1]):
+                sentences.append(line[begin : end - 1])
+                begin = end
         sentences.append(line[begin:])
     return [sentence for sentence in sentences if sentence]
 
 
-def _ends_sentence(sentence: str, following: str) -> bool:
-    """Whether a full stop behind `sentence` ends it, `following` being the next character but one."""
-    if not following or _LIST_ITEM.fullmatch(f"{sentence}. "):
-        return False
-    word = sentence.rpartition(" ")[2].lstrip("([\"'").lower()
-    if word in _BEFORE_NUMBERS and following.isdigit():
+def _ends_sentence(word: str, following: str) -> bool:
+    """Whether a full stop behind `word` ends a sentence, if `following` is the first character after the space."""
+    word = word.lstrip("([\"'").lower()
+    if not following or (word in _BEFORE_NUMBERS and following.isdigit()):
         return False
     return word not in _ABBREVIATIONS and not re.fullmatch(r"[a-z](?:\.[a-z])*", word)
 

@@ -296,7 +296,7 @@ def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Prob
             problems += more
             for file in inside:
                 below = Path(file).relative_to(path) if name else Path(file).absolute().relative_to(top)
-                names[file] = " ".join(filter(None, [_clean(name), _path_name(below)]))
+                names[file] = _path_name(Path(_clean(name)) / below)
         elif kind_of(path) is None and not path.is_file():
             problems.append(Problem(str(path), "missing", "no such file"))
         else:
@@ -357,7 +357,7 @@ def _series(headers: Sequence[Header], uid: str, rejected: list[Rejection]) -> _
         rejected.append(Rejection(uid, name, "no_image", reason))
         return None
     if copies:
-        reason = f"{len(copies)} files repeat an instance of the series, which is kept once; {Path(copies[0].path).name} is one"
+        reason = f"{len(copies)} files repeat an instance of the series, such as {Path(copies[0].path).name}"
         rejected.append(Rejection(uid, name, "copy", reason))
     files = tuple(Path(header.path) for header in images.values())
     parts = tuple((header.path, header.offset) for header in images.values())
