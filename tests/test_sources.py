@@ -447,6 +447,26 @@ def test_long_and_strange_names(tmp_path: Path) -> None:
     assert all(read_nifti(scan.files[0]).array.size for study in found.studies for scan in study.scans)
 
 
+def test_folders_whose_names_read_the_same_are_not_mixed(tmp_path: Path) -> None:
+    nifti(tmp_path / "\u00e9" / "a.nii")
+    nifti(tmp_path / "e\u0301" / "b.nii")
+    found = find_studies(tmp_path)
+    assert names(found) == {"\u00e9": ["b.nii"]}
+    assert rules(found) == {"name_clash": 1}
+
+
+def test_damaged_twins_are_left_to_their_reader(tmp_path: Path) -> None:
+    content = bytearray(nifti(tmp_path / "p" / "a.nii.gz").read_bytes())
+    content[len(content) // 2] ^= 255
+    for name in ("a", "b"):
+        (tmp_path / "p" / f"{name}.nii.gz").write_bytes(content)
+        (tmp_path / "p" / f"{name}0.nii").write_bytes(b"")
+    found = find_studies(tmp_path)
+    assert (len(found.studies[0].scans), found.rejected) == (4, [])
+    with pytest.raises(ScanError, match="truncated or corrupt"):
+        read_nifti(found.studies[0].scans[0].files[0])
+
+
 def test_a_path_that_is_too_long_is_named(tmp_path: Path) -> None:
     nifti(tmp_path / "good" / "a.nii")
     inner = os.open(tmp_path, os.O_RDONLY)
@@ -618,6 +638,7 @@ SCANS = "study p7: expected an object with a list of 'scans'"
         (b'{"p7": {"scans": [], "findings": null}}', "study p7: 'findings' must be a list"),
         (b'{"p7": {"scans": [], "report": {}}}', "study p7: 'report' must be a list"),
         (b'{"p7": {"scans": ["x.nii"]}, "p7": {"scans": ["y.nii"]}}', "not a readable study list .*'p7' occurs twice"),
+        ('{"\u00e9": {"scans": []}, "e\u0301": {"scans": []}}'.encode(), "'\u00e9' occurs twice"),
         (b'{"p7": {"scans": ["x.nii", "x.nii"]}}', "study p7: .*x.nii: the same scan is given twice"),
     ],
 )
@@ -665,11 +686,12 @@ def test_a_table_of_studies_in_a_folder(tmp_path: Path) -> None:
         "valid_1_a_2.nii.gz,a,b,1\n"
         "valid_3_a_1.nii.gz,c,d,0\n",
     )
+    nifti(tmp_path / "data" / "train_1267_a_4.nii.gz")  # rejected, but not asked for
     found = find_studies(path, root=tmp_path / "data")
     assert names(found) == {"valid_1_a": ["valid_1_a_1.nii.gz", "valid_1_a_2.nii.gz"]}
     study = found.studies[0]
     assert (study.impression, study.findings, study.labels) == ("b", "a", (("Nodule", 1.0),))
-    assert only(found, "missing").study == "valid_3_a"
+    assert found.rejected == [Rejection("valid_3_a", "", "missing", "no scans of it in the folder")]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .files import NIFTI_SUFFIXES, TENSOR_SUFFIX, printable
+from .files import NIFTI_SUFFIXES, TENSOR_SUFFIX
 from .reports import ReportText, SectionRules, report_of, table_reports, text_columns
-from .tables import Labels, Table, read_json_object
+from .tables import Labels, Table, read_json_studies
 
 PATH_COLUMNS = ("path", "scan", "file", "scan_path", "file_name", "filename")
 
@@ -43,7 +43,7 @@ def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[ListedSt
         ValueError: not such a file; names it and the study.
     """
     studies = []
-    for uid, entry in read_json_object(path, "study list").items():
+    for uid, entry in read_json_studies(path, "study list").items():
         try:
             given = [key for key in ("scans", "recons", "series") if isinstance(entry, dict) and key in entry]
             if len(given) != 1 or not isinstance(entry[given[0]], dict if given == ["series"] else list):
@@ -55,7 +55,7 @@ def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[ListedSt
             report = report_of(_texts(entry), rules)
         except ValueError as error:
             raise ValueError(f"{path}: study {uid}: {error}") from error
-        studies.append(ListedStudy(printable(uid), scans, report))
+        studies.append(ListedStudy(uid, scans, report))
     return studies
 
 

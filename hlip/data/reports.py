@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from .files import printable, why
-from .tables import Table, read_json_object
+from .tables import Table, read_json_studies
 
 # Keys of JSON entries and columns of tables, in lower case, "_en" cut off.
 _TEXT_KEYS = {
@@ -178,7 +178,7 @@ def normalise(text: str) -> str:
     fresh = True
     for line in _tidy(text).split("\n"):
         if line and pieces:
-            pieces.append("\n" if _LIST_ITEM.match(line) else "\n\n" if fresh else " ")
+            pieces.append("\n\n" if fresh else "\n" if _LIST_ITEM.match(line) else " ")
         if line:
             pieces.append(line)
         fresh = not line
@@ -236,7 +236,7 @@ def read_reports(path: Path | str, rules: SectionRules | None = None) -> dict[st
     if path.suffix.lower() != ".json":
         raise ValueError(f"{path}: reports must be a .json or .csv file, or a folder of .txt files")
     reports = {}
-    for uid, entry in read_json_object(path, "file of reports").items():
+    for uid, entry in read_json_studies(path, "file of reports").items():
         try:
             reports[uid] = report_of(entry if isinstance(entry, dict) else {"report": entry}, rules)
         except ValueError as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from .files import (
     NIFTI_SUFFIXES,
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 NAME_LENGTH = 120  # characters
 TENSOR_NAME = "img.pt"  # says nothing of the scan; the folder does
 KNOWN_BROKEN = frozenset(["train_1267_a_4", "train_11755_a_3", "train_11755_a_4"])  # volumes of CT-RATE
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -143,12 +142,16 @@ def find_studies(
     """
     path, rules = Path(path), sections or SectionRules()
     base = Path(root) if root is not None else path.parent
+    texts = {} if reports is None else read_reports(reports, rules)
+    numbers = {} if labels is None else Table.read(labels).labels()
     rejected: list[Rejection] = []
     if path.suffix.lower() in (".json", ".csv") and not path.is_dir():
         read = read_json_list if path.suffix.lower() == ".json" else read_csv_list
         listed = read(path, base, rules)
-        gather = _listed_in_folder if any(study.scans is None for study in listed) else _listed_studies
-        studies = gather(listed, base, workers, progress, rejected)
+        if any(study.scans is None for study in listed):
+            studies = _listed_in_folder(listed, base, workers, progress, rejected)
+        else:
+            studies = _listed_studies(listed, workers, progress, rejected)
     elif path.is_dir():
         studies = _folder_studies(path, workers, progress, rejected)
         if not studies and not rejected:
@@ -156,16 +159,15 @@ def find_studies(
     else:
         raise ValueError(f"{path}: expected a folder, a study list (.json) or a table (.csv)")
     studies = _without_unusable(studies, workers, progress, rejected)
-    if reports is not None:
-        texts = _joined(Path(reports), read_reports(reports, rules), studies)
-        studies = [replace(s, report=texts.get(s.uid, s.report)) for s in studies]
-    if labels is not None:
-        numbers = _joined(Path(labels), Table.read(labels).labels(), studies)
-        studies = [replace(s, labels=numbers.get(s.uid, s.labels)) for s in studies]
-    found = [
-        StudySource(s.uid, tuple(scan.source for scan in s.scans), s.report.impression, s.report.findings, s.labels)
-        for s in studies
-    ]
+    uids = {study.uid for study in studies}
+    _check_join(reports, texts, uids)
+    _check_join(labels, numbers, uids)
+    found = []
+    for study in studies:
+        report = texts.get(study.uid, study.report)
+        scans = tuple(scan.source for scan in study.scans)
+        marks = numbers.get(study.uid, study.labels)
+        found.append(StudySource(study.uid, scans, report.impression, report.findings, marks))
     return Found(found, sorted(rejected, key=attrgetter("study", "scan", "rule", "reason")))
 
 
@@ -229,29 +231,34 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
     for path, rule, reason in problems:
         rejected.append(Rejection("", printable(Path(path).relative_to(root).as_posix()), rule, reason))
     _keep_series_in_one_study(headers, rejected)
+    written: dict[str, str] = {}
+    for folder in sorted(names):
+        if written.setdefault(printable(folder), folder) != folder:  # two forms of one letter, say
+            rejected.append(Rejection(printable(folder), "", "name_clash", "another folder's name reads the same"))
     studies = []
-    for uid in sorted({*names, *headers}):
-        found = headers.pop(uid, {})
-        studies.append(_Study(uid, _scans({**names.pop(uid, {}), **dict.fromkeys(found, "")}, found, uid, rejected)))
+    for uid in sorted({*written, *headers}):
+        series = headers.pop(uid, {})
+        named = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
+        studies.append(_Study(uid, _scans(named, series, uid, rejected)))
     return studies
 
 
 def _place(place: Path) -> tuple[str, str]:
-    """Study and scan's name of a file that is no DICOM, by its path below the root."""
+    """Study, as the files have it, and scan's name of a file that is no DICOM, by its path below the root."""
     *folders, name = place.parts
     subject = re.match(r"(sub-[^_]+)(?:_(ses-[^_]+))?_", name)
     if subject:  # BIDS: the name repeats subject and session
-        above = folders[: folders.index(subject[1])] if subject[1] in folders else []
-        return printable("/".join([*above, "_".join(filter(None, subject.groups()))])), _clean(name)
+        above = folders[: folders.index(subject[1])] if subject[1] in folders else folders[:0]
+        return "/".join([*above, "_".join(filter(None, subject.groups()))]), _clean(name)
     if volume_study(name) != stem(name):  # CT-RATE
         return volume_study(name), _clean(name)
     if not folders:
-        return printable(stem(name)), _clean(name)
-    return printable(folders[0]), _path_name(Path(*place.parts[1:]))
+        return stem(name), _clean(name)
+    return folders[0], _path_name(Path(*place.parts[1:]))
 
 
 def _listed_studies(
-    listed: Sequence[ListedStudy], base: Path, workers: int, progress: Progress, rejected: list[Rejection]
+    listed: Sequence[ListedStudy], workers: int, progress: Progress, rejected: list[Rejection]
 ) -> list[_Study]:
     files = []
     for study in listed:
@@ -273,14 +280,14 @@ def _listed_in_folder(
     listed: Sequence[ListedStudy], base: Path, workers: int, progress: Progress, rejected: list[Rejection]
 ) -> list[_Study]:
     """Studies of a list without paths: those of a folder."""
-    known = {study.uid: study for study in listed}
-    studies = []
-    for study in _folder_studies(base, workers, progress, rejected):
-        if study.uid in known:
-            row = known.pop(study.uid)
-            studies.append(replace(study, report=row.report, labels=row.labels))
-    rejected += [Rejection(uid, "", "missing", f"no scans of it in {base}") for uid in known]
-    return studies
+    rows = {study.uid: study for study in listed}
+    left_out: list[Rejection] = []
+    found = {study.uid: study for study in _folder_studies(base, workers, progress, left_out)}
+    rejected += [rejection for rejection in left_out if not rejection.study or rejection.study in rows]
+    rejected += [Rejection(uid, "", "missing", "no scans of it in the folder") for uid in rows if uid not in found]
+    return [
+        replace(study, report=rows[uid].report, labels=rows[uid].labels) for uid, study in found.items() if uid in rows
+    ]
 
 
 def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Problem]]:
@@ -386,12 +393,13 @@ def _keep_series_in_one_study(headers: dict[str, dict[str, Header]], rejected: l
 def _named(scans: Iterable[_Scan]) -> list[_Scan]:
     """The scans in the order of their names, made unique and short enough."""
     taken: set[str] = set()
+    repeats: Counter[str] = Counter()
     named = []
     for scan in sorted(scans, key=lambda scan: (scan.source.name, scan.key)):
-        name, count = scan.source.name[:NAME_LENGTH] or "scan", 1
+        base = name = scan.source.name[:NAME_LENGTH] or "scan"
         while name in taken:
-            count += 1
-            name = f"{scan.source.name[: NAME_LENGTH - 8]}~{count}"
+            repeats[base] += 1
+            name = f"{base[: NAME_LENGTH - 8]}~{repeats[base] + 1}"
         taken.add(name)
         named.append(replace(scan, source=replace(scan.source, name=name)))
     return sorted(named, key=lambda scan: scan.source.name)
@@ -420,14 +428,12 @@ def _without_unusable(
     return kept
 
 
-def _joined(path: Path, entries: Mapping[str, Value], studies: Sequence[_Study]) -> Mapping[str, Value]:
-    """The entries, if any belongs to a study; the number of those that do not goes to the log."""
-    uids = {study.uid for study in studies}
+def _check_join(path: Path | str | None, entries: Collection[str], uids: Collection[str]) -> None:
+    """Refuse a file without an entry for any of the studies; the number of entries for others goes to the log."""
     strange = [uid for uid in entries if uid not in uids]
-    if studies and len(strange) == len(entries):
+    if uids and strange and len(strange) == len(entries):
         raise ValueError(
             f"{path}: none of its {len(entries)} studies was found; it has {strange[0]}, there is {min(uids)}"
         )
     if strange:
         logger.warning("%s: %d of %d studies were not found", path, len(strange), len(entries))
-    return entries

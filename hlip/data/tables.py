@@ -22,14 +22,16 @@ _IDENTIFIER = re.compile(
 )
 
 
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object with at least one key, none of them twice.
+def read_json_studies(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object with one entry per study, none of them twice.
 
     Raises:
         ValueError: not such a file; names it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        if isinstance(content, dict):
+            content = _unique_keys([(printable(uid), entry) for uid, entry in content.items()])
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable {what} ({error})") from error
     if not isinstance(content, dict) or not content:
