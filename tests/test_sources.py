@@ -194,6 +194,17 @@ def test_dicom_is_known_by_its_content(
     assert names(find_studies(tmp_path)) == {"1.2.1": ["0001-t1_tse"]}
 
 
+def test_long_headers_are_read_to_their_end(tmp_path: Path) -> None:
+    """Private elements of 20 kB lie before the series' description, others before its rows."""
+    path = dicom(tmp_path / "a")
+    dataset = pydicom.dcmread(path)
+    for group in (0x0009, 0x0019, 0x0021, 0x0027):
+        block = dataset.private_block(group, "TEST", create=True)
+        block.add_new(1, "OB", bytes(20_000))
+    dataset.save_as(path)
+    assert (names(find_studies(tmp_path)), path.stat().st_size > 80_000) == ({"1.2.1": ["0001-t1_tse"]}, True)
+
+
 def test_names_of_series_are_clean_and_unique(tmp_path: Path) -> None:
     for i, (number, description) in enumerate(
         [

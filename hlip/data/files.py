@@ -5,8 +5,11 @@ Nothing here decodes an image. A file that cannot be used is a `Problem`, never 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import hashlib
+import io
 import multiprocessing
 import os
 import re
@@ -27,12 +30,12 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 TENSOR_SUFFIX = ".pt"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # files of other names are DICOM only if their content is
 FILES_PER_JOB = 200
+HEAD_BYTES = 2**15  # one read of this size holds most headers
 SAMPLE = 4096  # bytes
 MAX_INFLATED = 2**32  # bytes of a compressed file that are looked at
 
 # All that is ever taken from a DICOM header. No name, birth date or accession number is among them.
 DICOM_TAGS = (
-    "SOPClassUID",
     "SOPInstanceUID",
     "Modality",
     "SeriesDescription",
@@ -102,6 +105,8 @@ def stem(name: str) -> str:
 
 def printable(text: str) -> str:
     """The text in one Unicode form, with escapes for what cannot be printed or encoded."""
+    if text.isascii() and text.isprintable():
+        return text
     text = unicodedata.normalize("NFC", text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
@@ -202,21 +207,22 @@ def _read_header(path: str) -> Header | Problem | None:
             dataset, offset = _parse(file)
         if dataset.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR_CLASS:
             return None
-        study, series = (_word(dataset, f"{level}InstanceUID") for level in ("Study", "Series"))
+        study, series = (_word(_raw(dataset, f"{level}InstanceUID")) for level in ("Study", "Series"))
         if not study or not series:
             if start[128:] != b"DICM":
                 return None  # began like one by chance
             return Problem(path, "no_uid", f"no {'Series' if study else 'Study'}InstanceUID")
+        description = dataset.get("SeriesDescription")  # several values, if it has a backslash in it
         return Header(
             path,
             study,
             series,
-            _word(dataset, "SOPInstanceUID"),
-            _number(dataset, "SeriesNumber"),
-            _number(dataset, "InstanceNumber"),
-            _word(dataset, "Modality"),
-            _word(dataset, "SeriesDescription"),
-            _number(dataset, "Rows") > 0,
+            _word(_raw(dataset, "SOPInstanceUID")),
+            _number(_raw(dataset, "SeriesNumber")),
+            _number(_raw(dataset, "InstanceNumber")),
+            _word(_raw(dataset, "Modality")),
+            _word(description if isinstance(description, str) else "\\".join(description or ())),
+            any(_raw(dataset, "Rows")),
             offset,
         )
     except ImportError:
@@ -242,36 +248,49 @@ def _parse(file: Any) -> tuple[Any, int]:
     except ImportError as error:
         raise ImportError("reading DICOM needs pydicom: pip install 'hlip-kernels[io]'") from error
 
-    _check_inflated(file)
+    read = functools.partial(dcmread, force=True, stop_before_pixels=True, specific_tags=list(DICOM_TAGS))
+    size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    dataset = dcmread(file, force=True, stop_before_pixels=True, specific_tags=list(DICOM_TAGS))
-    offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    return dataset, offset if offset < size else 0
+    head = file.read(HEAD_BYTES)
+    if DEFLATED in head[:2048]:
+        _check_inflated(file, head)
+    else:
+        with contextlib.suppress(Exception):  # a header longer than that is cut, and read from the file
+            start = io.BytesIO(head)
+            dataset = read(start)
+            if start.tell() < len(head):
+                return dataset, start.tell()
+    file.seek(0)
+    dataset = read(file)
+    return dataset, file.tell() if file.tell() < size else 0
 
 
-def _check_inflated(file: Any) -> None:
+def _check_inflated(file: Any, head: bytes) -> None:
     """pydicom unpacks a deflated file as a whole, so one that would fill the memory must not get that far."""
-    file.seek(0)
-    start = file.read(2048)
-    if DEFLATED not in start or start[128:136] != b"DICM\2\0\0\0":
-        return
-    file.seek(144 + struct.unpack("<I", start[140:144])[0])  # the first element says how long the group of file meta is
+    if head[128:136] != b"DICM\2\0\0\0":
+        raise ValueError("deflated, without the length of its file meta information")
+    file.seek(144 + struct.unpack("<I", head[140:144])[0])
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     stream.decompress(file.read(), MAX_DEFLATED)
     if stream.unconsumed_tail:
         raise ValueError(f"more than {MAX_DEFLATED} bytes when inflated")
 
 
-def _word(dataset: Any, tag: str) -> str:
-    value = dataset.get(tag, "")
-    text = " ".join(map(str, value)) if not isinstance(value, str) and isinstance(value, Iterable) else str(value or "")
+def _raw(dataset: Any, tag: str) -> bytes:
+    """The value of an element as stored, which for all but free texts is ASCII or a number."""
+    element = dataset.get_item(tag)
+    return element.value if element is not None and isinstance(element.value, bytes) else b""
+
+
+def _word(value: str | bytes) -> str:
+    text = value if isinstance(value, str) else value.decode("ascii", "backslashreplace")
     return sys.intern(printable(" ".join(text.split("\0")[0].split())))
 
 
-def _number(dataset: Any, tag: str) -> int:
+def _number(value: bytes) -> int:
     try:
-        return int(dataset.get(tag, 0) or 0)
-    except (ValueError, TypeError, OverflowError):
+        return int(float(value.strip(b" \0") or 0))
+    except (ValueError, OverflowError):
         return 0
 
 
