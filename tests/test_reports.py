@@ -68,6 +68,7 @@ def test_sections_of_a_usual_report() -> None:
         (" \n\t\n", "", ""),
         # words of a heading that are none
         ("FINDINGS: These findings: x. My impression: y.", "", "These findings: x. My impression: y."),
+        ("FINDINGS: in my Impression: y.", "", "in my Impression: y."),
         ("FINDINGS: x. Impression of a mass.", "", "x. Impression of a mass."),
         ("FINDINGS: The study\nis limited. Technique\nis poor.", "", "The study is limited. Technique is poor."),
         ("FINDINGS: as in the prior\nimpression\nof May", "", "as in the prior impression of May"),

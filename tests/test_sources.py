@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hlip.data.files import walk
 from hlip.data.readers import ScanError, read_nifti
 from hlip.data.sources import Found, Rejection, StudySource, find_scans, find_studies
 
@@ -149,6 +150,11 @@ def test_series_are_gathered_from_all_folders(tmp_path: Path) -> None:
     first = found.studies[0].scans[0]
     assert [str(f.relative_to(tmp_path)) for f in first.files] == ["a/IM1", "a/IM2", "a/IM3", "b/c/6.dcm", "b/c/5.dcm"]
     assert found.rejected == []
+
+
+def test_a_walk_is_sorted(tmp_path: Path) -> None:
+    files, problems = walk(archive(tmp_path, random.Random(0).shuffle))
+    assert (files, len(files), problems) == (sorted(files), 11, [])
 
 
 def test_order_of_creation_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,10 +379,13 @@ def deflate_bomb(root: Path) -> None:
     dataset = pydicom.dcmread(path)
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     pydicom.dcmwrite(path, dataset)
-    meta = path.read_bytes()[: 144 + dataset.file_meta.FileMetaInformationGroupLength]
+    meta = path.read_bytes()
+    meta = meta[: 144 + struct.unpack("<I", meta[140:144])[0]]
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     zeros = struct.pack("<HH2sHI", 0x0009, 0x1001, b"OB", 0, 2**29) + bytes(2**22)
-    path.write_bytes(meta + packer.compress(zeros) + b"".join(packer.compress(bytes(2**22)) for _ in range(80)))
+    path.write_bytes(
+        meta + packer.compress(zeros) + b"".join(packer.compress(bytes(2**22)) for _ in range(80)) + packer.flush()
+    )
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], dict[str, int]]] = {
@@ -420,6 +429,11 @@ def test_hostile_folders(tmp_path: Path, case: str) -> None:
     assert names(found)["good"] == ["a.nii"]
     assert (rules(found), len(found.studies)) == (expected, 1)
     assert all(r.reason and len(r.reason) < 300 for r in found.rejected)
+
+
+def test_a_deflate_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    deflate_bomb(tmp_path)
+    assert only(find_studies(tmp_path), "unreadable").reason.endswith("bytes when inflated)")
 
 
 def test_unreadable_folders_and_files_are_named(tmp_path_factory: pytest.TempPathFactory) -> None:
