@@ -48,3 +48,11 @@ class Rejection:
     scan: str
     rule: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_studies` found: the studies, and what it left out."""
+
+    studies: list[StudySource]
+    rejected: list[Rejection]
