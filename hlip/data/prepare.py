@@ -403,7 +403,7 @@ def _compare(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any]) -> N
 
 @contextmanager
 def _locked(out: Path) -> Iterator[Path]:
-    """The folder `work/` of a new or unfinished store, for this run alone; temporary files of dead runs are removed."""
+    """The folder `work/` of a new or unfinished store, for this run alone."""
     work = out / "work"
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file")
@@ -416,9 +416,16 @@ def _locked(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{out}: another run is writing this store") from error
-        for temporary in work.glob("*.tmp"):
-            temporary.unlink(missing_ok=True)
-        yield work
+        _remove_temporary(work)  # of runs that were killed
+        try:
+            yield work
+        finally:
+            _remove_temporary(work)  # of workers that were
+
+
+def _remove_temporary(work: Path) -> None:
+    for temporary in work.glob("*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 class _Progress:
