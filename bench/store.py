@@ -39,11 +39,13 @@ PER_SHARD = 500
 SAMPLES = 10_000
 SENTENCE = "No acute infarct, hemorrhage, mass or abnormal enhancement is seen; the ventricles are normal in size. "
 READ = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 import numpy as np
+import pyarrow
 from hlip.data.dataset import StudyDataset
 from hlip.data.store import Store
-peak = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 before, start = peak(), time.perf_counter()
 store = Store(sys.argv[1])
 opened = time.perf_counter() - start

@@ -33,8 +33,8 @@ import sys
 from pathlib import Path
 from hlip.data.prepare import prepare
 from store_recipe import EverySlice, write_studies
-root, out, workers, slow = sys.argv[1:]
-prepare(write_studies(Path(root)), EverySlice(slow=slow), out, workers=int(workers), shard_scans=2)
+root, out, workers, slow, num_studies = sys.argv[1:]
+prepare(write_studies(Path(root), int(num_studies)), EverySlice(slow=slow), out, workers=int(workers), shard_scans=2)
 """
 
 
@@ -56,9 +56,9 @@ def store(found: Found, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(root: Path, out: Path, workers: int, slow: str = ".nii") -> subprocess.Popen:
+def start(root: Path, out: Path, workers: int, num_studies: int = 6) -> subprocess.Popen:
     """A run of its own process group, as a user would start it. It writes the same input again: the same bytes."""
-    arguments = [sys.executable, "-c", SCRIPT, root, out, workers, slow]
+    arguments = [sys.executable, "-c", SCRIPT, root, out, workers, ".nii", num_studies]
     env = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(list(map(str, arguments)), env=env, start_new_session=True, stderr=subprocess.PIPE)
 
@@ -171,27 +171,28 @@ def test_a_changed_file_is_noticed(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_ten_times(root: Path, store: Path, tmp_path: Path) -> None:
+def test_killed_ten_times(tmp_path: Path) -> None:
     """SIGKILL of the whole run, of its leader or of a worker, with one worker and two; then an unbroken one."""
-    rng, out = random.Random(0), tmp_path / "out"
+    rng, root, out = random.Random(0), tmp_path / "input", tmp_path / "out"
+    prepare(write_studies(root, 12), EverySlice(slow=".nii"), tmp_path / "unbroken", workers=2, shard_scans=2)
     finished: dict[Path, int] = {}
-    killed = 0
+    while_writing = 0
     for k in range(10):
-        process = start(root, out, workers=1 + k % 2)
-        if k:  # the first is killed while it starts, the others somewhere from the first worker on
+        process = start(root, out, 1 + k % 2, 12)
+        if k:  # the first is killed while it starts
             wait_for_workers(process)
-        time.sleep(rng.uniform(0.0, 2.3))
-        workers = children(process.pid) if process.poll() is None else []
-        killed += process.poll() is None
-        print(k, killed, len(workers), len(finished))
-        if k % 3 == 1:
-            process.kill()
-        elif k % 3 == 2 and workers:
+        while k % 4 and process.poll() is None and not list((out / "work").glob("*.tmp")):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.5))
+        assert process.poll() is None, "it was to be killed before its end"
+        workers = children(process.pid)
+        while_writing += bool(list((out / "work").glob("*.tmp")))
+        if k % 3 == 1 and workers:
             os.kill(rng.choice(workers), signal.SIGKILL)  # it is replaced
-            time.sleep(rng.uniform(0, 0.5))
-            workers = children(process.pid)
-            os.killpg(process.pid, signal.SIGKILL)
-        elif process.poll() is None:
+            time.sleep(rng.uniform(0, 0.3))
+        if k % 3:
+            process.kill()
+        else:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         deadline = time.monotonic() + 10
@@ -203,9 +204,11 @@ def test_killed_ten_times(root: Path, store: Path, tmp_path: Path) -> None:
             for path, changed in finished.items():
                 assert path.stat().st_mtime_ns == changed, f"{path} was finished, and is written again"
             finished = {path: path.stat().st_mtime_ns for _, path in shard_files(out)}
-    process = start(root, out, workers=2, slow=".nii")
-    assert process.communicate()[1] is not None and process.returncode == 0
-    assert digests(out) == digests(store)
+    assert while_writing >= 5 and finished
+    process = start(root, out, 2, 12)
+    process.communicate()
+    assert process.returncode == 0
+    assert digests(out) == digests(tmp_path / "unbroken")
 
 
 def test_interrupt_leaves_a_partial_store(root: Path, store: Path, tmp_path: Path) -> None:
@@ -235,11 +238,14 @@ def test_a_second_run_is_refused(root: Path, found: Found, tmp_path: Path) -> No
 
 def test_a_scan_that_ends_the_process_is_left_out(found: Found, tmp_path: Path) -> None:
     recipe = EverySlice(abort="2.nii")
-    report = prepare(found, recipe, tmp_path / "out", workers=2)
-    assert report.rejected["crash"] == 2 and report.studies == 6 and report.scans == 8
-    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert {"study": "study05", "scan": "2.nii.gz", "rule": "crash"}.items() <= rejected[-1].items()
-    assert rejected[-1]["reason"] == "it ended the process 3 times (SIGABRT)"
+    report = prepare(Found(found.studies[3:], []), recipe, tmp_path / "out", workers=2, shard_scans=3)
+    assert (report.studies, report.scans, report.rejected) == (3, 5, {"crash": 1})
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text()) == {
+        "study": "study05",
+        "scan": "2.nii.gz",
+        "rule": "crash",
+        "reason": "it ended the process 3 times (SIGABRT)",
+    }
 
 
 @pytest.fixture

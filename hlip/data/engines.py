@@ -21,8 +21,6 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
-
 Engine = Literal["local", "ray", "slurm"]
 TRIES = 3  # so often a step may end its process before it is blamed: whoever kills a process once or twice is forgiven
 POLL_SECONDS = 0.5
@@ -150,7 +148,6 @@ class _Worker:
 
 def _work(pipe: Any, job: Job) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     try:
         while True:
             unit = pipe.recv()

@@ -334,6 +334,7 @@ class PrepareJob:
     recipe: PreparesScans
 
     def run(self, unit: int, notify: Callable[[Event], None]) -> None:
+        torch.set_num_threads(1)  # there is a worker for every CPU
         recipe = self.recipe
         write_shard(
             shard_file(self.plan.out, unit),
