@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from hlip.data.batch import Study
 from hlip.data.prepare import hide_ids, prepare, prepare_study
 from hlip.data.readers import ScanError
 from hlip.data.sources import Found, Rejection, ScanSource, StudySource
-from hlip.data.store import Store, shard_files
+from hlip.data.store import PreparedStudy, Store, StoredScan, shard_files, write_shard
 from hlip.data.store_tools import verify
 from store_recipe import EverySlice, digests, write_studies
 
@@ -267,6 +268,19 @@ def test_a_full_disk(root: Path, found: Found, store: Path, tmp_path: Path, requ
     prepare(found, EverySlice(step=1), tmp_path / "out", shard_scans=1)
     prepare(found, EverySlice(step=1), tmp_path / "fresh", shard_scans=1)
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+def test_a_disk_that_fills_while_a_shard_is_put_together(tmp_path: Path) -> None:
+    study = PreparedStudy("s", [StoredScan("a", torch.zeros(5, 50, 50, dtype=torch.uint8), (1, 1, 1), "axial")])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 50 * 50, before[1]))  # room for the voxels, none for the header
+    try:
+        with pytest.raises(OSError) as raised:
+            write_shard(tmp_path / "00000.safetensors", [study], {}, "", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hidden_ids(found: Found, root: Path, tmp_path: Path) -> None:

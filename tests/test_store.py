@@ -108,6 +108,10 @@ def test_a_shard_is_read_by_hand(path: Path) -> None:
     assert torch.equal(scan, STUDIES[5].scans[0].image)
 
 
+def test_whoever_may_read_the_manifest_may_read_the_shards(path: Path) -> None:
+    assert shard_file(path, 0).stat().st_mode == (path / "manifest.arrow").stat().st_mode
+
+
 def test_pandas_reads_the_manifest(path: Path) -> None:
     table = pytest.importorskip("pandas").read_feather(path / "manifest.arrow")
     assert table["uid"].tolist() == [study.uid for study in STUDIES]

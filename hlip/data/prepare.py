@@ -425,8 +425,9 @@ def _locked(out: Path) -> Iterator[Path]:
 
 
 def _remove_temporary(work: Path) -> None:
-    for temporary in work.glob("*.tmp"):
-        temporary.unlink(missing_ok=True)
+    for pattern in ("*.tmp", ".tmp*"):  # ours and those of safetensors
+        for temporary in work.glob(pattern):
+            temporary.unlink(missing_ok=True)
 
 
 class _Progress:

@@ -11,11 +11,13 @@ docs/store.md describes the format. Shapes: N studies, S scans of all of them.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
 import mmap
 import os
+import re
 import uuid
 import zlib
 from collections import Counter
@@ -121,7 +123,9 @@ def write_shard(
             try:
                 save_file(tensors, partial, {"hlip": json.dumps({"format": FORMAT, **content})})
             except SafetensorError as error:
-                raise OSError(f"{path}: cannot be written ({error})") from error
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+            partial.chmod(voxels.stat().st_mode & 0o777)  # safetensors lets nobody else read
     finally:
         voxels.unlink(missing_ok=True)
 
