@@ -127,7 +127,7 @@ def throughput(folder: Path, studies: int) -> None:
     file = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
     scans = tuple(ScanSource(f"{m}", "nifti", (file,)) for m in range(4))
     found = Found([StudySource(f"{i:04d}", scans) for i in range(studies)], [])
-    rows = []
+    rows: list[list[float]] = []
     for workers in (1, 2, 1, 2):
         start = time.perf_counter()
         prepare(found, Whole(), folder / str(len(rows)), workers=workers, shard_scans=8)
