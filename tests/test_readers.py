@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import dipy
 import numpy as np
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_volume_cannot_be_reassigned(tmp_path: Path) -> None:
 
 def test_sheared_axes_are_read_as_nibabel_has_them() -> None:
     """A real header that SimpleITK refuses."""
-    path = Path(pytest.importorskip("dipy").__file__).parent / "data" / "files" / "S0_10slices.nii.gz"
+    path = Path(dipy.__file__).parent / "data" / "files" / "S0_10slices.nii.gz"
     volume, image = read_nifti(path), nibabel.load(path)
     np.testing.assert_array_equal(volume.array, np.asarray(image.dataobj)[..., 0])
     np.testing.assert_array_equal(volume.affine, image.affine)

@@ -12,11 +12,6 @@ from hlip.data.preprocess import Recipe, load_recipe
 from hlip.data.quality import Rules
 from hlip.data.sources import ScanSource
 
-pytest.importorskip("pydicom")
-sitk = pytest.importorskip("SimpleITK")
-nibabel = pytest.importorskip("nibabel")
-pytest.importorskip("nilearn")
-
 import dipy  # noqa: E402
 import nilearn.datasets  # noqa: E402
 
