@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import dipy
+import nilearn.datasets
 import numpy as np
 import pytest
 
+import straight_line
+from dicom_files import write_series
 from hlip.data.preprocess import Recipe, load_recipe
 from hlip.data.quality import Rules
 from hlip.data.sources import ScanSource
-
-import dipy  # noqa: E402
-import nilearn.datasets  # noqa: E402
-
-import straight_line  # noqa: E402
-from dicom_files import write_series  # noqa: E402
 
 MNI = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 STATISTIC_MAP = MNI.with_name("image_10426.nii.gz")
