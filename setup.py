@@ -3,7 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "io": ["nibabel>=5"],
+    "io": ["nibabel>=5", "pyarrow>=15"],
+    "scale": ["ray>=2.9", "submitit>=1.5"],
     "text": ["transformers>=4.56"],
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .data.batch import Study
 from .data.studies import load_study
+from .data_cli import add_commands
 from .model.checkpoint import Layout, load
 from .model.clip import HLIPModel
 from .model.published import describe
@@ -77,19 +78,20 @@ def main(argv: list[str] | None = None) -> int:
     convert.add_argument("--text", metavar="FOLDER", help="configuration and tokenizer of the text tower")
     convert.set_defaults(run=_convert)
 
+    add_commands(commands)
+
     env = commands.add_parser("env", help="report versions, devices and attention backends")
     env.set_defaults(run=_env)
 
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"hlip {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"hlip {args.command}: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 def _embed(args: argparse.Namespace) -> None:

@@ -146,7 +146,7 @@ def batch() -> hlip.PackedBatch:
 def test_a_model_compares_what_its_objective_says(objective: str, bert_folder: str) -> None:
     model = small(objective, bert_folder)
     packed = batch()
-    outputs = model(packed, model.texts(packed.impressions, packed.findings))
+    outputs = model(packed, model.config.texts(packed.impressions, packed.findings))
     reports = ["a mass. edema around it.", "clear.", "normal."]
     impressions, findings = ["a mass.", "clear.", "normal."], ["edema around it.", "clear.", "normal."]
     expected = [impressions, findings] if objective == "dual" else [reports]

@@ -19,7 +19,7 @@ from hlip.model.plan import TokenBatch
 class MicroBatch:
     """What the model reads at once.
 
-    texts: of its studies, as `HLIPModel.texts` gives them; or their features.
+    texts: of its studies, as `ModelConfig.texts` gives them; or their features.
     uids: one per study.
     seed: of what is drawn in forward.
     """

@@ -11,6 +11,23 @@ from torch.nn import functional as F
 
 from .readers import ScanError, Volume
 
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """One image that a model may see.
+
+    name: suffix of the source's name: empty, or which of several images of it ("brain", "t3").
+    image: (D, H, W) uint8 - through-plane axis first.
+    spacing: mm per voxel along D, H, W.
+    plane: "axial", "coronal" or "sagittal".
+    """
+
+    name: str
+    image: Tensor
+    spacing: tuple[float, float, float]
+    plane: str
+
+
 # In-plane axes (rows, columns) that go with each through-plane axis; 0, 1, 2 are right, posterior, inferior.
 _PLANES = {2: (2, 1, 0), 1: (1, 2, 0), 0: (0, 2, 1)}
 

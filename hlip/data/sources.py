@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
+
+from .files import (
+    NIFTI_SUFFIXES,
+    TENSOR_SUFFIX,
+    Header,
+    Part,
+    Problem,
+    Progress,
+    find_repeated,
+    kind_of,
+    printable,
+    read_headers,
+    silent,
+    stem,
+    walk,
+)
+from .lists import ListedStudy, each_once, read_csv_list, read_json_list
+from .readers import ScanError
+from .reports import ReportText, SectionRules, read_reports
+from .tables import Labels, Table, volume_study
+
+logger = logging.getLogger(__name__)
+NAME_LENGTH = 120  # characters
+TENSOR_NAME = "img.pt"  # says nothing of the scan; the folder does
+KNOWN_BROKEN = frozenset(["train_1267_a_4", "train_11755_a_3", "train_11755_a_4"])  # volumes of CT-RATE
 
 
 @dataclass(frozen=True)
@@ -48,3 +79,361 @@ class Rejection:
     scan: str
     rule: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_studies` found: the studies, and what it left out."""
+
+    studies: list[StudySource]
+    rejected: list[Rejection]
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A scan while its study is put together.
+
+    key: orders scans of one name.
+    parts: what holds its image, to compare it with others.
+    """
+
+    source: ScanSource
+    key: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class _Study:
+    uid: str
+    scans: list[_Scan]
+    report: ReportText = field(default_factory=ReportText)
+    labels: Labels = ()
+
+
+def find_studies(
+    path: Path | str,
+    *,
+    root: Path | str | None = None,
+    reports: Path | str | None = None,
+    labels: Path | str | None = None,
+    sections: SectionRules | None = None,
+    workers: int = 1,
+    progress: Progress = silent,
+) -> Found:
+    """Find studies and their scans; `docs/input.md` says where. No image is decoded.
+
+    The result is the same whatever the order of the file system and the number of workers.
+
+    Args:
+        path: a folder, a study list (`.json`) or a table (`.csv`).
+        root: what the paths of a list or table are relative to; its folder if None.
+        reports: see `read_reports`; a report there takes the place of one in the list.
+        labels: a CSV with a column of studies and columns of numbers; in place of those in the list.
+        sections: how reports are split.
+        workers: processes that read the headers of DICOM files.
+        progress: such as `tqdm`; called with an iterable, `total`, `desc` and `unit`.
+
+    Returns:
+        Studies by uid, each with at least one scan; and what was left out, with its reason.
+
+    Raises:
+        ValueError: there is nothing at `path`; a list, table or report cannot be used; none of the reports or
+            labels belongs to a study.
+    """
+    path, rules = Path(path), sections or SectionRules()
+    base = Path(root) if root is not None else path.parent
+    texts = {} if reports is None else read_reports(reports, rules)
+    numbers = {} if labels is None else Table.read(labels).labels()
+    rejected: list[Rejection] = []
+    if path.suffix.lower() in (".json", ".csv") and not path.is_dir():
+        read = read_json_list if path.suffix.lower() == ".json" else read_csv_list
+        listed = read(path, base, rules)
+        if any(study.scans is None for study in listed):
+            studies = _listed_in_folder(listed, base, workers, progress, rejected)
+        else:
+            studies = _listed_studies(listed, workers, progress, rejected)
+    elif path.is_dir():
+        studies = _folder_studies(path, workers, progress, rejected)
+        if not studies and not rejected:
+            raise ValueError(f"{path}: no scans ({_wanted()}) in this folder")
+    else:
+        raise ValueError(f"{path}: expected a folder, a study list (.json) or a table (.csv)")
+    studies = _without_unusable(studies, workers, progress, rejected)
+    uids = {study.uid for study in studies}
+    _check_join(reports, texts, uids)
+    _check_join(labels, numbers, uids)
+    found = []
+    for study in studies:
+        report = texts.get(study.uid, study.report)
+        scans = tuple(scan.source for scan in study.scans)
+        marks = numbers.get(study.uid, study.labels)
+        found.append(StudySource(study.uid, scans, report.impression, report.findings, marks))
+    return Found(found, sorted(rejected, key=attrgetter("study", "scan", "rule", "reason")))
+
+
+def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
+    """The scans of one study in their fixed order, from its files or one folder.
+
+    Raises:
+        ValueError: no scan, one that is given twice, or DICOM files of two studies.
+        ScanError: a file that cannot be used; names it.
+    """
+    given = each_once([Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths])
+    if not given:
+        raise ValueError("a study needs at least one scan file, got none")
+    names, problems = _files([("", path) for path in given])
+    others = [path for path in names if kind_of(path) is None]
+    headers = dict(zip(others, read_headers(others), strict=True))
+    problems += [header for header in headers.values() if isinstance(header, Problem)]
+    problems += _no_images(given, headers)
+    if problems:
+        raise ScanError(problems[0].path, problems[0].reason, problems[0].rule)
+    studies = sorted({header.study for header in headers.values() if isinstance(header, Header)})
+    if len(studies) > 1:
+        raise ValueError(f"{given[0]}: DICOM files of {len(studies)} studies: {', '.join(studies[:3])}")
+    scans = _named(_scans(names, headers, "", []))
+    if not scans:
+        raise ValueError(f"{given[0]}: no scans ({_wanted()}) in this folder")
+    return [scan.source for scan in scans]
+
+
+def _no_images(given: Iterable[Path], headers: Mapping[str, Header | Problem | None]) -> list[Problem]:
+    """Files that were named as scans and are none."""
+    reason = f"not an image ({_wanted()})"
+    return [Problem(str(path), "unreadable", reason) for path in given if headers.get(str(path), path) is None]
+
+
+def _wanted() -> str:
+    return f"{', '.join(NIFTI_SUFFIXES)}, {TENSOR_SUFFIX}, DICOM"
+
+
+# Files to studies
+
+
+def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list[Rejection]) -> list[_Study]:
+    files, problems = walk(root)
+    names: dict[str, dict[str, str]] = defaultdict(dict)
+    for file in files:
+        if kind_of(file) is None:
+            continue
+        place = Path(file).relative_to(root)
+        if "derivatives" in place.parts[:-1]:
+            problems.append(Problem(file, "derived", "in a folder of derivatives"))
+            continue
+        uid, name = _place(place)
+        names[uid][file] = name
+    headers: dict[str, dict[str, Header]] = defaultdict(dict)
+    for header in read_headers([file for file in files if kind_of(file) is None], workers, progress):
+        if isinstance(header, Header):
+            headers[header.study][header.path] = header
+        elif header is not None:
+            problems.append(header)
+    for path, rule, reason in problems:
+        rejected.append(Rejection("", printable(Path(path).relative_to(root).as_posix()), rule, reason))
+    _keep_series_in_one_study(headers, rejected)
+    written: dict[str, str] = {}
+    for folder in sorted(names):
+        if written.setdefault(printable(folder), folder) != folder:  # two forms of one letter, say
+            rejected.append(Rejection(printable(folder), "", "name_clash", "another folder's name reads the same"))
+    studies = []
+    for uid in sorted({*written, *headers}):
+        series = headers.pop(uid, {})
+        named = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
+        studies.append(_Study(uid, _scans(named, series, uid, rejected)))
+    return studies
+
+
+def _place(place: Path) -> tuple[str, str]:
+    """Study, as the files have it, and scan's name of a file that is no DICOM, by its path below the root."""
+    *folders, name = place.parts
+    subject = re.match(r"(sub-[^_]+)(?:_(ses-[^_]+))?_", name)
+    if subject:  # BIDS: the name repeats subject and session
+        above = folders[: folders.index(subject[1])] if subject[1] in folders else folders[:0]
+        return "/".join([*above, "_".join(filter(None, subject.groups()))]), _clean(name)
+    if volume_study(name) != stem(name):  # CT-RATE
+        return volume_study(name), _clean(name)
+    if not folders:
+        return stem(name), _clean(name)
+    return folders[0], _path_name(Path(*place.parts[1:]))
+
+
+def _listed_studies(
+    listed: Sequence[ListedStudy], workers: int, progress: Progress, rejected: list[Rejection]
+) -> list[_Study]:
+    files = []
+    for study in listed:
+        names, problems = _files(study.scans or ())
+        files.append(names)
+        rejected += [Rejection(study.uid, printable(Path(p.path).name), p.rule, p.reason) for p in problems]
+    others = sorted({path for names in files for path in names if kind_of(path) is None})
+    headers = dict(zip(others, read_headers(others, workers, progress), strict=True))
+    studies = []
+    for study, names in zip(listed, files, strict=True):
+        problems = [header for path in names if isinstance(header := headers.get(path), Problem)]
+        problems += _no_images([path for _, path in study.scans or ()], headers)
+        rejected += [Rejection(study.uid, printable(Path(p.path).name), p.rule, p.reason) for p in problems]
+        studies.append(_Study(study.uid, _scans(names, headers, study.uid, rejected), study.report, study.labels))
+    return sorted(studies, key=attrgetter("uid"))
+
+
+def _listed_in_folder(
+    listed: Sequence[ListedStudy], base: Path, workers: int, progress: Progress, rejected: list[Rejection]
+) -> list[_Study]:
+    """Studies of a list without paths: those of a folder."""
+    rows = {study.uid: study for study in listed}
+    left_out: list[Rejection] = []
+    found = {study.uid: study for study in _folder_studies(base, workers, progress, left_out)}
+    rejected += [rejection for rejection in left_out if not rejection.study or rejection.study in rows]
+    rejected += [Rejection(uid, "", "missing", "no scans of it in the folder") for uid in rows if uid not in found]
+    return [
+        replace(study, report=rows[uid].report, labels=rows[uid].labels) for uid, study in found.items() if uid in rows
+    ]
+
+
+def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Problem]]:
+    """The files of one study, each with a name, from named or unnamed files and folders.
+
+    Without a name they are called by their path below the folder that they have in common.
+    """
+    names, problems = {}, []
+    top = _common_folder([path for _, path in scans])
+    for name, path in scans:
+        if path.is_dir():
+            inside, more = walk(path)
+            problems += more
+            for file in inside:
+                below = Path(file).relative_to(path) if name else Path(file).absolute().relative_to(top)
+                names[file] = _path_name(Path(_clean(name)) / below)
+        elif kind_of(path) is None and not path.is_file():
+            problems.append(Problem(str(path), "missing", "no such file"))
+        else:
+            names[str(path)] = _clean(name) or _path_name(path.absolute().relative_to(top))
+    return names, problems
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    if len(paths) == 1 and paths[0].is_dir():
+        return paths[0].absolute()
+    folders = [path.parent.parent if path.name == TENSOR_NAME else path.parent for path in map(Path.absolute, paths)]
+    return Path(os.path.commonpath(folders)) if folders else Path()
+
+
+def _path_name(below: Path) -> str:
+    """A name from a path. A space sorts before what file names are made of, as the end of a folder's name does."""
+    parts = below.parts[:-1] if below.name == TENSOR_NAME else below.parts
+    return " ".join(map(_clean, parts or below.parts))
+
+
+# Files to scans
+
+
+def _scans(
+    names: Mapping[str, str], headers: Mapping[str, Header | Problem | None], uid: str, rejected: list[Rejection]
+) -> list[_Scan]:
+    """The scans in a study's files, given with their names; DICOM files make up series."""
+    scans = []
+    series: dict[tuple[str, str], list[Header]] = defaultdict(list)
+    for path, name in names.items():
+        kind, header = kind_of(path), headers.get(path)
+        if isinstance(header, Header):
+            series[header.study, header.series].append(header)
+        elif kind is not None and stem(Path(path).name) in KNOWN_BROKEN:
+            rejected.append(Rejection(uid, name, "known_broken", "published as a broken volume of CT-RATE"))
+        elif kind is not None:
+            scans.append(_Scan(ScanSource(name, kind, (Path(path),)), path, ((path, 0),)))
+    for key in sorted(series):
+        scan = _series(series[key], uid, rejected)
+        if scan is not None:
+            scans.append(scan)
+    return scans
+
+
+def _series(headers: Sequence[Header], uid: str, rejected: list[Rejection]) -> _Scan | None:
+    headers = sorted(headers, key=attrgetter("position", "instance", "path"))
+    first = headers[0]
+    name = f"{first.number:04d}" + (f"-{_clean(first.description)}" if first.description else "")
+    images: dict[tuple[str, int], Header] = {}
+    copies = []
+    for header in headers:
+        # Some de-identified archives give every slice one instance UID: only the position tells those apart.
+        key = (header.instance or header.path, header.position)
+        if header.is_image and images.setdefault(key, header) is not header:
+            copies.append(header)
+    if not images:
+        reason = f"{len(headers)} files of modality {first.modality or '?'} without rows of pixels"
+        rejected.append(Rejection(uid, name, "no_image", reason))
+        return None
+    if copies:
+        reason = f"{len(copies)} files repeat an instance of the series, such as {Path(copies[0].path).name}"
+        rejected.append(Rejection(uid, name, "copy", reason))
+    files = tuple(Path(header.path) for header in images.values())
+    parts = tuple((header.path, header.offset) for header in images.values())
+    return _Scan(ScanSource(name, "dicom", files, first.modality, first.description), first.series, parts)
+
+
+def _keep_series_in_one_study(headers: dict[str, dict[str, Header]], rejected: list[Rejection]) -> None:
+    """Of a series that lies in two studies with the same instances, drop the one of the later study."""
+    homes: dict[str, set[str]] = defaultdict(set)
+    for uid, files in headers.items():
+        for header in files.values():
+            homes[header.series].add(uid)
+    for series, uids in homes.items():
+        seen: dict[str, str] = {}
+        for uid in sorted(uids) if len(uids) > 1 else ():
+            mine = [header for header in headers[uid].values() if header.series == series]
+            other = next((seen[header.instance] for header in mine if header.instance in seen), None)
+            if other is None:
+                seen.update({header.instance: uid for header in mine if header.instance})
+                continue
+            for header in mine:
+                del headers[uid][header.path]
+            rejected.append(Rejection(uid, series, "duplicate", f"a series of study {other}, with the same instances"))
+
+
+def _named(scans: Iterable[_Scan]) -> list[_Scan]:
+    """The scans in the order of their names, made unique and short enough."""
+    taken: set[str] = set()
+    repeats: Counter[str] = Counter()
+    named = []
+    for scan in sorted(scans, key=lambda scan: (scan.source.name, scan.key)):
+        base = name = scan.source.name[:NAME_LENGTH] or "scan"
+        while name in taken:
+            repeats[base] += 1
+            name = f"{base[: NAME_LENGTH - 8]}~{repeats[base] + 1}"
+        taken.add(name)
+        named.append(replace(scan, source=replace(scan.source, name=name)))
+    return sorted(named, key=lambda scan: scan.source.name)
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"""[\s/\\<>:"|?*]+""", "_", printable(name.strip()))
+
+
+def _without_unusable(
+    studies: Sequence[_Study], workers: int, progress: Progress, rejected: list[Rejection]
+) -> list[_Study]:
+    """The studies with their scans named and in order, without repeated scans; those without a scan are left out."""
+    studies = [replace(study, scans=_named(study.scans)) for study in studies]
+    parts = [[scan.parts for scan in study.scans] for study in studies]
+    kept = []
+    for study, repeated in zip(studies, find_repeated(parts, workers, progress), strict=True):
+        for i, first in repeated.items():
+            reason = f"the same image as {study.scans[first].source.name}"
+            rejected.append(Rejection(study.uid, study.scans[i].source.name, "duplicate", reason))
+        scans = [scan for i, scan in enumerate(study.scans) if i not in repeated]
+        if scans:
+            kept.append(replace(study, scans=scans))
+        else:
+            rejected.append(Rejection(study.uid, "", "no_scans", "no scan of it can be used"))
+    return kept
+
+
+def _check_join(path: Path | str | None, entries: Collection[str], uids: Collection[str]) -> None:
+    """Refuse a file without an entry for any of the studies; the number of entries for others goes to the log."""
+    strange = [uid for uid in entries if uid not in uids]
+    if uids and strange and len(strange) == len(entries):
+        raise ValueError(
+            f"{path}: none of its {len(entries)} studies was found; it has {strange[0]}, there is {min(uids)}"
+        )
+    if strange:
+        logger.warning("%s: %d of %d studies were not found", path, len(strange), len(entries))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import PackedBatch, join_report
+from ..data.batch import PackedBatch
 from .config import ModelConfig, preset
 from .losses import Outputs, at_least_float32
 from .plan import TokenBatch
@@ -81,22 +81,11 @@ class HLIPModel(nn.Module):
         """Embeddings of texts: (N, E), of unit length."""
         return F.normalize(at_least_float32(self.text(texts)), dim=-1)
 
-    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
-        """What N studies are compared with: N reports; or, with objective "dual", N impressions and after them N
-        findings, where either stands in for the other if that is empty.
-        """
-        pairs = list(zip(impressions, findings, strict=True))
-        if self.config.objective != "dual":
-            return [join_report(*pair) for pair in pairs]
-        return [impression or found for impression, found in pairs] + [
-            found or impression for impression, found in pairs
-        ]
-
     def forward(self, batch: PackedBatch | TokenBatch, texts: Sequence[str] | Tensor) -> Outputs:
         """What `contrastive_loss` reads. Of several image embeddings of a study, those that the objective compares.
 
         Args:
-            texts: of the batch's studies, as `self.texts` gives them; or their (N, W) `TextTower.features`.
+            texts: of the batch's studies, as `ModelConfig.texts` gives them; or their (N, W) `TextTower.features`.
         """
         pairs = 2 if self.config.objective == "dual" else 1
         image = self.encode_image(batch)

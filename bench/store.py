@@ -1,0 +1,152 @@
+"""A store at the size of a health system, and the throughput of preparing one.
+
+    python bench/store.py --studies 250000    build, open, sample; every size and time is printed
+    python bench/store.py --throughput        studies/s with one worker and two, the same input, one run after the other
+
+The large store has tiny scans (8 x 8 x 2) and a real manifest: reports, names and descriptions of usual length, 1 to 40
+scans per study, 12.5 on average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hlip.data.prepare import prepare
+from hlip.data.preprocess import BrainMRI, PreparedScan
+from hlip.data.readers import read_nifti
+from hlip.data.sources import Found, ScanSource, StudySource
+from hlip.data.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
+from report import print_table
+
+PER_SHARD = 500
+SAMPLES = 10_000
+SENTENCE = "No acute infarct, hemorrhage, mass or abnormal enhancement is seen; the ventricles are normal in size. "
+READ = """
+import json, resource, sys, time
+import numpy as np
+from hlip.data.dataset import StudyDataset
+from hlip.data.store import Store
+peak = lambda: round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+before, start = peak(), time.perf_counter()
+store = Store(sys.argv[1])
+opened = time.perf_counter() - start
+data = StudyDataset(store, max_scans=10)
+start = time.perf_counter()
+for i in np.random.default_rng(0).integers(0, len(store), int(sys.argv[2])).tolist():
+    study = data[i, i]
+    assert study.uid == f"{i:08d}" and all(int(scan[0, 0, 0]) == i % 256 for scan in study.scans)
+sampled = time.perf_counter() - start
+print(json.dumps([opened, sampled, before, peak(), len(store), len(store.shapes)]))
+"""
+
+
+def make_studies(first: int, end: int) -> Iterator[PreparedStudy]:
+    for i in range(first, end):
+        rng = np.random.default_rng(i)
+        image = torch.full((2, 8, 8), i % 256, dtype=torch.uint8)
+        planes = ("axial", "coronal", "sagittal")
+        scans = [
+            StoredScan(f"{m:03d}", image, (5.0, 0.9, 0.9), planes[m % 3], "MR", f"AX T2 FLAIR FS POST {m}")
+            for m in range(int(np.clip(rng.gamma(4, 3.2), 1, 40)))
+        ]
+        yield PreparedStudy(f"{i:08d}", scans, SENTENCE * 2, SENTENCE * 8, {"abnormal": float(i % 2)})
+
+
+def write_part(folder: Path, studies: int, k: int) -> None:
+    part = make_studies(k * PER_SHARD, min(studies, (k + 1) * PER_SHARD))
+    write_shard(shard_file(folder, k), part, {"kind": "bench"}, "bench", folder / "work")
+
+
+def large(folder: Path, studies: int) -> None:
+    for name in ("shards", "work"):
+        (folder / name).mkdir(parents=True)
+    start = time.perf_counter()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        shards = range((studies + PER_SHARD - 1) // PER_SHARD)
+        list(pool.map(functools.partial(write_part, folder, studies), shards, chunksize=4))
+    written = time.perf_counter() - start
+    start = time.perf_counter()
+    finish(folder, folder / "work", source_hash="", shard_scans=0, hidden_ids=False)
+    finished = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    command = [sys.executable, "-c", READ, str(folder), str(SAMPLES)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    opened, sampled, before, after, n, scans = json.loads(out)
+    print_table(
+        ["step", "figure"],
+        [
+            ["studies, scans", f"{n}, {scans}"],
+            ["manifest, MB", round((folder / "manifest.arrow").stat().st_size / 1e6)],
+            ["write shards, s", round(written, 1)],
+            ["manifest from shards, s", round(finished, 1)],
+            ["its peak memory, GiB", round(peak, 2)],
+            ["open, s", round(opened, 4)],
+            [f"{SAMPLES} studies at random, up to 10 scans each, s", round(sampled, 2)],
+            ["peak memory of the reader (imports alone), GiB", f"{after:.2f} ({before:.2f})"],
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The brain MRI recipe, as far as a store needs it."""
+
+    def prepare(self, source: ScanSource) -> list[PreparedScan]:
+        return [PreparedScan("", BrainMRI()(read_nifti(source.files[0])), (3.0, 1.0, 1.0), "axial")]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "brain-mri"}
+
+    @property
+    def hash(self) -> str:
+        return "bench"
+
+
+def throughput(folder: Path, studies: int) -> None:
+    import nilearn.datasets
+
+    file = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    scans = tuple(ScanSource(f"{m}", "nifti", (file,)) for m in range(4))
+    found = Found([StudySource(f"{i:04d}", scans) for i in range(studies)], [])
+    rows = []
+    for workers in (1, 2, 1, 2):
+        start = time.perf_counter()
+        prepare(found, Whole(), folder / str(len(rows)), workers=workers, shard_scans=8)
+        seconds = time.perf_counter() - start
+        rows.append([workers, round(seconds, 1), round(4 * studies / seconds, 2)])
+    print_table(["workers", "s", "scans/s"], rows)
+    print(f"load before and after: {os.getloadavg()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", type=int, default=None)
+    parser.add_argument("--throughput", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if not given")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.throughput:
+            throughput(Path(folder), args.studies or 16)
+        else:
+            large(Path(folder) / "store", args.studies or 250_000)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,449 @@
+"""The store: prepared studies in safetensors shards, and a manifest that says where everything lies.
+
+    shards/00000.safetensors   the scans of some studies, and all that is known of them (see `write_shard`)
+    manifest.arrow             one row a study, made from the shards alone (see `schema`)
+    store.json                 format, recipe and counts; there once the store is finished
+    rejected.jsonl             what was left out, and why
+    report.json                how much of what, by rule
+
+docs/store.md describes the format. Shapes: N studies, S scans of all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import mmap
+import os
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Study
+from .readers import ScanError
+from .sources import Rejection
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMAT = 1
+T = TypeVar("T")
+OPEN_SHARDS = 128  # mapped at a time by one reader, each with a file descriptor
+
+
+@dataclass(frozen=True)
+class StoredScan:
+    """A scan and what is kept of its origin. image: (D, H, W) uint8; spacing: mm along D, H, W."""
+
+    name: str
+    image: Tensor
+    spacing: tuple[float, float, float]
+    plane: str
+    modality: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class PreparedStudy:
+    """A study as it goes into a shard; without scans, only what was rejected of it does."""
+
+    uid: str
+    scans: list[StoredScan]
+    impression: str = ""
+    findings: str = ""
+    labels: dict[str, float] = field(default_factory=dict)
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the header of a shard says.
+
+    studies: per study uid, impression, findings, labels and scans; per scan name, shape, spacing, plane, modality,
+        description, offset (bytes from the start of the file) and crc32 (of its voxels).
+    recipe: of the scans, as `Recipe.to_dict` gives it; `recipe_hash` its hash.
+    """
+
+    studies: list[dict[str, Any]]
+    rejected: list[Rejection]
+    recipe: dict[str, Any]
+    recipe_hash: str
+
+
+def write_shard(
+    path: Path, studies: Iterable[PreparedStudy], recipe: dict[str, Any], recipe_hash: str, work: Path
+) -> None:
+    """Write studies to one safetensors file, whole or not at all. One study is in memory at a time.
+
+    Tensor `000012/003` is scan 3 of study 12, so that the file's order is that of studies and their scans. All else
+    is JSON in the header's one piece of metadata, "hlip". The same studies make the same bytes.
+
+    Args:
+        work: folder for the temporary files, on the same file system as `path`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    voxels = work / f"{path.name}.{uuid.uuid4().hex[:8]}.voxels.tmp"
+    entries: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with voxels.open("wb") as file:
+            for study in studies:
+                rejected += [asdict(rejection) for rejection in study.rejected]
+                if study.scans:
+                    for m, scan in enumerate(study.scans):
+                        shapes[f"{len(entries):06d}/{m:03d}"] = tuple(scan.image.shape)
+                        file.write(scan.image.contiguous().numpy().data)
+                    entries.append(_entry(study))
+        flat = np.memmap(voxels, np.uint8, "r") if shapes else np.empty(0, np.uint8)
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        tensors = {
+            key: piece.reshape(shape)
+            for (key, shape), piece in zip(shapes.items(), np.split(flat, ends[:-1]), strict=False)
+        }
+        content = {"recipe": recipe, "recipe_hash": recipe_hash, "studies": entries, "rejected": rejected}
+        with replacing(path, work) as partial:
+            try:
+                save_file(tensors, partial, {"hlip": json.dumps({"format": FORMAT, **content})})
+            except SafetensorError as error:
+                raise OSError(f"{path}: cannot be written ({error})") from error
+    finally:
+        voxels.unlink(missing_ok=True)
+
+
+def _entry(study: PreparedStudy) -> dict[str, Any]:
+    report = {key: getattr(study, key) for key in ("uid", "impression", "findings", "labels")}
+    scans = [
+        {key: getattr(scan, key) for key in ("name", "spacing", "plane", "modality", "description")}
+        | {"crc32": zlib.crc32(scan.image.contiguous().numpy().data)}
+        for scan in study.scans
+    ]
+    return {**report, "scans": scans}
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check a shard's header.
+
+    Raises:
+        ScanError: missing, damaged or no shard of this format; names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as opened:  # checks that header and file agree
+            content = json.loads(opened.metadata()["hlip"])
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(start - 8))
+        if content["format"] != FORMAT:
+            raise ScanError(path, f"a shard of format {content['format']}; this version reads format {FORMAT}")
+        for s, study in enumerate(content["studies"]):
+            for m, scan in enumerate(study["scans"]):
+                tensor = tensors.pop(f"{s:06d}/{m:03d}")
+                if tensor["dtype"] != "U8" or len(tensor["shape"]) != 3:
+                    raise ScanError(path, f"scan {m} of {study['uid']} is {tensor['dtype']} {tensor['shape']}")
+                scan["shape"], scan["offset"] = tensor["shape"], start + tensor["data_offsets"][0]
+        rejected = [Rejection(**rejection) for rejection in content["rejected"]]
+        return Shard(content["studies"], rejected, content["recipe"], content["recipe_hash"])
+    except ScanError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ScanError(path, f"not a readable shard: {type(error).__name__}: {error}") from error
+
+
+def schema() -> pyarrow.Schema:
+    """The manifest's columns: one row a study; of its scans, lists in their order."""
+    arrow = _pyarrow()
+    text, integers = arrow.large_string(), arrow.list_(arrow.int32(), 3)
+    return arrow.schema(
+        {
+            "uid": text,
+            "shard": arrow.int32(),
+            "impression": text,
+            "findings": text,
+            "labels": arrow.map_(arrow.string(), arrow.float64()),
+            "name": arrow.list_(text),
+            "shape": arrow.list_(integers),
+            "spacing": arrow.list_(arrow.list_(arrow.float32(), 3)),
+            "plane": arrow.list_(text),
+            "modality": arrow.list_(text),
+            "description": arrow.list_(text),
+            "offset": arrow.list_(arrow.int64()),
+            "crc32": arrow.list_(arrow.uint32()),
+        }
+    )
+
+
+def manifest_of(shards: Iterable[tuple[int, Shard]]) -> pyarrow.RecordBatch:
+    """The manifest of numbered shards, in one piece."""
+    arrow, columns = _pyarrow(), schema()
+    batches = []
+    for number, shard in shards:
+        rows = {name: [study[name] for study in shard.studies] for name in ("uid", "impression", "findings")}
+        rows["shard"] = [number] * len(shard.studies)
+        rows["labels"] = [list(study["labels"].items()) for study in shard.studies]
+        for name in ("name", "shape", "spacing", "plane", "modality", "description", "offset", "crc32"):
+            rows[name] = [[scan[name] for scan in study["scans"]] for study in shard.studies]
+        batches.append(arrow.RecordBatch.from_pydict(rows, schema=columns))
+    pieces = arrow.Table.from_batches(batches, columns).combine_chunks().to_batches()
+    return pieces[0] if pieces else arrow.RecordBatch.from_pylist([], schema=columns)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished store holds, and how many rejections there were by each rule."""
+
+    studies: int
+    scans: int
+    rejected: dict[str, int]
+
+
+def finish(path: Path, work: Path, **facts: Any) -> Report:
+    """Write all that a store has beside its shards; `store.json` comes last and says that the store is finished.
+
+    Args:
+        work: folder for temporary files, on the same file system.
+        facts: more to say in `store.json`.
+    """
+    rejected: list[Rejection] = []
+    recipes: dict[str, dict[str, Any]] = {}
+
+    def read() -> Iterator[tuple[int, Shard]]:
+        for number, file in shard_files(path):
+            shard = read_shard(file)
+            rejected.extend(shard.rejected)
+            recipes[shard.recipe_hash] = shard.recipe
+            if len(recipes) > 1:
+                raise ScanError(file, f"its recipe {shard.recipe_hash} is not that of the shards before it")
+            yield number, shard
+
+    arrow, batch = _pyarrow(), manifest_of(read())
+    with replacing(path / "manifest.arrow", work) as partial, arrow.ipc.new_file(str(partial), batch.schema) as writer:
+        writer.write_batch(batch)
+        writer.close()
+    rejected.sort(key=astuple)
+    with replacing(path / "rejected.jsonl", work) as partial, partial.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(asdict(rejection)) + "\n" for rejection in rejected)
+    rules = Counter(rejection.rule for rejection in rejected)
+    report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(sorted(rules.items())))
+    _write_json(path / "report.json", asdict(report), work)
+    recipe_hash, recipe = next(iter(recipes.items()), ("", {}))
+    counts = {"studies": report.studies, "scans": report.scans, "shards": len(shard_files(path))}
+    content = {"format": FORMAT, "recipe_hash": recipe_hash, "recipe": recipe, **counts, **facts}
+    _write_json(path / "store.json", content, work)
+    return report
+
+
+def _write_json(path: Path, content: Any, work: Path) -> None:
+    with replacing(path, work) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Runs of items of at most `most` together, or one that is larger alone."""
+    run: list[T] = []
+    total = 0
+    for item in items:
+        if run and total + size(item) > most:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size(item)
+    if run:
+        yield run
+
+
+def shard_files(path: Path) -> list[tuple[int, Path]]:
+    """Number and file of every shard, in order."""
+    files = (path / "shards").glob("*.safetensors")
+    return sorted((int(file.stem), file) for file in files if file.stem.isdecimal())
+
+
+def shard_file(path: Path, number: int) -> Path:
+    return path / "shards" / f"{number:05d}.safetensors"
+
+
+@contextmanager
+def replacing(path: Path, work: Path) -> Iterator[Path]:
+    """A temporary file in `work` that takes the place of `path` once it is written, and safely on disk."""
+    partial = work / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Store:
+    """Prepared studies, to be read by index.
+
+    Opening maps the manifest and reads no shard. A store that is still being prepared has no manifest: it is opened
+    from its shards, which takes longer, and holds what was finished by then. Any number of processes may read a
+    store; one that is pickled or inherited is opened again or shared, and never written.
+
+    path: its folder.
+    info: `store.json`; empty if the store is not finished.
+    num_scans: (N) int64 - scans of each study.
+    first: (N + 1) int64 - where a study's scans begin in `shapes` and `spacing`.
+    shapes: (S, 3) int32 - (D, H, W) of every scan, study by study.
+    spacing: (S, 3) float32 - mm along D, H, W.
+    manifest: all of it, as a pyarrow.RecordBatch with the columns of `schema`.
+
+    Raises:
+        ValueError: no store, or one of another format; names it.
+        ScanError: a damaged manifest or shard; names the file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / "shards").is_dir():
+            raise ValueError(f"{self.path}: not a store (it has no folder 'shards')")
+        self.info = read_info(self.path)
+        if self.info:
+            self.manifest = _map_manifest(self.path / "manifest.arrow")
+        else:
+            self.manifest = manifest_of((number, read_shard(file)) for number, file in shard_files(self.path))
+        shape = self.manifest.column("shape")
+        self.first = shape.offsets.to_numpy().astype(np.int64)
+        self.num_scans = np.diff(self.first)
+        self.shapes = shape.values.values.to_numpy().reshape(-1, 3)
+        self.spacing = self.manifest.column("spacing").values.values.to_numpy().reshape(-1, 3)
+        self._offset = self.manifest.column("offset").values.to_numpy()
+        self._shard = self.manifest.column("shard").to_numpy()
+        self._map = functools.lru_cache(OPEN_SHARDS)(self._map_shard)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
+        return Store, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.num_scans)
+
+    @functools.cached_property
+    def uids(self) -> np.ndarray:
+        """(N) str."""
+        return self.manifest.column("uid").to_numpy(zero_copy_only=False)
+
+    @functools.cached_property
+    def labels(self) -> tuple[list[str], np.ndarray]:
+        """The names of all labels, sorted, and (N, L) float64 values; not-a-number where a study has none."""
+        column = self.manifest.column("labels")
+        names = column.keys.unique().to_pylist()
+        codes = np.searchsorted(sorted(names), column.keys.to_numpy(zero_copy_only=False)) if names else []
+        table = np.full((len(self), len(names)), np.nan)
+        rows = np.repeat(np.arange(len(self)), np.diff(column.offsets.to_numpy()))
+        table[rows, codes] = column.items.to_numpy() if names else []
+        return sorted(names), table
+
+    def indices(self, uids: Iterable[str]) -> np.ndarray:
+        """Where studies stand: (n) int64, in the order of `uids`.
+
+        Raises:
+            ValueError: a study that the store does not hold; names it.
+        """
+        places = {uid: i for i, uid in enumerate(self.uids)}
+        try:
+            return np.array([places[uid] for uid in uids], dtype=np.int64)
+        except KeyError as error:
+            raise ValueError(f"{self.path}: holds no study {error.args[0]}") from error
+
+    def scan(self, i: int, m: int) -> Tensor:
+        """Scan `m` of study `i`: (D, H, W) uint8 in the memory map of its file, which writing to it does not change.
+
+        Raises:
+            IndexError: no such study or scan.
+            ScanError: the shard is missing or cut short; names the file.
+        """
+        if not (0 <= i < len(self) and 0 <= m < self.num_scans[i]):
+            raise IndexError(f"{self.path}: no scan {m} of study {i} (there are {len(self)} studies)")
+        row, number = self.first[i] + m, int(self._shard[i])
+        shape, offset = self.shapes[row].tolist(), int(self._offset[row])
+        size, buffer = math.prod(shape), self._map(number)
+        if offset + size > len(buffer):
+            raise ScanError(shard_file(self.path, number), f"cut short: {len(buffer)} bytes")
+        return torch.frombuffer(buffer, dtype=torch.uint8, offset=offset, count=size).view(shape)
+
+    def study(self, i: int, scans: Sequence[int] | None = None) -> Study:
+        """Study `i` with its report and all scans, or those asked for, in that order."""
+        chosen = range(int(self.num_scans[i])) if scans is None else scans
+        row = {name: self.manifest.column(name)[i].as_py() for name in ("uid", "impression", "findings")}
+        names = self.manifest.column("name")[i]
+        images = [self.scan(i, int(m)) for m in chosen]
+        return Study(row["uid"], images, [names[int(m)].as_py() for m in chosen], row["impression"], row["findings"])
+
+    def _map_shard(self, number: int) -> mmap.mmap:
+        path = shard_file(self.path, number)
+        try:
+            with path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
+        except (OSError, ValueError) as error:
+            raise ScanError(path, f"cannot be mapped ({error})") from error
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The `store.json` of a store; empty if the store is not finished.
+
+    Raises:
+        ScanError: damaged.
+        ValueError: of another format.
+    """
+    file = path / "store.json"
+    info = read_json(file) if file.exists() else {}
+    if info and info.get("format") != FORMAT:
+        raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}")
+    return info
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise ScanError(path, "damaged (expected an object)")
+    return content
+
+
+def _map_manifest(path: Path) -> pyarrow.RecordBatch:
+    arrow = _pyarrow()
+    try:
+        reader = arrow.ipc.open_file(arrow.memory_map(str(path)))
+        if not reader.schema.equals(schema()) or reader.num_record_batches != 1:
+            raise ScanError(path, "not the manifest of a store")
+        batch = reader.get_batch(0)
+        batch.validate()
+        return batch
+    except (OSError, arrow.ArrowException) as error:
+        raise ScanError(path, f"damaged manifest ({error})") from error
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ImportError("a store's manifest needs pyarrow: pip install 'hlip-kernels[io]'") from error
+    return pyarrow

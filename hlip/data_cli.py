@@ -1,0 +1,198 @@
+"""The commands of `hlip` that make and keep stores."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from .data.engines import Engine
+
+SOME_REJECTED = 3
+INTERRUPTED = 130
+EXIT_STATUS = """exit status:
+  0    all was prepared
+  3    some scans or studies were rejected; STORE/rejected.jsonl says which and why
+  2    error
+  130  interrupted; the same command goes on where it stopped"""
+
+
+def add_commands(commands: Any) -> None:
+    """Add `prepare` and `store` to the subparsers of `hlip`."""
+    prepare = commands.add_parser(
+        "prepare",
+        help="prepare clinical files into a store to train from",
+        description="Read every scan of every study below INPUT, and write them as a recipe says into a store. Running "
+        "the same command again goes on where it stopped, and touches nothing finished. Only one run at a time may "
+        "write a store; another is refused.",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prepare.add_argument(
+        "input", type=Path, metavar="INPUT", help="folder of studies, study list (JSON) or table (CSV)"
+    )
+    prepare.add_argument("--out", required=True, type=Path, metavar="STORE", help="folder of the store, new or begun")
+    prepare.add_argument("--recipe", required=True, metavar="NAME", help="brain-mri, head-ct, chest-ct or FILE.yaml")
+    prepare.add_argument("--reports", type=Path, metavar="FILE", help="reports (JSON, CSV or a folder of TXT)")
+    prepare.add_argument("--labels", type=Path, metavar="FILE", help="table of labels (CSV)")
+    prepare.add_argument(
+        "--engine", choices=get_args(Engine), default="local", help="who does the work (default: this machine)"
+    )
+    prepare.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes, Ray tasks or tasks of the Slurm job array (default: the CPUs of this machine)",
+    )
+    prepare.add_argument(
+        "--slurm",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameters of submitit, such as slurm_partition=cpu mem_gb=8; cluster=local does without Slurm",
+    )
+    prepare.add_argument(
+        "--hash_ids",
+        metavar="SALT",
+        help="name studies by salted hashes, number scans, drop descriptions and reasons; the salt is a file, or text",
+    )
+    prepare.set_defaults(run=_prepare)
+
+    store = commands.add_parser("store", help="look at, check, join and share out stores")
+    actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
+    info = actions.add_parser("info", help="say what a store holds")
+    info.set_defaults(run=_info)
+    verify = actions.add_parser("verify", help="read every byte; exit status 1 if anything is wrong")
+    verify.set_defaults(run=_verify)
+    merge = actions.add_parser("merge", help="join stores of one recipe; shards are linked where possible")
+    merge.add_argument("stores", nargs="+", type=Path, metavar="STORE")
+    merge.add_argument("--out", required=True, type=Path, metavar="STORE")
+    merge.set_defaults(run=_merge)
+    split = actions.add_parser("split", help="share the studies out over new stores; copies them")
+    split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="one for each part")
+    parts = split.add_mutually_exclusive_group(required=True)
+    parts.add_argument("--fractions", nargs="+", type=float, metavar="F", help="of the studies, at random; add up to 1")
+    parts.add_argument("--list", type=Path, metavar="FILE", help="uids, one a line: the first part; the rest: a second")
+    split.add_argument("--seed", type=int, default=0)
+    split.set_defaults(run=_split)
+    stats = actions.add_parser("stats", help="count and plot scans per study, slices per scan, planes")
+    stats.add_argument("--out", type=Path, metavar="FILE.png", help="picture; FILE.json is written beside it")
+    stats.set_defaults(run=_stats)
+    for action in (info, verify, split, stats):
+        action.add_argument("store", type=Path, metavar="STORE")
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from .data.prepare import prepare
+    from .data.preprocess import load_recipe
+    from .data.sources import find_studies
+
+    if args.slurm and args.engine != "slurm":
+        raise ValueError(f"--slurm {args.slurm[0]} is for --engine slurm")
+    recipe = load_recipe(args.recipe)
+    try:
+        found = find_studies(args.input, reports=args.reports, labels=args.labels, workers=args.workers)
+        report = prepare(
+            found,
+            recipe,
+            args.out,
+            engine=args.engine,
+            workers=args.workers,
+            salt=None if args.hash_ids is None else _salt(args.hash_ids),
+            slurm=dict(map(_setting, args.slurm)),
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print(f"hlip prepare: interrupted; {args.out} keeps what is finished: run this again to go on", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{args.out}: {report.studies} studies, {report.scans} scans")
+    for rule, count in report.rejected.items():
+        print(f"  rejected by {rule}: {count}")
+    return SOME_REJECTED if report.rejected else 0
+
+
+def _salt(given: str) -> str:
+    file = Path(given)
+    return file.read_text(encoding="utf-8") if file.is_file() else given
+
+
+def _setting(text: str) -> tuple[str, str | int]:
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise ValueError(f"--slurm {text}: expected KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .data.store import Store
+
+    store = Store(args.store)
+    scans = len(store.shapes)
+    shapes = Counter(map(tuple, store.shapes.tolist())).most_common(3)
+    print(f"{args.store}: {len(store)} studies, {scans} scans{'' if store.info else ' so far (not finished)'}")
+    print("  common shapes (D, H, W): " + ", ".join(f"{shape} {count / scans:.0%}" for shape, count in shapes))
+    print(f"  labels: {', '.join(store.labels[0]) or 'none'}")
+    for key in ("format", "recipe_hash", "shards", "hidden_ids"):
+        if store.info:
+            print(f"  {key}: {store.info[key]}")
+    if store.info:
+        print(f"  recipe: {json.dumps(store.info['recipe'])}")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .data.store_tools import verify
+
+    problems = verify(args.store, _bar("shard"))
+    for problem in problems:
+        print(problem)
+    print(f"{args.store}: {f'{len(problems)} problems' if problems else 'whole'}")
+    return 1 if problems else 0
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .data.store_tools import merge
+
+    report = merge(args.stores, args.out)
+    print(f"{args.out}: {report.studies} studies, {report.scans} scans")
+
+
+def _split(args: argparse.Namespace) -> None:
+    from .data.store import Store
+    from .data.store_tools import select, split_at_random
+
+    store = Store(args.store)
+    if args.list:
+        lines = args.list.read_text(encoding="utf-8").splitlines()
+        first = store.indices(dict.fromkeys(line.strip() for line in lines if line.strip())).tolist()
+        parts = [sorted(first), sorted(set(range(len(store))) - set(first))]
+    else:
+        parts = split_at_random(store, args.fractions, args.seed)
+    if len(parts) != len(args.out):
+        raise ValueError(f"--out: {len(args.out)} stores for {len(parts)} parts")
+    for part, out in zip(parts, args.out, strict=True):
+        report = select(store, part, out, _bar("shard"))
+        print(f"{out}: {report.studies} studies, {report.scans} scans")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from .data.store import Store
+    from .data.store_tools import plot_stats, stats
+
+    found = stats(Store(args.store))
+    text = json.dumps(found, indent=1) + "\n"
+    if args.out:
+        plot_stats(found, args.out)
+        args.out.with_suffix(".json").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+def _bar(unit: str) -> Any:
+    return functools.partial(tqdm, unit=unit, disable=None)
