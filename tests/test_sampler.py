@@ -43,7 +43,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks() -> None:
                         "by_cost": by_cost,
                         "micro_tokens": micro_tokens,
                     }
-                    plan = sampler(**options).plan(step)
+                    plan = sampler(**options).plan(step).ranks
                     assert len(plan) == world_size
                     assert sorted(item for rank in plan for piece in rank for item in piece) == whole
                     if not by_cost:
@@ -59,7 +59,7 @@ def test_an_epoch_sees_every_study_once() -> None:
 
 def test_a_resumed_run_goes_on_with_the_next_step() -> None:
     whole, rest = sampler(rank=1, world_size=2), sampler(rank=1, world_size=2, first_step=4)
-    after = sum(len(whole.plan(step)[1]) for step in range(4))
+    after = sum(len(whole.plan(step).ranks[1]) for step in range(4))
     assert list(whole)[after:] == list(rest)
     assert (len(list(whole)), len(list(rest))) == (len(whole), len(rest))
     assert list(sampler(seed=4)) != list(sampler(seed=3))
@@ -88,7 +88,7 @@ def test_micro_batches_keep_to_the_budget_and_ranks_make_as_many(by_cost: bool, 
     tokens = scans_of(50)
     source = sampler(world_size=2, by_cost=by_cost, micro_tokens=micro_tokens, max_scans=6)
     for step in range(3):
-        plan = source.plan(step)
+        plan = source.plan(step).ranks
         assert len({len(rank) for rank in plan}) == 1
         for rank in plan:
             for piece in rank:
@@ -123,10 +123,11 @@ def test_ranks_have_the_same_work(ranks: int) -> None:
     source = StepSampler([np.full(n, 1176) for n in counts], COST, ranks * 32, 4, 0, world_size=ranks)
     for step in range(4):
         loads = []
-        for rank in source.plan(step):
+        for rank in source.plan(step).ranks:
             scans = np.array([len(item.scans) for piece in rank for item in piece])
             loads.append(COST(np.full(scans.sum(), 1176.0), np.concatenate([[0], np.cumsum(scans)])).sum())
         assert max(loads) <= 1.02 * np.mean(loads)
+        assert source.plan(step).balance == pytest.approx(max(loads) / np.mean(loads))
 
 
 def test_the_cost_counts_products_and_attention() -> None:

@@ -53,6 +53,7 @@ class TrainConfig:
         init: model to begin with, in any layout: a folder, a training checkpoint, or a hub name.
         lock_text: keep the text tower fixed but for its projection; the model's own choice if not given.
         unlocked_layers: of a locked text tower, the last so many layers are trained.
+        patch_dropout, drop_path: of the encoder; the model's own if not given.
         val: store to evaluate on by zero-shot classification; needs `prompts`.
         labels: CSV with a column `study` and one of 0 and 1 per class; the labels in the store if not given.
         prompts: YAML with each class's names, and templates.
@@ -75,6 +76,8 @@ class TrainConfig:
         sentence_dropout: share of sentences left out at random, of reports that have more than one.
         local_loss: each process compares its own studies with all; less memory with many processes.
         lr: peak learning rate, after warm-up.
+        lr_batch: studies of a step that lr is meant for; it is scaled in proportion to batch_size. Not scaled if not
+            given.
         warmup: steps of linear warm-up; a cosine to zero follows.
         betas: of AdamW.
         weight_decay: of AdamW, on matrices only.
@@ -99,6 +102,8 @@ class TrainConfig:
     init: str | None = None
     lock_text: bool | None = None
     unlocked_layers: int = 0
+    patch_dropout: float | None = None
+    drop_path: float | None = None
     val: Path | None = None
     labels: Path | None = None
     prompts: Path | None = None
@@ -117,6 +122,7 @@ class TrainConfig:
     sentence_dropout: float = 0.0
     local_loss: bool = False
     lr: float = 2e-4
+    lr_batch: int | None = None
     warmup: int = 2000
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.2
@@ -136,7 +142,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "max_scans", "micro_tokens", "save_minutes"):
+        for name in ("epochs", "lr_batch", "max_scans", "micro_tokens", "save_minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")

@@ -6,6 +6,7 @@ and there is no state to save but the number of steps done. Ranks only share a s
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,6 +23,21 @@ class Item(NamedTuple):
     study: int
     scans: tuple[int, ...]
     seed: int
+
+
+class StepPlan(NamedTuple):
+    """A step, shared out.
+
+    ranks: of each rank, its micro-batches.
+    studies: of each rank, how many it has.
+    tokens: of all, before patch dropout.
+    balance: the most work that a rank has, over the mean.
+    """
+
+    ranks: list[list[list[Item]]]
+    studies: list[int]
+    tokens: int
+    balance: float
 
 
 class Cost:
@@ -46,7 +62,7 @@ class Cost:
 
 
 class StepSampler(Sampler):
-    """Micro-batches of `Item` for one rank; `micro_batches(step)` of them are its share of a step.
+    """Micro-batches of `Item` for one rank, those of one step after those of another.
 
     An epoch is a permutation of all studies; the last, incomplete batch of an epoch is left out, so no study occurs
     twice in a batch.
@@ -93,14 +109,15 @@ class StepSampler(Sampler):
         self.cost, self.batch_size, self.steps, self.seed = cost, batch_size, steps, seed
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
         self.max_scans, self.micro_tokens, self.by_cost = max_scans, micro_tokens, by_cost
+        self.plan = functools.lru_cache(256)(self._plan)  # a step is planned ahead to be read, and again to be run
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
-        return sum(len(self.plan(step)[self.rank]) for step in range(self.first_step, self.steps))
+        return sum(len(self._plan(step).ranks[self.rank]) for step in range(self.first_step, self.steps))
 
     def __iter__(self) -> Iterator[list[Item]]:
         for step in range(self.first_step, self.steps):
-            yield from self.plan(step)[self.rank]
+            yield from self.plan(step).ranks[self.rank]
 
     def batch(self, step: int) -> list[Item]:
         """The studies of a step, of all ranks."""
@@ -122,8 +139,7 @@ class StepSampler(Sampler):
             first += count
         return items
 
-    def plan(self, step: int) -> list[list[list[Item]]]:
-        """A step's micro-batches, rank by rank."""
+    def _plan(self, step: int) -> StepPlan:
         items = self.batch(step)
         counts = np.array([len(item.scans) for item in items])
         bounds = np.concatenate([[0], np.cumsum(counts)])
@@ -134,10 +150,13 @@ class StepSampler(Sampler):
         pieces = 1
         if self.micro_tokens is not None:
             pieces = max(pieces_within(tokens[rank], self.micro_tokens) for rank in ranks)
-        return [
-            [[items[i] for i in rank[np.sort(piece)]] for piece in share(tokens[rank], min(pieces, len(rank)))]
-            for rank in ranks
+        micro_batches = [
+            [[items[i] for i in rank[piece]] for piece in share(tokens[rank], min(pieces, len(rank)))] for rank in ranks
         ]
+        loads = np.array([cost[rank].sum() for rank in ranks])
+        return StepPlan(
+            micro_batches, [len(rank) for rank in ranks], int(tokens.sum()), float(loads.max() / loads.mean())
+        )
 
 
 def share(cost: np.ndarray, parts: int, size: int | None = None) -> list[np.ndarray]:
