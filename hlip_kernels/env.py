@@ -21,11 +21,17 @@ def report() -> str:
     lines.append(f"{'gpu':<14}{', '.join(gpus) or 'none'}")
     lines.append(f"{'tiles':<14}{_tiles()}")
     for device, dtype in [("cpu", torch.float32), *([("cuda", torch.bfloat16)] if gpus else [])]:
-        auto = choose_backend("auto", device, dtype, 64)
-        lines.append(f"\nattention on {device} in {str(dtype).removeprefix('torch.')} (auto: {auto})")
-        for name in BACKENDS:
-            reasons = not_supported_reasons(name, device, dtype, 64)
-            lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
+        lines.append("\n" + describe_backends(device, dtype, 64))
+    return "\n".join(lines)
+
+
+def describe_backends(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Which backend attention takes on tensors of this kind, and why each of the others does not run."""
+    auto = choose_backend("auto", device, dtype, head_dim)
+    lines = [f"attention on {device} in {str(dtype).removeprefix('torch.')} (auto: {auto})"]
+    for name in BACKENDS:
+        reasons = not_supported_reasons(name, device, dtype, head_dim)
+        lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ class EverySlice:
         if self.slow and self.slow in source.name:
             time.sleep(0.2)
         volume = read_nifti(source.files[0])
-        array = through_plane_first(volume)[:, :: self.step, :: self.step]
+        array = through_plane_first(volume)[0][:, :: self.step, :: self.step]
         if array.shape[0] < 5:
             raise ScanError(source.files[0], f"{array.shape[0]} slices in {source.files[0]}", "few-slices")
         scaled = (array - array.min()) * (255 / (array.max() - array.min()))

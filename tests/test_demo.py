@@ -17,7 +17,8 @@ nibabel = pytest.importorskip("nibabel")
 pytest.importorskip("nilearn")
 from hlip.data import demo  # noqa: E402
 from hlip.data.preprocess import Recipe  # noqa: E402
-from hlip.data.studies import load_study, read_study_list  # noqa: E402
+from hlip.data.sources import StudySource, find_studies  # noqa: E402
+from hlip.data.studies import load_study  # noqa: E402
 
 CLASSES = ("normal", "stroke", "glioma", "meningioma", "metastases")
 SEEN_IN = {

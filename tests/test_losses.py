@@ -101,6 +101,7 @@ def one_rank(rank: int, world: int, folder: str) -> None:
             found[f"{objective} {local_loss}"] = grads | {"loss": mean / world}
     if rank == world - 1:
         torch.save(found, f"{folder}/found")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -144,11 +145,12 @@ def batch() -> hlip.PackedBatch:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_model_compares_what_its_objective_says(objective: str, bert_folder: str) -> None:
     model = small(objective, bert_folder)
-    outputs = model(batch())
+    packed = batch()
+    outputs = model(packed, model.config.texts(packed.impressions, packed.findings))
     reports = ["a mass. edema around it.", "clear.", "normal."]
     impressions, findings = ["a mass.", "clear.", "normal."], ["edema around it.", "clear.", "normal."]
     expected = [impressions, findings] if objective == "dual" else [reports]
-    images = model.encode_image(batch())
+    images = model.encode_image(packed)
     for pair, texts in enumerate(expected):
         torch.testing.assert_close(outputs.text[:, pair], model.encode_text(texts))
         torch.testing.assert_close(outputs.image[:, pair], images[:, pair] if objective == "dual" else images)

@@ -27,7 +27,7 @@ def batch_of(count: int) -> hlip.PackedBatch:
 
 def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(tiny_model: hlip.HLIPModel) -> None:
     batch = batch_of(3)
-    image, text, scale, bias = tiny_model(batch)
+    image, text, scale, bias = tiny_model(batch, batch.impressions)
     assert image.shape == text.shape == (3, 1, 32)
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(3, 1))
     torch.testing.assert_close(text[:, 0], tiny_model.encode_text([f"report {i}" for i in range(3)]))

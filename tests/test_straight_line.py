@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dipy
+import nibabel
 import nilearn.datasets
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 import straight_line
 from dicom_files import write_series

@@ -2,42 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
+
+Texts = Literal["report", "shuffled", "sentence"]
+
+# Flags of the released training code that mean the same here.
+PUBLISHED_FLAGS = {
+    "accum-freq": None,
+    "batch-size": "batch_size",
+    "beta1": None,
+    "dist-backend": None,
+    "epochs": "epochs",
+    "gather-with-grad": None,
+    "grad-checkpointing": "grad_checkpointing",
+    "grad-clip-norm": "grad_clip",
+    "local-loss": "local_loss",
+    "lock-text": "lock_text",
+    "logs": "out",
+    "lr": "lr",
+    "model": "model",
+    "num-scans": "max_scans",
+    "precision": "precision",
+    "pretrained": "init",
+    "resume": "resume",
+    "save-frequency": "save_every",
+    "seed": "seed",
+    "torchcompile": "compile",
+    "train-data": "data",
+    "val-data": "val",
+    "warmup": "warmup",
+    "wd": "weight_decay",
+    "workers": "workers",
+    "zeroshot-frequency": "eval_every",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Pre-train a model on a study list.
+    """Pre-train a model on a store of studies (see `hlip prepare`).
 
     Args:
-        data: study list (JSON) to train on.
-        out: folder for the model, the checkpoint and the logs.
+        data: store to train on.
+        out: folder for the model, checkpoints and logs.
         model: name of the model (`python -c "import hlip; print(hlip.list_models())"` lists them);
             clip_vit_base_scan_study_token1176 if neither this nor `init` says.
         text: folder or hub name of the BERT; the model's own if not given.
+        vision: 2D ViT for the encoder to begin with: a file, folder or hub name.
         init: model to begin with, in any layout: a folder, a training checkpoint, or a hub name.
-        cache: folder for preprocessed scans, reused by later runs; `out/cache` if not given.
-        val: study list to evaluate on; needs `labels` and `prompts`.
-        labels: CSV with a column `study` and one of 0 and 1 per class.
+        lock_text: keep the text tower fixed but for its projection; the model's own choice if not given.
+        unlocked_layers: of a locked text tower, the last so many layers are trained.
+        patch_dropout, drop_path: of the encoder; the model's own if not given.
+        val: store to evaluate on by zero-shot classification; needs `prompts`.
+        labels: CSV with a column `study` and one of 0 and 1 per class; the labels in the store if not given.
         prompts: YAML with each class's names, and templates.
         device: "cpu" or "cuda"; "auto" takes GPUs if there are any.
-        resume: go on from the checkpoint in `out`.
+        fsdp: shard weights, gradients and optimizer over the processes, for large models.
+        compile: compile the encoder with torch.compile.
+        grad_checkpointing: run the encoder's blocks again in backward, to keep less.
+        resume: go on from the last checkpoint in `out`; "auto" does if there is one.
+        epochs: passes over the data, in place of `steps`.
         steps: optimizer steps of the run.
         batch_size: studies of a step, over all processes.
+        micro_tokens: patch tokens that a process encodes at once; a step's share beyond that is run in pieces, with
+            the gradient of the whole. All at once if not given.
+        balance: "studies" gives each process as many studies, of nearly the same work; "cost" the same work, whatever
+            number of studies that is.
         max_scans: draw at most this many scans of a study at each step: 10 as published, 1 for the baseline that sees
             one random scan a study, null for all scans.
+        texts: what of a report a study is compared with: all of it; its sentences in random order; one sentence. Of the
+            objective "dual" the impression is treated so, findings are whole.
+        sentence_dropout: share of sentences left out at random, of reports that have more than one.
+        local_loss: each process compares its own studies with all; less memory with many processes.
         lr: peak learning rate, after warm-up.
+        lr_batch: studies of a step that lr is meant for; it is scaled in proportion to batch_size. Not scaled if not
+            given.
         warmup: steps of linear warm-up; a cosine to zero follows.
         betas: of AdamW.
         weight_decay: of AdamW, on matrices only.
-        grad_clip: largest norm of the gradient.
+        grad_clip: largest norm of the gradient; 0 for any.
         precision: of products; weights and optimizer are fp32 in any case.
         workers: processes that read data, per rank.
         log_every: steps between two lines of the log.
         eval_every: steps between two evaluations; 0 for one at the end.
         save_every: steps between two checkpoints; 0 for one at the end.
+        save_minutes: also save when so many minutes have passed since the last checkpoint.
+        keep: checkpoints that are kept, the latest.
+        stall_minutes: a run ends when a process has been busy with one step for so long; 0 for never.
+        wandb: also log to Weights & Biases, under this project.
         seed: everything random follows from it.
     """
 
@@ -45,49 +98,101 @@ class TrainConfig:
     out: Path
     model: str | None = None
     text: str | None = None
+    vision: str | None = None
     init: str | None = None
-    cache: Path | None = None
+    lock_text: bool | None = None
+    unlocked_layers: int = 0
+    patch_dropout: float | None = None
+    drop_path: float | None = None
     val: Path | None = None
     labels: Path | None = None
     prompts: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    resume: bool = False
+    fsdp: bool = False
+    compile: bool = False
+    grad_checkpointing: bool = False
+    resume: Literal["auto", "true", "false"] = "false"
+    epochs: int | None = None
     steps: int = 17000
     batch_size: int = 256
+    micro_tokens: int | None = None
+    balance: Literal["studies", "cost"] = "studies"
     max_scans: int | None = 10
+    texts: Texts = "report"
+    sentence_dropout: float = 0.0
+    local_loss: bool = False
     lr: float = 2e-4
+    lr_batch: int | None = None
     warmup: int = 2000
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.2
     grad_clip: float = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     workers: int = 4
     log_every: int = 10
     eval_every: int = 1000
     save_every: int = 1000
+    save_minutes: float | None = None
+    keep: int = 2
+    stall_minutes: float = 30.0
+    wandb: str | None = None
     seed: int = 0
 
-    # What may differ between a run and its continuation.
-    FREE: ClassVar[tuple[str, ...]] = (
-        "out",
-        "cache",
-        "device",
-        "resume",
-        "init",
-        "workers",
-        "log_every",
-        "eval_every",
-        "save_every",
-    )
-
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("steps", "batch_size", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_scans is not None and self.max_scans < 1:
-            raise ValueError(f"max_scans must be at least 1, got {self.max_scans}")
-        if self.init is not None and self.resume:
-            raise ValueError("init and resume are both given: a run that goes on has its weights")
-        given = [self.val is not None, self.labels is not None, self.prompts is not None]
-        if any(given) and not all(given):
-            raise ValueError("evaluation needs all three of val, labels and prompts")
+        for name in ("epochs", "lr_batch", "max_scans", "micro_tokens", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("unlocked_layers", "eval_every", "save_every", "stall_minutes", "grad_clip", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.sentence_dropout < 1:
+            raise ValueError(f"sentence_dropout must be in [0, 1), got {self.sentence_dropout}")
+        if self.init is not None and (self.vision is not None or self.resume == "true"):
+            other = "vision" if self.vision is not None else "resume"
+            raise ValueError(f"init and {other} are both given: one of them says what weights to begin with")
+        if (self.val is None) != (self.prompts is None) or (self.labels is not None and self.val is None):
+            raise ValueError("evaluation needs both val and prompts")
+        if self.fsdp and self.balance == "cost":
+            raise ValueError("fsdp needs balance 'studies': its processes must run as many pieces as one another")
+
+
+# What may differ between a run and its continuation.
+FREE = frozenset(
+    ["out", "device", "compile", "grad_checkpointing", "fsdp", "resume", "init", "vision", "local_loss", "workers",
+     "micro_tokens", "balance", "log_every", "eval_every", "save_every", "save_minutes", "keep", "stall_minutes",
+     "wandb", "val", "labels", "prompts"]
+)  # fmt: skip
+
+
+def from_published_flags(arguments: list[str]) -> list[str]:
+    """Command-line arguments with the released code's spelling put in ours.
+
+    Raises:
+        ValueError: a flag of theirs that has no counterpart here; says what to do.
+    """
+    own = {each.name for each in fields(TrainConfig)}
+    found: list[str] = []
+    for argument in arguments:
+        flag, sign, value = argument.partition("=")
+        name = flag[2:]
+        if flag.startswith("--") and name not in own and name in PUBLISHED_FLAGS:
+            replacement = PUBLISHED_FLAGS[name]
+            if replacement is None:
+                raise ValueError(f"{flag}: {_INSTEAD[name]}")
+            argument = f"--{replacement}{sign}{value}"
+            if not sign and replacement in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
+                argument += "=true"
+        found.append(argument)
+    return found
+
+
+_INSTEAD = {
+    "accum-freq": "a step is cut into pieces by --micro_tokens, with the gradient of the whole",
+    "beta1": "both betas are given as --betas '[0.9, 0.95]'",
+    "dist-backend": "it is NCCL on GPUs and gloo on CPUs",
+    "gather-with-grad": "gradients always reach the gathered embeddings; leave it out",
+}

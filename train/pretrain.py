@@ -1,44 +1,49 @@
 """Pre-train on packed batches: every study brings its own number of scans.
 
-    torchrun --nproc_per_node 2 train/pretrain.py --data studies.json --out runs/mine
+    torchrun --nproc_per_node 8 train/pretrain.py --config train/recipes/brain_mri.yaml --data STORE --out runs/mine
 
 All processes run the same code, with gloo on CPUs and NCCL on GPUs. Leaves in the output folder `model/`
-(see `HLIPModel.from_pretrained`), `checkpoint.pt`, `log.jsonl`, and TensorBoard events.
+(see `HLIPModel.from_pretrained`), `checkpoints/`, `log.jsonl`, and TensorBoard events. SIGTERM saves and ends the run
+with status 0; `--resume auto` goes on.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
+import contextlib
 import functools
 import json
 import logging
 import math
-import os
-import pickle
+import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import TrainConfig
-from hlip.data.batch import pack
-from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
+from checkpoints import Checkpoints, whole_model
+from config import TrainConfig, from_published_flags
+from engine import MicroBatch, World, backward, reduce_scalars, start, wrap
+from evaluation import HeldOut
+from hlip.data.store import Store
 from hlip.model.clip import HLIPModel, create_model
-from hlip.model.losses import contrastive_loss
-from hlip.tasks.metrics import macro_auc, read_labels
-from hlip.tasks.zeroshot import Prompts, zeroshot
-from sampler import StepSampler
+from hlip.model.config import ModelConfig, preset
+from hlip_kernels.env import describe_backends
+from loading import MicroBatches, open_store, scan_tokens
+from log import Log, Watch, memory_gb
+from sampler import Cost, StepSampler
+
+DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> int:
@@ -47,15 +52,17 @@ def main() -> int:
     parser = ArgumentParser(prog="pretrain.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(TrainConfig)
-    args = parser.parse_args()
-    args.pop("config", None)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        config = TrainConfig(**vars(args))
-        train(config)
-    except (ValueError, OSError, ImportError) as error:
+        args = parser.parse_args(from_published_flags(sys.argv[1:]))
+        args.pop("config", None)
+        train(TrainConfig(**vars(args)))
+    except (ValueError, OSError, ImportError, dist.DistError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pretrain.py: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -63,120 +70,147 @@ def main() -> int:
 
 
 def train(config: TrainConfig) -> None:
-    # --- processes and device
-    device = torch.device("cpu")
-    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    world = World()
-    checkpoint_path = config.out / "checkpoint.pt"
-    if checkpoint_path.exists() and not config.resume:
-        raise ValueError(f"{config.out} holds a checkpoint: pass --resume true to go on, or choose another folder")
-    if config.resume and not checkpoint_path.exists():
-        raise ValueError(f"{checkpoint_path}: no checkpoint to resume from")
     # --- everything that can be wrong is read before anything is written
-    records = read_study_list(config.data)
+    device, world = start(config.device)
+    checkpoints = Checkpoints(config, world)
+    resume = config.resume == "true" or (config.resume == "auto" and bool(checkpoints.all()))
+    if checkpoints.all() and not resume:
+        raise ValueError(f"{config.out} holds checkpoints: pass --resume auto to go on, or choose another folder")
     held_out = HeldOut.read(config)
     torch.manual_seed(config.seed)
-    if config.init:
-        model = HLIPModel.from_pretrained(config.init, config.model, config.text).to(device)
-    else:
-        name = config.model or "clip_vit_base_scan_study_token1176"
-        model = create_model(name, pretrained_text=config.text or True).to(device)
+    model = make_model(config).to(device)
+    store = open_store(config.data, model.config)
+    per_epoch = len(store) // config.batch_size
+    steps = config.steps if config.epochs is None else config.epochs * per_epoch
+    model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
+    features = locked_features(model, store, world) if keeps_features(config, model) else None
+    wrapped = wrap(model, world, config.fsdp)
+    if config.compile:
+        model.visual.trunk.compile(dynamic=True)
     optimizer = make_optimizer(model, config)
-    first_step = load_checkpoint(checkpoint_path, config, model, optimizer, device) if config.resume else 0
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    first_step = checkpoints.load(model, optimizer, scaler) if resume else 0
 
-    # --- data
-    config.out.mkdir(parents=True, exist_ok=True)
-    log = Log(config, world, first_step)
-    cache = config.cache or config.out / "cache"
-    vision = model.config.vision
-    records = prepare(config.data, records, model, cache, world, log)
-    dataset = StudyDataset(records, config.max_scans)
-    if held_out:
-        held_out.prepare(config, model, cache, world, log)
     sampler = StepSampler(
-        len(dataset), config.batch_size, config.steps, config.seed, world.rank, world.size, first_step
-    )
+        scan_tokens(store, model.config), Cost(model.config.vision), config.batch_size, steps, config.seed, world.rank,
+        world.size, config.max_scans, config.micro_tokens, config.balance == "cost", first_step,
+    )  # fmt: skip
     loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(pack, patch_size=vision.patch_size),
+        MicroBatches(store, model.config, config.texts, config.sentence_dropout),
+        batch_size=None,
+        sampler=sampler,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         persistent_workers=config.workers > 0,
     )
-    log.event(
-        "start",
-        studies=len(records),
-        scans=sum(len(record.scans) for record in records),
-        processes=world.size,
-        device=str(device),
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        first_step=first_step,
-        torch=torch.__version__,
-    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = Log(config, world, first_step)
+    facts = {
+        "studies": len(store), "scans": len(store.shapes), "processes": world.size, "device": str(device),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "first_step": first_step,
+        "steps": steps, "batch_size": config.batch_size, "peak_lr": peak_lr(config),
+        "tokens_per_step": round(np.mean([sampler.plan(step).tokens for step in range(min(steps, 8))])),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    log.event("start", **facts)
+    if world.rank == 0:
+        head_dim = model.config.vision.width // model.config.vision.heads
+        print(describe(model.config, facts, describe_backends(device.type, DTYPES[config.precision], head_dim)))
 
     # --- steps
-    wrapped: nn.Module = model
-    if world.size > 1:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    text_features = locked_features(model, records, world)
-    progress = tqdm(total=config.steps, initial=first_step, desc="pre-training", unit="step", disable=world.rank > 0)
-    started, studies, tokens = time.perf_counter(), 0, 0
+    autocast = functools.partial(torch.autocast, device.type, DTYPES[config.precision], config.precision != "fp32")
+    watch = Watch(world, config.stall_minutes, config.out)
+    terminated = Terminated()
+    progress = tqdm(total=steps, initial=first_step, desc="pre-training", unit="step", disable=world.rank > 0)
+    meter, saved = Meter(), time.monotonic()
     wrapped.train()
-    for step, batch in enumerate(loader, first_step):
-        # Dropout follows from (seed, step, rank) alone, so a resumed run repeats it.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1)[0]))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            texts = model.texts(batch.impressions, batch.findings)
-            known = torch.stack([text_features[text] for text in texts]) if text_features else None
-            outputs = wrapped(batch, known)
-        loss = contrastive_loss(outputs)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        model.clamp_logit_scale()
-
-        studies, tokens = studies + len(batch) * world.size, tokens + batch.layout.num_tokens
-        done = step + 1
-        progress.update()
-        if done % config.log_every == 0 or done == config.steps:
-            seconds = time.perf_counter() - started
-            if not math.isfinite(float(loss.detach())):
-                raise ValueError(f"step {done}: the loss is {float(loss.detach())}; lower lr, or look at the data")
-            log.scalars(
-                done,
-                loss=float(loss.detach()),
-                lr=learning_rate(config, step),
-                grad_norm=float(norm),
-                temperature=float(1 / outputs.scale[0].detach()),
-                studies_per_second=studies / seconds,
-                tokens_per_second_of_rank_0=tokens / seconds,
+    batches = iter(loader)
+    with terminated, contextlib.closing(watch), contextlib.closing(log):
+        for step in range(first_step, steps):
+            plan = sampler.plan(step)
+            watch.at(
+                step, "reading data", [store.uids[item.study] for piece in plan.ranks[world.rank] for item in piece]
             )
-            progress.set_postfix(loss=f"{float(loss.detach()):.3f}")
-        if done == config.steps or (config.save_every and done % config.save_every == 0):
-            save_checkpoint(checkpoint_path, config, model, optimizer, done, world)
-        if held_out and (done == config.steps or (config.eval_every and done % config.eval_every == 0)):
-            log.scalars(done, auc=held_out.auc(model, world))
-    progress.close()
-    if world.rank == 0:
-        model.save_pretrained(config.out / "model")
-    log.event("end", seconds=round(time.perf_counter() - started, 1))
-    log.close()
+            with meter.waiting():
+                pieces = [next(batches) for _ in plan.ranks[world.rank]]
+            if features is not None:
+                pieces = [replace(piece, texts=features(piece.texts)) for piece in pieces]
+            watch.at(step, "computing", [uid for piece in pieces for uid in piece.uids])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, steps)
+            optimizer.zero_grad(set_to_none=True)
+            loss, outputs = backward(wrapped, pieces, device, autocast, config.local_loss, plan.studies, scaler.scale)
+            reduce_scalars(model, world)
+            scaler.unscale_(optimizer)
+            norm = clip_gradient(model, config.grad_clip)
+            bad = not (math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm)))
+            overdue = config.save_minutes is not None and time.monotonic() - saved > 60 * config.save_minutes
+            bad, overdue, stop = world.any(bad, overdue, terminated.flag)
+            if bad:
+                report_not_finite(step, float(loss), norm, pieces, config.out, world)
+            scaler.step(optimizer)
+            scaler.update()
+            model.clamp_logit_scale()
+
+            done, last = step + 1, step + 1 == steps
+            progress.update()
+            meter.count(sum(plan.studies), plan.tokens)
+            if done % config.log_every == 0 or last:
+                mean = float(np.mean(world.gather(float(loss))))
+                log.scalars(
+                    done, loss=mean, lr=learning_rate(config, step, steps), grad_norm=norm,
+                    temperature=float(1 / outputs.scale[0]), logit_scale=float(outputs.scale[0].log()),
+                    **meter.read(), padding=0.0, balance=plan.balance, memory_gb=memory_gb(device),
+                )  # fmt: skip
+                progress.set_postfix(loss=f"{mean:.3f}")
+            if last or stop or overdue or (config.save_every and done % config.save_every == 0):
+                save(checkpoints, model, optimizer, scaler, done, log, wait=last or stop)
+                saved = time.monotonic()
+            if stop and not last:
+                log.event("terminated", step=done)
+                if world.rank == 0:
+                    print(f"pretrain.py: SIGTERM: saved after step {done}; --resume auto goes on", file=sys.stderr)
+                return
+            if held_out and (last or (config.eval_every and done % config.eval_every == 0)):
+                log.scalars(done, auc=held_out.auc(model, world))
+            watch.at(done, "ending" if last else "start", [])
+        progress.close()
+        save_model(model, config.out / "model", world)
+        log.event("end", seconds=round(meter.seconds(), 1))
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def make_model(config: TrainConfig) -> HLIPModel:
+    """The model to begin with: new by name, or read, with what the run changes of it."""
+    if not config.init:
+        name = config.model or DEFAULT_MODEL
+        changed = with_changes(preset(name), config)
+        return create_model(name, config.text or True, config.vision, vision=changed.vision, text=changed.text)
+    begun = HLIPModel.from_pretrained(config.init, config.model, config.text)
+    model = HLIPModel(with_changes(begun.config, config), begun.text.source)
+    model.text.tokenizer_source = begun.text.tokenizer_source
+    model.load_state_dict(begun.state_dict())
+    return model
+
+
+def with_changes(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+    rates = {name: getattr(config, name) for name in ("patch_dropout", "drop_path")}
+    vision = replace(model.vision, **{name: rate for name, rate in rates.items() if rate is not None})
+    locked = model.text.locked if config.lock_text is None else config.lock_text
+    return replace(
+        model, vision=vision, text=replace(model.text, locked=locked, unlocked_layers=config.unlocked_layers)
+    )
+
+
+def peak_lr(config: TrainConfig) -> float:
+    return config.lr * (config.batch_size / config.lr_batch if config.lr_batch else 1)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to zero."""
+    peak = peak_lr(config)
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+        return peak * (step + 1) / config.warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, steps - config.warmup)))
 
 
 def make_optimizer(model: HLIPModel, config: TrainConfig) -> torch.optim.Optimizer:
@@ -184,187 +218,144 @@ def make_optimizer(model: HLIPModel, config: TrainConfig) -> torch.optim.Optimiz
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0},  # not sharded, so not among the others
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-class World:
-    """The processes of the run. Objects are gathered over a group of their own, which may wait for days."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in order of rank."""
-        values: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
+def clip_gradient(model: nn.Module, most: float) -> float:
+    """Scale the gradient down to a norm of `most`, unless that is 0. Returns its norm before."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    kinds = [[p for p in trained if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
+    kinds = [kind for kind in kinds if kind]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.stack(norms).norm()
+    if most:
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, most, total)
+    return float(total)
 
 
-def locked_features(model: HLIPModel, records: list[StudyRecord], world: World) -> dict[str, Tensor] | None:
-    """States of a locked text tower for every report, each read once; None where the tower is trained.
+def locked_features(model: HLIPModel, store: Store, world: World) -> Callable[[Sequence[str]], Tensor]:
+    """States of a fixed text tower for every report of the store, each read once: texts to (N, W).
 
     Reports are read in the same chunks whatever the number of processes, so that the states are the same bits.
     """
-    if not model.config.text.locked:
-        return None
-    texts = model.texts([record.impression for record in records], [record.findings for record in records])
-    unique = sorted(set(texts))
+    impressions, findings = (store.manifest.column(name).to_pylist() for name in ("impression", "findings"))
+    unique = sorted(set(model.config.texts(impressions, findings)))
     chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
     mine = tqdm(chunks[world.rank :: world.size], "reading reports", unit="chunk", disable=world.rank > 0)
     with torch.no_grad():
-        parts = world.gather([(chunk, model.text.features(chunk).float().cpu().numpy()) for chunk in mine])
-    return {
-        text: torch.from_numpy(state).to(model.device)
-        for part in parts
-        for chunk, states in part
-        for text, state in zip(chunk, states, strict=True)
-    }
+        parts = world.gather([model.text.features(chunk).float().cpu().numpy() for chunk in mine])
+    table = torch.from_numpy(np.concatenate([parts[i % world.size][i // world.size] for i in range(len(chunks))]))
+    rows = {text: i for i, text in enumerate(unique)}
+    return lambda texts: table[[rows[text] for text in texts]]
 
 
-def prepare(
-    path: Path, records: list[StudyRecord], model: HLIPModel, cache: Path, world: World, log: Log
-) -> list[StudyRecord]:
-    """Preprocess the scans of a study list, shared out over the processes; count what cannot be used."""
-    bar = functools.partial(tqdm, desc=f"preprocessing {path.name}", unit="study", disable=world.rank > 0)
-    parts = world.gather(prepare_studies(records[world.rank :: world.size], model.config.preprocess, cache, bar))
-    usable = {record.uid: record for part in parts for record in part.records}
-    if not usable:
-        raise ValueError(f"{path}: no study has a scan that can be used")
-    log.event(
-        "data",
-        list=str(path),
-        studies=len(usable),
-        skipped_scans=sum(len(part.skipped_scans) for part in parts),
-        dropped_studies=sum(len(part.dropped_studies) for part in parts),
-        reasons=[reason for part in parts for reason in part.skipped_scans][:100],
-    )
-    return [usable[record.uid] for record in records if record.uid in usable]
+def keeps_features(config: TrainConfig, model: HLIPModel) -> bool:
+    return model.text.fixed and config.texts == "report" and config.sentence_dropout == 0
 
 
-class HeldOut:
-    """Studies to evaluate on, with their labels and prompts."""
-
-    def __init__(self, records: list[StudyRecord], labels: dict[str, np.ndarray], prompts: Prompts) -> None:
-        self.records, self.labels, self.prompts = records, labels, prompts
-
-    @classmethod
-    def read(cls, config: TrainConfig) -> HeldOut | None:
-        """None where the run has none. Raises ValueError naming the file that is wrong."""
-        if config.val is None or config.labels is None or config.prompts is None:
-            return None
-        prompts = Prompts.read(config.prompts)
-        labels = read_labels(config.labels, list(prompts.classes))
-        return cls(read_study_list(config.val), labels, prompts)
-
-    def prepare(self, config: TrainConfig, model: HLIPModel, cache: Path, world: World, log: Log) -> None:
-        """Preprocess the scans; raise ValueError now if there could be no AUC of the studies later."""
-        assert config.val is not None
-        self.records = prepare(config.val, self.records, model, cache, world, log)
-        unknown = [record.uid for record in self.records if record.uid not in self.labels]
-        if unknown:
-            raise ValueError(f"{config.labels}: no label for study {unknown[0]} ({len(unknown)} studies lack one)")
-        try:
-            macro_auc(self._labels(), np.zeros((len(self.records), len(self.prompts.classes))))
-        except ValueError as error:
-            raise ValueError(f"{config.labels}: {error}") from error
-        self.dataset = StudyDataset(self.records)
-
-    def auc(self, model: HLIPModel, world: World) -> float:
-        """Macro AUC of zero-shot classification; every process embeds its share."""
-        mine = range(world.rank, len(self.records), world.size)
-        scores = zeroshot(model, (self.dataset[i] for i in mine), self.prompts)[1].numpy() if mine else None
-        probabilities = np.empty((len(self.records), len(self.prompts.classes)), dtype=np.float32)
-        for rank, part in enumerate(world.gather(scores)):
-            if part is not None:
-                probabilities[rank :: world.size] = part
-        return macro_auc(self._labels(), probabilities)
-
-    def _labels(self) -> np.ndarray:
-        return np.stack([self.labels[record.uid] for record in self.records])
-
-
-def save_checkpoint(
-    path: Path, config: TrainConfig, model: HLIPModel, optimizer: torch.optim.Optimizer, step: int, world: World
-) -> None:
-    if world.rank > 0:
-        return
-    partial = path.with_suffix(".tmp")
-    state = {"step": step, "config": fixed_settings(config), "model": model.state_dict()}
-    torch.save(state | {"optimizer": optimizer.state_dict()}, partial)
-    partial.replace(path)
-
-
-def load_checkpoint(
-    path: Path, config: TrainConfig, model: HLIPModel, optimizer: torch.optim.Optimizer, device: torch.device
-) -> int:
-    """Restore model and optimizer. Returns the number of steps done.
-
-    Raises:
-        ValueError: not a checkpoint of this run; names the settings that differ.
-    """
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        before, now = state["config"], fixed_settings(config)
-        changed = [
-            f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]
+def describe(model: ModelConfig, facts: dict[str, Any], backends: str) -> str:
+    """What a run is, in a few lines, for people."""
+    return "\n".join(
+        [
+            f"{facts['studies']} studies, {facts['scans']} scans; {facts['parameters'] / 1e6:.1f} million parameters; "
+            f"objective {model.objective}",
+            f"{facts['steps']} steps of {facts['batch_size']} studies on {facts['processes']} processes, about "
+            f"{facts['tokens_per_step']} tokens each; peak learning rate {facts['peak_lr']:g}",
+            f"levels: {' '.join(model.vision.levels)}",
+            backends,
         ]
-        if changed:
-            raise ValueError("; ".join(changed))
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
-    except (OSError, RuntimeError, KeyError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
+    )
 
 
-def fixed_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a continued run must share, as plain values."""
-    return {key: _plain(value) for key, value in dataclasses.asdict(config).items() if key not in TrainConfig.FREE}
+def report_not_finite(
+    step: int, loss: float, norm: float, pieces: Sequence[MicroBatch], out: Path, world: World
+) -> NoReturn:
+    """Save which studies the step had, and end the run before its weights are spoilt."""
+    parts = world.gather({"loss": loss, "studies": [uid for piece in pieces for uid in piece.uids]})
+    path = out / "not_finite.json"
+    if world.rank == 0:
+        content = {"step": step + 1, "grad_norm": norm, "ranks": parts}
+        partial = path.with_name(".not_finite.tmp")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    raise ValueError(
+        f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; its studies are in {path}. Lower lr, or "
+        "look at them; the last checkpoint is from before"
+    )
 
 
-class Log:
-    """`log.jsonl` and TensorBoard, on the first process only. A continued run drops what came after its checkpoint."""
-
-    def __init__(self, config: TrainConfig, world: World, first_step: int) -> None:
-        self.active = world.rank == 0
-        if self.active:
-            path = config.out / "log.jsonl"
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and path.exists() else []
-            kept = [line for line in kept if json.loads(line).get("step", 0) <= first_step]
-            path.write_text("".join(kept), encoding="utf-8")
-            self.file = path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
-            self.event("config", **{key: _plain(value) for key, value in dataclasses.asdict(config).items()})
-
-    def event(self, name: str, **values: Any) -> None:
-        self._write({"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **values})
-
-    def scalars(self, step: int, **values: float) -> None:
-        self._write({"step": step, **values})
-        if self.active:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self.active:
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
-
-    def close(self) -> None:
-        if self.active:
-            self.file.close()
-            self.board.close()
+def save(
+    checkpoints: Checkpoints, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    step: int, log: Log, wait: bool,
+) -> None:  # fmt: skip
+    """Save a checkpoint. One that fails is reported and ends the run only if there is no later chance."""
+    for attempt in (checkpoints.wait, lambda: checkpoints.save(model, optimizer, scaler, step)):
+        try:
+            attempt()
+        except OSError as error:
+            log.event("checkpoint_failed", step=step, reason=str(error))
+            logging.warning("%s", error)
+    if wait:
+        checkpoints.wait()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+def save_model(model: HLIPModel, folder: Path, world: World) -> None:
+    """Write the trained model, whole, on the first process."""
+    state = whole_model(model)
+    if world.rank == 0:
+        plain = HLIPModel(model.config, model.text.source)
+        plain.text.tokenizer_source = model.text.tokenizer_source
+        plain.load_state_dict(state)
+        plain.save_pretrained(folder)
+
+
+class Terminated:
+    """Whether SIGTERM came, which clusters send before they take a machine away."""
+
+    def __init__(self) -> None:
+        self.flag = False
+
+    def __enter__(self) -> Terminated:
+        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "flag", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+class Meter:
+    """Rates since they were last read."""
+
+    def __init__(self) -> None:
+        self.started = self.since = time.perf_counter()
+        self.studies = self.tokens = 0
+        self.waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def count(self, studies: int, tokens: int) -> None:
+        self.studies += studies
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter()
+        span = now - self.since
+        rates = {"studies_per_second": self.studies / span, "tokens_per_second": self.tokens / span}
+        rates["data_wait"] = self.waited / span
+        self.since, self.studies, self.tokens, self.waited = now, 0, 0, 0.0
+        return rates
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ class PreparedScan:
     spacing: tuple[float, float, float]
     plane: str
 
+    def name_in_study(self, source: ScanSource) -> str:
+        """What to call it among the scans of its study."""
+        return f"{source.name}:{self.name}" if self.name else source.name
+
 
 @dataclass(frozen=True)
 class Recipe:

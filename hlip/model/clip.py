@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import PackedBatch, join_report
+from ..data.batch import PackedBatch
 from .config import ModelConfig, preset
-from .losses import Outputs
+from .losses import Outputs, at_least_float32
 from .plan import TokenBatch
 from .text import TextTower
 from .vit import StudyEncoder
@@ -75,36 +75,24 @@ class HLIPModel(nn.Module):
 
     def encode_image(self, batch: PackedBatch | TokenBatch) -> Tensor:
         """Embeddings of the batch's studies, of unit length: (B, E), or (B, P, E) if `config.per_prefix`."""
-        return F.normalize(self.visual(batch.to(self.device)).float(), dim=-1)
+        return F.normalize(at_least_float32(self.visual(batch.to(self.device))), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts: (N, E), of unit length."""
-        return F.normalize(self.text(texts).float(), dim=-1)
+        return F.normalize(at_least_float32(self.text(texts)), dim=-1)
 
-    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
-        """What N studies are compared with: N reports; or, with objective "dual", N impressions and after them N
-        findings, where either stands in for the other if that is empty.
-        """
-        pairs = list(zip(impressions, findings, strict=True))
-        if self.config.objective != "dual":
-            return [join_report(*pair) for pair in pairs]
-        return [impression or found for impression, found in pairs] + [
-            found or impression for impression, found in pairs
-        ]
-
-    def forward(self, batch: PackedBatch, text_features: Tensor | None = None) -> Outputs:
+    def forward(self, batch: PackedBatch | TokenBatch, texts: Sequence[str] | Tensor) -> Outputs:
         """What `contrastive_loss` reads. Of several image embeddings of a study, those that the objective compares.
 
         Args:
-            text_features: from `TextTower.features`, of `texts`, where they are known.
+            texts: of the batch's studies, as `ModelConfig.texts` gives them; or their (N, W) `TextTower.features`.
         """
         pairs = 2 if self.config.objective == "dual" else 1
         image = self.encode_image(batch)
         image = image[:, :pairs] if self.config.per_prefix else image[:, None]
-        if text_features is None:
-            text_features = self.text.features(self.texts(batch.impressions, batch.findings))
-        text = F.normalize(self.text.proj(text_features).float(), dim=-1)
-        text = text.unflatten(0, (pairs, len(batch))).transpose(0, 1)
+        features = texts if isinstance(texts, Tensor) else self.text.features(texts)
+        text = F.normalize(at_least_float32(self.text.proj(features)), dim=-1)
+        text = text.unflatten(0, (pairs, len(image))).transpose(0, 1)
         scale = self.logit_scale[None]
         if self.config.objective == "dual":
             scale = torch.stack([self.logit_scale, self.logit_bias])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hlip_kernels import Grid, Level
 
+from ..data.batch import join_report
 from ..data.preprocess import RECIPES, Recipe
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
@@ -173,15 +174,19 @@ class TextConfig:
     context_length: tokens of a text that are read.
     pooling: "cls" takes the first token of the last hidden state, "mean" the average over the text.
     locked: keep the transformer's weights fixed; its projection is trained all the same.
+    unlocked_layers: if it is locked, the last so many layers are trained nevertheless.
     """
 
     name: str = PUBMED_BERT
     context_length: int = 256
     pooling: Literal["cls", "mean"] = "cls"
     locked: bool = False
+    unlocked_layers: int = 0
 
     def __post_init__(self) -> None:
         _check_fields(self, positive=("context_length",))
+        if self.unlocked_layers < 0:
+            raise ValueError(f"unlocked_layers must be 0 or more, got {self.unlocked_layers}")
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,15 @@ class ModelConfig:
                 "files yet: give such scans to hlip.pack"
             )
         return self.recipe
+
+    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
+        """What N studies are compared with: N reports; or, with objective "dual", N impressions and after them N
+        findings, where either stands in for the other if that is empty.
+        """
+        pairs = list(zip(impressions, findings, strict=True))
+        if self.objective != "dual":
+            return [join_report(*pair) for pair in pairs]
+        return [first or second for first, second in pairs] + [second or first for first, second in pairs]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,7 @@ Shapes: B studies of one process, N of all, P pairs of embeddings of a study, E 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class Outputs(NamedTuple):
     bias: Tensor | None = None
 
 
-def contrastive_loss(outputs: Outputs, local_loss: bool = False) -> Tensor:
-    """The loss over the studies of all processes, averaged over the pairs. B is the same on every process.
+def contrastive_loss(outputs: Outputs, local_loss: bool = False, counts: Sequence[int] | None = None) -> Tensor:
+    """The loss over the studies of all processes, averaged over the pairs, in float32 or more.
 
     Under DistributedDataParallel, which averages over the processes, the gradient is that of one process with all
     studies, in both ways of sharing out the work:
@@ -37,16 +38,18 @@ def contrastive_loss(outputs: Outputs, local_loss: bool = False) -> Tensor:
     Args:
         local_loss: each process compares its own studies with all, (B, N) logits, and returns its part, whose mean over
             the processes is the loss; else every process compares all with all and returns the loss.
+        counts: studies of each process; all have as many as this one if None.
 
     Source: CLIP (arXiv 2103.00020), figure 3; SigLIP (arXiv 2303.15343), algorithm 1.
     """
-    image = all_image = outputs.image.float() if outputs.image.dtype.itemsize < 4 else outputs.image
-    text = all_text = outputs.text.to(image.dtype)
-    first = 0
+    image, text = at_least_float32(outputs.image), at_least_float32(outputs.text)
+    all_image, all_text, first, parts = image, text, 0, 1
     if dist.is_initialized() and dist.get_world_size() > 1:
-        all_image, all_text = _AllGather.apply(image, local_loss), _AllGather.apply(text, local_loss)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        counts = list(counts) if counts is not None else [len(image)] * world
+        all_image, all_text = (_AllGather.apply(rows, counts, local_loss) for rows in (image, text))
         if local_loss:
-            first = len(image) * dist.get_rank()
+            first, parts = sum(counts[:rank]), world
         else:
             image, text = all_image, all_text
     scale = outputs.scale[:, None, None]
@@ -54,10 +57,16 @@ def contrastive_loss(outputs: Outputs, local_loss: bool = False) -> Tensor:
     labels = torch.arange(len(image), device=image.device) + first
     if outputs.bias is not None:
         sign = 2 * F.one_hot(labels, len(all_text)) - 1
-        return -F.logsigmoid(sign * (by_image + outputs.bias)).sum(-1).mean()
-    by_text = scale * text.transpose(0, 1) @ all_image.permute(1, 2, 0) if local_loss else by_image.mT
-    labels = labels.expand(len(scale), -1).flatten()
-    return (F.cross_entropy(by_image.flatten(0, 1), labels) + F.cross_entropy(by_text.flatten(0, 1), labels)) / 2
+        total = -F.logsigmoid(sign * (by_image + outputs.bias)).sum()
+    else:
+        by_text = scale * text.transpose(0, 1) @ all_image.permute(1, 2, 0) if parts > 1 else by_image.mT
+        both = torch.cat([by_image, by_text]).flatten(0, 1)
+        total = F.cross_entropy(both, labels.repeat(2 * len(scale)), reduction="sum") / 2
+    return total * parts / (len(all_text) * len(scale))
+
+
+def at_least_float32(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 class _AllGather(torch.autograd.Function):
@@ -68,16 +77,18 @@ class _AllGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, parts: bool) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.parts = parts
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx, rows: Tensor, counts: list[int], parts: bool) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.counts, ctx.parts = counts, parts
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([each[:count] for each, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         if ctx.parts:
             grad = grad.contiguous()
             dist.all_reduce(grad)
-        own = grad.chunk(dist.get_world_size())[dist.get_rank()]
-        return own if ctx.parts else own * dist.get_world_size(), None
+        own = grad.split(ctx.counts)[dist.get_rank()]
+        return own if ctx.parts else own * len(ctx.counts), None, None

@@ -34,6 +34,14 @@ class TokenBatch:
     weights: Tensor
     layout: StudyLayout
 
+    def pin_memory(self) -> TokenBatch:
+        return replace(
+            self,
+            patches=self.patches.pin_memory(),
+            places=self.places.pin_memory(),
+            weights=self.weights.pin_memory(),
+        )
+
     def to(self, device: torch.device | str) -> TokenBatch:
         return replace(
             self,

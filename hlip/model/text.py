@@ -73,6 +73,15 @@ class TextTower(nn.Module):
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
         if config.locked:
             self.transformer.requires_grad_(False)
+            for layer in self._unlocked():
+                layer.requires_grad_(True)
+
+    def _unlocked(self) -> list[nn.Module]:
+        """The layers of a locked tower that are trained."""
+        layers, count = list(self.transformer.encoder.layer), self.config.unlocked_layers
+        if count > len(layers):
+            raise ValueError(f"text tower {self.source!r} has {len(layers)} layers, unlocked_layers is {count}")
+        return layers[len(layers) - count :]
 
     @staticmethod
     def _unreadable(source: str, error: Exception) -> ValueError:
@@ -96,14 +105,21 @@ class TextTower(nn.Module):
         super().train(mode)
         if self.config.locked:
             self.transformer.eval()
+            for layer in self._unlocked():
+                layer.train(mode)
         return self
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no part of the transformer is trained, so that the features of a text never change."""
+        return self.config.locked and self.config.unlocked_layers == 0
 
     def features(self, texts: Sequence[str]) -> Tensor:
         """Pooled states of the BERT, before the projection: (N, W)."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt"
         ).to(self.proj.weight.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.locked):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
             hidden = self.transformer(**tokens).last_hidden_state
         if self.config.pooling == "cls":
             return hidden[:, 0]

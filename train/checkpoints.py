@@ -1,0 +1,125 @@
+"""Checkpoints of a run: `checkpoints/step_00001000.pt`, each one whole, written behind the run's back.
+
+A checkpoint is the same whatever the number of processes and however they share the model, so a run may go on with
+others. Everything random follows from (seed, step), so weights, optimizer and loss scale are all there is to keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils._pytree import tree_map
+
+from config import FREE, TrainConfig
+from engine import World
+from hlip.model.clip import HLIPModel
+from log import plain
+
+
+class Checkpoints:
+    """The checkpoints in one folder. The first process writes them, in a thread, one at a time."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.folder = config.out / "checkpoints"
+        self.config, self.world = config, world
+        self.thread: threading.Thread | None = None
+        self.failure: OSError | None = None
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, the latest last."""
+        return sorted(path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name))
+
+    def save(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int) -> None:
+        """Copy what there is to keep, and write it while the run goes on.
+
+        Raises:
+            OSError: what the save before this one failed with. The checkpoints from before it are as they were.
+        """
+        self.wait()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = {
+            "step": step,
+            "config": fixed_settings(self.config),
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+            "scaler": scaler.state_dict(),
+        }
+        if self.world.rank == 0:
+            state = tree_map(lambda value: value.cpu().clone() if isinstance(value, torch.Tensor) else value, state)
+            self.thread = threading.Thread(target=self._write, args=(state, step))
+            self.thread.start()
+
+    def _write(self, state: dict[str, Any], step: int) -> None:
+        path = self.folder / f"step_{step:08d}.pt"
+        partial = path.with_suffix(".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            for old in self.all()[: -self.config.keep]:
+                old.unlink()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+            partial.unlink(missing_ok=True)
+            kept = self.all()
+            left = f"{kept[-1].name} is whole" if kept else "there is none yet"
+            self.failure = OSError(f"{path}: the checkpoint could not be written ({error}); {left}")
+
+    def wait(self) -> None:
+        """Wait for the save under way; raise the OSError that it failed with."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Restore the latest. Returns the number of steps done.
+
+        Raises:
+            ValueError: there is none, or it is of another run; names the settings that differ.
+        """
+        found = self.all()
+        if not found:
+            raise ValueError(f"{self.folder}: no checkpoint to resume from")
+        path = found[-1]
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            before, now = state["config"], fixed_settings(self.config)
+            changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+            if changed:
+                raise ValueError("; ".join(changed))
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(model, state["model"], options=options)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+            scaler.load_state_dict(state["scaler"])
+            return int(state["step"])
+        except (OSError, RuntimeError, KeyError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
+
+
+def whole_model(model: HLIPModel) -> dict[str, Any]:
+    """All weights on the first process, whatever the model is shared by; must be called on all."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a continued run must share, as plain values."""
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in FREE}
