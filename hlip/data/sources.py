@@ -28,7 +28,7 @@ from .files import (
     walk,
 )
 from .lists import ListedStudy, each_once, read_csv_list, read_json_list
-from .readers import ScanError
+from .volume import ScanError
 from .reports import ReportText, SectionRules, read_reports
 from .tables import Labels, Table, volume_study
 
