@@ -21,16 +21,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from hlip.data.prepare import prepare
-from hlip.data.preprocess import BrainMRI, PreparedScan
-from hlip.data.readers import read_nifti
+from hlip.data.preprocess import load_recipe
 from hlip.data.sources import Found, ScanSource, StudySource
 from hlip.data.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
 from report import print_table
@@ -106,21 +103,6 @@ def large(folder: Path, studies: int) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The brain MRI recipe, as far as a store needs it."""
-
-    def prepare(self, source: ScanSource) -> list[PreparedScan]:
-        return [PreparedScan("", BrainMRI()(read_nifti(source.files[0])), (3.0, 1.0, 1.0), "axial")]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "brain-mri"}
-
-    @property
-    def hash(self) -> str:
-        return "bench"
-
-
 def throughput(folder: Path, studies: int) -> None:
     import nilearn.datasets
 
@@ -130,7 +112,7 @@ def throughput(folder: Path, studies: int) -> None:
     rows: list[list[float]] = []
     for workers in (1, 2, 1, 2):
         start = time.perf_counter()
-        prepare(found, Whole(), folder / str(len(rows)), workers=workers, shard_scans=8)
+        prepare(found, load_recipe("brain-mri"), folder / str(len(rows)), workers=workers, shard_scans=8)
         seconds = time.perf_counter() - start
         rows.append([workers, round(seconds, 1), round(4 * studies / seconds, 2)])
     print_table(["workers", "s", "scans/s"], rows)

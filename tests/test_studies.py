@@ -88,7 +88,7 @@ def test_dicom_series_are_scans(tmp_path: Path) -> None:
     study = load_study(tmp_path, RECIPE)
     assert [tuple(scan.shape) for scan in study.scans] == [RECIPE.shape] * 2
     write_series(tmp_path / "other", array, np.eye(4), study_uid="1.2.4", series_uid="1.2.4.1", modality="MR")
-    with pytest.raises(ValueError, match="DICOM files of 2 studies: 1.2.3, 1.2.4"):
+    with pytest.raises(ValueError, match=r"DICOM files of 2 studies: 1\.2\.3, 1\.2\.4"):
         load_study(tmp_path, RECIPE)
 
 

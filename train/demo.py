@@ -179,7 +179,9 @@ def one_scan_each(studies: Sequence[Study], seed: int) -> list[Study]:
 
 def scan_types_auc(train: Store, test: Store, train_labels: np.ndarray, test_labels: np.ndarray, seed: int) -> float:
     """What a classifier gets that knows only which contrasts and planes a study holds, and how many scans."""
-    x_train, x_test = ([_scan_types(names) for names in store.manifest.column("name").to_pylist()] for store in (train, test))
+    x_train, x_test = (
+        [_scan_types(names) for names in store.manifest.column("name").to_pylist()] for store in (train, test)
+    )
     model = LogisticRegression(max_iter=2000, random_state=seed).fit(x_train, train_labels.argmax(1))
     assert model.classes_.tolist() == list(range(train_labels.shape[1]))
     return macro_auc(test_labels, model.predict_proba(x_test))

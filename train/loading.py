@@ -93,8 +93,8 @@ def open_store(path: Path, model: ModelConfig) -> Store:
         study = int(np.searchsorted(store.first, wrong[0], "right")) - 1
         shape = tuple(store.shapes[wrong[0]].tolist())
         raise ValueError(
-            f"{path}: study {store.uids[study]} has a scan of {shape} voxels, not a whole number of the model's patches "
-            f"of {tuple(patch.tolist())} ({len(wrong)} of {len(store.shapes)} scans)"
+            f"{path}: study {store.uids[study]} has a scan of {shape} voxels, not a whole number of the model's "
+            f"patches of {tuple(patch.tolist())} ({len(wrong)} of {len(store.shapes)} scans)"
         )
     return store
 

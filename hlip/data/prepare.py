@@ -166,7 +166,9 @@ def prepare_study(
 def _stored(source: ScanSource, scan: PreparedScan) -> StoredScan:
     if scan.image.dtype != torch.uint8 or scan.image.dim() != 3 or 0 in scan.image.shape:
         raise TypeError(f"the recipe made {scan.image.dtype} {tuple(scan.image.shape)}, not uint8 (D, H, W)")
-    return StoredScan(scan.name_in_study(source), scan.image, scan.spacing, scan.plane, source.modality, source.description)
+    return StoredScan(
+        scan.name_in_study(source), scan.image, scan.spacing, scan.plane, source.modality, source.description
+    )
 
 
 def _without_folders(reason: str, scan: ScanSource) -> str:

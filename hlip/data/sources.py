@@ -28,9 +28,9 @@ from .files import (
     walk,
 )
 from .lists import ListedStudy, each_once, read_csv_list, read_json_list
-from .volume import ScanError
 from .reports import ReportText, SectionRules, read_reports
 from .tables import Labels, Table, volume_study
+from .volume import ScanError
 
 logger = logging.getLogger(__name__)
 NAME_LENGTH = 120  # characters
