@@ -204,7 +204,8 @@ def test_labels_and_seeds_follow_from_the_seed(tmp_path: Path, monkeypatch: pyte
         assert (first / name).read_bytes() != (other / name).read_bytes()
     assert seeds[:50] == seeds[50:100]
     assert len(set(seeds[:50] + seeds[100:])) == 100
-    assert {study.uid: study.impression for study in all_studies(first)} == labels(first)
+    entries = [json.loads((first / f"{split}.json").read_text()) for split in ("train", "test")]
+    assert {uid: entry["impressions"][0] for each in entries for uid, entry in each.items()} == labels(first)
 
 
 def test_choice_of_contrasts() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from config import Texts
@@ -36,9 +35,7 @@ class MicroBatches(Dataset):
         studies = [self.store.study(item.study, item.scans) for item in items]
         batch = pack(studies, self.model.vision.patch_size)
         seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0] >> 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            tokens = plan(batch, self.model.vision, training=True)
+        tokens = plan(batch, self.model.vision, training=True, seeds=[item.seed for item in items])
         dual = self.model.objective == "dual"
         impressions, findings = [], []
         for study, item in zip(studies, items, strict=True):

@@ -170,13 +170,15 @@ def train(config: TrainConfig) -> None:
                 log.event("terminated", step=done)
                 if world.rank == 0:
                     print(f"pretrain.py: SIGTERM: saved after step {done}; --resume auto goes on", file=sys.stderr)
-                return
+                break
             if held_out and (last or (config.eval_every and done % config.eval_every == 0)):
                 log.scalars(done, auc=held_out.auc(model, world))
             watch.at(done, "ending" if last else "start", [])
+        else:
+            save_model(model, config.out / "model", world)
+            log.event("end", seconds=round(meter.seconds(), 1))
         progress.close()
-        save_model(model, config.out / "model", world)
-        log.event("end", seconds=round(meter.seconds(), 1))
+        world.gather(None)  # nobody leaves while others still wait for an answer
 
 
 def make_model(config: TrainConfig) -> HLIPModel:

@@ -119,31 +119,50 @@ def _grid(study: Study, m: int, patch_size: Grid) -> Grid:
     return d, h, w
 
 
-def patch_dropout(layout: StudyLayout, rate: float, level: Level) -> Tensor:
+class Draws:
+    """Uniform random numbers for the studies of a batch.
+
+    Args:
+        seeds: one per study, which then draws the same in whatever batch it is; None draws from torch's default
+            generator.
+    """
+
+    def __init__(self, seeds: Sequence[int] | None = None) -> None:
+        self.generators = None if seeds is None else [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        """(sum of counts) float64: as many numbers for each study as `counts` (studies) says, study by study."""
+        if self.generators is None:
+            return torch.rand(int(counts.sum()), dtype=torch.float64).numpy()
+        return np.concatenate([g.random(int(n)) for g, n in zip(self.generators, counts, strict=True)])
+
+
+def patch_dropout(layout: StudyLayout, rate: float, level: Level, draws: Draws | None = None) -> Tensor:
     """Choose the patches to keep: in every group of `level`, `max(1, int(L * (1 - rate)))` of its L, at random.
 
-    Drawn from torch's default generator on the host. Returns increasing int64 rows for `select`.
+    Returns increasing int64 rows for `select`.
     """
     lengths = layout.seqlens(level)
     kept = np.maximum(1, (lengths * (1 - rate)).astype(np.int64))
-    return torch.from_numpy(np.flatnonzero(_random_ranks(lengths) < np.repeat(kept, lengths)))
+    ranks = _random_ranks(lengths, (draws or Draws())(layout.seqlens("study")))
+    return torch.from_numpy(np.flatnonzero(ranks < np.repeat(kept, lengths)))
 
 
-def scan_dropout(layout: StudyLayout, rate: float) -> Tensor:
+def scan_dropout(layout: StudyLayout, rate: float, draws: Draws | None = None) -> Tensor:
     """Choose the scans to keep: in every study `max(1, int(M * (1 - rate)))` of its M, at random.
 
-    Drawn from torch's default generator on the host. Returns the increasing int64 rows of their patches.
+    Returns the increasing int64 rows of their patches.
     """
     num_scans = np.array([len(study) for study in layout.grids])
     kept = np.maximum(1, (num_scans * (1 - rate)).astype(np.int64))
-    scans = _random_ranks(num_scans) < np.repeat(kept, num_scans)
+    scans = _random_ranks(num_scans, (draws or Draws())(num_scans)) < np.repeat(kept, num_scans)
     return torch.from_numpy(np.flatnonzero(np.repeat(scans, layout.seqlens("scan"))))
 
 
-def _random_ranks(lengths: np.ndarray) -> np.ndarray:
-    """For runs of the given lengths: each place's rank, from 0, in a random order of its run."""
+def _random_ranks(lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """For runs of the given lengths: each place's rank, from 0, in the order of its run by `keys` from 0 to 1."""
     runs = np.repeat(np.arange(len(lengths)), lengths)
-    order = np.argsort(runs + torch.rand(len(runs), dtype=torch.float64).numpy())
+    order = np.argsort(runs + keys)
     ranks = np.empty(len(runs), dtype=np.int64)
     ranks[order] = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return ranks

@@ -6,6 +6,7 @@ Shapes: T patch tokens, V voxels of a patch, K rows of the position tables that 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hlip_kernels import Grid, StudyLayout
 
-from ..data.batch import PackedBatch, patch_dropout, scan_dropout
+from ..data.batch import Draws, PackedBatch, patch_dropout, scan_dropout
 from .config import VisionConfig
 
 
@@ -52,8 +53,11 @@ class TokenBatch:
         )
 
 
-def plan(batch: PackedBatch, config: VisionConfig, training: bool) -> TokenBatch:
-    """Plan a batch for an encoder of this configuration. In training, draws from torch's default generator.
+def plan(batch: PackedBatch, config: VisionConfig, training: bool, seeds: Sequence[int] | None = None) -> TokenBatch:
+    """Plan a batch for an encoder of this configuration.
+
+    Args:
+        seeds: of what is drawn in training, one per study; see `Draws`.
 
     Scans beyond `config.max_scans`, and grids other than `config.grid`, take interpolated positions.
 
@@ -64,15 +68,16 @@ def plan(batch: PackedBatch, config: VisionConfig, training: bool) -> TokenBatch
     """
     if tuple(batch.patch_size) != tuple(config.patch_size):
         raise ValueError(f"the model reads patches of {config.patch_size} voxels, the batch has {batch.patch_size}")
+    draws = Draws(seeds)
     if training and config.scan_dropout:
-        batch = batch.select(scan_dropout(batch.layout, config.scan_dropout))
+        batch = batch.select(scan_dropout(batch.layout, config.scan_dropout, draws))
     if training and config.patch_dropout:
-        batch = batch.select(patch_dropout(batch.layout, config.patch_dropout, config.levels[0]))
+        batch = batch.select(patch_dropout(batch.layout, config.patch_dropout, config.levels[0], draws))
     layout = batch.layout
     scan, place = batch.positions.numpy().T
     columns = [_spatial(place, layout, config.grid)]
     if config.max_scans:
-        numbers, factors = _sequential(scan, layout, config.max_scans, training)
+        numbers, factors = _sequential(scan, layout, config.max_scans, draws if training else None)
         columns.append((numbers + int(np.prod(config.grid)), factors))
     places = torch.from_numpy(np.concatenate([rows for rows, _ in columns], axis=1).astype(np.int32))
     weights = torch.from_numpy(np.concatenate([factors for _, factors in columns], axis=1).astype(np.float32))
@@ -93,14 +98,16 @@ def _spatial(place: np.ndarray, layout: StudyLayout, table: Grid) -> tuple[np.nd
     return np.concatenate([rows for rows, _ in corners])[token], np.concatenate([w for _, w in corners])[token]
 
 
-def _sequential(scan: np.ndarray, layout: StudyLayout, max_scans: int, training: bool) -> tuple[np.ndarray, np.ndarray]:
+def _sequential(
+    scan: np.ndarray, layout: StudyLayout, max_scans: int, draws: Draws | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows (T, 1 or 2) of the sequential table, and their weights."""
     lengths = layout.seqlens("study")
     study = np.repeat(np.arange(len(lengths)), lengths)
-    if training:  # scans are numbered anew, and every study draws their positions without replacement
+    if draws:  # scans are numbered anew, and every study draws their positions without replacement
         num_scans = np.array([len(scans) for scans in layout.grids])
         scan = np.repeat(np.concatenate([np.arange(n) for n in num_scans]), layout.seqlens("scan"))
-        drawn = torch.rand(len(lengths), max_scans).argsort(1).numpy()
+        drawn = draws(np.full(len(lengths), max_scans)).reshape(-1, max_scans).argsort(1)
         fits = num_scans[study] <= max_scans
         scan = np.where(fits, drawn[study, np.minimum(scan, max_scans - 1)], scan)
     else:
