@@ -119,8 +119,9 @@ class Watch:
         self.here: dict[str, Any] = {}
         self.done = threading.Event()
         self.at(0, "start", [])
+        self.thread = threading.Thread(target=self._look, daemon=True)
         if minutes:
-            threading.Thread(target=self._look, daemon=True).start()
+            self.thread.start()
 
     def at(self, step: int, doing: str, uids: list[str]) -> None:
         order = ("start", "reading data", "computing", "ending").index(doing)
@@ -154,3 +155,5 @@ class Watch:
 
     def close(self) -> None:
         self.done.set()
+        if self.thread.is_alive():
+            self.thread.join()  # it must not be the last to hold the process group when the interpreter ends
