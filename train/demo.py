@@ -189,10 +189,10 @@ def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
 
 
 def one_scan_results(
-    folder: Path, studies: Sequence[Study], labels: np.ndarray, prompts: Prompts, seed: int
+    run: Path, studies: Sequence[Study], labels: np.ndarray, prompts: Prompts, seed: int
 ) -> dict[str, float]:
     """A model trained on one random scan of a study at a time, shown all scans and one (HLIP, figure 4b)."""
-    model = HLIPModel.from_pretrained(folder)
+    model = HLIPModel.from_pretrained(run / "model")
     return {
         "auc_trained_on_one_scan": macro_auc(labels, zeroshot(model, studies, prompts)[1].numpy()),
         "auc_trained_on_one_scan_shown_one": macro_auc(
