@@ -286,7 +286,7 @@ def test_bad_input_is_named(
         ({"batch_size": 64}, "batch_size 64 is larger than the data set of 12 studies"),
         ({"val": demo / "test"}, "evaluation needs both val and prompts"),
         ({"resume": "true"}, "no checkpoint to resume from"),
-        ({"resume": "true", "init": "x.pt"}, "init and resume are both given"),
+        ({"vision": "y.pt", "init": "x.pt"}, "init and vision are both given"),
         ({"init": tmp_path / "x.pt"}, "x.pt: unknown model: no such file or folder"),
         ({"fsdp": "true", "balance": "cost"}, "fsdp needs balance 'studies'"),
         ({"wandb": "project"}, "wandb is asked for and not installed"),

@@ -151,9 +151,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.sentence_dropout < 1:
             raise ValueError(f"sentence_dropout must be in [0, 1), got {self.sentence_dropout}")
-        if self.init is not None and (self.vision is not None or self.resume == "true"):
-            other = "vision" if self.vision is not None else "resume"
-            raise ValueError(f"init and {other} are both given: one of them says what weights to begin with")
+        if self.init is not None and self.vision is not None:
+            raise ValueError("init and vision are both given: one of them says what weights to begin with")
         if (self.val is None) != (self.prompts is None) or (self.labels is not None and self.val is None):
             raise ValueError("evaluation needs both val and prompts")
         if self.fsdp and self.balance == "cost":
@@ -176,20 +175,26 @@ def from_published_flags(arguments: list[str]) -> list[str]:
     """
     own = {each.name for each in fields(TrainConfig)}
     found: list[str] = []
+    flag = ""
     for argument in arguments:
-        flag, sign, value = argument.partition("=")
-        name = flag[2:]
-        if flag.startswith("--") and name not in own and name in PUBLISHED_FLAGS:
-            replacement = PUBLISHED_FLAGS[name]
-            if replacement is None:
-                raise ValueError(f"{flag}: {_INSTEAD[name]}")
-            argument = f"--{replacement}{sign}{value}"
-            if not sign and replacement in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
-                argument += "=true"
-        found.append(argument)
+        if not argument.startswith("--"):
+            found.append(_VALUES.get(flag, {}).get(argument, argument))
+            continue
+        name, sign, value = argument[2:].partition("=")
+        flag = name if name in own else PUBLISHED_FLAGS.get(name, name) or ""
+        if not flag:
+            raise ValueError(f"--{name}: {_INSTEAD[name]}")
+        if not sign and flag != name and flag in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
+            sign, value = "=", "true"
+        found.append(f"--{flag}{sign}{_VALUES.get(flag, {}).get(value, value)}")
     return found
 
 
+# Values of theirs that have another name here.
+_VALUES = {
+    "precision": {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"},
+    "resume": {"latest": "auto"},
+}
 _INSTEAD = {
     "accum-freq": "a step is cut into pieces by --micro_tokens, with the gradient of the whole",
     "beta1": "both betas are given as --betas '[0.9, 0.95]'",

@@ -105,8 +105,8 @@ def memory_gb(device: torch.device) -> float:
 class Watch:
     """Ends the run when a process is busy with one step for too long, and says which, with what.
 
-    Every process says where it is (`at`); a thread of each looks at all of them. Those that are behind are named, since
-    the others only wait for them.
+    Every process says where it is (`at`), and a thread of it that it is alive. When a process finds itself late, it
+    looks at all: those whose thread is silent too are named, or else those behind, since others only wait for them.
 
     Args:
         minutes: 0 for no watch.
@@ -115,8 +115,10 @@ class Watch:
 
     def __init__(self, world: World, minutes: float, folder: Path) -> None:
         self.world, self.seconds, self.folder = world, minutes * 60, folder
+        self.every = min(10.0, self.seconds / 4)
         self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store()) if world.size > 1 else None
         self.here: dict[str, Any] = {}
+        self.beats = 0
         self.done = threading.Event()
         self.at(0, "start", [])
         self.thread = threading.Thread(target=self._look, daemon=True)
@@ -127,31 +129,51 @@ class Watch:
         order = ("start", "reading data", "computing", "ending").index(doing)
         self.here = {"rank": self.world.rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step,
                      "order": order, "doing": doing, "since": time.time(), "studies": uids}  # fmt: skip
+        self._tell()
+
+    def _tell(self) -> None:
         if self.store is not None:
-            self.store.set(str(self.world.rank), json.dumps(self.here))
+            self.store.set(str(self.world.rank), json.dumps({**self.here, "beats": self.beats}))
+
+    def _all(self) -> list[dict[str, Any]]:
+        if self.store is None:
+            return [self.here]
+        return [json.loads(self.store.get(str(rank))) for rank in range(self.world.size)]
 
     def _look(self) -> None:
-        while not self.done.wait(min(10.0, self.seconds / 4)):
-            if time.time() - self.here["since"] <= self.seconds:
-                continue
-            ranks = [self.here]
-            if self.store is not None:
-                ranks = [json.loads(self.store.get(str(rank))) for rank in range(self.world.size)]
-            least = min((each["step"], each["order"]) for each in ranks)
-            behind = [each for each in ranks if (each["step"], each["order"]) == least]
-            for each in behind:
-                minutes = (time.time() - each["since"]) / 60
-                print(
-                    f"pretrain.py: error: process {each['rank']} on {each['host']} (pid {each['pid']}) has been "
-                    f"{each['doing']} of step {each['step'] + 1} for {minutes:.1f} minutes; its studies are in "
-                    f"{self.folder / 'stalled.json'}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            partial = self.folder / f".stalled.{self.world.rank}.tmp"
-            partial.write_text(json.dumps(behind, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.folder / "stalled.json")
-            os._exit(STALLED)
+        while not self.done.wait(self.every):
+            self.beats += 1
+            self._tell()
+            if time.time() - self.here["since"] > self.seconds:
+                break
+        else:
+            return
+        before = self._all()
+        for _ in range(3):  # whoever lives tells so in this time
+            time.sleep(self.every)
+            self.beats += 1
+            self._tell()
+        ranks = self._all()
+        silent = [
+            now
+            for was, now in zip(before, ranks, strict=True)
+            if self.store is not None and was["beats"] == now["beats"]
+        ]
+        least = min((each["step"], each["order"]) for each in ranks)
+        behind = silent or [each for each in ranks if (each["step"], each["order"]) == least]
+        for each in behind:
+            minutes = (time.time() - each["since"]) / 60
+            print(
+                f"pretrain.py: error: process {each['rank']} on {each['host']} (pid {each['pid']}) has been "
+                f"{each['doing']} at step {each['step'] + 1} for {minutes:.1f} minutes; its studies are in "
+                f"{self.folder / 'stalled.json'}",
+                file=sys.stderr,
+                flush=True,
+            )
+        partial = self.folder / f".stalled.{self.world.rank}.tmp"
+        partial.write_text(json.dumps(behind, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.folder / "stalled.json")
+        os._exit(STALLED)
 
     def close(self) -> None:
         self.done.set()

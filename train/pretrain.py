@@ -10,15 +10,17 @@ with status 0; `--resume auto` goes on.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import logging
 import math
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,13 +45,24 @@ from log import Log, Watch, memory_gb
 from sampler import Cost, StepSampler
 
 DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
+SETTINGS = [field.name for field in fields(TrainConfig)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> int:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="pretrain.py", description=__doc__.splitlines()[0])
+    class Parser(ArgumentParser):
+        """Errors in a line, in place of all settings and a line."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            unknown = "not accepted" in message or "unrecognized" in message
+            words = re.findall(r"\w+", message) if unknown else []
+            close = [near for word in words for near in difflib.get_close_matches(word, SETTINGS, 1, 0.75)]
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{' '.join(message.split())}{hint} (--help explains every setting)")
+
+    parser = Parser(prog="pretrain.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(TrainConfig)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -59,6 +72,11 @@ def main() -> int:
         train(TrainConfig(**vars(args)))
     except (ValueError, OSError, ImportError, dist.DistError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"pretrain.py: error: {error}; --resume auto goes on from the last checkpoint", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pretrain.py: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
