@@ -5,7 +5,9 @@ The functions that `fake_cuda` calls run in another process, and return what is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hlip
 from conftest import random_study, tiny_vision
 from fake_cuda import fake_mode
+from hlip.model.config import ModelConfig, TextConfig
 from hlip.model.losses import Outputs, contrastive_loss
 from hlip.model.plan import TokenBatch
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, add_regroup_norm, hier_attention
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+from engine import MicroBatch
 
 HEADS, HEAD_DIM, NUM_PREFIX = 2, 32, 2
 GRIDS = [[(2, 5, 7), (1, 9, 9)], [(3, 4, 4)]]
@@ -152,6 +159,36 @@ def test_encoder_and_loss(fake_cuda: Call, dtype: torch.dtype) -> None:
     assert out == ((2, 2, 48), dtype, CUDA)
     assert loss == ((), torch.float32, CUDA)
     assert backends == ["triton"] * (6 + 2 * 6 - 1)
+
+
+def step_of_the_trainer(objective: str, bert: str) -> list[Facts]:
+    """A micro-batch moved, and a whole model's outputs and loss, as the trainer's forward has them."""
+    config = ModelConfig(
+        tiny_vision("slice+scan+study", num_prefix=2, drop_path=0.2, patch_dropout=0.2), TextConfig(bert), None,
+        embed_dim=32, per_prefix=objective == "dual", objective=objective,
+    )  # fmt: skip
+    model = hlip.HLIPModel(config).train()
+    batch = hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)], 1)], (4, 8, 8))
+    features = torch.randn(4 if objective == "dual" else 2, model.text.proj.in_features)
+    piece = MicroBatch(model.visual.trunk.plan(batch), features, batch.uids, 0)
+    with fake_mode():
+        model = model.to("cuda")
+        moved = piece.to(torch.device("cuda"))
+        outputs = model(moved.tokens, moved.texts)
+        assert isinstance(moved.texts, Tensor)
+        found = [moved.tokens.patches, moved.texts, outputs.image, outputs.text, outputs.scale]
+        return [facts(each) for each in [*found, contrastive_loss(outputs)]]
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "dual"])
+def test_step_of_the_trainer(objective: str, fake_cuda: Call, bert_folder: str) -> None:
+    pairs = 2 if objective == "dual" else 1
+    patches, texts, image, text, scale, loss = fake_cuda(step_of_the_trainer, objective, bert_folder)
+    assert patches[1:] == (torch.uint8, CUDA)
+    assert texts[1:] == (torch.float32, CUDA)
+    assert image == text == ((2, pairs, 32), torch.float32, CUDA)
+    assert scale == ((pairs,), torch.float32, CUDA)
+    assert loss == ((), torch.float32, CUDA)
 
 
 def norm_backward(residual: torch.dtype, update: torch.dtype) -> list[Facts]:
