@@ -99,7 +99,6 @@ def main() -> int:
         row |= {"tokens": job.tokens, "flops": flops(config, job) * (3 if args.mode == "train" else 1)}
         if row["p50_s"] is not None:
             row["studies_per_s"] = args.studies / row["p50_s"]
-            row["packed_over_this"] = row["p50_s"] / rows[0]["p50_s"]
     print(" ".join(f"{key}={value}" for key, value in case.items()))
     print_table(COLUMNS, [[shown(row, column) for column in COLUMNS] for row in rows])
     if args.json:
@@ -112,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mix", choices=SCANS, default="pub_brain_5", help="how many scans studies have")
     parser.add_argument("--mode", choices=("train", "forward"), default="train", help="train: and backward (default)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--studies", type=int, help="of the batch (default: 16 without a GPU, 32 with one)")
+    parser.add_argument("--studies", type=int, help="of the batch (default: 8 without a GPU, 32 with one)")
     parser.add_argument("--max-scans", type=int, default=10, help="more of a study are left out (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each policy (default: %(default)s)")
     parser.add_argument("--width", type=int, help="a multiple of 64 (default: 128 or 768)")
@@ -126,7 +125,7 @@ def parse() -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = args.device == "cuda"
-    args.studies = args.studies or (32 if gpu else 16)
+    args.studies = args.studies or (32 if gpu else 8)
     args.width = args.width or (768 if gpu else 128)
     args.grid = args.grid or ([6, 14, 14] if gpu else [3, 7, 7])
     args.patch = args.patch or ([8, 16, 16] if gpu else [4, 8, 8])
@@ -279,7 +278,8 @@ def measure(
     """Check every job once, which also warms it up, then time all of them in turns.
 
     Returns:
-        A row for each, with the seconds of its rounds; of a job that ran out of memory, without them.
+        A row for each: seconds of its rounds, and the median of their ratios to packed's of the same round; nothing of
+        a job that ran out of memory.
 
     Raises:
         SystemExit: a job's results differ from its reference's.
@@ -297,8 +297,8 @@ def measure(
             raise SystemExit(f"{name}: results are {error:.2g} of their norm away from packed")
         errors[name] = error
     times: dict[str, list[float]] = {name: [] for name, error in errors.items() if not isinstance(error, str)}
-    for _ in range(rounds):
-        for name in times:
+    for i in range(rounds):
+        for name in list(times) if i % 2 else reversed(times):
             synchronise()
             start = time.perf_counter()
             step(jobs[name])
@@ -310,11 +310,14 @@ def measure(
         if name in times:
             row |= {"p50_s": statistics.median(times[name])}
             row |= {f"p{p}_s": float(np.percentile(times[name], p)) for p in (20, 80)}
+            ratios = [this / packed for this, packed in zip(times[name], times["packed"], strict=True)]
+            row["packed_over_this"] = statistics.median(ratios)
         rows.append({"policy": name, **row, "error": error})
     return rows
 
 
 def synchronise() -> None:
+    """Wait for the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
