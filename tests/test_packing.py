@@ -26,26 +26,8 @@ from cases import SCANS, draw_scans  # noqa: E402
 
 CPU = torch.device("cpu")
 COUNTS = (3, 1, 2)
-SMALL = [
-    "--studies",
-    "4",
-    "--rounds",
-    "2",
-    "--depth",
-    "3",
-    "--width",
-    "64",
-    "--grid",
-    "2",
-    "2",
-    "2",
-    "--patch",
-    "2",
-    "4",
-    "4",
-    "--device",
-    "cpu",
-]
+SMALL = ["--studies=4", "--rounds=2", "--depth=3", "--width=64", "--device=cpu", "--grid", "2", "2", "2"]
+SMALL += ["--patch", "2", "4", "4"]
 
 
 def bench(*args: object) -> subprocess.CompletedProcess[str]:
