@@ -1,7 +1,7 @@
 """Packed batches of studies with any number of scans, beside the ways of making them equal.
 
     python bench/packing.py --mix pub_brain_5 --json rows.json
-    python bench/packing.py --mix brain_mri --mode forward --width 256 --grid 6 7 7
+    python bench/packing.py --mix brain_mri --mode forward --width 384 --grid 9 7 7
 
 The same studies and the same weights, in one run and in turns:
 
@@ -15,9 +15,10 @@ parameters. Embeddings (and with `--mode train` the gradients) are compared in t
 encoder on the repeated studies, the others with packed. `tokens` are patch tokens that a policy encodes, `flops` those
 of its matrix products, by their shapes, with a training step as three forwards.
 
-Without a GPU: a narrow model and small scans, in which attention costs as much beside the products as in the published
-model (882 kept tokens of a scan to a width of 768; 147 to 128). With one: the published sizes. No dropout in either.
-Every study brings at most `--max-scans` scans, 10 as in the published training.
+Without a GPU: a narrow model of few layers and small scans, in which attention costs as much beside the other products
+as in the published model (882 kept tokens of a scan to a width of 768; 294 to 256). The narrower it is, the more weigh
+copies, norms and GELU. With a GPU: the published sizes. No dropout in either. Every study brings at most `--max-scans`
+scans, 10 as in the published training.
 """
 
 from __future__ import annotations
@@ -114,10 +115,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--studies", type=int, help="of the batch (default: 8 without a GPU, 32 with one)")
     parser.add_argument("--max-scans", type=int, default=10, help="more of a study are left out (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each policy (default: %(default)s)")
-    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 128 or 768)")
-    parser.add_argument("--depth", type=int, default=12, help="a multiple of 3 (default: %(default)s)")
-    parser.add_argument("--grid", type=int, nargs=3, help="tokens of a scan (default: 3 7 7 or 6 14 14)")
-    parser.add_argument("--patch", type=int, nargs=3, help="voxels of a token (default: 4 8 8 or 8 16 16)")
+    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 256 or 768)")
+    parser.add_argument("--depth", type=int, help="a multiple of 3 (default: 3 or 12)")
+    parser.add_argument("--grid", type=int, nargs=3, help="tokens of a scan (default: 6 7 7 or 6 14 14)")
+    parser.add_argument("--patch", type=int, nargs=3, help="voxels of a token (default: 4 6 6 or 8 16 16)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="of products (default: fp32 without a GPU, bf16 with one)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,9 +127,10 @@ def parse() -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = args.device == "cuda"
     args.studies = args.studies or (32 if gpu else 8)
-    args.width = args.width or (768 if gpu else 128)
-    args.grid = args.grid or ([6, 14, 14] if gpu else [3, 7, 7])
-    args.patch = args.patch or ([8, 16, 16] if gpu else [4, 8, 8])
+    args.width = args.width or (768 if gpu else 256)
+    args.depth = args.depth or (12 if gpu else 3)
+    args.grid = args.grid or ([6, 14, 14] if gpu else [6, 7, 7])
+    args.patch = args.patch or ([8, 16, 16] if gpu else [4, 6, 6])
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
     if args.width % 64 or args.depth % 3 or min(args.studies, args.max_scans, args.rounds, args.width, args.depth) < 1:
         parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
@@ -305,14 +307,14 @@ def measure(
             synchronise()
             times[name].append(time.perf_counter() - start)
     rows: list[dict[str, Any]] = []
-    for name, error in errors.items():
+    for name, found_error in errors.items():
         row: dict[str, Any] = dict.fromkeys(("p20_s", "p50_s", "p80_s", "studies_per_s", "packed_over_this"))
         if name in times:
             row |= {"p50_s": statistics.median(times[name])}
             row |= {f"p{p}_s": float(np.percentile(times[name], p)) for p in (20, 80)}
             ratios = [this / packed for this, packed in zip(times[name], times["packed"], strict=True)]
             row["packed_over_this"] = statistics.median(ratios)
-        rows.append({"policy": name, **row, "error": error})
+        rows.append({"policy": name, **row, "error": found_error})
     return rows
 
 

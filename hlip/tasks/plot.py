@@ -56,9 +56,8 @@ def read_run(folder: Path) -> Run:
         if figures is None:
             damaged += 1
             continue
-        step = figures.pop("step", None)
-        for name, value in figures.items() if step is not None else ():
-            curves.setdefault(name, {})[int(step)] = value
+        for name in figures.keys() - {"step"}:
+            curves.setdefault(name, {})[int(figures["step"])] = figures[name]
     if "temperature" not in curves and "logit_scale" in curves:
         curves["temperature"] = {step: float(np.exp(-value)) for step, value in curves["logit_scale"].items()}
     if not any(name in curves for name, _ in PANELS):
