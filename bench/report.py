@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -19,3 +24,19 @@ def write_json(rows: Sequence[dict[str, Any]], path: Path) -> None:
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(json.dumps(rows, indent=1) + "\n")
     partial.replace(path)
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and when figures were measured: device, threads, versions, commit (null outside a checkout), UTC."""
+    gpu = device.type == "cuda"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "versions": {name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch")},
+        "commit": commit.stdout.strip() or None,
+        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

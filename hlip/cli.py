@@ -22,6 +22,7 @@ from .model.checkpoint import Layout, load
 from .model.clip import HLIPModel
 from .model.published import describe
 from .tasks.embed import embed_studies
+from .tasks.plot import FORMATS, draw, read_run
 from .tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, zeroshot
 
 FILES_HELP = "NIfTI files, which together are one study; or folders, each of which holds the scans of one study"
@@ -79,6 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     convert.set_defaults(run=_convert)
 
     add_commands(commands)
+
+    plot = commands.add_parser("plot", help="draw the curves of one or more training runs")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    plot.add_argument("--out", type=Path, help=".png, .pdf or .svg (default: curves.png in the first RUN)")
+    plot.set_defaults(run=_plot)
 
     env = commands.add_parser("env", help="report versions, devices and attention backends")
     env.set_defaults(run=_env)
@@ -139,6 +145,18 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         model.save_open_clip(args.target, args.model)
     print(f"{args.target}: written in layout {args.layout}")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    out = args.out or args.runs[0] / "curves.png"
+    if out.suffix not in FORMATS:
+        raise ValueError(f"{out}: expected a name that ends in {', '.join(FORMATS)}")
+    runs = [read_run(folder) for folder in args.runs]
+    for run in runs:
+        if run.damaged:
+            print(f"{run.folder}: damaged lines of the log left out: {run.damaged}", file=sys.stderr)
+    _write(out, lambda file: draw(runs, file, out.suffix[1:]))
+    print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
 
 
 def _model(args: argparse.Namespace) -> HLIPModel:

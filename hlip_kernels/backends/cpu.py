@@ -51,8 +51,8 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Gr
             False,
             scale=softmax_scale,
         )
-        stacked = torch.stack([x.transpose(1, 2) for x in grads], dim=2)  # (n, L, 3, H, D)
-        grad_qkv.index_copy_(0, rows, stacked.flatten(0, 1))
+        for i, grad in enumerate(grads):  # (n, H, L, D)
+            grad_qkv[:, i].index_copy_(0, rows, grad.transpose(1, 2).flatten(0, 1))
     return grad_qkv
 
 

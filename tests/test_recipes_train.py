@@ -1,0 +1,104 @@
+"""The recipes of `train/recipes`, read as the command line reads them, against the published settings."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hlip.model.config import ModelConfig, list_models, preset
+
+TRAIN = Path(__file__).parents[1] / "train"
+sys.path.insert(0, str(TRAIN))
+
+import pretrain  # noqa: E402
+from config import TrainConfig  # noqa: E402
+
+RECIPES = sorted((TRAIN / "recipes").glob("*.yaml"))
+
+# HLIP (arXiv 2505.21862), appendix B.
+HEAD: dict[str, Any] = {
+    "lr": 1e-4, "lr_batch": 128, "batch_size": 256, "warmup": 2000, "betas": (0.9, 0.95), "weight_decay": 0.2,
+    "epochs": 20, "max_scans": 10, "patch_dropout": 0.25, "drop_path": 0.2, "lock_text": False,
+    "grad_checkpointing": True,
+}  # fmt: skip
+CHEST: dict[str, Any] = {
+    "lr": 1e-5, "lr_batch": 64, "batch_size": 512, "warmup": 47, "betas": (0.9, 0.98), "weight_decay": 0.2,
+    "epochs": 20, "max_scans": 1, "patch_dropout": 0.0, "drop_path": 0.2, "lock_text": True,
+    "grad_checkpointing": True,
+}  # fmt: skip
+PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
+    "brain_mri": (HEAD, "clip"),
+    "head_ct": (HEAD, "clip"),
+    "hlip-2025_10_08": (HEAD, "clip"),
+    "dual": (HEAD, "dual"),
+    "dual_large": (HEAD, "dual"),
+    "chest_ct": (CHEST, "clip"),
+    "dual_chest_ct": (CHEST, "dual"),
+    "siglip_chest_ct": (CHEST, "siglip"),
+}
+
+
+def settings_of(
+    recipe: Path, *flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> TrainConfig:
+    """What `train/pretrain.py --config RECIPE` takes a recipe for, by its own account."""
+    arguments = ["--config", str(recipe), "--data", "STORE", "--out", "RUN", *flags, "--print_config"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main()
+    shown = capsys.readouterr()
+    assert stopped.value.code == 0, shown.err
+    values = yaml.safe_load(shown.out)
+    return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_the_published_settings(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings_of(recipe, monkeypatch=monkeypatch, capsys=capsys)
+    expected, objective = PUBLISHED[recipe.stem]
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (str(config.data), str(config.out)) == ("STORE", "RUN")
+    assert config.model is not None
+    model: ModelConfig = preset(config.model)
+    assert model.objective == objective
+    changed = pretrain.with_changes(model, config)
+    assert changed == model  # what the recipe says of the model is what the model says of itself
+    scans = model.vision.levels[-1] == "study"
+    assert scans == (config.max_scans == 10)
+    assert config.texts == ("sentence" if objective == "dual" else "report")
+    assert config.vision == f"timm/vit_{'large' if model.vision.width == 1024 else 'base'}_patch16_224.mae"
+    assert pretrain.peak_lr(config) == pytest.approx(2e-4 if scans else 8e-5)
+    assert config.precision == "bf16"
+
+
+def test_every_released_model_has_a_recipe() -> None:
+    assert {path.stem for path in RECIPES} == PUBLISHED.keys()
+    named = {name for path in RECIPES for name in re.findall(r"model:? (\w[\w-]+_\w+)", path.read_text())}
+    assert named == set(list_models()) - {"demo"}
+
+
+def test_a_flag_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = TRAIN / "recipes" / "brain_mri.yaml"
+    flags = ["--lr=3e-4", "--vision=null", "--max_scans=null", "--betas=[0.9,0.99]"]
+    config = settings_of(recipe, *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert (config.lr, config.vision, config.max_scans, config.betas) == (3e-4, None, None, (0.9, 0.99))
+    assert config.warmup == 2000
+
+
+def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    """As a program, and a field that there is none of."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text((TRAIN / "recipes" / "brain_mri.yaml").read_text() + "weight_decoy: 0.1\n")
+    command = [sys.executable, TRAIN / "pretrain.py", "--config", recipe, "--data", "STORE", "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "weight_decoy" in done.stderr
+    assert not (tmp_path / "run").exists()
