@@ -110,7 +110,7 @@ def test_a_store_holds_what_the_recipe_makes(found: Found, store: Path) -> None:
             "study": "study01",
             "scan": "1.nii.gz",
             "rule": "unreadable",
-            "reason": "not a readable NIfTI file: truncated or corrupt (Not a gzipped file (b'no'))",
+            "reason": "not a readable NIfTI file (File 1.nii.gz is not a gzip file)",
         },
         {"study": "study02", "scan": "1.nii.gz", "rule": "few-slices", "reason": "4 slices in 1.nii.gz"},
     ]
