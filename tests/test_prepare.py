@@ -110,7 +110,7 @@ def test_a_store_holds_what_the_recipe_makes(found: Found, store: Path) -> None:
             "study": "study01",
             "scan": "1.nii.gz",
             "rule": "unreadable",
-            "reason": "not a readable NIfTI file (File 1.nii.gz is not a gzip file)",
+            "reason": "not a readable NIfTI file (Error -3 while decompressing data: incorrect header check)",
         },
         {"study": "study02", "scan": "1.nii.gz", "rule": "few-slices", "reason": "4 slices in 1.nii.gz"},
     ]

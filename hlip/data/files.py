@@ -143,6 +143,8 @@ def walk(root: Path) -> tuple[list[str], list[Problem]]:
                         folders.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
                         files.append(entry.path)
+                    else:
+                        problems.append(Problem(entry.path, "unreadable", "not a regular file"))
         except OSError as error:
             problems.append(Problem(folder, "unreadable", f"the folder cannot be read ({why(error)})"))
     return sorted(files), sorted(problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import NIFTI_SUFFIXES
 from .quality import Rules, check_grid, check_source, is_rescaled
 from .sources import ScanSource
 from .volume import ScanError, Volume
@@ -17,6 +19,7 @@ from .volume import ScanError, Volume
 __all__ = ["ScanError", "Volume", "read_nifti", "read_scan"]
 BLOCK = 2**24  # bytes that are read and converted at a time
 TRAILING = 2**20  # bytes that may follow the voxels of a NIfTI file
+LEADING = 2**26  # bytes that may come before them: nibabel reads a header's extensions into memory, whatever their size
 
 
 def read_scan(source: ScanSource, rules: Rules) -> list[Volume]:
@@ -95,6 +98,8 @@ def _open_nifti(path: Path) -> Any:
 
     check_file(path)
     try:
+        if path.name.lower().endswith(NIFTI_SUFFIXES):
+            _check_offset(path)
         image = nibabel.load(path)
         kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair)
         if type(image) not in kinds:
@@ -110,6 +115,21 @@ def _open_nifti(path: Path) -> Any:
             raise
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
     return image
+
+
+def _check_offset(path: Path) -> None:
+    """Raises ScanError where the header is of neither version of NIfTI, or longer than any that is meant."""
+    block = bytearray(176)
+    with _open_bytes(path) as content:
+        _read_into(content, memoryview(block))
+    for order in "<>":
+        size = struct.unpack_from(f"{order}i", block)[0]
+        if size in (348, 540):
+            offset = struct.unpack_from(*((f"{order}f", block, 108) if size == 348 else (f"{order}q", block, 168)))[0]
+            if not offset <= LEADING:
+                raise ScanError(path, f"not a readable NIfTI file (its voxels begin at byte {offset:g})")
+            return
+    raise ScanError(path, "not a readable NIfTI file (wrong size of the header)")
 
 
 def check_file(path: Path) -> None:
@@ -259,8 +279,9 @@ def _read_tensor(path: Path, rules: Rules) -> Volume:
             tensor = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever unpickling a foreign file may raise
         raise ScanError(path, f"not a readable tensor ({type(error).__name__}: {str(error)[:200]})") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ScanError(path, f"expected a dense tensor, got {type(tensor).__name__}")
+    tensor = tensor.detach()
     if tensor.dim() == 4 and tensor.shape[3] == 1:
         tensor = tensor[..., 0]
     if tensor.dim() != 3:
