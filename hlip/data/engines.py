@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 Engine = Literal["local", "ray", "slurm"]
 TRIES = 3  # so often a step may end its process before it is blamed: whoever kills a process once or twice is forgiven
+STEP_SECONDS = 600.0  # a scan takes some seconds, unless it hangs the decoder or the storage
 POLL_SECONDS = 0.5
 CHUNK = 16  # units of one Ray task at most: starting a process takes as long as preparing some scans
 Step = tuple[int, int]

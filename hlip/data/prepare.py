@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from .engines import Engine, Event, Step, run_local, run_ray, run_slurm
+from .engines import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 from .preprocess import PreparedScan
 from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource
@@ -46,7 +46,6 @@ from .store import (
 )
 
 SHARD_SCANS = 64  # scans of a shard as they are found: 150 MB of brain MRI, and a minute's work to lose
-SCAN_SECONDS = 600.0
 
 
 class PreparesScans(Protocol):
@@ -69,7 +68,7 @@ def prepare(
     workers: int = 1,
     salt: str | None = None,
     shard_scans: int = SHARD_SCANS,
-    scan_seconds: float = SCAN_SECONDS,
+    scan_seconds: float = STEP_SECONDS,
     slurm: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Report:

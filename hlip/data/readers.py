@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +98,7 @@ def _open_nifti(path: Path) -> Any:
     check_file(path)
     try:
         if path.name.lower().endswith(NIFTI_SUFFIXES):
-            _check_offset(path)
+            _check_header(path)
         image = nibabel.load(path)
         kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair)
         if type(image) not in kinds:
@@ -117,19 +116,26 @@ def _open_nifti(path: Path) -> Any:
     return image
 
 
-def _check_offset(path: Path) -> None:
-    """Raises ScanError where the header is of neither version of NIfTI, or longer than any that is meant."""
-    block = bytearray(176)
+def _check_header(path: Path) -> None:
+    """What nibabel passes by, mends in silence, or stumbles over.
+
+    Raises:
+        ScanError: of neither version of NIfTI; longer than any header is meant to be; without the size of its voxels.
+    """
+    from nibabel import Nifti1Header, Nifti2Header
+
+    block = bytearray(540)
     with _open_bytes(path) as content:
-        _read_into(content, memoryview(block))
-    for order in "<>":
-        size = struct.unpack_from(f"{order}i", block)[0]
-        if size in (348, 540):
-            offset = struct.unpack_from(*((f"{order}f", block, 108) if size == 348 else (f"{order}q", block, 168)))[0]
-            if not offset <= LEADING:
-                raise ScanError(path, f"not a readable NIfTI file (its voxels begin at byte {offset:g})")
-            return
-    raise ScanError(path, "not a readable NIfTI file (wrong size of the header)")
+        _read_into(content, memoryview(block)[:348])
+        size = min(int.from_bytes(block[:4], order) for order in ("little", "big"))
+        if size not in (348, 540):
+            raise ScanError(path, "not a readable NIfTI file (wrong size of the header)")
+        _read_into(content, memoryview(block)[348:size])
+    header = (Nifti1Header if size == 348 else Nifti2Header)(bytes(block[:size]), check=False)
+    if not header["vox_offset"] <= LEADING:
+        raise ScanError(path, f"not a readable NIfTI file (its voxels begin at byte {header['vox_offset']:g})")
+    if header["sform_code"] <= 0 and not (header["pixdim"][1:4] > 0).all():
+        raise ScanError(path, f"voxel size {header['pixdim'][1:4].tolist()} mm", "spacing")
 
 
 def check_file(path: Path) -> None:

@@ -151,7 +151,7 @@ def find_studies(
         if any(study.scans is None for study in listed):
             studies = _listed_in_folder(listed, base, workers, progress, rejected)
         else:
-            studies = _listed_studies(listed, workers, progress, rejected)
+            studies = _listed_studies(listed, base, workers, progress, rejected)
     elif path.is_dir():
         studies = _folder_studies(path, workers, progress, rejected)
         if not studies and not rejected:
@@ -258,8 +258,9 @@ def _place(place: Path) -> tuple[str, str]:
 
 
 def _listed_studies(
-    listed: Sequence[ListedStudy], workers: int, progress: Progress, rejected: list[Rejection]
+    listed: Sequence[ListedStudy], base: Path, workers: int, progress: Progress, rejected: list[Rejection]
 ) -> list[_Study]:
+    listed = [replace(study, scans=_within(study, base, rejected)) for study in listed]
     files = []
     for study in listed:
         names, problems = _files(study.scans or ())
@@ -274,6 +275,18 @@ def _listed_studies(
         rejected += [Rejection(study.uid, printable(Path(p.path).name), p.rule, p.reason) for p in problems]
         studies.append(_Study(study.uid, _scans(names, headers, study.uid, rejected), study.report, study.labels))
     return sorted(studies, key=attrgetter("uid"))
+
+
+def _within(study: ListedStudy, base: Path, rejected: list[Rejection]) -> tuple[tuple[str, Path], ...]:
+    """The scans of a listed study without those whose relative path climbs out of the folder it starts from."""
+    kept = []
+    for name, path in study.scans or ():
+        if path.is_relative_to(base) and Path(os.path.normpath(path.relative_to(base))).parts[:1] == ("..",):
+            reason = "the path leads out of the list's folder: write it absolute, or give another root"
+            rejected.append(Rejection(study.uid, name or printable(path.name), "outside", reason))
+        else:
+            kept.append((name, path))
+    return tuple(kept)
 
 
 def _listed_in_folder(
