@@ -274,3 +274,170 @@ def test_hostile_scans(prepared: dict[str, Sandbox], name: str) -> None:
         assert re.fullmatch(case.rule, rejection["rule"]), rejection
         assert re.search(case.reason, rejection["reason"]), rejection
         assert str(box.root) not in json.dumps(rejection)
+
+
+def listed(text: str) -> bad.Make:
+    return bad.named("list.json", text.encode())
+
+
+def table(text: str) -> bad.Make:
+    return bad.named("table.csv", text.encode())
+
+
+def into_a_folder_in_use(folder: Path) -> None:
+    (folder.parents[1] / "store").mkdir()
+    (folder.parents[1] / "store" / "thesis.txt").write_text("mine")
+
+
+def into_a_file(folder: Path) -> None:
+    (folder.parents[1] / "store").write_text("mine")
+
+
+def into_another_store(folder: Path) -> None:
+    (folder.parents[1] / "store" / "shards").mkdir(parents=True)
+    (folder.parents[1] / "store" / "store.json").write_text('{"format": 99}')
+
+
+def a_recipe_of_code(folder: Path) -> None:
+    recipe_file(folder.parent, "!!python/object/apply:os.system ['touch executed']")
+
+
+def settings(text: str) -> bad.Make:
+    return lambda folder: bad.void(recipe_file(folder.parent, MR + text))
+
+
+# What is refused as a whole: how to make it, the input, further options, and what the command says.
+REFUSED: dict[str, tuple[bad.Make, str, list[str], str]] = {
+    "a study twice": (listed('{"a": {"scans": []}, "a": {"scans": []}}'), "list.json", [], "'a' occurs twice"),
+    "no JSON": (listed("{"), "list.json", [], "not a readable study list"),
+    "deep JSON": (listed("[" * 100_000), "list.json", [], "not a readable study list"),
+    "not UTF-8": (bad.named("list.json", b"\xff\xfe{}"), "list.json", [], "not a readable study list"),
+    "a list of lists": (listed("[[]]"), "list.json", [], "expected an object"),
+    "another form": (listed('{"a": {"files": []}}'), "list.json", [], "study a: expected an object with a list"),
+    "numbers for paths": (listed('{"a": {"scans": [7]}}'), "list.json", [], "'scans' must be file names"),
+    "a zero byte in a path": (listed('{"a": {"scans": ["a\\u0000b.nii"]}}'), "list.json", [], "file names"),
+    "half a character in a path": (listed('{"a": {"scans": ["\\ud800.nii"]}}'), "list.json", [], "file names"),
+    "a zero byte in a table": (table("study,path\na,a\0.nii\n"), "table.csv", [], "line 2: no path|NUL"),
+    "a scan twice": (listed('{"a": {"scans": ["x.nii", "x.nii"]}}'), "list.json", [], "the same scan is given twice"),
+    "a table without studies": (table("name,path\na,b\n"), "table.csv", [], "needs a column of study"),
+    "a column twice": (table("study,x,x\na,1,2\n"), "table.csv", [], "no column twice"),
+    "a ragged table": (table("study,path\na\n"), "table.csv", [], "line 2: expected 2 cells"),
+    "numbers and words": (table("study,path,x\na,a.nii,1\nb,b.nii,?\n"), "table.csv", [], "has numbers, and '\\?'"),
+    "no such input": (bad.void, "absent", [], "absent: expected a folder"),
+    "an input of no kind": (bad.named("notes.txt", b"hello"), "notes.txt", [], "expected a folder, a study list"),
+    "a folder without scans": (bad.void, "", [], "no scans"),
+    "reports of others": (
+        listed('{"z": "Normal."}'), "..", ["--reports", "list.json"], "none of its 1 studies was found"
+    ),
+    "a pipe for reports": (bad.pipe("r.json"), "..", ["--reports", "r.json"], "not a regular file"),
+    "a pipe for a table": (bad.pipe("table.csv"), "table.csv", [], "not a regular file"),
+    "a pipe for a list": (bad.pipe("list.json"), "list.json", [], "not a regular file"),
+    "a pipe among reports": (bad.pipe("1.txt"), "..", ["--reports", "."], "1.txt: not a readable report"),
+    "an empty salt": (bad.void, "..", ["--hash_ids", " "], "salt"),
+    "sections": (bad.named("s.yaml", b"findings: [BEFUND]"), "..", ["--sections", "s.yaml"], "words in lower case"),
+    "a recipe of code": (a_recipe_of_code, "..", [], "recipe.yaml: not a readable recipe"),
+    "a recipe's unknown field": (settings("colour: red"), "..", [], "unknown field 'colour'"),
+    "a rule that is none": (settings("rules: {descriptions: ['(']}"), "..", [], "no regular expression"),
+    "no time": (bad.void, "..", ["--timeout", "0"], "must be positive"),
+    "a folder in use": (into_a_folder_in_use, "..", [], "neither empty nor a store"),
+    "a file in the way": (into_a_file, "..", [], "store: is a file"),
+    "a store of the future": (into_another_store, "..", [], "a store of format 99"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_hostile_input_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, given, options, message = REFUSED[name]
+    box = Sandbox.make(tmp_path)
+    box.out = box.root / "store"  # within what is watched
+    recipe = recipe_file(box.root / "input", MR)
+    bad.save(box.root / "input" / "good" / "scan.nii.gz")
+    folder = box.root / "input" / "bad"
+    folder.mkdir()
+    make(folder)
+    monkeypatch.chdir(folder)
+    before = box.listing()
+    arguments = [folder / given, "--out", box.out, "--recipe", recipe, "--workers", "1", *options]
+    assert cli.main(["prepare", *map(str, arguments)]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(f"hlip prepare: error: .*{message}", errors), errors
+    assert box.listing() == before
+
+
+def test_hostile_entries_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Sandbox.make(tmp_path)
+    recipe = recipe_file(box.root, MR)
+    good, secret = box.root / "input" / "good.nii.gz", box.root / "home" / "secret.nii.gz"
+    bad.save(good)
+    bad.save(secret)
+    os.mkfifo(box.root / "input" / "pipe.nii.gz")
+    entries = {
+        "climbs": ["../home/secret.nii.gz"],
+        "climbs further on": ["a/../../home/secret.nii.gz"],
+        "missing": ["missing.nii.gz", "missing/", "missing.dcm"],
+        "pipe": ["pipe.nii.gz"],
+        "device": ["/dev/zero", "/dev/tty"],
+        "too long": ["x" * 300 + ".nii.gz", "y" * 300],
+        "no image": ["list.json"],
+    }
+    content = {uid: {"scans": ["good.nii.gz", *scans]} for uid, scans in entries.items()}
+    content["../../home"] = {"series": {"secret": {}}}
+    (box.root / "input" / "list.json").write_text(json.dumps(content))
+    before = box.listing()
+    monkeypatch.chdir(box.root / "here")
+    arguments = [box.root / "input" / "list.json", "--out", box.out, "--recipe", recipe, "--workers", 1]
+    assert cli.main(["prepare", *map(str, arguments)]) == 3
+    assert box.listing() == before
+    store = Store(box.out)
+    assert store.uids.tolist() == sorted(entries) and store.num_scans.tolist() == [1] * len(entries)
+    rules = sorted((r["study"], r["rule"]) for r in rejections(box.out))
+    assert rules == [
+        ("../../home", "no_scans"),
+        ("../../home", "outside"),
+        ("climbs", "outside"),
+        ("climbs further on", "outside"),
+        ("device", "missing"),
+        ("device", "missing"),
+        ("missing", "missing"),
+        ("missing", "missing"),
+        ("missing", "unreadable"),
+        ("no image", "unreadable"),
+        ("pipe", "unreadable"),
+        ("too long", "missing"),
+        ("too long", "unreadable"),
+    ]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Files may not grow: the store says so, keeps what it has, and is finished by the next run."""
+    box = Sandbox.make(tmp_path)
+    recipe = recipe_file(box.root, MR)
+    for k in range(3):
+        bad.save(box.root / "input" / f"{k}" / "scan.nii.gz")
+    before = box.listing()
+    given = [box.root / "input", "--out", box.out, "--recipe", recipe, "--workers", "1"]
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000));"
+    command = [sys.executable, "-c", f"{limited} from hlip.cli import main; sys.exit(main())", "prepare", *given]
+    done = subprocess.run(
+        list(map(str, command)), cwd=box.root / "here", env=box.env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "no space left" in done.stderr, done.stderr
+    assert not Store(box.out).info and not list((box.out / "work").glob("*.tmp"))
+    assert box.prepare(box.root / "input", str(recipe), "--workers", "1").returncode == 0
+    assert len(Store(box.out)) == 3 and box.listing() == before
+
+
+def test_a_scan_that_never_ends(tmp_path: Path) -> None:
+    """A rule of the recipe that takes for ever on one scan's name: the scan is left out, the rest is prepared."""
+    box = Sandbox.make(tmp_path)
+    recipe = recipe_file(box.root, MR + "rules: {descriptions: ['(a+)+$']}\n")
+    bad.save(box.root / "input" / "one" / f"{'a' * 60}.nii.gz")
+    bad.save(box.root / "input" / "one" / "good.nii.gz", np.roll(real(), 1, axis=0))
+    before = box.listing()
+    done = box.prepare(box.root / "input", str(recipe), "--workers", "1", "--timeout", "5")
+    assert done.returncode == 3 and "rejected by timeout: 1" in done.stdout, done.stderr
+    assert Store(box.out).study(0).names == ["good.nii.gz"] and box.listing() == before
+    reason = "it took more than 5 s"
+    assert rejections(box.out) == [{"study": "one", "scan": f"{'a' * 60}.nii.gz", "rule": "timeout", "reason": reason}]

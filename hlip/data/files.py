@@ -6,6 +6,7 @@ Nothing here decodes an image. A file that cannot be used is a `Problem`, never 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -116,6 +117,28 @@ def why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file; False, too, if its name is too long or lies where one may not look."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError where there is no file, or one that reading may wait on for ever, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def walk(root: Path) -> tuple[list[str], list[Problem]]:

@@ -20,6 +20,8 @@ from .files import (
     Problem,
     Progress,
     find_repeated,
+    is_file,
+    is_folder,
     kind_of,
     printable,
     read_headers,
@@ -145,14 +147,14 @@ def find_studies(
     texts = {} if reports is None else read_reports(reports, rules)
     numbers = {} if labels is None else Table.read(labels).labels()
     rejected: list[Rejection] = []
-    if path.suffix.lower() in (".json", ".csv") and not path.is_dir():
+    if path.suffix.lower() in (".json", ".csv") and not is_folder(path):
         read = read_json_list if path.suffix.lower() == ".json" else read_csv_list
         listed = read(path, base, rules)
         if any(study.scans is None for study in listed):
             studies = _listed_in_folder(listed, base, workers, progress, rejected)
         else:
             studies = _listed_studies(listed, base, workers, progress, rejected)
-    elif path.is_dir():
+    elif is_folder(path):
         studies = _folder_studies(path, workers, progress, rejected)
         if not studies and not rejected:
             raise ValueError(f"{path}: no scans ({_wanted()}) in this folder")
@@ -311,13 +313,13 @@ def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Prob
     names, problems = {}, []
     top = _common_folder([path for _, path in scans])
     for name, path in scans:
-        if path.is_dir():
+        if is_folder(path):
             inside, more = walk(path)
             problems += more
             for file in inside:
                 below = Path(file).relative_to(path) if name else Path(file).absolute().relative_to(top)
                 names[file] = _path_name(Path(_clean(name)) / below)
-        elif kind_of(path) is None and not path.is_file():
+        elif kind_of(path) is None and not is_file(path):
             problems.append(Problem(str(path), "missing", "no such file"))
         else:
             names[str(path)] = _clean(name) or _path_name(path.absolute().relative_to(top))
@@ -325,7 +327,7 @@ def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Prob
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and is_folder(paths[0]):
         return paths[0].absolute()
     folders = [path.parent.parent if path.name == TENSOR_NAME else path.parent for path in map(Path.absolute, paths)]
     return Path(os.path.commonpath(folders)) if folders else Path()
