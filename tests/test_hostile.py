@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -410,22 +411,23 @@ def test_hostile_entries_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files may not grow: the store says so, keeps what it has, and is finished by the next run."""
     box = Sandbox.make(tmp_path)
     recipe = recipe_file(box.root, MR)
     for k in range(3):
         bad.save(box.root / "input" / f"{k}" / "scan.nii.gz")
     before = box.listing()
-    given = [box.root / "input", "--out", box.out, "--recipe", recipe, "--workers", "1"]
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000));"
-    command = [sys.executable, "-c", f"{limited} from hlip.cli import main; sys.exit(main())", "prepare", *given]
-    done = subprocess.run(
-        list(map(str, command)), cwd=box.root / "here", env=box.env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 2 and "no space left" in done.stderr, done.stderr
+    arguments = ["prepare", *map(str, [box.root / "input", "--out", box.out, "--recipe", recipe, "--workers", 1])]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+    try:
+        assert cli.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "no space left" in capsys.readouterr().err
     assert not Store(box.out).info and not list((box.out / "work").glob("*.tmp"))
-    assert box.prepare(box.root / "input", str(recipe), "--workers", "1").returncode == 0
+    assert cli.main(arguments) == 0
     assert len(Store(box.out)) == 3 and box.listing() == before
 
 
