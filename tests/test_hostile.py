@@ -327,6 +327,7 @@ REFUSED: dict[str, tuple[bad.Make, str, list[str], str]] = {
     "no such input": (bad.void, "absent", [], "absent: expected a folder"),
     "an input of no kind": (bad.named("notes.txt", b"hello"), "notes.txt", [], "expected a folder, a study list"),
     "a folder without scans": (bad.void, "", [], "no scans"),
+    "nothing that can be used": (bad.named("a.dcm", b"x"), "", [], r"\(1 rejected, such as a.dcm: not a DICOM file"),
     "reports of others": (
         listed('{"z": "Normal."}'), "..", ["--reports", "list.json"], "none of its 1 studies was found"
     ),

@@ -324,11 +324,11 @@ def test_a_study_without_usable_scans_is_rejected(found: Found, tmp_path: Path) 
     missing = ScanSource("b\udcff", "nifti", (tmp_path / "none.nii",))
     studies = [StudySource("gone", (missing,)), StudySource("bare", ()), found.studies[0]]
     report = prepare(Found(studies, []), EverySlice(), tmp_path / "out")
-    assert report.studies == 1 and report.rejected == {"empty": 2, "unreadable": 1}
+    assert report.studies == 1 and report.rejected == {"no_scans": 2, "unreadable": 1}
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"study": "bare", "scan": "", "rule": "empty", "reason": "it has no scans"},
-        {"study": "gone", "scan": "", "rule": "empty", "reason": "none of its 1 scans can be used"},
+        {"study": "bare", "scan": "", "rule": "no_scans", "reason": "it has no scans"},
+        {"study": "gone", "scan": "", "rule": "no_scans", "reason": "none of its 1 scans can be used"},
         {"study": "gone", "scan": "b\\udcff", "rule": "unreadable", "reason": "no such file"},
     ]
     assert verify(tmp_path / "out") == []

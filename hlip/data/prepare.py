@@ -162,7 +162,7 @@ def prepare_study(
             rejected.append(Rejection(source.uid, scan.name, "error", reason))
     if not scans:
         reason = f"none of its {len(source.scans)} scans can be used" if source.scans else "it has no scans"
-        rejected.append(Rejection(source.uid, "", "empty", reason))
+        rejected.append(Rejection(source.uid, "", "no_scans", reason))
     return PreparedStudy(source.uid, scans, source.impression, source.findings, dict(source.labels), rejected)
 
 
@@ -218,7 +218,8 @@ def printable(text: str) -> str:
 def _in_order(found: Found) -> Found:
     """Studies by uid, scans by name, all text printable."""
     if not found.studies:
-        raise ValueError(f"no study was found ({len(found.rejected)} rejected)")
+        first = "".join(f", such as {r.study or r.scan}: {r.reason}" for r in found.rejected[:1])
+        raise ValueError(f"no study was found ({len(found.rejected)} rejected{first})")
     studies = []
     for study in found.studies:
         scans = [
