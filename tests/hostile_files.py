@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import pickle
@@ -89,6 +90,11 @@ def cut(name: str, share: float) -> Make:
     return make
 
 
+@functools.lru_cache
+def zeros() -> bytes:
+    return gzip.compress(bytes(MEMBER), 6)
+
+
 def bomb(*, shape: Sequence[int] = (), extension: bool = False) -> Make:
     """A file of 9 MB that inflates to 8.4 GB: as its header says (shape), within the header, or behind the voxels."""
 
@@ -99,8 +105,7 @@ def bomb(*, shape: Sequence[int] = (), extension: bool = False) -> Make:
         if extension:
             struct.pack_into("<f", content, 108, 2.0**31)
             content = content[:348] + struct.pack("<4B2i", 1, 0, 0, 0, 2**31 - 16, 6)
-        zeros = gzip.compress(bytes(MEMBER), 9)
-        (folder / "bad.nii.gz").write_bytes(gzip.compress(content) + zeros * (2**33 // MEMBER))
+        (folder / "bad.nii.gz").write_bytes(gzip.compress(content) + zeros() * (2**33 // MEMBER))
 
     return make
 

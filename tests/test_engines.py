@@ -45,7 +45,7 @@ def test_slurm_by_its_local_executor(found: Found, expected: dict[str, str], tmp
 @pytest.mark.slow
 def test_ray_on_a_cluster_of_its_own(found: Found, expected: dict[str, str], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=2, shard_scans=4)
+    prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=1, shard_scans=4)
     assert digests(tmp_path / "out") == expected
     assert not ray.is_initialized()  # what was started is stopped
 
@@ -53,7 +53,7 @@ def test_ray_on_a_cluster_of_its_own(found: Found, expected: dict[str, str], tmp
 @pytest.mark.slow
 def test_ray_on_a_cluster_that_runs(found: Found, expected: dict[str, str], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=2, shard_scans=4)
         assert digests(tmp_path / "out") == expected

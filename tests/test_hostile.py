@@ -439,8 +439,8 @@ def test_a_scan_that_never_ends(tmp_path: Path) -> None:
     bad.save(box.root / "input" / "one" / f"{'a' * 60}.nii.gz")
     bad.save(box.root / "input" / "one" / "good.nii.gz", np.roll(real(), 1, axis=0))
     before = box.listing()
-    done = box.prepare(box.root / "input", str(recipe), "--workers", "1", "--timeout", "5")
+    done = box.prepare(box.root / "input", str(recipe), "--workers", "1", "--timeout", "3")
     assert done.returncode == 3 and "rejected by timeout: 1" in done.stdout, done.stderr
     assert Store(box.out).study(0).names == ["good.nii.gz"] and box.listing() == before
-    reason = "it took more than 5 s"
+    reason = "it took more than 3 s"
     assert rejections(box.out) == [{"study": "one", "scan": f"{'a' * 60}.nii.gz", "rule": "timeout", "reason": reason}]

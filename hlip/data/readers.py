@@ -221,9 +221,12 @@ def _read_voxels(content: Any, count: int, stored: np.dtype) -> np.ndarray:
 
 def _finish(content: Any) -> None:
     """Read to the end, where a compressed file keeps its checksum."""
-    buffer = memoryview(bytearray(TRAILING))
-    if isinstance(content, _Inflated) and sum(iter(lambda: content.readinto(buffer), 0)) > TRAILING:
-        raise EOFError("more data than its header says")
+    if isinstance(content, _Inflated):
+        left, buffer = TRAILING, memoryview(bytearray(TRAILING))
+        while got := content.readinto(buffer):
+            left -= got
+            if left < 0:
+                raise EOFError("more data than its header says")
 
 
 def rescale(array: np.ndarray, slope: float, intercept: float, rules: Rules) -> np.ndarray:
