@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from .data.engines import Engine
+from .data.engines import STEP_SECONDS, Engine
 
 SOME_REJECTED = 3
 INTERRUPTED = 130
@@ -40,7 +40,11 @@ def add_commands(commands: Any) -> None:
     )
     prepare.add_argument("--out", required=True, type=Path, metavar="STORE", help="folder of the store, new or begun")
     prepare.add_argument("--recipe", required=True, metavar="NAME", help="brain-mri, head-ct, chest-ct or FILE.yaml")
+    prepare.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="what paths of a list or table start from (default: its own folder)"
+    )
     prepare.add_argument("--reports", type=Path, metavar="FILE", help="reports (JSON, CSV or a folder of TXT)")
+    prepare.add_argument("--sections", type=Path, metavar="FILE.yaml", help="headings of the sections of reports")
     prepare.add_argument("--labels", type=Path, metavar="FILE", help="table of labels (CSV)")
     prepare.add_argument(
         "--engine", choices=get_args(Engine), default="local", help="who does the work (default: this machine)"
@@ -51,6 +55,13 @@ def add_commands(commands: Any) -> None:
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes, Ray tasks or tasks of the Slurm job array (default: the CPUs of this machine)",
+    )
+    prepare.add_argument(
+        "--timeout",
+        type=float,
+        default=STEP_SECONDS,
+        metavar="SECONDS",
+        help="a scan that takes longer is rejected (default: %(default)g)",
     )
     prepare.add_argument(
         "--slurm",
@@ -93,19 +104,29 @@ def add_commands(commands: Any) -> None:
 def _prepare(args: argparse.Namespace) -> int:
     from .data.prepare import prepare
     from .data.preprocess import load_recipe
+    from .data.reports import SectionRules
     from .data.sources import find_studies
 
     if args.slurm and args.engine != "slurm":
         raise ValueError(f"--slurm {args.slurm[0]} is for --engine slurm")
     recipe = load_recipe(args.recipe)
     try:
-        found = find_studies(args.input, reports=args.reports, labels=args.labels, workers=args.workers)
+        found = find_studies(
+            args.input,
+            root=args.root,
+            reports=args.reports,
+            labels=args.labels,
+            sections=SectionRules.read(args.sections) if args.sections else None,
+            workers=args.workers,
+            progress=tqdm,
+        )
         report = prepare(
             found,
             recipe,
             args.out,
             engine=args.engine,
             workers=args.workers,
+            scan_seconds=args.timeout,
             salt=None if args.hash_ids is None else _salt(args.hash_ids),
             slurm=dict(map(_setting, args.slurm)),
             progress=True,

@@ -45,7 +45,7 @@ def test_slurm_by_its_local_executor(found: Found, expected: dict[str, str], tmp
 @pytest.mark.slow
 def test_ray_on_a_cluster_of_its_own(found: Found, expected: dict[str, str], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=2, shard_scans=4)
+    prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=1, shard_scans=4)
     assert digests(tmp_path / "out") == expected
     assert not ray.is_initialized()  # what was started is stopped
 
@@ -53,7 +53,7 @@ def test_ray_on_a_cluster_of_its_own(found: Found, expected: dict[str, str], tmp
 @pytest.mark.slow
 def test_ray_on_a_cluster_that_runs(found: Found, expected: dict[str, str], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=2, shard_scans=4)
         assert digests(tmp_path / "out") == expected
@@ -72,12 +72,17 @@ def run_toy(job: Toy, units: int = 4, workers: int = 2) -> tuple[int, int]:
 
 def test_a_step_that_always_kills_is_blamed(tmp_path: Path) -> None:
     assert run_toy(Toy(tmp_path, kill=(2, 1))) == (4, 12)
-    assert (tmp_path / "blamed").read_text() == f"2 (0, 1) it ended the process {TRIES} times (SIGKILL)"
+    assert (tmp_path / "blamed").read_text() == f"2 (0, 1) crash it ended the process {TRIES} times (SIGKILL)"
 
 
 def test_who_is_killed_once_or_twice_is_forgiven(tmp_path: Path) -> None:
     assert run_toy(Toy(tmp_path, kill=(2, 1), times=TRIES - 1)) == (4, 12)
     assert not (tmp_path / "blamed").exists()
+
+
+def test_a_step_that_hangs_is_blamed_at_once(tmp_path: Path) -> None:
+    assert run_toy(Toy(tmp_path, hang=(2, 1), step_seconds=2.0)) == (4, 12)
+    assert (tmp_path / "blamed").read_text() == "2 (0, 1) timeout it took more than 2 s"
 
 
 def test_more_workers_than_units(tmp_path: Path) -> None:

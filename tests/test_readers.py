@@ -163,6 +163,7 @@ def test_refuses_truncated_headers(tmp_path: Path, extension: str, left: int) ->
         (108, "f", (float("nan"),)),
         (108, "f", (float("inf"),)),
         (108, "f", (1e19,)),
+        (0, "i", (349,)),  # sizeof_hdr
         (108, "f", (1e6,)),  # beyond the file's end
         (112, "2f", (2.0, float("nan"))),  # slope and intercept
         (40, "h", (9,)),  # number of axes
@@ -328,6 +329,10 @@ def test_refuses_a_gzip_bomb(tmp_path: Path) -> None:
     struct.pack_into("<8h", huge, 40, 3, 2000, 2000, 2000, 1, 1, 1, 1)
     path.write_bytes(gzip.compress(bytes(huge) + bytes(2**26)))
     assert_refused(path, r"shape \(2000, 2000, 2000\) has more than")
+    extended = bytearray(content[:352])
+    struct.pack_into("<f", extended, 108, 2.0**31)
+    path.write_bytes(gzip.compress(bytes(extended[:348]) + struct.pack("<4B2i", 1, 0, 0, 0, 2**31 - 16, 6)))
+    assert_refused(path, r"its voxels begin at byte 2.14748e\+09")
 
 
 def read_tensor(path: Path, content: object, rules: Rules | None = None) -> Volume:

@@ -395,7 +395,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], dict[str, int]]] = {
     "loops of links": (link_loop, {"link": 2}),
     "link to a device": (lambda root: (root / "x.nii").symlink_to("/dev/zero"), {"link": 1}),
     "link to a file that is there": (lambda root: (root / "x.nii").symlink_to(root / "good" / "a.nii"), {}),
-    "pipe": (lambda root: os.mkfifo(root / "x.dcm"), {}),
+    "pipe": (lambda root: os.mkfifo(root / "x.dcm"), {"unreadable": 1}),
     "text called DICOM": (lambda root: (root / "x.dcm").write_text("hello"), {"unreadable": 1}),
     "empty file called DICOM": (lambda root: (root / "x.dcm").write_bytes(b""), {"unreadable": 1}),
     "empty file": (lambda root: (root / "x").write_bytes(b""), {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ class Toy:
     folder: Path
     kill: tuple[int, int] | None = None
     times: int = 10**9
+    hang: tuple[int, int] | None = None
+    step_seconds: float = 600.0
     before_steps: bool = False
     error: Exception | None = None
 
@@ -28,6 +31,8 @@ class Toy:
             raise self.error
         for m in range(3):
             notify(Event((0, m), 0, 0))
+            if (unit, m) == self.hang and not (self.folder / "blamed").exists():
+                time.sleep(600)
             if (unit, m) == self.kill and not (self.folder / "blamed").exists():
                 with (self.folder / "deaths").open("a") as file:
                     file.write(f"{os.getpid()}\n")
@@ -36,8 +41,8 @@ class Toy:
         notify(Event(None, 1, 3))
         (self.folder / str(unit)).write_text(str(unit))
 
-    def blame(self, unit: int, step: tuple[int, int], reason: str) -> None:
-        (self.folder / "blamed").write_text(f"{unit} {step} {reason}")
+    def blame(self, unit: int, step: tuple[int, int], rule: str, reason: str) -> None:
+        (self.folder / "blamed").write_text(f"{unit} {step} {rule} {reason}")
 
     def is_done(self, unit: int) -> bool:
         return (self.folder / str(unit)).exists()

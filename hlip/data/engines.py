@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 Engine = Literal["local", "ray", "slurm"]
 TRIES = 3  # so often a step may end its process before it is blamed: whoever kills a process once or twice is forgiven
+STEP_SECONDS = 600.0  # a scan takes some seconds, unless it hangs the decoder or the storage
 POLL_SECONDS = 0.5
 CHUNK = 16  # units of one Ray task at most: starting a process takes as long as preparing some scans
 Step = tuple[int, int]
@@ -42,8 +43,12 @@ class Job(Protocol):
     def run(self, unit: int, notify: Callable[[Event], None]) -> None:
         """Do a unit; `notify` before each step that may end the process, with None before what follows the last."""
 
-    def blame(self, unit: int, step: Step, reason: str) -> None:
-        """Remember that a step ends the process it runs in, so that `run` leaves it out."""
+    @property
+    def step_seconds(self) -> float:
+        """A step that takes longer is ended."""
+
+    def blame(self, unit: int, step: Step, rule: str, reason: str) -> None:
+        """Remember that a step cannot be done, so that `run` leaves it out. `rule`: "crash" or "timeout"."""
 
     def is_done(self, unit: int) -> bool: ...
 
@@ -57,7 +62,8 @@ Tick = Callable[[int, int], Any]  # is told of studies and scans done
 def run_local(job: Job, units: Sequence[int], workers: int, tick: Tick) -> None:
     """Do the units in `workers` spawned processes of this machine.
 
-    A process that ends is replaced and its unit begun again. The step that ends it `TRIES` times is blamed.
+    A process that ends is replaced and its unit begun again. The step that ends it `TRIES` times is blamed, and so is
+    one that takes too long.
 
     Raises:
         OSError, ImportError: as they were raised in a worker.
@@ -65,30 +71,33 @@ def run_local(job: Job, units: Sequence[int], workers: int, tick: Tick) -> None:
     """
     waiting, deaths = deque(units), Counter[tuple[int, Step | None]]()
     team: dict[Any, _Worker] = {}
+    looked = time.monotonic()
     try:
         while waiting or team:
             while waiting and len(team) < workers:
                 worker = _Worker.start(job)
                 team[worker.pipe] = worker
                 worker.give(waiting.popleft())
-            for pipe in connection.wait(list(team)):
+            for pipe in connection.wait(list(team), POLL_SECONDS):
                 worker = team[pipe]
                 message = worker.receive()
                 if message is None:
                     del team[pipe]
                     reason = worker.wait()
                     tick(-worker.done[0], -worker.done[1])
-                    deaths[worker.unit, worker.step] += 1
-                    if deaths[worker.unit, worker.step] == TRIES:
+                    deaths[worker.unit, worker.step] += worker.late is None
+                    if worker.late is not None:
+                        job.blame(*worker.late, "timeout", f"it took more than {job.step_seconds:g} s")
+                    elif deaths[worker.unit, worker.step] == TRIES:
                         if worker.step is None:
                             raise RuntimeError(f"a worker process ended {TRIES} times outside of all scans ({reason})")
-                        job.blame(worker.unit, worker.step, f"it ended the process {TRIES} times ({reason})")
+                        job.blame(worker.unit, worker.step, "crash", f"it ended the process {TRIES} times ({reason})")
                     waiting.appendleft(worker.unit)
                     continue
                 if isinstance(message, Exception):
                     raise message
                 if isinstance(message, Event):
-                    worker.step = message.step
+                    worker.step, worker.seconds = message.step, 0.0
                     worker.done = (worker.done[0] + message.studies, worker.done[1] + message.scans)
                     tick(message.studies, message.scans)
                 elif waiting:
@@ -97,6 +106,10 @@ def run_local(job: Job, units: Sequence[int], workers: int, tick: Tick) -> None:
                     del team[pipe]
                     worker.pipe.close()
                     worker.wait()
+            now = time.monotonic()
+            for worker in team.values():
+                worker.spend(min(now - looked, 2 * POLL_SECONDS), job.step_seconds)  # a job may be halted for hours
+            looked = now
     finally:
         for worker in team.values():
             worker.process.kill()
@@ -110,6 +123,8 @@ class _Worker:
     unit: int = -1
     step: Step | None = None
     done: tuple[int, int] = (0, 0)  # studies and scans of the unit
+    seconds: float = 0.0  # in this step
+    late: tuple[int, Step] | None = None  # the step it was ended for
 
     @classmethod
     def start(cls, job: Job) -> _Worker:
@@ -126,7 +141,7 @@ class _Worker:
         return cls(process, ours)
 
     def give(self, unit: int) -> None:
-        self.unit, self.step, self.done = unit, None, (0, 0)
+        self.unit, self.step, self.done, self.seconds = unit, None, (0, 0), 0.0
         try:
             self.pipe.send(unit)
         except BrokenPipeError:
@@ -138,6 +153,13 @@ class _Worker:
             return self.pipe.recv()
         except (EOFError, ConnectionResetError):
             return None
+
+    def spend(self, seconds: float, limit: float) -> None:
+        """Count time against the step, and end the process when it is used up."""
+        self.seconds += seconds
+        if self.step is not None and self.late is None and self.seconds > limit:
+            self.late = self.unit, self.step
+            self.process.kill()
 
     def wait(self) -> str:
         """Wait for the end; returns how it came."""

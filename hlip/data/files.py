@@ -6,6 +6,7 @@ Nothing here decodes an image. A file that cannot be used is a `Problem`, never 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -118,6 +119,28 @@ def why(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file; False, too, if its name is too long or lies where one may not look."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError where there is no file, or one that reading may wait on for ever, such as a pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def walk(root: Path) -> tuple[list[str], list[Problem]]:
     """All files below a folder in sorted order, and what could not be entered.
 
@@ -143,6 +166,8 @@ def walk(root: Path) -> tuple[list[str], list[Problem]]:
                         folders.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
                         files.append(entry.path)
+                    else:
+                        problems.append(Problem(entry.path, "unreadable", "not a regular file"))
         except OSError as error:
             problems.append(Problem(folder, "unreadable", f"the folder cannot be read ({why(error)})"))
     return sorted(files), sorted(problems)

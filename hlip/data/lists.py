@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .files import NIFTI_SUFFIXES, TENSOR_SUFFIX
+from .files import NIFTI_SUFFIXES, TENSOR_SUFFIX, is_file
 from .reports import ReportText, SectionRules, report_of, table_reports, text_columns
 from .tables import Labels, Table, read_json_studies
 
@@ -64,12 +65,20 @@ def _texts(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(key: str, scans: Any, root: Path, uid: str) -> tuple[tuple[str, Path], ...]:
-    if not all(isinstance(scan, str) and scan for scan in scans):
+    if not all(map(_is_file_name, scans)):
         raise ValueError(f"'{key}' must be file names")
     if key == "series":
         return tuple((name, _series_path(root / uid, name)) for name in sorted(scans))
     paths = [_recon_path(root, scan) if key == "recons" else root / scan for scan in scans]
     return tuple(("", path) for path in each_once(paths))
+
+
+def _is_file_name(text: Any) -> bool:
+    """Whether it is text that a file system can hold."""
+    try:
+        return isinstance(text, str) and text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def each_once(paths: list[Path]) -> list[Path]:
@@ -87,7 +96,7 @@ def each_once(paths: list[Path]) -> list[Path]:
 
 def _series_path(study: Path, name: str) -> Path:
     for path in (study / f"{name}{suffix}" for suffix in (TENSOR_SUFFIX, *NIFTI_SUFFIXES)):
-        if path.is_file():
+        if is_file(path):
             return path
     return study / name
 
@@ -99,7 +108,7 @@ def _recon_path(root: Path, name: str) -> Path:
         return root / name
     folder = Path(f"{split}_{rest[0]}", f"{split}_{rest[0]}_{rest[1]}", name)
     places = [root / name, root / folder, root / split / folder, root / f"{split}_fixed" / folder]
-    return next((path for path in places if path.is_file()), root / name)
+    return next((path for path in places if is_file(path)), root / name)
 
 
 def read_csv_list(path: Path, root: Path, rules: SectionRules) -> list[ListedStudy]:
@@ -119,7 +128,7 @@ def read_csv_list(path: Path, root: Path, rules: SectionRules) -> list[ListedStu
     files: dict[str, list[Path]] = defaultdict(list)
     for line, uid, row in table.rows:
         if column is not None:
-            if not row[column].strip():
+            if not _is_file_name(row[column].strip()):
                 raise ValueError(f"{path}: line {line}: no {column}")
             files[uid].append(root / row[column].strip())
     studies = []

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from .engines import Engine, Event, Step, run_local, run_ray, run_slurm
+from .engines import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 from .preprocess import PreparedScan
 from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource
@@ -68,6 +68,7 @@ def prepare(
     workers: int = 1,
     salt: str | None = None,
     shard_scans: int = SHARD_SCANS,
+    scan_seconds: float = STEP_SECONDS,
     slurm: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Report:
@@ -79,6 +80,7 @@ def prepare(
         engine: "local" for processes of this machine, "ray" or "slurm"; see `engines`.
         salt: if given, studies are named by salted hashes and nothing else that names them is kept; see `hide_ids`.
         shard_scans: a shard is closed before it would hold more; one study is never shared out.
+        scan_seconds: a scan that takes longer is left out.
         slurm: options of the engine "slurm"; see `run_slurm`.
         progress: show a bar with studies and scans per second and the time left.
 
@@ -87,8 +89,9 @@ def prepare(
             other options, or is being written by another run.
         OSError: `out` cannot be written. What is finished stays, and the next run goes on.
     """
-    if workers < 1 or shard_scans < 1:
-        raise ValueError(f"workers and shard_scans must be positive, got {workers} and {shard_scans}")
+    if workers < 1 or shard_scans < 1 or not scan_seconds > 0:
+        got = f"{workers}, {shard_scans} and {scan_seconds}"
+        raise ValueError(f"workers, shard_scans and scan_seconds must be positive, got {got}")
     out = Path(out)
     found = _in_order(found if salt is None else hide_ids(found, salt))
     terms = {
@@ -105,7 +108,7 @@ def prepare(
             report = _finished(out, terms)
             if report is None:
                 plan = Plan.of(found, terms, out)
-                _run(PrepareJob(plan, recipe), engine, workers, slurm or {}, progress)
+                _run(PrepareJob(plan, recipe, scan_seconds), engine, workers, slurm or {}, progress)
                 report = finish(out, work, **_facts(terms))
             shutil.rmtree(work)
         return report
@@ -132,20 +135,20 @@ def _run(job: PrepareJob, engine: Engine, workers: int, slurm: Mapping[str, Any]
 def prepare_study(
     source: StudySource,
     recipe: PreparesScans,
-    left_out: Mapping[int, str] | None = None,
+    left_out: Mapping[int, tuple[str, str]] | None = None,
     begin: Callable[[int], None] = lambda m: None,
 ) -> PreparedStudy:
     """Read and prepare one study: a function of the source's files and the recipe alone.
 
     Args:
-        left_out: places of scans that are not to be tried, with the reason.
+        left_out: places of scans that are not to be tried, with rule and reason.
         begin: called with a scan's place before it is read.
     """
     scans: list[StoredScan] = []
     rejected: list[Rejection] = []
     for m, scan in enumerate(source.scans):
         if left_out and m in left_out:
-            rejected.append(Rejection(source.uid, scan.name, "crash", left_out[m]))
+            rejected.append(Rejection(source.uid, scan.name, *left_out[m]))
             continue
         begin(m)
         try:
@@ -159,7 +162,7 @@ def prepare_study(
             rejected.append(Rejection(source.uid, scan.name, "error", reason))
     if not scans:
         reason = f"none of its {len(source.scans)} scans can be used" if source.scans else "it has no scans"
-        rejected.append(Rejection(source.uid, "", "empty", reason))
+        rejected.append(Rejection(source.uid, "", "no_scans", reason))
     return PreparedStudy(source.uid, scans, source.impression, source.findings, dict(source.labels), rejected)
 
 
@@ -215,7 +218,8 @@ def printable(text: str) -> str:
 def _in_order(found: Found) -> Found:
     """Studies by uid, scans by name, all text printable."""
     if not found.studies:
-        raise ValueError(f"no study was found ({len(found.rejected)} rejected)")
+        first = "".join(f", such as {r.study or r.scan}: {r.reason}" for r in found.rejected[:1])
+        raise ValueError(f"no study was found ({len(found.rejected)} rejected{first})")
     studies = []
     for study in found.studies:
         scans = [
@@ -333,6 +337,7 @@ class PrepareJob:
 
     plan: Plan
     recipe: PreparesScans
+    step_seconds: float
 
     def run(self, unit: int, notify: Callable[[Event], None]) -> None:
         torch.set_num_threads(1)  # there is a worker for every CPU
@@ -346,29 +351,29 @@ class PrepareJob:
         )
 
     def _studies(self, k: int, notify: Callable[[Event], None]) -> Iterator[PreparedStudy]:
-        crashes = self._crashes(k)
+        blamed = self._blamed(k)
         if k == 0:
             yield PreparedStudy("", [], rejected=self.plan.rejected())
         for s, source in enumerate(self.plan.studies(k)):
-            left_out = {m: reason for (at, m), reason in crashes.items() if at == s}
+            left_out = {m: why for (at, m), why in blamed.items() if at == s}
             study = prepare_study(source, self.recipe, left_out, partial(_begin, notify, s))
             if self.plan.hidden:
                 study = replace(study, rejected=[replace(rejection, reason="") for rejection in study.rejected])
             notify(Event(None, 1, len(source.scans)))
             yield study
 
-    def blame(self, unit: int, step: Step, reason: str) -> None:
-        crashes = [[*at, why] for at, why in {**self._crashes(unit), step: reason}.items()]
-        with replacing(self._crash_file(unit), self.plan.out / "work") as temporary:
-            temporary.write_text(json.dumps(crashes), encoding="utf-8")
+    def blame(self, unit: int, step: Step, rule: str, reason: str) -> None:
+        blamed = [[*at, *why] for at, why in {**self._blamed(unit), step: (rule, reason)}.items()]
+        with replacing(self._blame_file(unit), self.plan.out / "work") as temporary:
+            temporary.write_text(json.dumps(blamed), encoding="utf-8")
 
-    def _crashes(self, k: int) -> dict[Step, str]:
-        file = self._crash_file(k)
+    def _blamed(self, k: int) -> dict[Step, tuple[str, str]]:
+        file = self._blame_file(k)
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-        return {(s, m): reason for s, m, reason in content}
+        return {(s, m): (rule, reason) for s, m, rule, reason in content}
 
-    def _crash_file(self, k: int) -> Path:
-        return self.plan.out / "work" / f"{k:05d}.crashes.json"
+    def _blame_file(self, k: int) -> Path:
+        return self.plan.out / "work" / f"{k:05d}.blamed.json"
 
     def is_done(self, unit: int) -> bool:
         return shard_file(self.plan.out, unit).exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import NIFTI_SUFFIXES
 from .quality import Rules, check_grid, check_source, is_rescaled
 from .sources import ScanSource
 from .volume import ScanError, Volume
@@ -17,6 +18,7 @@ from .volume import ScanError, Volume
 __all__ = ["ScanError", "Volume", "read_nifti", "read_scan"]
 BLOCK = 2**24  # bytes that are read and converted at a time
 TRAILING = 2**20  # bytes that may follow the voxels of a NIfTI file
+LEADING = 2**26  # bytes that may come before them: nibabel reads a header's extensions into memory, whatever their size
 
 
 def read_scan(source: ScanSource, rules: Rules) -> list[Volume]:
@@ -95,6 +97,8 @@ def _open_nifti(path: Path) -> Any:
 
     check_file(path)
     try:
+        if path.name.lower().endswith(NIFTI_SUFFIXES):
+            _check_header(path)
         image = nibabel.load(path)
         kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair)
         if type(image) not in kinds:
@@ -110,6 +114,28 @@ def _open_nifti(path: Path) -> Any:
             raise
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
     return image
+
+
+def _check_header(path: Path) -> None:
+    """What nibabel passes by, mends in silence, or stumbles over.
+
+    Raises:
+        ScanError: of neither version of NIfTI; longer than any header is meant to be; without the size of its voxels.
+    """
+    from nibabel import Nifti1Header, Nifti2Header
+
+    block = bytearray(540)
+    with _open_bytes(path) as content:
+        _read_into(content, memoryview(block)[:348])
+        size = min(int.from_bytes(block[:4], order) for order in ("little", "big"))
+        if size not in (348, 540):
+            raise ScanError(path, "not a readable NIfTI file (wrong size of the header)")
+        _read_into(content, memoryview(block)[348:size])
+    header = (Nifti1Header if size == 348 else Nifti2Header)(bytes(block[:size]), check=False)
+    if not header["vox_offset"] <= LEADING:
+        raise ScanError(path, f"not a readable NIfTI file (its voxels begin at byte {header['vox_offset']:g})")
+    if header["sform_code"] <= 0 and not (header["pixdim"][1:4] > 0).all():
+        raise ScanError(path, f"voxel size {header['pixdim'][1:4].tolist()} mm", "spacing")
 
 
 def check_file(path: Path) -> None:
@@ -195,9 +221,12 @@ def _read_voxels(content: Any, count: int, stored: np.dtype) -> np.ndarray:
 
 def _finish(content: Any) -> None:
     """Read to the end, where a compressed file keeps its checksum."""
-    buffer = memoryview(bytearray(TRAILING))
-    if isinstance(content, _Inflated) and sum(iter(lambda: content.readinto(buffer), 0)) > TRAILING:
-        raise EOFError("more data than its header says")
+    if isinstance(content, _Inflated):
+        left, buffer = TRAILING, memoryview(bytearray(TRAILING))
+        while got := content.readinto(buffer):
+            left -= got
+            if left < 0:
+                raise EOFError("more data than its header says")
 
 
 def rescale(array: np.ndarray, slope: float, intercept: float, rules: Rules) -> np.ndarray:
@@ -259,8 +288,9 @@ def _read_tensor(path: Path, rules: Rules) -> Volume:
             tensor = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever unpickling a foreign file may raise
         raise ScanError(path, f"not a readable tensor ({type(error).__name__}: {str(error)[:200]})") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ScanError(path, f"expected a dense tensor, got {type(tensor).__name__}")
+    tensor = tensor.detach()
     if tensor.dim() == 4 and tensor.shape[3] == 1:
         tensor = tensor[..., 0]
     if tensor.dim() != 3:

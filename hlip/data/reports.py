@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .files import printable, why
+from .files import check_regular, printable, why
 from .tables import Table, read_json_studies
 
 # Keys of JSON entries and columns of tables, in lower case, "_en" cut off.
@@ -253,6 +253,7 @@ def _folder_reports(folder: Path, rules: SectionRules) -> dict[str, ReportText]:
         if printable(file.stem) in reports:
             raise ValueError(f"{file}: the study has another report")
         try:
+            check_regular(file)
             reports[printable(file.stem)] = rules.split(file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a readable report ({why(error)})") from error

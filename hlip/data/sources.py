@@ -20,6 +20,8 @@ from .files import (
     Problem,
     Progress,
     find_repeated,
+    is_file,
+    is_folder,
     kind_of,
     printable,
     read_headers,
@@ -145,14 +147,14 @@ def find_studies(
     texts = {} if reports is None else read_reports(reports, rules)
     numbers = {} if labels is None else Table.read(labels).labels()
     rejected: list[Rejection] = []
-    if path.suffix.lower() in (".json", ".csv") and not path.is_dir():
+    if path.suffix.lower() in (".json", ".csv") and not is_folder(path):
         read = read_json_list if path.suffix.lower() == ".json" else read_csv_list
         listed = read(path, base, rules)
         if any(study.scans is None for study in listed):
             studies = _listed_in_folder(listed, base, workers, progress, rejected)
         else:
-            studies = _listed_studies(listed, workers, progress, rejected)
-    elif path.is_dir():
+            studies = _listed_studies(listed, base, workers, progress, rejected)
+    elif is_folder(path):
         studies = _folder_studies(path, workers, progress, rejected)
         if not studies and not rejected:
             raise ValueError(f"{path}: no scans ({_wanted()}) in this folder")
@@ -258,8 +260,9 @@ def _place(place: Path) -> tuple[str, str]:
 
 
 def _listed_studies(
-    listed: Sequence[ListedStudy], workers: int, progress: Progress, rejected: list[Rejection]
+    listed: Sequence[ListedStudy], base: Path, workers: int, progress: Progress, rejected: list[Rejection]
 ) -> list[_Study]:
+    listed = [replace(study, scans=_within(study, base, rejected)) for study in listed]
     files = []
     for study in listed:
         names, problems = _files(study.scans or ())
@@ -274,6 +277,18 @@ def _listed_studies(
         rejected += [Rejection(study.uid, printable(Path(p.path).name), p.rule, p.reason) for p in problems]
         studies.append(_Study(study.uid, _scans(names, headers, study.uid, rejected), study.report, study.labels))
     return sorted(studies, key=attrgetter("uid"))
+
+
+def _within(study: ListedStudy, base: Path, rejected: list[Rejection]) -> tuple[tuple[str, Path], ...]:
+    """The scans of a listed study without those whose relative path climbs out of the folder it starts from."""
+    kept = []
+    for name, path in study.scans or ():
+        if path.is_relative_to(base) and Path(os.path.normpath(path.relative_to(base))).parts[:1] == ("..",):
+            reason = "the path leads out of the list's folder: write it absolute, or give another root"
+            rejected.append(Rejection(study.uid, name or printable(path.name), "outside", reason))
+        else:
+            kept.append((name, path))
+    return tuple(kept)
 
 
 def _listed_in_folder(
@@ -298,13 +313,13 @@ def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Prob
     names, problems = {}, []
     top = _common_folder([path for _, path in scans])
     for name, path in scans:
-        if path.is_dir():
+        if is_folder(path):
             inside, more = walk(path)
             problems += more
             for file in inside:
                 below = Path(file).relative_to(path) if name else Path(file).absolute().relative_to(top)
                 names[file] = _path_name(Path(_clean(name)) / below)
-        elif kind_of(path) is None and not path.is_file():
+        elif kind_of(path) is None and not is_file(path):
             problems.append(Problem(str(path), "missing", "no such file"))
         else:
             names[str(path)] = _clean(name) or _path_name(path.absolute().relative_to(top))
@@ -312,7 +327,7 @@ def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Prob
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and is_folder(paths[0]):
         return paths[0].absolute()
     folders = [path.parent.parent if path.name == TENSOR_NAME else path.parent for path in map(Path.absolute, paths)]
     return Path(os.path.commonpath(folders)) if folders else Path()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import printable, stem
+from .files import check_regular, printable, stem
 
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
 Labels = tuple[tuple[str, float], ...]
@@ -29,6 +29,7 @@ def read_json_studies(path: Path, what: str) -> dict[str, Any]:
         ValueError: not such a file; names it.
     """
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
         if isinstance(content, dict):
             content = _unique_keys([(printable(uid), entry) for uid, entry in content.items()])
@@ -67,6 +68,7 @@ class Table:
         """
         path = Path(path)
         try:
+            check_regular(path)
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
                 columns = [name.strip() for name in reader.fieldnames or ()]
