@@ -201,7 +201,7 @@ def each(
     workers = min(workers, len(jobs))
     if not jobs:
         return
-    if workers == 1:
+    if workers <= 1:
         yield from progress(chain.from_iterable(map(function, jobs)), total=len(items), **words)
         return
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
