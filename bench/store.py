@@ -1,7 +1,8 @@
 """A store at the size of a health system, and the throughput of preparing one.
 
     python bench/store.py --studies 250000    build, open, sample; every size and time is printed
-    python bench/store.py --throughput        studies/s with one worker and two, the same input, one run after the other
+    python bench/store.py --throughput        scans/s with one worker and two, the same input, one run after the other,
+                                              beside what the machine gives to one busy loop and two
 
 The large store has tiny scans (8 x 8 x 2) and a real manifest: reports, names and descriptions of usual length, 1 to 40
 scans per study, 12.5 on average.
@@ -111,12 +112,35 @@ def throughput(folder: Path, studies: int) -> None:
     found = Found([StudySource(f"{i:04d}", scans) for i in range(studies)], [])
     rows: list[list[float]] = []
     for workers in (1, 2, 1, 2):
-        start = time.perf_counter()
+        loops = busy_loops(workers)
+        start, used = time.perf_counter(), cpu_seconds()
         prepare(found, load_recipe("brain-mri"), folder / str(len(rows)), workers=workers, shard_scans=8)
-        seconds = time.perf_counter() - start
-        rows.append([workers, round(seconds, 1), round(4 * studies / seconds, 2)])
-    print_table(["workers", "s", "scans/s"], rows)
-    print(f"load before and after: {os.getloadavg()}")
+        seconds, used = time.perf_counter() - start, cpu_seconds() - used
+        rows.append([workers, round(seconds, 1), round(4 * studies / seconds, 2), round(used / seconds, 2), loops])
+    print_table(["workers", "s", "scans/s", "CPUs used", "busy loops, 10^6/s"], rows)
+    ratio = (rows[1][2] + rows[3][2]) / (rows[0][2] + rows[2][2])
+    machine = (rows[1][4] + rows[3][4]) / (rows[0][4] + rows[2][4])
+    print(f"two workers are {ratio:.2f} times one; two busy loops, before each run, {machine:.2f} times one")
+    print(f"load: {os.getloadavg()}")
+
+
+def cpu_seconds() -> float:
+    """Of this process and the workers that it has waited for."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in usage)
+
+
+def busy_loops(processes: int) -> float:
+    """What the machine gives that moment to so many processes that only count: 10^6 steps a second, of all together."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        return round(sum(pool.map(count, [2.0] * processes)) / 2e6, 1)
+
+
+def count(seconds: float) -> int:
+    steps, end = 0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        steps += 1
+    return steps
 
 
 def main() -> None:
@@ -127,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.throughput:
-            throughput(Path(folder), args.studies or 16)
+            throughput(Path(folder), args.studies or 48)
         else:
             large(Path(folder) / "store", args.studies or 250_000)
 

@@ -188,7 +188,8 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     finished: dict[Path, int] = {}
     while_writing = 0
     for k in range(10):
-        leader = multiprocessing.get_context("fork").Process(target=run_in_a_session, args=(root, out, 1 + (k % 4 == 1)))
+        arguments = (root, out, 2 if k % 4 == 1 else 1)
+        leader = multiprocessing.get_context("fork").Process(target=run_in_a_session, args=arguments)
         leader.start()
         assert leader.pid is not None
         while k and leader.is_alive() and not children(leader.pid):  # the first is killed while it starts

@@ -199,6 +199,8 @@ def each(
     """`function` of runs of items, in so many processes: one result per item, in the items' order."""
     jobs = [items[i : i + per_job] for i in range(0, len(items), per_job)]
     workers = min(workers, len(jobs))
+    if not jobs:
+        return
     if workers <= 1:
         yield from progress(chain.from_iterable(map(function, jobs)), total=len(items), **words)
         return
