@@ -166,7 +166,7 @@ def test_hosts_of_slurm() -> None:
 def test_slurm_starts_processes_without_torchrun(store: Path, init: Path, tmp_path: Path) -> None:
     """srun sets these; two tasks on this machine join and train."""
     arguments = settings(store, init, tmp_path / "run", steps=1)
-    common = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
     runs = [
         subprocess.Popen(
             [sys.executable, str(TRAIN / "pretrain.py"), *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -147,11 +147,11 @@ class World:
 def start(device: str) -> tuple[torch.device, World]:
     """Join the processes that torchrun or Slurm's srun started, with NCCL on GPUs and gloo on CPUs."""
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
-        environment.setdefault("MASTER_ADDR", first_host(nodes))
+    # Only srun sets a step's variables: a batch script's own process is alone, whatever the job's number of tasks.
+    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 40000))
-        for name, theirs in {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}.items():
+        for name, theirs in {"RANK": "PROCID", "WORLD_SIZE": "STEP_NUM_TASKS", "LOCAL_RANK": "LOCALID"}.items():
             environment[name] = environment[f"SLURM_{theirs}"]
     place = torch.device("cpu")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
