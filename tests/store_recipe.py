@@ -23,7 +23,7 @@ class EverySlice:
     """Every n-th voxel of a NIfTI image in the plane, its range as 0 to 255.
 
     windows: images made of each scan.
-    abort, slow: parts of the names of scans that end the process, or take 0.2 s.
+    abort, slow: parts of the names of scans that end the process, or take 0.1 s.
     """
 
     step: int = 4
@@ -35,7 +35,7 @@ class EverySlice:
         if self.abort and self.abort in source.name:
             os.abort()
         if self.slow and self.slow in source.name:
-            time.sleep(0.2)
+            time.sleep(0.1)
         volume = read_nifti(source.files[0])
         array = volume.array.astype(np.float32).transpose(2, 1, 0)[:, :: self.step, :: self.step]
         if array.shape[0] < 5:

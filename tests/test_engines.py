@@ -25,7 +25,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.fixture(scope="module")
 def expected(found: Found, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     path = tmp_path_factory.mktemp("stores") / "store"
-    prepare(found, EverySlice(), path, shard_scans=4)
+    prepare(found, EverySlice(), path, shard_scans=8)
     return digests(path)
 
 
@@ -38,14 +38,14 @@ def _workers_find_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slurm_by_its_local_executor(found: Found, expected: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     options = {"cluster": "local"}
-    prepare(found, EverySlice(), tmp_path / "out", engine="slurm", workers=2, shard_scans=4, slurm=options)
+    prepare(found, EverySlice(), tmp_path / "out", engine="slurm", workers=2, shard_scans=8, slurm=options)
     assert digests(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
 def test_ray_on_a_cluster_of_its_own(found: Found, expected: dict[str, str], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=1, shard_scans=4)
+    prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=1, shard_scans=8)
     assert digests(tmp_path / "out") == expected
     assert not ray.is_initialized()  # what was started is stopped
 
@@ -55,7 +55,7 @@ def test_ray_on_a_cluster_that_runs(found: Found, expected: dict[str, str], tmp_
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=2, shard_scans=4)
+        prepare(found, EverySlice(), tmp_path / "out", engine="ray", workers=2, shard_scans=8)
         assert digests(tmp_path / "out") == expected
         assert ray.is_initialized()
     finally:

@@ -198,13 +198,13 @@ def test_killed_ten_times(tmp_path: Path) -> None:
             time.sleep(0.005)
         while k in (3, 7) and leader.is_alive() and len(shard_files(out)) <= len(finished):
             time.sleep(0.005)  # so that there is something to be left alone
-        time.sleep(rng.uniform(0.0, 0.3))
+        time.sleep(rng.uniform(0.0, 0.2))
         assert leader.is_alive(), "it was to be killed before its end"
         workers = children(leader.pid)
         while_writing += bool(list((out / "work").glob("*.tmp")))
         if k % 3 == 1 and workers:
             os.kill(rng.choice(workers), signal.SIGKILL)  # it is replaced
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.2))
         if k % 3 or os.getpgid(leader.pid) != leader.pid:
             leader.kill()
         else:
