@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import struct
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -436,18 +437,18 @@ def test_a_deflate_bomb_is_not_unpacked(tmp_path: Path) -> None:
     assert only(find_studies(tmp_path), "unreadable").reason.endswith("bytes when inflated)")
 
 
-def test_unreadable_folders_and_files_are_named(tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = tmp_path_factory.getbasetemp() / "rights"
-    nifti(root / "good" / "a.nii")
-    dicom(root / "open" / "IM1")
-    dicom(root / "closed" / "IM1")
-    (root / "open" / "IM1").chmod(0)
-    (root / "closed").chmod(0)
-    for folder in (root.parent, root.parent.parent):
-        folder.chmod(0o755)
-    with without_rights():
-        found = find_studies(root)
-    (root / "closed").chmod(0o700)
+def test_unreadable_folders_and_files_are_named() -> None:
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        root = Path(place)
+        root.chmod(0o755)
+        nifti(root / "good" / "a.nii")
+        dicom(root / "open" / "IM1")
+        dicom(root / "closed" / "IM1")
+        (root / "open" / "IM1").chmod(0)
+        (root / "closed").chmod(0)
+        with without_rights():
+            found = find_studies(root)
+        (root / "closed").chmod(0o700)
     assert names(found) == {"good": ["a.nii"]}
     assert [(r.scan, r.rule) for r in found.rejected] == [("closed", "unreadable"), ("open/IM1", "unreadable")]
     assert all("permission denied" in r.reason for r in found.rejected)
