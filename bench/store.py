@@ -151,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.throughput:
-            throughput(Path(folder), args.studies or 48)
+            throughput(Path(folder), args.studies or 96)
         else:
             large(Path(folder) / "store", args.studies or 250_000)
 
