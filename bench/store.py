@@ -63,7 +63,7 @@ def make_studies(first: int, end: int) -> Iterator[PreparedStudy]:
         image = torch.full((2, 8, 8), i % 256, dtype=torch.uint8)
         planes = ("axial", "coronal", "sagittal")
         scans = [
-            StoredScan(f"{m:03d}", image, (5.0, 0.9, 0.9), planes[m % 3], "MR", f"AX T2 FLAIR FS POST {m}")
+            StoredScan(f"{m:03d}", image, (5.0, 0.9, 0.9), planes[m % 3], 24, "MR", f"AX T2 FLAIR FS POST {m}")
             for m in range(int(np.clip(rng.gamma(4, 3.2), 1, 40)))
         ]
         yield PreparedStudy(f"{i:08d}", scans, SENTENCE * 2, SENTENCE * 8, {"abnormal": float(i % 2)})

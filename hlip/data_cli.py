@@ -72,8 +72,8 @@ def add_commands(commands: Any) -> None:
     )
     prepare.add_argument(
         "--hash_ids",
-        metavar="SALT",
-        help="name studies by salted hashes, number scans, drop descriptions and reasons; the salt is a file, or text",
+        metavar="FILE",
+        help="name studies by hashes salted with this file's text, number scans, drop descriptions and reasons",
     )
     prepare.set_defaults(run=_prepare)
 
@@ -106,6 +106,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from .data.preprocess import load_recipe
     from .data.reports import SectionRules
     from .data.sources import find_studies
+    from .data.store import Store
 
     if args.slurm and args.engine != "slurm":
         raise ValueError(f"--slurm {args.slurm[0]} is for --engine slurm")
@@ -135,14 +136,18 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"hlip prepare: interrupted; {args.out} keeps what is finished: run this again to go on", file=sys.stderr)
         return INTERRUPTED
     print(f"{args.out}: {report.studies} studies, {report.scans} scans")
+    if labels := Store(args.out).labels[0]:
+        print(f"  labels: {', '.join(labels)}")
     for rule, count in report.rejected.items():
         print(f"  rejected by {rule}: {count}")
     return SOME_REJECTED if report.rejected else 0
 
 
 def _salt(given: str) -> str:
-    file = Path(given)
-    return file.read_text(encoding="utf-8") if file.is_file() else given
+    salt = Path(given).read_text(encoding="utf-8")
+    if len(salt.strip()) < 8:
+        raise ValueError(f"{given}: a salt of {len(salt.strip())} characters can be guessed; expected at least 8")
+    return salt
 
 
 def _setting(text: str) -> tuple[str, str | int]:
@@ -198,6 +203,11 @@ def _split(args: argparse.Namespace) -> None:
         parts = split_at_random(store, args.fractions, args.seed)
     if len(parts) != len(args.out):
         raise ValueError(f"--out: {len(args.out)} stores for {len(parts)} parts")
+    for part, out in zip(parts, args.out, strict=True):  # nothing is written unless all can be
+        if not len(part):
+            raise ValueError(f"{out}: would hold no study")
+        if out.exists():
+            raise ValueError(f"{out}: exists already")
     for part, out in zip(parts, args.out, strict=True):
         report = select(store, part, out, _bar("shard"))
         print(f"{out}: {report.studies} studies, {report.scans} scans")

@@ -42,7 +42,7 @@ class EverySlice:
             raise ScanError(source.files[0], f"{array.shape[0]} slices in {source.files[0]}", "few-slices")
         scaled = (array - array.min()) * (255 / (array.max() - array.min()))
         image = torch.from_numpy(np.ascontiguousarray(scaled)).to(torch.uint8)
-        return [PreparedScan(name, image.clone(), (3.0, 1.0, 1.0), "axial") for name in self.windows]
+        return [PreparedScan(name, image.clone(), (3.0, 1.0, 1.0), "axial", len(array)) for name in self.windows]
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "every-slice", **asdict(self)}

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from hlip.data.batch import Study
-from hlip.data.prepare import hide_ids, prepare, prepare_study
+from hlip.data.prepare import _for_the_store, hide_ids, prepare, prepare_study
 from hlip.data.readers import ScanError
 from hlip.data.sources import Found, Rejection, ScanSource, StudySource
 from hlip.data.store import PreparedStudy, Store, StoredScan, shard_files, write_shard
@@ -227,7 +227,7 @@ def test_killed_ten_times(tmp_path: Path) -> None:
 def test_interrupt_leaves_a_partial_store(root: Path, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(root, out, workers=2)
-    while process.poll() is None and not any((out / "shards").glob("*")):
+    while process.poll() is None and not any((out / "shards").glob("*.safetensors")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
     error = process.communicate()[1].decode()
@@ -283,7 +283,7 @@ def test_a_full_disk(root: Path, found: Found, store: Path, tmp_path: Path, requ
 
 
 def test_a_disk_that_fills_while_a_shard_is_put_together(tmp_path: Path) -> None:
-    study = PreparedStudy("s", [StoredScan("a", torch.zeros(5, 50, 50, dtype=torch.uint8), (1, 1, 1), "axial")])
+    study = PreparedStudy("s", [StoredScan("a", torch.zeros(5, 50, 50, dtype=torch.uint8), (1, 1, 1), "axial", 5)])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 50 * 50, before[1]))  # room for the voxels, none for the header
     try:
@@ -350,3 +350,27 @@ def test_unforeseen_errors_reject_the_scan_but_missing_libraries_end_the_job(fou
     assert study.rejected[0].reason == "ZeroDivisionError: in 0.nii.gz of <object object at 0x...>"
     with pytest.raises(ImportError, match="install something"):
         prepare(found, Broken(), tmp_path / "out")
+
+
+def test_a_million_rejections_before_there_are_studies(tmp_path: Path) -> None:
+    """They are more than the header of a shard could hold."""
+    found = write_studies(tmp_path / "in", 2)
+    many = [
+        Rejection(
+            "",
+            f"dose report {i:07d} of an examination of the head.dcm",
+            "no_image",
+            "Structured report: it holds no image",
+        )
+        for i in range(600_000)
+    ]
+    report = prepare(Found(found.studies, many), EverySlice(), tmp_path / "store")
+    assert report.rejected["no_image"] == len(many)
+    assert sum(1 for _ in (tmp_path / "store" / "rejected.jsonl").open()) == sum(report.rejected.values())
+    assert verify(tmp_path / "store") == []
+    assert max(file.stat().st_size for file in (tmp_path / "store" / "shards").glob("*.safetensors")) < 2**24
+
+
+def test_addresses_in_memory_are_not_for_the_store() -> None:
+    scan = ScanSource("a", "dicom", (Path("/data/in/a.dcm"),))
+    assert _for_the_store("/data/in/a.dcm: GDCMImageIO(0x556f8da8a180): bad", scan) == "a.dcm: GDCMImageIO(0x...): bad"

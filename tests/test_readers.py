@@ -11,6 +11,7 @@ from pathlib import Path
 import dipy
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from hlip.data.quality import Rules
@@ -392,3 +393,17 @@ def test_refuses_a_damaged_tensor(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ScanError, match=r"scan.pt: (not a readable tensor|empty file)"):
             read_scan(ScanSource("scan", "tensor", (path,)), Rules())
+
+
+@pytest.mark.parametrize("qform", range(5))
+@pytest.mark.parametrize("sform", range(5))
+def test_of_two_orientations_that_is_taken_which_itk_takes(qform: int, sform: int, tmp_path: Path) -> None:
+    turned = np.array([[0, -1.5, 0, 5], [2.0, 0, 0, 6], [0, 0, 3.0, 7], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), None)
+    image.header.set_zooms((2.0, 1.5, 3.0))
+    image.header.set_qform(np.diag([2.0, 1.5, 3.0, 1.0]), qform)
+    image.header.set_sform(turned, sform)
+    nibabel.save(image, tmp_path / "x.nii")
+    seen = sitk.ReadImage(str(tmp_path / "x.nii"))
+    directions = np.diag([-1, -1, 1]) @ np.array(seen.GetDirection()).reshape(3, 3) @ np.diag(seen.GetSpacing())
+    np.testing.assert_allclose(read_nifti(tmp_path / "x.nii").affine[:3, :3], directions, atol=1e-5)

@@ -23,6 +23,7 @@ import pytest
 from hlip.data.files import walk
 from hlip.data.readers import ScanError, read_nifti
 from hlip.data.sources import Found, Rejection, StudySource, find_scans, find_studies
+from hlip.data.tables import Table
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
@@ -847,3 +848,12 @@ def test_what_is_no_study_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "x.nii").symlink_to(ANATOMICAL)
     with pytest.raises(ScanError, match=r"x.nii: the link leads out of the folder"):
         find_scans(folder)
+
+
+def test_columns_that_identify_are_no_labels(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    names = ["PATIENTID", "STUDYDATE", "Accession#", "patientnr", "HospitalNumber", "MRN_1", "birthYear", "scan no"]
+    kept = ["abnormal", "normal", "nodule", "midline_shift", "dilated"]
+    table.write_text(",".join(["study", *names, *kept]) + "\n" + ",".join(["s1"] + ["1"] * (len(names) + len(kept))))
+    found = Table.read(table).labels()
+    assert [name for name, _ in found["s1"]] == kept

@@ -102,12 +102,12 @@ def _series_path(study: Path, name: str) -> Path:
 
 
 def _recon_path(root: Path, name: str) -> Path:
-    """CT-RATE keeps valid_1_a_1.nii.gz in valid/valid_1/valid_1_a (or valid_fixed/..)."""
+    """CT-RATE keeps valid_1_a_1.nii.gz in valid_fixed/valid_1/valid_1_a, with a mended header, and in valid/.."""
     split, *rest = name.partition(".")[0].split("_")
     if len(rest) != 3:
         return root / name
     folder = Path(f"{split}_{rest[0]}", f"{split}_{rest[0]}_{rest[1]}", name)
-    places = [root / name, root / folder, root / split / folder, root / f"{split}_fixed" / folder]
+    places = [root / name, root / folder, root / f"{split}_fixed" / folder, root / split / folder]
     return next((path for path in places if is_file(path)), root / name)
 
 

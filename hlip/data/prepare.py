@@ -33,6 +33,7 @@ from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource
 from .store import (
     FORMAT,
+    FOUND,
     PreparedStudy,
     Report,
     StoredScan,
@@ -42,6 +43,7 @@ from .store import (
     read_json,
     replacing,
     shard_file,
+    write_rejections,
     write_shard,
 )
 
@@ -154,11 +156,11 @@ def prepare_study(
         try:
             scans += [_stored(scan, image) for image in recipe.prepare(scan)]
         except ScanError as error:
-            rejected.append(Rejection(source.uid, scan.name, error.rule, _without_folders(error.reason, scan)))
+            rejected.append(Rejection(source.uid, scan.name, error.rule, _for_the_store(error.reason, scan)))
         except ImportError:
             raise  # says what to install: no fault of the scan
         except Exception as error:
-            reason = _without_folders(re.sub(r"\b0x[0-9a-f]+", "0x...", f"{type(error).__name__}: {error}"), scan)
+            reason = _for_the_store(f"{type(error).__name__}: {error}", scan)
             rejected.append(Rejection(source.uid, scan.name, "error", reason))
     if not scans:
         reason = f"none of its {len(source.scans)} scans can be used" if source.scans else "it has no scans"
@@ -170,12 +172,19 @@ def _stored(source: ScanSource, scan: PreparedScan) -> StoredScan:
     if scan.image.dtype != torch.uint8 or scan.image.dim() != 3 or 0 in scan.image.shape:
         raise TypeError(f"the recipe made {scan.image.dtype} {tuple(scan.image.shape)}, not uint8 (D, H, W)")
     return StoredScan(
-        scan.name_in_study(source), scan.image, scan.spacing, scan.plane, source.modality, source.description
+        scan.name_in_study(source),
+        scan.image,
+        scan.spacing,
+        scan.plane,
+        scan.slices,
+        source.modality,
+        source.description,
     )
 
 
-def _without_folders(reason: str, scan: ScanSource) -> str:
-    """Where the input lay is not for the store."""
+def _for_the_store(reason: str, scan: ScanSource) -> str:
+    """Without where the input lay, and without addresses in memory, which differ from run to run."""
+    reason = re.sub(r"\b0x[0-9a-f]+", "0x...", reason)
     for folder in sorted({str(file.parent) for file in scan.files}, key=len, reverse=True):
         reason = reason.replace(f"{folder}/", "")
     return printable(reason)
@@ -294,8 +303,7 @@ class Plan:
                 for studies in cut(found.studies, _num_scans, terms["shard_scans"]):
                     shards.append((len(studies), sum(len(study.scans) for study in studies), offset))
                     offset += lines.write(json.dumps([_to_json(study) for study in studies]).encode() + b"\n")
-            with replacing(work / "rejected.json", work) as temporary:
-                temporary.write_text(json.dumps([asdict(rejection) for rejection in found.rejected]), encoding="utf-8")
+            write_rejections(out / "shards" / FOUND, found.rejected, work)
             content = {"terms": terms, "shards": shards}
             with replacing(file, work) as temporary:
                 temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -306,11 +314,6 @@ class Plan:
         with (self.out / "work" / "sources.jsonl").open("rb") as lines:
             lines.seek(self.shards[k][2])
             return [_from_json(study) for study in json.loads(lines.readline())]
-
-    def rejected(self) -> list[Rejection]:
-        """What was left out before there was a plan."""
-        content = json.loads((self.out / "work" / "rejected.json").read_text(encoding="utf-8"))
-        return [Rejection(**rejection) for rejection in content]
 
 
 def _num_scans(study: StudySource) -> int:
@@ -352,8 +355,6 @@ class PrepareJob:
 
     def _studies(self, k: int, notify: Callable[[Event], None]) -> Iterator[PreparedStudy]:
         blamed = self._blamed(k)
-        if k == 0:
-            yield PreparedStudy("", [], rejected=self.plan.rejected())
         for s, source in enumerate(self.plan.studies(k)):
             left_out = {m: why for (at, m), why in blamed.items() if at == s}
             study = prepare_study(source, self.recipe, left_out, partial(_begin, notify, s))

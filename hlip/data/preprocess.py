@@ -53,12 +53,14 @@ class PreparedScan:
     image: (D, H, W) uint8, through-plane axis first.
     spacing: mm from voxel to voxel along D, H and W; not-a-number where the file does not tell.
     plane: "axial", "coronal" or "sagittal"; "axial" where the file does not tell.
+    slices: of the source.
     """
 
     name: str
     image: Tensor
     spacing: tuple[float, float, float]
     plane: str
+    slices: int
 
     def name_in_study(self, source: ScanSource) -> str:
         """What to call it among the scans of its study."""
@@ -138,13 +140,18 @@ class Recipe:
                 volume.path, f"{len(array)} slices, expected at least {self.rules.min_slices}", "few_slices"
             )
         axes = self._axes(array.shape, spacing, volume.prepared)
+        side = max(max(axis.length + axis.black, axis.resized) for axis in axes[1:])
+        if side > self.rules.max_side:
+            reason = f"slices of {side} voxels a side before they are cut, expected at most {self.rules.max_side}"
+            raise ScanError(volume.path, reason, "too_large")
+        result = (axes[0].spacing, axes[1].spacing, axes[2].spacing)
         scans = []
         for window in self._windows(volume):
             image = _resample(array, window, axes)
             if image.min() == image.max():
                 raise ScanError(volume.path, f"no contrast within {window.low:g} to {window.high:g}", "no_contrast")
             name = "-".join(filter(None, (volume.part, window.name)))
-            scans.append(PreparedScan(name, image, (axes[0].spacing, axes[1].spacing, axes[2].spacing), plane))
+            scans.append(PreparedScan(name, image, result, plane, len(array)))
         return scans
 
     def _axes(self, shape: tuple[int, ...], spacing: tuple[float, ...], prepared: bool) -> list[Axis]:

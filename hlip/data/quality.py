@@ -33,6 +33,7 @@ class Rules:
     max_missing: largest share of slices missing within a DICOM series; they are interpolated. `missing_slices`
     min_finite: least share of voxels that are finite numbers. `not_finite`
     hounsfield: intensities must be Hounsfield units: air near -1000, most of the rest near water. `hounsfield`
+    max_side: voxels of a slice's longer side, once padded or resampled. `too_large`
 
     Further names: `unreadable`, `constant`, `no_contrast`, `not_grey`, `mixed_orientations`, `duplicate_slices`.
     """
@@ -42,7 +43,7 @@ class Rules:
         r"(?<![a-z])(locali[sz]er|scout|topogram|survey|surview|3[- ]?plane|smartprep|bolus tracking|calibration)",
         r"(?<![a-z])(dose report|patient protocol|phoenixzipreport|screen ?(save|capture|shot))",
     )
-    image_types: tuple[str, ...] = ("LOCALIZER", "SECONDARY", "SCREEN SAVE", "MIP", "PROJECTION IMAGE")
+    image_types: tuple[str, ...] = ("LOCALIZER", "SECONDARY", "SCREEN SAVE", "MIP", "MNIP", "PROJECTION IMAGE")
     min_slices: int = 5
     max_voxels: int = 2**30
     four_d: Literal["split", "first", "reject"] = "reject"
@@ -52,9 +53,10 @@ class Rules:
     max_missing: float = 0.1
     min_finite: float = 0.5
     hounsfield: bool = False
+    max_side: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("min_slices", "max_voxels", "max_parts"):
+        for name in ("min_slices", "max_voxels", "max_parts", "max_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_shear", "max_missing", "min_finite"):

@@ -59,7 +59,7 @@ def _read_nifti(path: Path, rules: Rules) -> list[Volume]:
     parts = shape[3] if len(shape) == 4 else 1
     if rules.four_d == "split" and parts > rules.max_parts:
         raise ScanError(path, f"{parts} volumes in one file, at most {rules.max_parts}", "four_d")
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = _affine(path, image.header)
     check_grid(path, shape, affine, rules)
     stored = image.get_data_dtype()
     if stored.kind not in "biuf":
@@ -84,6 +84,24 @@ def _read_nifti(path: Path, rules: Rules) -> list[Volume]:
     except (OSError, EOFError, zlib.error) as error:
         raise ScanError(path, f"truncated or corrupt ({error})") from error
     return volumes
+
+
+def _affine(path: Path, header: Any) -> np.ndarray:
+    """Voxels to millimetres, as ITK chooses where a header gives two ways or none: the sform if it is the scanner's or
+    the only one, else the qform; without any, columns run to the left, rows to the front, slices upwards."""
+    from nibabel.spatialimages import HeaderDataError
+
+    qform, sform = int(header["qform_code"]), int(header["sform_code"])
+    try:
+        if sform == 1 or (sform and not qform):
+            affine = header.get_sform()
+        elif qform:
+            affine = header.get_qform()
+        else:
+            affine = np.diag([-1.0, -1.0, 1.0, 1.0] * np.array([*header.get_zooms()[:3], 1.0]))
+    except (HeaderDataError, ValueError) as error:
+        raise ScanError(path, f"not a readable NIfTI file ({error})") from error
+    return np.asarray(affine, dtype=np.float64)
 
 
 def _open_nifti(path: Path) -> Any:

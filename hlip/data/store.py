@@ -1,6 +1,7 @@
 """The store: prepared studies in safetensors shards, and a manifest that says where everything lies.
 
     shards/00000.safetensors   the scans of some studies, and all that is known of them (see `write_shard`)
+    shards/found.jsonl         what was left out before there were studies
     manifest.arrow             one row a study, made from the shards alone (see `schema`)
     store.json                 format, recipe and counts; there once the store is finished
     rejected.jsonl             what was left out, and why
@@ -39,18 +40,20 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMAT = 1
+FOUND = "found.jsonl"  # beside the shards
 T = TypeVar("T")
 OPEN_SHARDS = 128  # mapped at a time by one reader, each with a file descriptor
 
 
 @dataclass(frozen=True)
 class StoredScan:
-    """A scan and what is kept of its origin. image: (D, H, W) uint8; spacing: mm along D, H, W."""
+    """A scan and what is kept of its origin. image: (D, H, W) uint8; spacing: mm along D, H, W; slices: as found."""
 
     name: str
     image: Tensor
     spacing: tuple[float, float, float]
     plane: str
+    slices: int
     modality: str = ""
     description: str = ""
 
@@ -71,8 +74,8 @@ class PreparedStudy:
 class Shard:
     """What the header of a shard says.
 
-    studies: per study uid, impression, findings, labels and scans; per scan name, shape, spacing, plane, modality,
-        description, offset (bytes from the start of the file) and crc32 (of its voxels).
+    studies: per study uid, impression, findings, labels and scans; per scan name, shape, spacing, plane, slices,
+        modality, description, offset (bytes from the start of the file) and crc32 (of its voxels).
     recipe: of the scans, as `Recipe.to_dict` gives it; `recipe_hash` its hash.
     """
 
@@ -133,7 +136,7 @@ def write_shard(
 def _entry(study: PreparedStudy) -> dict[str, Any]:
     report = {key: getattr(study, key) for key in ("uid", "impression", "findings", "labels")}
     scans = [
-        {key: getattr(scan, key) for key in ("name", "spacing", "plane", "modality", "description")}
+        {key: getattr(scan, key) for key in ("name", "spacing", "plane", "slices", "modality", "description")}
         | {"crc32": zlib.crc32(scan.image.contiguous().numpy().data)}
         for scan in study.scans
     ]
@@ -185,6 +188,7 @@ def schema() -> pyarrow.Schema:
             "shape": arrow.list_(integers),
             "spacing": arrow.list_(arrow.list_(arrow.float32(), 3)),
             "plane": arrow.list_(text),
+            "slices": arrow.list_(arrow.int32()),
             "modality": arrow.list_(text),
             "description": arrow.list_(text),
             "offset": arrow.list_(arrow.int64()),
@@ -201,7 +205,7 @@ def manifest_of(shards: Iterable[tuple[int, Shard]]) -> pyarrow.RecordBatch:
         rows = {name: [study[name] for study in shard.studies] for name in ("uid", "impression", "findings")}
         rows["shard"] = [number] * len(shard.studies)
         rows["labels"] = [list(study["labels"].items()) for study in shard.studies]
-        for name in ("name", "shape", "spacing", "plane", "modality", "description", "offset", "crc32"):
+        for name in ("name", "shape", "spacing", "plane", "slices", "modality", "description", "offset", "crc32"):
             rows[name] = [[scan[name] for scan in study["scans"]] for study in shard.studies]
         batches.append(arrow.RecordBatch.from_pydict(rows, schema=columns))
     pieces = arrow.Table.from_batches(batches, columns).combine_chunks().to_batches()
@@ -224,7 +228,7 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
         work: folder for temporary files, on the same file system.
         facts: more to say in `store.json`.
     """
-    rejected: list[Rejection] = []
+    rejected = read_rejections(path / "shards" / FOUND)
     recipes: dict[str, dict[str, Any]] = {}
 
     def read() -> Iterator[tuple[int, Shard]]:
@@ -241,8 +245,7 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
         writer.write_batch(batch)
         writer.close()
     rejected.sort(key=astuple)
-    with replacing(path / "rejected.jsonl", work) as partial, partial.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(asdict(rejection)) + "\n" for rejection in rejected)
+    write_rejections(path / "rejected.jsonl", rejected, work)
     rules = Counter(rejection.rule for rejection in rejected)
     report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(sorted(rules.items())))
     _write_json(path / "report.json", asdict(report), work)
@@ -251,6 +254,26 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
     content = {"format": FORMAT, "recipe_hash": recipe_hash, "recipe": recipe, **counts, **facts}
     _write_json(path / "store.json", content, work)
     return report
+
+
+def read_rejections(path: Path) -> list[Rejection]:
+    """The rejections in a file of one JSON object a line; none if there is no file.
+
+    Raises:
+        ScanError: damaged; names the file.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return [Rejection(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
+
+
+def write_rejections(path: Path, rejected: Iterable[Rejection], work: Path) -> None:
+    with replacing(path, work) as partial, partial.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(asdict(rejection)) + "\n" for rejection in rejected)
 
 
 def _write_json(path: Path, content: Any, work: Path) -> None:

@@ -9,13 +9,16 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .readers import ScanError
+from .sources import Rejection
 from .store import (
+    FOUND,
     PreparedStudy,
     Report,
     Shard,
@@ -24,9 +27,11 @@ from .store import (
     cut,
     finish,
     manifest_of,
+    read_rejections,
     read_shard,
     shard_file,
     shard_files,
+    write_rejections,
     write_shard,
 )
 
@@ -40,6 +45,7 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
     what the shards say.
     """
     problems: list[str] = []
+    rejected: list[Rejection] = []
 
     def good(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, Shard]]:
         for number, file in files:
@@ -49,6 +55,7 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
                 problems.append(str(error))
                 continue
             problems.extend(_wrong_scans(file, shard))
+            rejected.extend(shard.rejected)
             yield number, shard
 
     store = Store(path)
@@ -59,6 +66,11 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
     missing = sorted(set(store.manifest.column("shard").to_pylist()) - {number for number, _ in files})
     problems += [f"{shard_file(path, number)}: missing" for number in missing]
     if not problems:
+        rejected = sorted([*rejected, *read_rejections(path / "shards" / FOUND)], key=astuple)
+        if read_rejections(path / "rejected.jsonl") != rejected:
+            problems.append(f"{path / 'rejected.jsonl'}: does not say what the shards say")
+        if not (path / "report.json").is_file():
+            problems.append(f"{path / 'report.json'}: missing")
         if not store.manifest.equals(expected):
             problems.append(f"{path / 'manifest.arrow'}: does not say what the shards say")
         counts = {"studies": len(store), "scans": len(store.shapes), "shards": len(files)}
@@ -97,6 +109,8 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
                 os.link(file, target)
             except OSError:
                 shutil.copyfile(file, target)
+        found = [rejection for store in stores for rejection in read_rejections(store.path / "shards" / FOUND)]
+        write_rejections(folder / "shards" / FOUND, found, folder / "work")
         facts = {key: stores[0].info[key] for key in ("shard_scans", "hidden_ids")}
         return finish(folder, folder / "work", source_hash=digest, **facts)
 
@@ -164,7 +178,7 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[PreparedStudy]:
             StoredScan(
                 image=store.scan(i, m),
                 spacing=tuple(scan["spacing"]),
-                **{key: scan[key] for key in ("name", "plane", "modality", "description")},
+                **{key: scan[key] for key in ("name", "plane", "slices", "modality", "description")},
             )
             for m, scan in enumerate(study["scans"])
         ]
@@ -214,7 +228,7 @@ def stats(store: Store) -> dict[str, Any]:
         "scans": len(store.shapes),
         "voxels": int(store.shapes.astype(np.int64).prod(1).sum()),
         "scans_per_study": _distribution(store.num_scans),
-        "slices_per_scan": _distribution(store.shapes[:, 0]),
+        "slices_per_scan": _distribution(store.manifest.column("slices").values.to_numpy()),
         "planes": counts("plane"),
         "modalities": counts("modality"),
     }

@@ -17,9 +17,9 @@ STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
 Labels = tuple[tuple[str, float], ...]
 Value = TypeVar("Value")
 
-_IDENTIFIER = re.compile(
-    r"(?:^|_)(?:patient|name|birth|birthdate|dob|accession|accessionnumber|mrn|ssn|phone|address|date|id|uid)(?:_|$)"
-)
+# In a column's name, anywhere or as a word of its own; better one label less than one patient named.
+_IDENTIFIER = re.compile(r"patient|accession|birth|mrn|ssn|phone|address|hospital|insurance|surname|date")
+_IDENTIFIER_WORDS = {"name", "dob", "id", "uid", "nr", "no", "num", "number", "pid", "time"}
 
 
 def read_json_studies(path: Path, what: str) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def volume_study(name: str) -> str:
 
 
 def _is_identifier(column: str) -> bool:
-    snake = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s\-.]+", "_", column).lower()
-    return bool(_IDENTIFIER.search(snake))
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower())
+    return bool(_IDENTIFIER.search("".join(words)) or _IDENTIFIER_WORDS.intersection(words))
 
 
 def _is_number(cell: str) -> bool:
