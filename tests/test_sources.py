@@ -857,3 +857,17 @@ def test_columns_that_identify_are_no_labels(tmp_path: Path) -> None:
     table.write_text(",".join(["study", *names, *kept]) + "\n" + ",".join(["s1"] + ["1"] * (len(names) + len(kept))))
     found = Table.read(table).labels()
     assert [name for name, _ in found["s1"]] == kept
+
+
+def test_fixed_volumes_of_ct_rate_are_preferred(tmp_path: Path) -> None:
+    place = "valid_1/valid_1_a/valid_1_a_{}.nii.gz"
+    for number in (1, 2):
+        nifti(tmp_path / "valid" / place.format(number), number)
+    fixed = tmp_path / "valid_fixed" / place.format(1)
+    nifti(fixed, 1)
+    found = find_studies(tmp_path)
+    assert names(found) == {"valid_1_a": ["valid_1_a_1.nii.gz", "valid_1_a_2.nii.gz"]}
+    assert found.studies[0].scans[0].files == (fixed,)
+    assert [(r.scan, r.rule) for r in found.rejected] == [("valid/" + place.format(1), "superseded")]
+    (tmp_path / "list.json").write_text('{"valid_1_a": {"recons": ["valid_1_a_1.nii.gz"], "report": ["Clear."]}}')
+    assert find_studies(tmp_path / "list.json").studies[0].scans[0].files == (fixed,)

@@ -214,6 +214,7 @@ def _wanted() -> str:
 
 def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list[Rejection]) -> list[_Study]:
     files, problems = walk(root)
+    known = set(files)
     names: dict[str, dict[str, str]] = defaultdict(dict)
     for file in files:
         if kind_of(file) is None:
@@ -221,6 +222,9 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
         place = Path(file).relative_to(root)
         if "derivatives" in place.parts[:-1]:
             problems.append(Problem(file, "derived", "in a folder of derivatives"))
+            continue
+        if _has_fixed(place, root, known):
+            problems.append(Problem(file, "superseded", "the folder of fixed volumes has it too"))
             continue
         uid, name = _place(place)
         names[uid][file] = name
@@ -243,6 +247,16 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
         named = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
         studies.append(_Study(uid, _scans(named, series, uid, rejected)))
     return studies
+
+
+def _has_fixed(place: Path, root: Path, files: Collection[str]) -> bool:
+    """Whether a volume of CT-RATE also lies in `valid_fixed` beside `valid`, where its header is mended."""
+    parts = place.parts
+    if volume_study(place.name) == stem(place.name):
+        return False
+    return any(
+        str(root.joinpath(*parts[:i], f"{parts[i]}_fixed", *parts[i + 1 :])) in files for i in range(len(parts) - 1)
+    )
 
 
 def _place(place: Path) -> tuple[str, str]:
