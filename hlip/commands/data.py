@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from .data.engines import STEP_SECONDS, Engine
+from ..data.engines import STEP_SECONDS, Engine
 
 SOME_REJECTED = 3
 INTERRUPTED = 130
@@ -24,7 +24,7 @@ EXIT_STATUS = """exit status:
   130  interrupted; the same command goes on where it stopped"""
 
 
-def add_commands(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Add `prepare` and `store` to the subparsers of `hlip`."""
     prepare = commands.add_parser(
         "prepare",
@@ -102,11 +102,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from .data.prepare import prepare
-    from .data.preprocess import load_recipe
-    from .data.reports import SectionRules
-    from .data.sources import find_studies
-    from .data.store import Store
+    from ..data.prepare import prepare
+    from ..data.preprocess import load_recipe
+    from ..data.reports import SectionRules
+    from ..data.sources import find_studies
+    from ..data.store import Store
 
     if args.slurm and args.engine != "slurm":
         raise ValueError(f"--slurm {args.slurm[0]} is for --engine slurm")
@@ -158,7 +158,7 @@ def _setting(text: str) -> tuple[str, str | int]:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from .data.store import Store
+    from ..data.store import Store
 
     store = Store(args.store)
     scans = len(store.shapes)
@@ -174,7 +174,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .data.store_tools import verify
+    from ..data.store_tools import verify
 
     problems = verify(args.store, _bar("shard"))
     for problem in problems:
@@ -184,15 +184,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from .data.store_tools import merge
+    from ..data.store_tools import merge
 
     report = merge(args.stores, args.out)
     print(f"{args.out}: {report.studies} studies, {report.scans} scans")
 
 
 def _split(args: argparse.Namespace) -> None:
-    from .data.store import Store
-    from .data.store_tools import select, split_at_random
+    from ..data.store import Store
+    from ..data.store_tools import select, split_at_random
 
     store = Store(args.store)
     if args.list:
@@ -214,8 +214,8 @@ def _split(args: argparse.Namespace) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
-    from .data.store import Store
-    from .data.store_tools import plot_stats, stats
+    from ..data.store import Store
+    from ..data.store_tools import plot_stats, stats
 
     found = stats(Store(args.store))
     text = json.dumps(found, indent=1) + "\n"

@@ -1,0 +1,59 @@
+"""`hlip convert` and `hlip plot`: models, and the runs that train them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from ..model.checkpoint import Layout, load
+from ..model.published import describe
+from ..tasks.plot import FORMATS, draw, read_run
+from .shared import write_whole
+
+
+def add(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="read a model in any layout and write it in another",
+        description="Read a saved or released model, or a training checkpoint; say what it is; write it anew.",
+    )
+    convert.add_argument("source", metavar="IN", help="file of weights, folder, or name on the hub")
+    convert.add_argument("target", metavar="OUT", type=Path, help="folder to write; replaced if it holds such a model")
+    convert.add_argument(
+        "--layout",
+        choices=get_args(Layout),
+        default="hlip",
+        help="hlip: config.json, model.safetensors and text/; open_clip: that of the released models (default: hlip)",
+    )
+    convert.add_argument("--model", metavar="NAME", help="which model it is, where neither files nor shapes can say")
+    convert.add_argument("--text", metavar="FOLDER", help="configuration and tokenizer of the text tower")
+    convert.set_defaults(run=_convert)
+
+    plot = commands.add_parser("plot", help="draw the curves of one or more training runs")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    plot.add_argument("--out", type=Path, help=".png, .pdf or .svg (default: curves.png in the first RUN)")
+    plot.set_defaults(run=_plot)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    model, how, _ = load(args.source, args.model, args.text)
+    print(f"{args.source}: {how}\n{describe(model.config)}")
+    if args.layout == "hlip":
+        model.save_pretrained(args.target)
+    else:
+        model.save_open_clip(args.target, args.model)
+    print(f"{args.target}: written in layout {args.layout}")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    out = args.out or args.runs[0] / "curves.png"
+    if out.suffix not in FORMATS:
+        raise ValueError(f"{out}: expected a name that ends in {', '.join(FORMATS)}")
+    runs = [read_run(folder) for folder in args.runs]
+    for run in runs:
+        if run.damaged:
+            print(f"{run.folder}: damaged lines of the log left out: {run.damaged}", file=sys.stderr)
+    write_whole(out, lambda file: draw(runs, file, out.suffix[1:]))
+    print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")

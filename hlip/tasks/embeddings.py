@@ -1,0 +1,127 @@
+"""A table of embeddings, as a file.
+
+Shapes: N rows, E embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+SUFFIXES = (".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of studies, or of scans as studies of their own, by one model.
+
+    study: (N) str - uids.
+    scan: (N) str - names; empty where a row is of the whole study.
+    head: (N) int8 - which of the model's embeddings of a study; head 0 is for zero-shot classification.
+    embedding: (N, E) float32, of unit length.
+    facts: how they were made, such as the model's name; plain values.
+    """
+
+    study: np.ndarray
+    scan: np.ndarray
+    head: np.ndarray
+    embedding: np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.study), len(self.scan), len(self.head), len(self.embedding)}
+        if len(sizes) > 1 or self.embedding.ndim != 2:
+            raise ValueError(f"columns of different lengths, or embeddings of shape {self.embedding.shape}")
+        if not np.isfinite(self.embedding).all():
+            row = int(np.flatnonzero(~np.isfinite(self.embedding).all(1))[0])
+            raise ValueError(f"study {self.study[row]}: its embedding is not finite")
+
+    def __len__(self) -> int:
+        return len(self.study)
+
+    def of_studies(self, head: int = 0) -> tuple[list[str], np.ndarray]:
+        """Uids and (B, E) embeddings of whole studies.
+
+        Raises:
+            ValueError: no such rows, or a study has several.
+        """
+        rows = (self.scan == "") & (self.head == head)
+        uids = self.study[rows].tolist()
+        if not uids:
+            raise ValueError(f"no embeddings of whole studies of head {head} (there are {len(self)} rows)")
+        if len(set(uids)) < len(uids):
+            raise ValueError(f"study {max(uids, key=uids.count)} has several embeddings")
+        return uids, self.embedding[rows]
+
+    def write(self, file: IO[bytes], suffix: str) -> None:
+        """Write as `.parquet` or `.npz`, with the facts as JSON."""
+        facts = json.dumps(self.facts)
+        if suffix == ".npz":
+            text = np.array(facts)
+            np.savez(file, study=self.study, scan=self.scan, head=self.head, embedding=self.embedding, facts=text)
+            return
+        pyarrow, parquet = _pyarrow()
+        flat = pyarrow.array(np.ascontiguousarray(self.embedding, dtype=np.float32).ravel())
+        columns = {
+            "study": pyarrow.array(self.study.tolist(), pyarrow.string()),
+            "scan": pyarrow.array(self.scan.tolist(), pyarrow.string()),
+            "head": pyarrow.array(self.head, pyarrow.int8()),
+            "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, self.embedding.shape[1]),
+        }
+        table = pyarrow.table(columns).replace_schema_metadata({"hlip": facts})
+        parquet.write_table(table, file)
+
+    @classmethod
+    def read(cls, path: Path | str) -> Embeddings:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: not such a file; names it.
+        """
+        path = Path(path)
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: expected embeddings in a file that ends in {' or '.join(SUFFIXES)}")
+        try:
+            return cls._read_npz(path) if path.suffix == ".npz" else cls._read_parquet(path)
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a readable file of embeddings ({error})") from error
+
+    @classmethod
+    def _read_npz(cls, path: Path) -> Embeddings:
+        with np.load(path, allow_pickle=False) as content:
+            study, scan = content["study"].astype(str), content["scan"].astype(str)
+            facts = json.loads(str(content["facts"]))
+            return cls(study, scan, content["head"], content["embedding"].astype(np.float32), facts)
+
+    @classmethod
+    def _read_parquet(cls, path: Path) -> Embeddings:
+        _, parquet = _pyarrow()
+        table = parquet.read_table(path)
+        column = table["embedding"].combine_chunks()
+        embedding = column.flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
+        study, scan = (np.array(table[name].to_pylist(), dtype=str) for name in ("study", "scan"))
+        facts = json.loads((table.schema.metadata or {}).get(b"hlip", b"{}"))
+        return cls(study, scan, table["head"].to_numpy().astype(np.int8), embedding, facts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """The rows of all parts, with the facts of the first."""
+        study, scan, head, embedding = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("study", "scan", "head", "embedding")
+        )
+        return cls(study, scan, head, embedding, parts[0].facts)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow: pip install 'hlip-kernels[io]' (or write .npz)") from error
+    return pyarrow, parquet
