@@ -182,7 +182,7 @@ def test_slices_must_be_even(shift: float, good: bool, tmp_path: Path) -> None:
     if good:
         assert len(read(files)) == 1
     else:
-        assert_refused(files, "missing_slices", "uneven slices: from 1.8")
+        assert_refused(files, "uneven_slices", "uneven slices: from 1.8")
 
 
 def test_a_scout_within_a_series_is_left_out(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_recipe_leaves_a_file_s_volume_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(volume.array, array)
 
 
-@pytest.mark.parametrize("offset", [0, -1000])
+@pytest.mark.parametrize("offset", [0, -600])
 @pytest.mark.parametrize("gain", [1, 4])
 def test_full_window_keeps_a_ramp(offset: int, gain: int) -> None:
     ramp = np.arange(256).reshape(4, 8, 8)

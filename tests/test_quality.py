@@ -86,6 +86,17 @@ def test_modality(modality: str, rule: str | None) -> None:
     assert rule_of(Recipe(), ScanSource("scan", "nifti", (MNI,), modality)) == rule
 
 
+@pytest.mark.parametrize(("modality", "rule"), [("", "modality"), ("MR", None)])
+def test_a_ct_is_known_by_its_intensities_where_the_file_names_no_modality(modality: str, rule: str | None) -> None:
+    for array, expected in [(brain_ct(), rule), (brain_ct() + 1024, None), (np.asarray(nibabel.load(MNI).dataobj), None)]:
+        try:
+            Recipe()(dataclasses.replace(volume(array), modality=modality))
+            assert expected is None
+        except ScanError as error:
+            assert error.rule == expected
+    assert load_recipe("head-ct")(volume(brain_ct()))
+
+
 def test_four_dimensions_by_rule() -> None:
     source = ScanSource("epi", "nifti", (DATA / "example4d.nii.gz",))
     assert rule_of(Recipe(), source) == "four_d"
@@ -101,13 +112,13 @@ def test_four_dimensions_by_rule() -> None:
 
 def test_too_large(tmp_path: Path) -> None:
     source = save(tmp_path / "scan.nii", brain_ct())
-    assert rule_of(Recipe(rules=Rules(max_voxels=brain_ct().size)), source) is None
-    assert rule_of(Recipe(rules=Rules(max_voxels=brain_ct().size - 1)), source) == "too_large"
+    assert rule_of(Recipe(rules=Rules((), max_voxels=brain_ct().size)), source) is None
+    assert rule_of(Recipe(rules=Rules((), max_voxels=brain_ct().size - 1)), source) == "too_large"
 
 
 @pytest.mark.parametrize(("spacing", "rule"), [(0.02, None), (99.0, None), (0.005, "spacing"), (150.0, "spacing")])
 def test_spacing(spacing: float, rule: str | None, tmp_path: Path) -> None:
-    assert rule_of(Recipe(), save(tmp_path / "scan.nii", brain_ct(), spacing=spacing)) == rule
+    assert rule_of(Recipe(rules=Rules(())), save(tmp_path / "scan.nii", brain_ct(), spacing=spacing)) == rule
 
 
 def test_shear() -> None:
@@ -115,7 +126,7 @@ def test_shear() -> None:
         affine = np.diag([3.0, 3, 3, 1])
         affine[:2, 1] = 3 * cosine, 3 * np.sqrt(1 - cosine**2)
         try:
-            Recipe()(volume(brain_ct(), affine))
+            Recipe(rules=Rules(()))(volume(brain_ct(), affine))
             assert rule is None
         except ScanError as error:
             assert error.rule == rule

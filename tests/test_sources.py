@@ -332,11 +332,35 @@ def test_repeated_files_are_found_by_their_content(tmp_path: Path) -> None:
         (tmp_path / "p" / f"{name}.nii.gz").write_bytes(gzip.compress(content, level))
     shutil.copytree(tmp_path / "p", tmp_path / "q")
     found = find_studies(tmp_path, workers=2)
-    assert names(found) == {uid: ["a.nii", "c.nii", "d.nii.gz"] for uid in ("p", "q")}
+    assert names(found) == {uid: ["a.nii", "c.nii"] for uid in ("p", "q")}
     assert [(r.scan, r.reason) for r in found.rejected if r.study == "p"] == [
         ("b.nii", "the same image as a.nii"),
-        ("e.nii.gz", "the same image as d.nii.gz"),
+        ("d.nii.gz", "the same image as c.nii"),
+        ("e.nii.gz", "the same image as c.nii"),
     ]
+    for name in ("a.nii", "b.nii", "c.nii"):
+        (tmp_path / "q" / name).unlink()
+    assert names(find_studies(tmp_path / "q")) == {"d": ["d.nii.gz"], "e": ["e.nii.gz"]}  # two studies by their place
+    (tmp_path / "r").mkdir()
+    shutil.move(tmp_path / "q", tmp_path / "r" / "s")
+    assert names(find_studies(tmp_path / "r")) == {"s": ["d.nii.gz"]}
+
+
+def test_a_folder_of_studies_that_is_taken_for_one_gives_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(4):
+        nifti(tmp_path / "raw" / f"p{seed % 2}" / f"s{seed}.nii", seed)
+    assert list(names(find_studies(tmp_path))) == ["raw"]
+    assert f"{tmp_path / 'raw'}: taken as one study of 4 files in 2 folders" in caplog.text
+    caplog.clear()
+    assert list(names(find_studies(tmp_path / "raw"))) == ["p0", "p1"]
+    shutil.copytree(tmp_path / "raw", tmp_path / "other")
+    find_studies(tmp_path)
+    assert not caplog.text
+    monkeypatch.setattr("hlip.data.sources.MANY_SCANS", 3)
+    find_studies(tmp_path)
+    assert caplog.text.count("taken as one study") == 2
 
 
 def test_broken_volumes_of_ct_rate_are_left_out(tmp_path: Path) -> None:

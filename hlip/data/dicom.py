@@ -293,7 +293,7 @@ def _regular_places(path: Path, along: np.ndarray, rules: Rules) -> np.ndarray:
         raise ScanError(path, reason, "missing_slices")
     if np.abs(steps / counts - usual).max() > UNEVEN * usual:
         reason = f"uneven slices: from {steps.min():.3f} to {steps.max():.3f} mm apart"
-        raise ScanError(path, reason, "missing_slices")
+        raise ScanError(path, reason, "uneven_slices")
     return index
 
 

@@ -347,6 +347,9 @@ def _repeated(scans: Sequence[Sequence[Part]]) -> dict[int, int]:
     for look in (_sizes, _samples, _digests):
         split: dict[Hashable, list[int]] = defaultdict(list)
         for g, group in enumerate(groups):
+            if look is _samples and len({_is_packed(path) for i in group for path, _ in scans[i]}) > 1:
+                split[g, None] = group  # of a compressed file and another, samples say nothing
+                continue
             for i in group if len(group) > 1 else ():
                 try:
                     split[g, look(scans[i])].append(i)
@@ -356,17 +359,21 @@ def _repeated(scans: Sequence[Sequence[Part]]) -> dict[int, int]:
     return {i: group[0] for group in groups for i in group[1:]}
 
 
+def _is_packed(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
 def _sizes(scan: Sequence[Part]) -> Hashable:
     return tuple(_size(Path(path)) - offset for path, offset in scan)
 
 
 def _size(path: Path) -> int:
-    """Bytes of the content, modulo 2**32 if compressed."""
+    """Bytes of the content, modulo 2**32, which is all that a compressed file says."""
     size = path.stat().st_size
     if size == 0:
         raise EOFError(f"{path}: empty file")
-    if path.suffix.lower() != ".gz":
-        return size
+    if not _is_packed(str(path)):
+        return size % 2**32
     return struct.unpack("<I", _read(path, max(0, size - 4), 4).rjust(4, b"\0"))[0]
 
 
@@ -375,8 +382,7 @@ def _samples(scan: Sequence[Part]) -> Hashable:
     samples = []
     for path, offset in {scan[i] for i in (0, len(scan) // 2, -1)}:
         size = Path(path).stat().st_size
-        is_packed = path.lower().endswith(".gz")
-        samples.append(_read(Path(path), max(0, size - 8) if is_packed else (offset + size) // 2, SAMPLE))
+        samples.append(_read(Path(path), max(0, size - 8) if _is_packed(path) else (offset + size) // 2, SAMPLE))
     return tuple(sorted(samples))
 
 
@@ -389,7 +395,7 @@ def _read(path: Path, offset: int, length: int) -> bytes:
 def _digests(scan: Sequence[Part]) -> Hashable:
     digest = hashlib.sha256()
     for path, offset in scan:
-        with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
+        with gzip.open(path) if _is_packed(path) else Path(path).open("rb") as file:
             file.seek(offset)
             left = MAX_INFLATED
             while left > 0 and (block := file.read(min(left, 2**20))):

@@ -19,7 +19,8 @@ SAMPLE = 2**20  # voxels that are looked at to tell Hounsfield units
 class Rules:
     """What a scan must be. Behind each field: the short name under which it rejects.
 
-    modalities: DICOM codes that are taken; of scans that name one. `modality`
+    modalities: DICOM codes that are taken. Of scans that name none, such as NIfTI's, those in Hounsfield units count as
+        CT. `modality`
     descriptions: patterns (regular expressions, any case) of what is no scan of the patient's body, looked for in a
         scan's name and description. `localiser`
     image_types: values of DICOM's ImageType that are not taken. LOCALIZER rejects as `localiser`, others as `derived`.
@@ -35,7 +36,8 @@ class Rules:
     hounsfield: intensities must be Hounsfield units: air near -1000, most of the rest near water. `hounsfield`
     max_side: voxels of a slice's longer side, once padded or resampled. `too_large`
 
-    Further names: `unreadable`, `constant`, `no_contrast`, `not_grey`, `mixed_orientations`, `duplicate_slices`.
+    Further names: `unreadable`, `constant`, `no_contrast`, `not_grey`, `mixed_orientations`, `duplicate_slices`,
+    `uneven_slices`.
     """
 
     modalities: tuple[str, ...] = ("MR",)
@@ -117,15 +119,17 @@ def check_grid(path: object, shape: tuple[int, ...], affine: np.ndarray, rules: 
 
 
 def check_volume(volume: Volume, rules: Rules) -> None:
-    """Raises ScanError where intensities are not Hounsfield units but should be, or the grid is of no use."""
+    """Raises ScanError where intensities are of another kind than the rules want, or the grid is of no use."""
     check_grid(volume.path, volume.array.shape, volume.affine, rules)
-    if (
-        rules.hounsfield
-        and not (volume.prepared and volume.array.dtype == np.uint8)
-        and not is_hounsfield(volume.array)
-    ):
-        low, high = np.percentile(_sample(volume.array), (1, 99))
+    takes_ct = rules.hounsfield or not rules.modalities or "CT" in rules.modalities
+    if (volume.prepared and volume.array.dtype == np.uint8) or (takes_ct and not rules.hounsfield):
+        return
+    low, high = np.percentile(_sample(volume.array), (1, 99))
+    if rules.hounsfield and not is_hounsfield(volume.array):
         raise ScanError(volume.path, f"not in Hounsfield units: from {low:g} to {high:g} HU in all", "hounsfield")
+    if not takes_ct and not volume.modality and is_hounsfield(volume.array):
+        reason = f"a CT by its intensities, from {low:g} to {high:g} HU, expected {' or '.join(rules.modalities)}"
+        raise ScanError(volume.path, reason, "modality")
 
 
 def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> bool:

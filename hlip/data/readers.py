@@ -261,10 +261,13 @@ def rescale(array: np.ndarray, slope: float, intercept: float, rules: Rules) -> 
             if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
                 result = array if kind == array.dtype else np.empty_like(array, kind)
                 return np.add(array, int(intercept), out=result, dtype=np.int64, casting="unsafe")
-    result = array if array.dtype == np.float32 else np.empty_like(array, np.float32)
+    assert array.flags.forc  # else the numbers raveled would be a copy
+    flat = array.ravel("K")
+    result = flat.view(np.float32) if array.itemsize == 4 else np.empty_like(flat, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.multiply(array, slope, out=result, dtype=np.float64, casting="unsafe")
-        return np.add(result, intercept, out=result, dtype=np.float64, casting="unsafe")
+        for k in range(0, flat.size, BLOCK // 8):
+            result[k : k + BLOCK // 8] = flat[k : k + BLOCK // 8].astype(np.float64) * slope + intercept
+    return result.reshape(array.shape, order="F" if array.flags.f_contiguous else "C")
 
 
 def finite(path: Path, array: np.ndarray, rules: Rules) -> np.ndarray:

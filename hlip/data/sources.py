@@ -37,6 +37,7 @@ from .volume import ScanError
 logger = logging.getLogger(__name__)
 NAME_LENGTH = 120  # characters
 TENSOR_NAME = "img.pt"  # says nothing of the scan; the folder does
+MANY_SCANS = 200  # of a study; the largest of the paper's has 162
 KNOWN_BROKEN = frozenset(["train_1267_a_4", "train_11755_a_3", "train_11755_a_4"])  # volumes of CT-RATE
 
 
@@ -228,6 +229,7 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
             continue
         uid, name = _place(place)
         names[uid][file] = name
+    _doubt_large(root, names)
     headers: dict[str, dict[str, Header]] = defaultdict(dict)
     for header in read_headers([file for file in files if kind_of(file) is None], workers, progress):
         if isinstance(header, Header):
@@ -247,6 +249,20 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
         named = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
         studies.append(_Study(uid, _scans(named, series, uid, rejected)))
     return studies
+
+
+def _doubt_large(root: Path, names: Mapping[str, Mapping[str, str]]) -> None:
+    """Warn of folders taken for a study that may be folders of studies."""
+    for uid, files in names.items():
+        inside = {parts[1] for file in files if len(parts := Path(file).relative_to(root).parts) > 2}
+        if len(inside) > 1 and (len(names) == 1 or len(files) > MANY_SCANS):
+            logger.warning(
+                "%s: taken as one study of %d files in %d folders; if each of these is a study, prepare %s instead",
+                root / uid,
+                len(files),
+                len(inside),
+                root / uid,
+            )
 
 
 def _has_fixed(place: Path, root: Path, files: Collection[str]) -> bool:
