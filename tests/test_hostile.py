@@ -251,11 +251,17 @@ def prepare_cases(text: str, folder: Path) -> Sandbox:
         patch.chdir(box.root / "here")
         for key in ("HOME", "TMPDIR", "PYTHONDONTWRITEBYTECODE"):
             patch.setenv(key, box.env[key])
-        arguments = [box.root / "input", "--out", box.out, "--recipe", recipe, "--workers", 1]
-        assert cli.main(["prepare", *map(str, arguments)]) == 3
+        for out, workers in ((box.out, 1), (box.out.with_name("again"), 2)):
+            arguments = [box.root / "input", "--out", out, "--recipe", recipe, "--workers", workers]
+            assert cli.main(["prepare", *map(str, arguments)]) == 3
     assert box.listing() == before
     assert verify(box.out) == []
+    assert files_of(box.out) == files_of(box.out.with_name("again"))
     return box
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(store)): file.read_bytes() for file in sorted(store.rglob("*")) if file.is_file()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -88,7 +88,11 @@ def test_modality(modality: str, rule: str | None) -> None:
 
 @pytest.mark.parametrize(("modality", "rule"), [("", "modality"), ("MR", None)])
 def test_a_ct_is_known_by_its_intensities_where_the_file_names_no_modality(modality: str, rule: str | None) -> None:
-    for array, expected in [(brain_ct(), rule), (brain_ct() + 1024, None), (np.asarray(nibabel.load(MNI).dataobj), None)]:
+    for array, expected in [
+        (brain_ct(), rule),
+        (brain_ct() + 1024, None),
+        (np.asarray(nibabel.load(MNI).dataobj), None),
+    ]:
         try:
             Recipe()(dataclasses.replace(volume(array), modality=modality))
             assert expected is None
