@@ -100,5 +100,5 @@ def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     command = [sys.executable, TRAIN / "pretrain.py", "--config", recipe, "--data", "STORE", "--out", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "weight_decoy" in done.stderr
+    assert "weight_decoy" in done.stderr and "did you mean weight_decay?" in done.stderr
     assert not (tmp_path / "run").exists()
