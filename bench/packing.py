@@ -26,9 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +34,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from baselines import plain_block, positions
 from cases import SCANS, draw_scans
 from hlip.data.batch import pack
 from hlip.model.config import VisionConfig, level_pattern
@@ -45,6 +43,7 @@ from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, regroup_prefix
 from report import print_table, provenance, write_json
+from timing import in_turns, percentiles, ratio
 
 REPEAT = 10  # scans of every study in the published training
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of norms
@@ -210,24 +209,9 @@ def block_mask(encoder: StudyEncoder, studies: Studies, device: torch.device) ->
     return Job(encode, layout.num_tokens, rows, {level: count**2 for level, count in rows.items()})
 
 
-def plain_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A pre-norm block on (B, L, C), in PyTorch's own layers."""
-    qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    x = x + block.attn.proj(out.transpose(1, 2).flatten(2))
-    return x + block.mlp(block.norm2(x))
-
-
 def tokens_of(encoder: StudyEncoder, studies: Studies, device: torch.device) -> TokenBatch:
     """Read by every policy, and made by a data loader: not part of what is measured."""
     return plan(pack(studies, encoder.config.patch_size), encoder.config, training=False).to(device)
-
-
-def positions(encoder: StudyEncoder, tokens: TokenBatch) -> Tensor:
-    """(T, C): of a patch in its scan, and of the scan. No scan needs interpolation here."""
-    tables = torch.cat([encoder.spatial_posemb.flatten(0, 3), encoder.sequential_posemb[0]])
-    return F.embedding_bag(tokens.places, tables, mode="sum")
 
 
 def sizes(layout: StudyLayout) -> tuple[int, dict[Level, int], dict[Level, int]]:
@@ -298,30 +282,16 @@ def measure(
         if not error <= tolerance:
             raise SystemExit(f"{name}: results are {error:.2g} of their norm away from packed")
         errors[name] = error
-    times: dict[str, list[float]] = {name: [] for name, error in errors.items() if not isinstance(error, str)}
-    for i in range(rounds):
-        for name in list(times) if i % 2 else reversed(times):
-            synchronise()
-            start = time.perf_counter()
-            step(jobs[name])
-            synchronise()
-            times[name].append(time.perf_counter() - start)
+    times = in_turns(
+        {name: functools.partial(step, jobs[name]) for name, e in errors.items() if e != "out of memory"}, rounds
+    )
     rows: list[dict[str, Any]] = []
     for name, found_error in errors.items():
         row: dict[str, Any] = dict.fromkeys(("p20_s", "p50_s", "p80_s", "studies_per_s", "packed_over_this"))
         if name in times:
-            row |= {"p50_s": statistics.median(times[name])}
-            row |= {f"p{p}_s": float(np.percentile(times[name], p)) for p in (20, 80)}
-            ratios = [this / packed for this, packed in zip(times[name], times["packed"], strict=True)]
-            row["packed_over_this"] = statistics.median(ratios)
+            row |= percentiles(times[name]) | {"packed_over_this": ratio(times[name], times["packed"]).median}
         rows.append({"policy": name, **row, "error": found_error})
     return rows
-
-
-def synchronise() -> None:
-    """Wait for the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def shown(row: dict[str, Any], column: str) -> object:

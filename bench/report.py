@@ -40,3 +40,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Add rows to a file of one JSON object a line, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text() if path.exists() else ""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(before + "".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         "auc_one_scan": macro_auc(labels, zeroshot(model, one_scan_each(studies, args.seed), prompts)[1].numpy()),
         "auc_scan_types": scan_types_auc(train, test, np.stack([table[uid] for uid in train.uids]), labels, args.seed),
         **(
-            one_scan_results(args.out / "one_scan" / "model", studies, labels, prompts, args.seed)
+            one_scan_results(args.out / "one_scan", studies, labels, prompts, args.seed)
             if args.one_scan
             else {}
         ),

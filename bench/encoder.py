@@ -1,0 +1,317 @@
+"""Whole encoders side by side: the paper's Table 9 and Figure 1b.
+
+    python bench/encoder.py --table9
+    python bench/encoder.py --figure1b --studies 1 2 --json rows.json
+    python bench/encoder.py --table9 --models hlip published --rounds 9
+
+Table 9 encodes one volume of 224 x 224 x 224 voxels, with patches of 16; Figure 1b studies of 8 scans of
+48 x 224 x 224, with patches of 8 x 16 x 16. All but `swin` have 12 layers of width 768. Models are described in
+`baselines.py`: `hlip` is this library's encoder on a packed batch, `published` the same model computed as the released
+code does, `vit` a plain vision transformer, `swin` and `navit` MONAI's. `flash` says whether attention is one op that
+keeps no weights of attention, or writes them to memory; ours and NaViT come in one kind only.
+
+All models run in one process, in turns, on the same input. Outputs of `hlip` and `published`, and those of a model
+with and without flash, are compared before anything is timed. Inference is without gradients, with weights of the type
+of the products; training is forward and backward with autocast and weights in fp32.
+
+Memory of training: on a GPU what PyTorch allocates at most beyond weights and input. On a CPU `saved_gb`, what autograd
+keeps for backward, and `memory_gb`, by how much the largest resident size of a fresh process grows in one step.
+
+The paper's column was measured by its authors on an A40 and is printed beside for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from baselines import NaViT, Swin, flash, published, unfused
+from hlip.data.batch import Study, pack
+from hlip.model.config import Pattern, VisionConfig, level_pattern
+from hlip.model.vit import StudyEncoder
+from hlip_kernels import Level
+from report import append_rows, print_table, provenance, write_json
+from timing import in_turns, percentiles, ratio
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+# HLIP (arXiv 2505.21862), Table 9: parameters in millions, and on an A40 volumes per second and GB in training.
+PUBLISHED_A40 = {
+    ("vit", False): (88.2, 9.0, 6.6), ("vit", True): (88.2, 44.4, 1.5),
+    ("swin", False): (87.9, 9.9, 8.0), ("swin", True): (87.9, 9.9, 9.0),
+    ("published", False): (88.2, 17.5, 4.1), ("published", True): (88.2, 47.6, 1.5),
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A model, and whether its attention is one op."""
+
+    model: str
+    flash: bool
+
+
+KINDS = (
+    Kind("hlip", True), Kind("published", True), Kind("vit", True), Kind("swin", True),
+    Kind("published", False), Kind("vit", False), Kind("swin", False), Kind("navit", False),
+)  # fmt: skip
+MODELS = tuple(dict.fromkeys(kind.model for kind in KINDS))
+
+
+class Case(NamedTuple):
+    """What is encoded.
+
+    scans: of each study.
+    shape: voxels of a scan.
+    """
+
+    name: str
+    studies: int
+    scans: int
+    shape: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    levels: Pattern
+
+    @property
+    def volumes(self) -> int:
+        return self.studies * self.scans
+
+
+def table9(studies: int) -> Case:
+    return Case("table9", studies, 1, (224, 224, 224), (16, 16, 16), "slice+scan")
+
+
+def figure1b(studies: int) -> Case:
+    return Case("figure1b", studies, 8, (48, 224, 224), (8, 16, 16), "scan+study")
+
+
+class Setting(NamedTuple):
+    """How it is encoded."""
+
+    dtype: str
+    device: str
+    width: int
+    depth: int
+
+
+class Job(NamedTuple):
+    module: nn.Module
+    encode: Callable[[], Tensor]
+
+
+def build(kind: Kind, case: Case, setting: Setting) -> Job:
+    """A model with seeded weights, and its pass over the case's volumes, which are the same for all."""
+    model, fused = kind
+    torch.manual_seed(0)
+    volumes = torch.randint(0, 256, (case.volumes, *case.shape), dtype=torch.uint8)
+    if model in ("swin", "navit"):
+        if model == "navit" and len(set(case.patch)) > 1:
+            raise NotImplementedError(f"NaViT has patches of one side for all axes, not {case.patch}")
+        net = Swin(fused) if model == "swin" else NaViT(case.shape, case.patch[0], setting.width, setting.depth)
+        net = net.to(setting.device)
+        scaled = (volumes.to(setting.device)[:, None] / 255).sub_(0.449).div_(0.226)
+        return Job(net, lambda: net(scaled.to(next(net.parameters()).dtype)))
+    plain: tuple[Level, ...] = tuple("study" for _ in range(setting.depth))
+    levels = plain if model == "vit" else level_pattern(case.levels, setting.depth, setting.depth // 3)
+    d, h, w = (n // p for n, p in zip(case.shape, case.patch, strict=True))
+    config = VisionConfig(
+        setting.width, setting.width // 64, patch_size=case.patch, grid=(d, h, w), levels=levels, init_std=0.05,
+        max_scans=40 if case.scans > 1 else 0,
+    )  # fmt: skip
+    encoder = StudyEncoder(config).to(setting.device).eval()
+    studies = [
+        Study(str(s), list(volumes[s * case.scans : (s + 1) * case.scans]), [str(m) for m in range(case.scans)])
+        for s in range(case.studies)
+    ]
+    tokens = encoder.plan(pack(studies, case.patch)).to(setting.device)
+    if model == "hlip":
+        return Job(encoder, lambda: encoder(tokens)[:, 0])
+    return Job(encoder, lambda: published(encoder, tokens, flash if fused else unfused))
+
+
+def inference(job: Job) -> Tensor:
+    with torch.inference_mode():
+        return job.encode()
+
+
+def training_step(job: Job, setting: Setting) -> Tensor:
+    job.module.zero_grad(set_to_none=True)
+    with torch.autocast(setting.device, DTYPES[setting.dtype], enabled=setting.dtype != "fp32"):
+        out = job.encode()
+    out.float().square().mean().backward()
+    return out.detach()
+
+
+def training_memory(kind: Kind, case: Case, setting: Setting) -> dict[str, float]:
+    """GB that one training step takes; run in a fresh process."""
+    job = build(kind, case, setting)
+    if setting.device == "cuda":
+        allocated = torch.cuda.memory_allocated()
+        training_step(job, setting)
+        return {"memory_gb": (torch.cuda.max_memory_allocated() - allocated) / 2**30}
+    before = peak_gb()
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in job.module.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        training_step(job, setting)
+    return {"memory_gb": peak_gb() - before, "saved_gb": sum(kept.values()) / 2**30}
+
+
+def peak_gb() -> float:
+    """The largest resident size of this process so far. (What `getrusage` tells begins with the parent's.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+
+
+def main() -> int:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    for case in cases(args):
+        found = run(case, args)
+        show(found, case)
+        rows += found
+    if args.json:
+        write_json(rows, args.json)
+    if args.results:
+        append_rows(rows, args.results)
+    return 0
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    make = table9 if args.table9 else figure1b
+    return [make(studies) for studies in args.studies]
+
+
+def run(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    setting = Setting(args.dtype, args.device, args.width, args.depth)
+    facts = {
+        "case": case.name, "studies": case.studies, "scans": case.scans, "shape": case.shape, "patch": case.patch,
+        "dtype": args.dtype, "width": args.width, "depth": args.depth, "rounds": args.rounds,
+        **provenance(torch.device(args.device)),
+    }  # fmt: skip
+    jobs: dict[Kind, Job] = {}
+    rows: list[dict[str, Any]] = []
+    for kind in KINDS:
+        if kind.model in args.models and (args.flash is None or kind.flash == (args.flash == "true")):
+            try:
+                jobs[kind] = build(kind, case, setting)
+            except (NotImplementedError, ImportError) as error:
+                rows.append({**kind._asdict(), "reason": str(error), **facts})
+    for mode in args.modes:
+        rows += [row | facts for row in measure(jobs, mode, case, setting, args)]
+    return rows
+
+
+def measure(
+    jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """A row for every model in inference or training."""
+    ways: dict[Kind, Callable[[], Tensor]] = {}
+    outputs: dict[Kind, Tensor] = {}
+    for kind, job in tqdm(jobs.items(), f"{case.name}, {mode}: first pass", unit="model", disable=None):
+        job.module.train(mode == "training").to(DTYPES[setting.dtype] if mode == "inference" else torch.float32)
+        way = partial(inference, job) if mode == "inference" else partial(training_step, job, setting)
+        try:
+            outputs[kind] = way().float()
+            ways[kind] = way
+        except torch.OutOfMemoryError:
+            yield {**kind._asdict(), "mode": mode, "reason": "out of memory"}
+    errors = compare(outputs, setting.dtype)
+    seconds = in_turns(ways, args.rounds)
+    first = next(iter(seconds.values()))
+    for kind, mine in seconds.items():
+        row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_first": ratio(mine, first)}
+        row |= {"vol_per_s": case.volumes / row["p50_s"], "studies_per_s": case.studies / row["p50_s"]}
+        row |= {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
+        if mode == "training" and args.memory:
+            row |= in_a_fresh_process(kind, case, setting, args.threads)
+        yield row
+
+
+def compare(outputs: Mapping[Kind, Tensor], dtype: str) -> dict[Kind, float]:
+    """How far results lie apart that should be the same, relative to their norm.
+
+    Raises:
+        SystemExit: too far.
+    """
+    errors = {}
+    for kind, out in outputs.items():
+        other = Kind("hlip" if kind.model == "published" else kind.model, True)
+        if not out.isfinite().all():
+            raise SystemExit(f"{kind.model}: not finite")
+        if kind != other and other in outputs:
+            errors[kind] = float((out - outputs[other]).norm() / outputs[other].norm())
+            if not errors[kind] <= TOLERANCE[dtype]:
+                raise SystemExit(f"{kind}: {errors[kind]:.2g} of its norm away from {other}")
+    return errors
+
+
+def in_a_fresh_process(kind: Kind, case: Case, setting: Setting, threads: int) -> dict[str, float]:
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
+        return pool.apply(training_memory, (kind, case, setting))
+
+
+def show(rows: list[dict[str, Any]], case: Case) -> None:
+    header = ["model", "flash", "mode", "M parameters", "vol/s", "times the first", "GB", "GB saved", "error"]
+    lines: list[list[object]] = []
+    for row in rows:
+        line: list[object] = [row["model"], row["flash"], row.get("mode")]
+        if "reason" in row:
+            lines.append([*line, row["reason"], *[None] * (len(header) - len(line))])
+            continue
+        theirs = PUBLISHED_A40.get((row["model"], row["flash"])) if case.name == "table9" else None
+        memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
+        line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_first"], *memory]
+        line += [None if row["error"] is None else f"{row['error']:.1g}"]
+        line += [theirs and (f"{theirs[1]} vol/s" if row["mode"] == "inference" else f"{theirs[2]} GB")]
+        lines.append(line)
+    print(f"{case.name}: {case.studies} x {case.scans} x {case.shape}, {rows[0]['dtype']}, {rows[0]['device']}")
+    print_table([*header, "the paper's A40"], lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
+    what.add_argument("--figure1b", action="store_true", help="studies of 8 scans of 48 x 224 x 224 voxels")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--flash", choices=("true", "false"), help="only with or without (default: both)")
+    parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
+    parser.add_argument("--studies", nargs="+", type=int, default=[1], help="in a batch; a run for each (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each model (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=768, help="a multiple of 64 (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=12, help="a multiple of 3 (default: %(default)s)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--results", type=Path, help="also append the rows to this .jsonl file")
+    args = parser.parse_args()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.width % 64 or args.depth % 3 or min(args.rounds, args.threads, *args.studies) < 1:
+        parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

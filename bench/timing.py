@@ -1,0 +1,57 @@
+"""How the benchmarks time: several ways of the same work, in turns within one run, compared as paired ratios."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+Way = TypeVar("Way", bound=Hashable)
+DRAWS = 2000  # of the bootstrap
+
+
+class Ratio(NamedTuple):
+    """How many times as long one way takes as another: the median of the rounds' ratios, and where it lies in 95% of
+    bootstrap draws of the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
+
+
+def in_turns(ways: Mapping[Way, Callable[[], Any]], rounds: int) -> dict[Way, list[float]]:
+    """Seconds of every way in each round. Rounds go through the ways forwards and backwards by turns, so that what
+    slows the machine down for a while slows all of them; call each once before, to warm up."""
+    seconds: dict[Way, list[float]] = {name: [] for name in ways}
+    for i in range(rounds):
+        for name in list(ways) if i % 2 else reversed(list(ways)):
+            synchronise()
+            start = time.perf_counter()
+            ways[name]()
+            synchronise()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(slower: list[float], faster: list[float], seed: int = 0) -> Ratio:
+    """Of the seconds of two ways, of the same rounds."""
+    pairs = np.array(slower) / np.array(faster)
+    drawn = np.random.default_rng(seed).integers(len(pairs), size=(DRAWS, len(pairs)))
+    low, high = np.quantile(np.median(pairs[drawn], axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(pairs)), float(low), float(high))
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{p}_s": float(np.percentile(seconds, p)) for p in (20, 50, 80)}
+
+
+def synchronise() -> None:
+    """Wait for the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
