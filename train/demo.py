@@ -103,11 +103,7 @@ def run(args: argparse.Namespace) -> None:
         "auc_shuffled_reports": macro_auc(labels, zeroshot(control, studies, prompts)[1].numpy()),
         "auc_one_scan": macro_auc(labels, zeroshot(model, one_scan_each(studies, args.seed), prompts)[1].numpy()),
         "auc_scan_types": scan_types_auc(train, test, np.stack([table[uid] for uid in train.uids]), labels, args.seed),
-        **(
-            one_scan_results(args.out / "one_scan", studies, labels, prompts, args.seed)
-            if args.one_scan
-            else {}
-        ),
+        **(one_scan_results(args.out / "one_scan", studies, labels, prompts, args.seed) if args.one_scan else {}),
         "studies": {"train": len(train), "test": len(test)},
         "scans": {"train": len(train.shapes), "test": len(test.shapes)},
         "seed": args.seed,
