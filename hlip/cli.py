@@ -6,9 +6,9 @@ import argparse
 import runpy
 import sys
 
-from .commands import data, embed, models, zeroshot
+from .commands import data, embed, models, probe, zeroshot
 
-COMMANDS = (data, embed, zeroshot, models)
+COMMANDS = (data, embed, zeroshot, probe, models)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,289 @@
+"""Linear probes: what a linear classifier reads from frozen embeddings, one for each class.
+
+Shapes: N studies, K classes, E embedding, B resamples.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from .probe_data import MISSING, ProbeData
+
+# Inverse strengths of the L2 penalty to choose from, for standardised embeddings. Values of a unit-length embedding
+# are about E**-0.5, so that as they are they need about E times as much.
+CS = tuple(10.0**n for n in range(-5, 3))
+CS_AS_IS = tuple(1e3 * c for c in CS)
+FOLDS = 5
+MAX_ITER = 2000
+# The classes that head CT models are probed for on public data, in the order of their papers' tables.
+PROTOCOLS = {
+    "rsna": ("Any", "Intraparenchymal", "Intraventricular", "Subarachnoid", "Subdural"),
+    "cq500": (
+        "ICH", "IPH", "IVH", "SDH", "EDH", "SAH", "BleedLocation-Left", "BleedLocation-Right", "Fracture",
+        "MassEffect", "MidlineShift",
+    ),
+}  # fmt: skip
+# What CQ500 calls RSNA's classes.
+SAME_CLASS = dict(zip(PROTOCOLS["rsna"], ("ICH", "IPH", "IVH", "SAH", "SDH"), strict=True))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A logistic regression for each class.
+
+    weight: (K, E), bias: (K) - for embeddings as they are: a standardisation is folded in.
+    c: (K) - the chosen inverse strength of the penalty.
+    facts: how it was made; plain values.
+    """
+
+    classes: tuple[str, ...]
+    weight: np.ndarray
+    bias: np.ndarray
+    c: np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """(N, E) to the probability of each class, (N, K) float64.
+
+        Raises:
+            ValueError: embeddings of another width.
+        """
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"the probe reads embeddings of width {self.weight.shape[1]}, got {embeddings.shape}")
+        logits = embeddings.astype(np.float64) @ self.weight.T + self.bias
+        return np.exp(-np.logaddexp(0, -logits))
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write as .npz: `classes`, `weight`, `bias`, `c`, and `facts` as JSON."""
+        facts = np.array(json.dumps(self.facts))
+        np.savez(file, classes=np.array(self.classes), weight=self.weight, bias=self.bias, c=self.c, facts=facts)
+
+    @classmethod
+    def read(cls, path: Path | str) -> Probe:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: not such a file; names it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                facts = json.loads(str(content["facts"]))
+                classes = tuple(content["classes"].tolist())
+                arrays = [content[name].astype(np.float64) for name in ("weight", "bias", "c")]
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: not a readable probe ({error})") from error
+        weight, bias, c = arrays
+        if weight.ndim != 2 or not len(classes) == len(weight) == bias.size == c.size:
+            raise ValueError(f"{path}: not a readable probe ({len(classes)} classes, weights of {weight.shape})")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ValueError(f"{path}: not a readable probe (weights that are not finite)")
+        return cls(classes, weight, bias, c, facts)
+
+
+def fit_probe(
+    data: ProbeData,
+    model: int = 0,
+    standardize: bool = True,
+    cs: Sequence[float] | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    jobs: int = 1,
+) -> Probe:
+    """Fit a logistic regression (L2 penalty) for each class.
+
+    The penalty is the one with the largest AUC on the validation studies; without any, the largest mean AUC of a
+    stratified cross-validation over the training studies. Of equal ones the strongest wins. The probe is then fitted on
+    training and validation studies together. Test studies take no part in anything. Studies without a class's label
+    take no part in its probe.
+
+    Args:
+        model: which of the embeddings of `data`.
+        standardize: to mean 0 and variance 1 of what is fitted on; else embeddings as they are.
+        cs: inverse strengths of the penalty to choose from; `CS`, or `CS_AS_IS` if not standardised, if None.
+        progress: wraps the names of the classes, for a bar.
+        jobs: processes that share the choice of the penalty.
+
+    Raises:
+        ImportError: no scikit-learn.
+    """
+    _need_sklearn()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    candidates = sorted(cs or (CS if standardize else CS_AS_IS))
+    fitted, unfinished = [], []
+    rows = data.of("train", "val")
+    x_all, is_val = data.embeddings[model][rows].astype(np.float64), data.parts[rows] == "val"
+    for k, name in enumerate(progress(data.classes)):
+        y = data.labels[rows, k]
+        known = y != MISSING
+        x, y, val = x_all[known], y[known], is_val[known]
+        folds = min(FOLDS, int(np.bincount(y).min()))
+        cv = (
+            PredefinedSplit(np.where(val, 0, -1)) if val.any() else StratifiedKFold(folds, shuffle=True, random_state=0)
+        )
+        steps = [StandardScaler()] if standardize else []
+        pipeline = make_pipeline(*steps, LogisticRegression(max_iter=MAX_ITER))
+        # The scaler is within the pipeline, so that a fold's mean is not taken over the studies it is scored on.
+        search = GridSearchCV(pipeline, {"logisticregression__C": candidates}, scoring="roc_auc", cv=cv, n_jobs=jobs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            search.fit(x, y)
+        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+            unfinished.append(name)
+        fitted.append((*_folded(search.best_estimator_), search.best_params_["logisticregression__C"]))
+    weight, bias, c = (np.array(each) for each in zip(*fitted, strict=True))
+    facts = {
+        "standardized": standardize,
+        "cs": [float(each) for each in candidates],
+        "c_chosen_on": "validation studies" if is_val.any() else f"cross-validation, up to {FOLDS} folds",
+        "fitted_on": len(rows),
+        "not_converged": unfinished,
+    }
+    return Probe(data.classes, weight, bias, c, facts)
+
+
+def _folded(pipeline: Any) -> tuple[np.ndarray, float]:
+    """Weights (E) and bias for embeddings that are not standardised."""
+    regression = pipeline[-1]
+    weight, bias = regression.coef_[0], float(regression.intercept_[0])
+    if len(pipeline) > 1:
+        weight = weight / pipeline[0].scale_
+        bias -= float(weight @ pipeline[0].mean_)
+    return weight, bias
+
+
+class AUC(NamedTuple):
+    """Areas under the ROC curve, with the bounds of percentile intervals over resampled studies.
+
+    value, low, high: (K). macro, macro_low, macro_high: of their mean. macro_resampled: (B) - the mean in each
+        resample.
+    """
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    macro: float
+    macro_low: float
+    macro_high: float
+    macro_resampled: np.ndarray
+
+
+def auc_intervals(
+    labels: np.ndarray, scores: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> AUC:
+    """AUC of every class, with bootstrap intervals over studies.
+
+    The same seed and number of studies draw the same resamples, so that two models can be compared in pairs. A resample
+    without a positive or a negative of a class does not count for that class.
+
+    Args:
+        labels: (N, K) of 0, 1 and -1, which marks a missing label.
+        scores: (N, K), larger for the class.
+        level: of the intervals.
+
+    Raises:
+        ValueError: a class without a positive or a negative, a score that is not a number, or shapes that differ.
+    """
+    _need_sklearn()
+    from sklearn.metrics import roc_auc_score
+
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if labels.shape != scores.shape or labels.ndim != 2:
+        raise ValueError(f"labels and scores must be of one shape (N, K), got {labels.shape} and {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite numbers")
+    lacking = [k for k in range(labels.shape[1]) if not {0, 1} <= set(labels[:, k].tolist())]
+    if lacking:
+        raise ValueError(f"AUC needs positives and negatives of every class; column {lacking[0]} has not both")
+    known = labels != MISSING
+    value = np.array([roc_auc_score(y[m], s[m]) for y, s, m in zip(labels.T, scores.T, known.T, strict=True)])
+    resampled = _resampled_auc(labels, scores, resamples, seed)
+    tails = [50 * (1 - level), 50 * (1 + level)]
+    low, high = np.nanpercentile(resampled, tails, axis=0)
+    counts = np.isfinite(resampled).sum(1)
+    macro = np.divide(np.nansum(resampled, 1), counts, out=np.full(len(counts), np.nan), where=counts > 0)
+    macro_low, macro_high = np.nanpercentile(macro, tails)
+    return AUC(value, low, high, float(value.mean()), float(macro_low), float(macro_high), macro)
+
+
+def _resampled_auc(labels: np.ndarray, scores: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(B, K) float64 AUC of studies drawn with replacement; not-a-number where a class lost a side."""
+    n, rng = len(labels), np.random.default_rng(seed)
+    block = max(1, 2**22 // n)
+    parts = []
+    for first in range(0, resamples, block):
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(block, resamples - first)).astype(np.float32)
+        parts.append(np.stack([weighted_auc(y, s, counts) for y, s in zip(labels.T, scores.T, strict=True)], axis=1))
+    return np.concatenate(parts)
+
+
+def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUC of one class under several weightings of the studies: (N), (N) and (B, N) to (B) float64.
+
+    The weighted share of pairs of a positive and a negative in which the positive has the larger score, ties for half.
+    """
+    known = np.flatnonzero(labels != MISSING)
+    order = known[np.argsort(scores[known], kind="stable")]
+    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])  # of runs of equal scores
+    positive = labels[order] == 1
+    weighted = weights[:, order].astype(np.float64)
+    above = np.add.reduceat(weighted * positive, starts, axis=1)
+    below = np.add.reduceat(weighted * ~positive, starts, axis=1)
+    pairs = above.sum(1) * below.sum(1)
+    won = (above * (np.cumsum(below, axis=1) - below / 2)).sum(1)
+    return np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def _need_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError("probes need scikit-learn: pip install 'hlip-kernels[eval]'") from error
+
+
+def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes], kind: str) -> None:
+    """Draw the AUC of every class as bars with intervals, the largest of the first model on top, models side by side.
+
+    Args:
+        kind: "png", "pdf" or "svg".
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hlip-kernels[viz]'") from error
+
+    order = np.argsort(next(iter(models.values())).value, kind="stable")
+    height = 0.8 / len(models)
+    figure = Figure(figsize=(7, 1.6 + (0.16 + 0.14 * len(models)) * len(classes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for m, (name, auc) in enumerate(models.items()):
+        value = auc.value[order]
+        # A percentile interval of a skewed distribution need not hold the value.
+        spread = np.maximum(0, [value - auc.low[order], auc.high[order] - value])
+        axes.barh(
+            np.arange(len(order)) + (0.5 * (len(models) - 1) - m) * height,
+            value,
+            height,
+            xerr=spread,
+            color=f"C{m}",
+            label=f"{name} (mean {auc.macro:.3f})",
+            error_kw={"elinewidth": 0.8, "ecolor": "0.35"},
+        )
+    axes.axvline(0.5, color="0.5", linewidth=0.8, linestyle="--")
+    axes.set(xlim=(min(0.4, axes.dataLim.x0), 1.0), ylim=(-0.7, len(order) - 0.3), xlabel="AUC, 95% interval")
+    axes.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(file, format=kind, dpi=120)
