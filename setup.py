@@ -9,6 +9,7 @@ EXTRAS = {
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],
     "viz": ["matplotlib>=3.7"],
+    "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
     "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],  # both are built for one torch: take the release that fits yours
     "dev": [
@@ -25,7 +26,7 @@ EXTRAS = {
     ],
 }
 EXTRAS["dev"] += EXTRAS["scale"]
-EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in ("dev", "gpu", "scale") for req in reqs})
+EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in ("baselines", "dev", "gpu", "scale") for req in reqs})
 
 setup(
     name="hlip-kernels",

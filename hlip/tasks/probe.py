@@ -280,10 +280,14 @@ def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes]
             xerr=spread,
             color=f"C{m}",
             label=f"{name} (mean {auc.macro:.3f})",
-            error_kw={"elinewidth": 0.8, "ecolor": "0.35"},
+            error_kw={"elinewidth": 0.8, "ecolor": "black"},
         )
     axes.axvline(0.5, color="0.5", linewidth=0.8, linestyle="--")
-    axes.set(xlim=(min(0.4, axes.dataLim.x0), 1.0), ylim=(-0.7, len(order) - 0.3), xlabel="AUC, 95% interval")
+    axes.set(
+        xlim=(min(0.4, *(float(auc.low.min()) - 0.02 for auc in models.values())), 1.0),
+        ylim=(-0.7, len(order) - 0.3),
+        xlabel="AUC, 95% interval",
+    )
     axes.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(file, format=kind, dpi=120)

@@ -1,0 +1,260 @@
+"""The models that the paper compares with.
+
+Two of them are models of this package: a plain ViT over all scans has `levels` all "study" (`ModelConfig`), and the
+model of one scan a study is any that was trained with `--max_scans 1`, given one scan of each study. They are embedded
+and scored as any other. The rest are 2D models, which see one slice at a time: `SliceEncoder`.
+
+Shapes: S slices of a study, K texts, E embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.batch import Study
+
+Pool = Literal["mean", "max"]
+PREFIX = "open_clip:"
+HUB = "hf-hub:"
+CONFIG = "open_clip_config.json"
+
+
+class Encoder(Protocol):
+    """What zero-shot classification, retrieval and probes ask of a model that is not an `HLIPModel`."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The logarithm of the inverse temperature: ()."""
+        ...
+
+    def encode_studies(self, studies: Iterable[Study]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each study's uid and its (E) float32 embedding of unit length, on the host, in order."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts: (K, E), of unit length."""
+        ...
+
+    def similarities(self, studies: Iterable[Study], texts: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each study's uid and its (K) float32 similarities to embeddings of texts (K, E), on the host."""
+        ...
+
+
+class SliceEncoder:
+    """A 2D model of open_clip that sees the slices of a study one by one.
+
+    A slice is a row of a prepared scan's first axis. Its grey values become three equal channels and go through the
+    model's own resizing, cropping and normalisation.
+
+    pool "mean": a study's embedding is the mean over the slices of a scan, then over its scans, so that all scans count
+        alike. Its similarities to texts are the means of the slices', up to one factor for all texts.
+    pool "max": a study's similarity to a text is the largest of its slices'. This cannot be had from one embedding, as
+        each text has a slice of its own: `similarities` is for scores. `encode_studies` then gives the largest value of
+        every feature, over all slices. A probe can learn from those. Similarities to them mean nothing: the features'
+        axes are arbitrary.
+
+    Args:
+        model, transform, tokenizer: of open_clip.
+        slices: which slices to see, by study and scan's name; see `read_slices`. A study that is not listed, such as a
+            normal one, is seen whole; of one that is, the scans that are not listed are left out.
+        batch: slices at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        transform: Callable[[Any], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        pool: Pool = "mean",
+        slices: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+        batch: int = 64,
+    ) -> None:
+        if pool not in get_args(Pool):
+            raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
+        if batch < 1:
+            raise ValueError(f"batch must be positive, got {batch}")
+        self.model, self.transform, self.tokenizer = model.eval(), transform, tokenizer
+        self.pool, self.slices, self.batch = pool, slices or {}, batch
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale.detach().reshape(())
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def to(self, device: torch.device | str) -> SliceEncoder:
+        self.model.to(device)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        pool: Pool = "mean",
+        slices: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+        batch: int = 64,
+    ) -> SliceEncoder:
+        """Read a model in open_clip's hub format.
+
+        Args:
+            name: a folder with `open_clip_config.json` and weights, or "hf-hub:OWNER/NAME"; with "open_clip:" before it
+                or without. No code that lies with the weights is run; a configuration that wants it is refused.
+
+        Raises:
+            ValueError: nothing usable there; names it.
+            ImportError: no open_clip.
+        """
+        name = str(name).removeprefix(PREFIX)
+        try:
+            from open_clip import create_model_from_pretrained, get_tokenizer
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+            why = str(error).splitlines()[0]
+            raise ImportError(f"2D models need open_clip: pip install 'hlip-kernels[baselines]' ({why})") from error
+        where = name if name.startswith(HUB) else f"local-dir:{name}"
+        _refuse_code(_config_file(name), name)
+        try:
+            model, transform = create_model_from_pretrained(where)  # reads pickles with weights_only
+            return cls(model, transform, get_tokenizer(where), pool, slices, batch)
+        except Exception as error:  # damaged files can raise anything
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{name}: not a model that open_clip can read ({why})") from error
+
+    @torch.no_grad()
+    def encode_slices(self, study: Study) -> list[Tensor]:
+        """Embeddings of the slices of each scan that is seen: (S of the scan, E) float32 of unit length, on the host.
+
+        Raises:
+            ValueError: a study without a slice, or a list of slices that are not the study's; names it.
+        """
+        from PIL import Image
+
+        scans = [scan.numpy()[chosen] for scan, chosen in zip(study.scans, self._chosen(study), strict=True)]
+        images = [image for scan in scans for image in scan]
+        if not images:
+            raise ValueError(f"{study.uid}: has no slice to see")
+        parts = []
+        for start in range(0, len(images), self.batch):
+            inputs = [self.transform(Image.fromarray(image)) for image in images[start : start + self.batch]]
+            features = self.model.encode_image(torch.stack(inputs).to(self.device))
+            parts.append(F.normalize(features.float(), dim=-1).cpu())
+        return [each for each in torch.cat(parts).split([len(scan) for scan in scans]) if len(each)]
+
+    def _chosen(self, study: Study) -> list[np.ndarray]:
+        """The rows of each scan to see."""
+        wanted = self.slices.get(study.uid)
+        if wanted is None:
+            return [np.arange(len(scan)) for scan in study.scans]
+        if unknown := sorted(set(wanted) - set(study.names)):
+            raise ValueError(f"{study.uid}: has no scan {unknown[0]}, of which slices are listed")
+        chosen = [np.asarray(wanted.get(name, ()), dtype=np.int64) for name in study.names]
+        for name, scan, rows in zip(study.names, study.scans, chosen, strict=True):
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(scan):
+                raise ValueError(f"{study.uid}, scan {name}: has no slice {rows.max()} (there are {len(scan)})")
+        return chosen
+
+    def encode_studies(self, studies: Iterable[Study]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each study's uid and its (E) float32 embedding of unit length, on the host, in order."""
+        for study in studies:
+            scans = self.encode_slices(study)
+            pooled = torch.stack([each.mean(0) for each in scans]).mean(0)
+            yield study.uid, F.normalize(torch.cat(scans).amax(0) if self.pool == "max" else pooled, dim=0)
+
+    def similarities(self, studies: Iterable[Study], texts: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each study's uid and its (K) float32 similarities to embeddings of texts (K, E), on the host.
+
+        They are pooled over the slices: with "mean" over those of a scan, then over the scans.
+        """
+        texts = texts.float().cpu()
+        for study in studies:
+            scans = [each @ texts.T for each in self.encode_slices(study)]
+            mean = torch.stack([each.mean(0) for each in scans]).mean(0)
+            yield study.uid, torch.cat(scans).amax(0) if self.pool == "max" else mean
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts: (K, E), of unit length. The model's tokenizer cuts a text that is too long."""
+        features = self.model.encode_text(self.tokenizer(list(texts)).to(self.device))
+        return F.normalize(features.float(), dim=-1)
+
+
+def _config_file(name: str) -> Path:
+    """The configuration of a folder, or of a name on the hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not name.startswith(HUB):
+        path = Path(name) / CONFIG
+        if not path.is_file():
+            raise ValueError(f"{name}: has no {CONFIG}; expected open_clip's hub format, or {HUB}OWNER/NAME")
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name.removeprefix(HUB), CONFIG))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(f"{name}: has no {CONFIG} that can be had ({str(error).splitlines()[0]})") from error
+
+
+def _refuse_code(path: Path, name: str) -> None:
+    """Raise ValueError if a configuration cannot be read, or has words that make libraries run code from the hub."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {CONFIG} is not readable ({error})") from error
+    if "trust_remote_code" in text or "\\u" in text:  # an escaped letter could hide it
+        raise ValueError(f"{name}: {CONFIG} asks for code to be run (trust_remote_code)")
+
+
+def lesion_slices(mask: Tensor) -> list[int]:
+    """The slices that a lesion shows in: (D, H, W) mask on the grid of a prepared scan to increasing indices."""
+    if mask.dim() != 3:
+        raise ValueError(f"a mask must be (D, H, W), got {tuple(mask.shape)}")
+    return torch.nonzero(mask.flatten(1).any(1))[:, 0].tolist()
+
+
+def rescaled_slices(slices: Sequence[int], source: int, prepared: int) -> list[int]:
+    """Where slices of a source fall in a scan whose depth was resampled as a whole, without crop: increasing indices.
+
+    Args:
+        slices: of `source` ones, ordered as the prepared scan's.
+    """
+    if bad := [index for index in slices if not 0 <= index < source]:
+        raise ValueError(f"slice {bad[0]} is not one of {source}")
+    found: set[int] = set()
+    for index in slices:
+        first = math.floor(index * prepared / source)
+        found.update(range(first, max(first + 1, math.ceil((index + 1) * prepared / source))))
+    return sorted(found)
+
+
+def read_slices(path: Path | str) -> dict[str, dict[str, list[int]]]:
+    """Read which slices to see: a JSON object of studies, each an object of scans by name, each a list of indices.
+
+    Raises:
+        ValueError: not such a file, or a study without a slice; names it.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        for uid, scans in content.items():
+            if not any(scans.values()):
+                raise ValueError(f"study {uid} has no slice")
+            for name, rows in scans.items():
+                if not isinstance(rows, list) or any(type(row) is not int or row < 0 for row in rows):
+                    raise ValueError(f"study {uid}, scan {name}: expected a list of indices from 0")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable list of slices ({error})") from error
+    return content
