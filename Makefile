@@ -12,7 +12,7 @@ MODULES := hlip_kernels hlip train bench tests setup.py
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
-test: lint $(VENV)/flash-attn
+test: lint $(VENV)/flash-attn $(VENV)/open-clip
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-all: test
@@ -38,6 +38,12 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 $(VENV)/flash-attn: $(VENV)/.installed
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --no-cache-dir \
 		--no-deps --no-build-isolation --upgrade --target $@ flash-attn==2.8.3.post2
+	@touch $@
+
+# open_clip, for tests of 2D models; beside the environment's packages, as torchvision's wheels are built for CUDA's torch.
+$(VENV)/open-clip: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ \
+		open_clip_torch==3.3.0 timm==1.0.31 torchvision==0.28.0 ftfy==6.3.1 wcwidth==0.9.4
 	@touch $@
 
 clean:
