@@ -26,7 +26,8 @@ EXTRAS = {
     ],
 }
 EXTRAS["dev"] += EXTRAS["scale"]
-EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in ("baselines", "dev", "gpu", "scale") for req in reqs})
+NOT_IN_ALL = ("baselines", "dev", "gpu", "scale")
+EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in NOT_IN_ALL for req in reqs})
 
 setup(
     name="hlip-kernels",
