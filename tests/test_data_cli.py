@@ -61,7 +61,8 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(box: Path, *more: object) -> list[object]:
     names = {"--recipe": "recipe.yaml", "--reports": "reports.json", "--labels": "labels.csv"}
     given = [part for option, name in names.items() for part in (option, box / name)]
-    return [*given, "--sections", box / "befund.yaml", "--workers", 1, *more]
+    labels = ["--label_columns", "stroke", "age"]
+    return [*given, *labels, "--sections", box / "befund.yaml", "--workers", 1, *more]
 
 
 @pytest.fixture(scope="module")

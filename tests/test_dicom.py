@@ -103,6 +103,22 @@ def test_each_slice_has_its_own_rescale(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("syntax", ["explicit", "rle", "jpeg2000", "jpeg_lossless"])
+@pytest.mark.parametrize("slope", [1.0, 2.0])
+def test_a_ct_in_hounsfield_units_is_not_rescaled_again(syntax: str, slope: float, tmp_path: Path) -> None:
+    """A head with air of one exact value; its header asks for what has been done."""
+    x, y, z = np.meshgrid(*[np.linspace(-1.2, 1.2, n) for n in (40, 36, 11)], indexing="ij")
+    r = x**2 + y**2 + z**2
+    head = np.select([r < 0.93, r < 1], [30 + 40 * (x > 0), 900], -1000).astype(np.int16)
+    options = {"modality": "CT", "transfer_syntax": syntax, "slope": slope, "intercept": -1024}
+    rules = Rules(modalities=("CT",), hounsfield=True)
+    (volume,) = read(write_series(tmp_path / "twice", head, AFFINE, **options), rules)
+    assert same_volume(volume, head, AFFINE)
+    stored = ((head.astype(float) + 1024) / slope).round().astype(np.int16)
+    (volume,) = read(write_series(tmp_path / "once", stored, AFFINE, **options), rules)
+    assert same_volume(volume, stored * slope - 1024, AFFINE)
+
+
 @pytest.mark.parametrize("syntax", ["explicit", "big_endian", "rle", "jpeg2000", "jpeg_lossless"])
 def test_frames_of_one_file_are_slices(syntax: str, tmp_path: Path) -> None:
     order = [3, 2, 1, 0, 4, 6, 5]
@@ -285,7 +301,7 @@ def set_to(**values: object) -> Callable[[Path], None]:
         (lambda file: file.write_bytes(b""), "unreadable", "empty file"),
         (lambda file: file.write_text("name,age\n" * 100), "unreadable", "not a DICOM file"),
         (lambda file: file.write_bytes(file.read_bytes()[:200]), "unreadable", "corrupt|damaged|MONO|grey"),
-        (lambda file: file.unlink(), "unreadable", "no such file"),
+        (lambda file: file.unlink(), "missing", "no such file"),
         (set_to(PixelData=None), "unreadable", "pixels"),
         (set_to(Rows=11), "unreadable", "pixels|slices"),
         (set_to(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "not_grey", "one grey value"),

@@ -329,7 +329,12 @@ REFUSED: dict[str, tuple[bad.Make, str, list[str], str]] = {
     "a table without studies": (table("name,path\na,b\n"), "table.csv", [], "needs a column of study"),
     "a column twice": (table("study,x,x\na,1,2\n"), "table.csv", [], "no column twice"),
     "a ragged table": (table("study,path\na\n"), "table.csv", [], "line 2: expected 2 cells"),
-    "numbers and words": (table("study,path,x\na,a.nii,1\nb,b.nii,?\n"), "table.csv", [], "has numbers, and '\\?'"),
+    "labels in words": (
+        table("study,path,x\na,a.nii,?\n"), "table.csv", ["--label_columns", "x"], "'x' of labels has '\\?'"
+    ),
+    "no such label": (
+        table("study,path,x\na,a.nii,1\n"), "table.csv", ["--label_columns", "y"], "no column 'y' of labels"
+    ),
     "no such input": (bad.void, "absent", [], "absent: expected a folder"),
     "an input of no kind": (bad.named("notes.txt", b"hello"), "notes.txt", [], "expected a folder, a study list"),
     "a folder without scans": (bad.void, "", [], "no scans"),
@@ -411,7 +416,7 @@ def test_hostile_entries_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("device", "missing"),
         ("missing", "missing"),
         ("missing", "missing"),
-        ("missing", "unreadable"),
+        ("missing", "missing"),
         ("no image", "unreadable"),
         ("pipe", "unreadable"),
         ("too long", "missing"),

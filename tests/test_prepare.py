@@ -16,15 +16,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import TINY_RECIPE
 from hlip.data.batch import Study
-from hlip.data.prepare import _for_the_store, hide_ids, prepare, prepare_study
+from hlip.data.prepare import _for_the_store, hash_ids, prepare, prepare_study
 from hlip.data.readers import ScanError
 from hlip.data.sources import Found, Rejection, ScanSource, StudySource
 from hlip.data.store import PreparedStudy, Store, StoredScan, shard_files, write_shard
-from hlip.data.store_tools import verify
+from hlip.data.store_tools import merge, verify
 from store_recipe import EverySlice, digests, write_studies
 
 pytest.importorskip("nibabel")
@@ -304,16 +306,35 @@ def test_hidden_ids(found: Found, root: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "out")
     assert len(store) == 6 and all(len(uid) == 32 for uid in store.uids)
     uids = {
-        study.uid: hidden.uid for study, hidden in zip(found.studies, hide_ids(found, "secret").studies, strict=True)
+        study.uid: hidden.uid for study, hidden in zip(found.studies, hash_ids(found, "secret").studies, strict=True)
     }
     study = store.study(int(store.indices([uids["study02"]])[0]))
     assert (study.impression, study.names) == ("Impression 2.", ["000", "002"])
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {"study": uids["study02"], "scan": "001", "rule": "few-slices", "reason": ""} in rejected
     assert len(rejected) == 3
-    assert hide_ids(found, "other").studies[0].uid != hide_ids(found, "secret").studies[0].uid
+    assert hash_ids(found, "other").studies[0].uid != hash_ids(found, "secret").studies[0].uid
     with pytest.raises(ValueError, match="salt"):
-        hide_ids(found, " ")
+        hash_ids(found, " ")
+    with pytest.raises(ValueError, match="ids hidden otherwise"):
+        prepare(named, EverySlice(), tmp_path / "out", salt="another secret")
+    prepare(named, EverySlice(), tmp_path / "again", salt="another secret")
+    with pytest.raises(ValueError, match="its hidden_ids is"):
+        merge([tmp_path / "out", tmp_path / "again"], tmp_path / "both")
+
+
+def test_hidden_names_are_judged_before_they_are_hidden(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    scans = []
+    for name, description in (("scout", ""), ("t1", ""), ("t2", "3-plane localizer")):
+        array = np.random.default_rng(len(scans)).integers(0, 900, (9, 9, 9)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii")
+        scans.append(ScanSource(name, "nifti", (tmp_path / f"{name}.nii",), description=description))
+    report = prepare(Found([StudySource("s", tuple(scans))], []), TINY_RECIPE, tmp_path / "out", salt="secret")
+    assert (report.scans, report.rejected) == (1, {"localiser": 2})
+    assert Store(tmp_path / "out").study(0).names == ["001"]
+    content = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert "scout" not in content and "plane" not in content
 
 
 def test_several_images_of_a_scan_are_told_apart(found: Found) -> None:
@@ -325,12 +346,12 @@ def test_a_study_without_usable_scans_is_rejected(found: Found, tmp_path: Path) 
     missing = ScanSource("b\udcff", "nifti", (tmp_path / "none.nii",))
     studies = [StudySource("gone", (missing,)), StudySource("bare", ()), found.studies[0]]
     report = prepare(Found(studies, []), EverySlice(), tmp_path / "out")
-    assert report.studies == 1 and report.rejected == {"no_scans": 2, "unreadable": 1}
+    assert report.studies == 1 and report.rejected == {"no_scans": 2, "missing": 1}
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"study": "bare", "scan": "", "rule": "no_scans", "reason": "it has no scans"},
         {"study": "gone", "scan": "", "rule": "no_scans", "reason": "none of its 1 scans can be used"},
-        {"study": "gone", "scan": "b\\udcff", "rule": "unreadable", "reason": "no such file"},
+        {"study": "gone", "scan": "b\\udcff", "rule": "missing", "reason": "no such file"},
     ]
     assert verify(tmp_path / "out") == []
     nothing = prepare(Found(studies[:2], []), EverySlice(), tmp_path / "nothing")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hlip.data.preprocess import Recipe, load_recipe
-from hlip.data.quality import Rules, is_hounsfield, is_rescaled
+from hlip.data.quality import Rules, check_image_type, is_hounsfield, is_rescaled
 from hlip.data.readers import ScanError, Volume, read_scan
 from hlip.data.sources import ScanSource
 
@@ -228,3 +228,41 @@ def test_real_mri_is_not_in_hounsfield_units() -> None:
 def test_refuses_bad_rules(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         Rules(**settings)
+
+
+@pytest.mark.parametrize("intercept", [-1000, -1024, -8192])
+def test_a_masked_ct_is_not_rescaled_twice(intercept: int, tmp_path: Path) -> None:
+    """Air of one exact value, in Hounsfield units as stored, under a header that asks to rescale it."""
+    clean = brain_ct(noise=0)
+    source = save(tmp_path / "scan.nii", clean, 1, intercept)
+    assert read_scan(source, Rules((), hounsfield=True))[0].array.min() == -1000
+    stored = save(tmp_path / "stored.nii", (clean - intercept).clip(0), 1, intercept)
+    assert read_scan(stored, Rules((), hounsfield=True))[0].array.min() == max(-1000, intercept)
+    twice = save(tmp_path / "twice.nii", clean + intercept)
+    assert rule_of(load_recipe("head-ct"), twice) == "hounsfield"
+
+
+def test_bone_may_be_a_quarter_of_a_head() -> None:
+    units = brain_ct()
+    body = np.flatnonzero(units > -500)
+    units.flat[np.random.default_rng(0).choice(body, len(body) // 4, replace=False)] = 1200
+    assert is_hounsfield(units)
+    units.flat[body] = 1200
+    assert not is_hounsfield(units)
+
+
+@pytest.mark.parametrize(
+    ("image_type", "rule"),
+    [
+        (["DERIVED", "PRIMARY", "MIP_SAG"], "derived"), (["DERIVED", "PRIMARY", "MPR"], "derived"),
+        (["DERIVED", "PRIMARY", "SUBTRACTION"], "derived"), (["DERIVED", "PRIMARY", "PROJECTION IMAGE"], "derived"),
+        (["ORIGINAL", "PRIMARY", "LOCALIZER"], "localiser"), (["DERIVED", "PRIMARY", "DIFFUSION", "ADC"], None),
+        (["ORIGINAL", "PRIMARY", "M_FFE", "AXIAL"], None), (["ORIGINAL", "PRIMARY", "COMPRESSED"], None),
+    ],
+)  # fmt: skip
+def test_image_types(image_type: list[str], rule: str | None) -> None:
+    try:
+        check_image_type("scan", image_type, Rules())
+        assert rule is None
+    except ScanError as error:
+        assert error.rule == rule

@@ -168,7 +168,7 @@ def test_a_table_with_a_row_per_scan(tmp_path: Path) -> None:
     assert names(found) == {"p7": ["a.nii", "b.nii"], "p8": ["c.nii"]}
     p7, p8 = found.studies
     assert (p7.impression, p7.findings) == ("Normal.", "Clear, and dry.")
-    assert p7.labels == (("stroke", 0.0), ("age_years", 61.0))
+    assert p7.labels == (("stroke", 0.0),)
     assert p8 == StudySource("p8", p8.scans, labels=(("stroke", 1.0),))
 
 
@@ -202,9 +202,6 @@ def test_a_table_of_studies_in_a_folder(tmp_path: Path) -> None:
         ("study,path\n ,a.nii\n", "line 2: no study"),
         ("study,path\np7,\n", "line 2: no path"),
         ("study,path\np7,a.nii\np7,a.nii\n", "study p7: .*a.nii: the same scan is given twice"),
-        ("study,path,x\np7,a.nii,1\np8,b.nii,one\n", "line 3: column 'x' has numbers, and 'one'"),
-        ("study,path,x\np7,a.nii,1\np8,b.nii,nan\n", "line 3: column 'x' has numbers, and 'nan'"),
-        ("study,path,x\np7,a.nii,1\np7,b.nii,2\n", "line 3: another labels of study p7"),
         ("study,path,report\np7,a.nii,one\np7,b.nii,two\n", "line 3: another report of study p7"),
         ("study,path\np7,\xff\n".encode("latin-1"), "not a readable table"),
     ],
@@ -248,10 +245,44 @@ def test_reports_of_quite_other_studies_are_an_error(two: Path, tmp_path: Path) 
         find_studies(two, labels=labels)
 
 
-def test_columns_that_identify_are_no_labels(tmp_path: Path) -> None:
-    table = tmp_path / "labels.csv"
-    names = ["PATIENTID", "STUDYDATE", "Accession#", "patientnr", "HospitalNumber", "MRN_1", "birthYear", "scan no"]
-    kept = ["abnormal", "normal", "nodule", "midline_shift", "dilated"]
-    table.write_text(",".join(["study", *names, *kept]) + "\n" + ",".join(["s1"] + ["1"] * (len(names) + len(kept))))
+def test_only_numbers_within_one_are_labels_unless_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = {
+        "study": "s1 s1 s2", "acc": "7731001 7731001 7731002", "Geburtsdatum": "19470313 19470313 19500101",
+        "age": "75 75 75Y", "thickness": "1.0 5.0 1.0", "contrast": "0 1 0", "nodule": "1 1 -1", "soft": "0.5 0.5 ",
+    }  # fmt: skip
+    rows = zip(*(cells.split(" ") for cells in content.values()), strict=True)
+    table = write(tmp_path / "labels.csv", "\n".join(map(",".join, [content.keys(), *rows])) + "\n")
     found = Table.read(table).labels()
-    assert [name for name, _ in found["s1"]] == kept
+    assert found == {"s1": (("nodule", 1.0), ("soft", 0.5)), "s2": (("nodule", -1.0),)}
+    assert "unless they are asked for: acc, Geburtsdatum, thickness, contrast" in caplog.text
+    assert Table.read(table).labels((), ["acc"])["s2"] == (("acc", 7731002.0),)
+    for wanted, message in [
+        ("age", "labels.csv: line 4: column 'age' of labels has '75Y'"),
+        ("thickness", "labels.csv: line 3: another labels of study s1"),
+        ("sex", "labels.csv: no column 'sex' of labels; there are acc, "),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Table.read(table).labels((), [wanted])
+
+
+def test_labels_of_a_list_are_asked_for_too(tmp_path: Path) -> None:
+    nifti(tmp_path / "a.nii", 0)
+    path = write(tmp_path / "t.csv", "study,path,age,tumor\np7,a.nii,75,1\n")
+    assert find_studies(path).studies[0].labels == (("tumor", 1.0),)
+    assert find_studies(path, label_columns=["age"]).studies[0].labels == (("age", 75.0),)
+    with pytest.raises(ValueError, match="label_columns age: there is no table of labels"):
+        find_studies(tmp_path, label_columns=["age"])
+
+
+def test_reports_are_joined_by_accession_number(tmp_path: Path) -> None:
+    for k in (1, 2, 3):
+        dicom(tmp_path / "in" / f"{k}.dcm", study=f"{k}", AccessionNumber=f"A{k}" if k < 3 else None)
+    reports = write(tmp_path / "r.json", {"A1": "FINDINGS: One.", "A2": {"impression": None, "findings": "Two."}})
+    labels = write(tmp_path / "l.csv", "study,x\nA2,1\n")
+    found = find_studies(tmp_path / "in", reports=reports, labels=labels, join="accession")
+    assert [(s.uid, s.findings, s.labels) for s in found.studies] == [
+        ("1.2.1", "One.", ()), ("1.2.2", "Two.", (("x", 1.0),)), ("1.2.3", "", ()),
+    ]  # fmt: skip
+    assert "A1" not in repr(found)
+    with pytest.raises(ValueError, match="none of its 2 studies was found"):
+        find_studies(tmp_path / "in", reports=reports)

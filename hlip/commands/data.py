@@ -14,6 +14,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from ..data.engines import STEP_SECONDS, Engine
+from ..data.sources import Join
 
 SOME_REJECTED = 3
 INTERRUPTED = 130
@@ -46,6 +47,19 @@ def add(commands: Any) -> None:
     prepare.add_argument("--reports", type=Path, metavar="FILE", help="reports (JSON, CSV or a folder of TXT)")
     prepare.add_argument("--sections", type=Path, metavar="FILE.yaml", help="headings of the sections of reports")
     prepare.add_argument("--labels", type=Path, metavar="FILE", help="table of labels (CSV)")
+    prepare.add_argument(
+        "--label_columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns that are labels (default: those whose numbers all lie within -1 and 1)",
+    )
+    prepare.add_argument(
+        "--join",
+        choices=get_args(Join),
+        default="uid",
+        help="what reports and labels call a study: its id, or DICOM's AccessionNumber, which is not stored "
+        "(default: uid)",
+    )
     prepare.add_argument(
         "--engine", choices=get_args(Engine), default="local", help="who does the work (default: this machine)"
     )
@@ -117,6 +131,8 @@ def _prepare(args: argparse.Namespace) -> int:
             root=args.root,
             reports=args.reports,
             labels=args.labels,
+            label_columns=args.label_columns,
+            join=args.join,
             sections=SectionRules.read(args.sections) if args.sections else None,
             workers=args.workers,
             progress=tqdm,
@@ -133,7 +149,8 @@ def _prepare(args: argparse.Namespace) -> int:
             progress=True,
         )
     except KeyboardInterrupt:
-        print(f"hlip prepare: interrupted; {args.out} keeps what is finished: run this again to go on", file=sys.stderr)
+        kept = f"{args.out} keeps what is finished" if args.out.exists() else "nothing was written yet"
+        print(f"hlip prepare: interrupted; {kept}: run this again to go on", file=sys.stderr)
         return INTERRUPTED
     print(f"{args.out}: {report.studies} studies, {report.scans} scans")
     if labels := Store(args.out).labels[0]:

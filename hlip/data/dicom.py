@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .quality import Rules, check_grid, check_image_type, check_modality
+from .quality import Rules, check_grid, check_image_type, check_modality, is_hounsfield, is_surely_hounsfield, keeps_air
 from .readers import check_file, finite, rescale
 from .sources import ScanSource
 from .volume import ScanError, Volume
@@ -29,7 +29,7 @@ class Slice:
     axes: (6) - directions of a row and of a column, as DICOM gives them.
     position: (3) mm - the first pixel's place, as DICOM gives it.
     spacing: mm from row to row and from column to column.
-    slope, intercept: from stored numbers to intensities.
+    slope, intercept: from stored numbers to intensities, as the header has them.
     compressed: by other than run lengths; GDCM decodes and rescales such pixels in one.
     order: of slices at the same place.
     """
@@ -50,6 +50,11 @@ class Slice:
     def along(self) -> float:
         """Place along the normal, mm."""
         return float(np.dot(np.cross(self.axes[:3], self.axes[3:]), self.position))
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Slope and intercept that are still to be applied to what `_frames` gives."""
+        return (1.0, 0.0) if self.compressed else (self.slope, self.intercept)
 
 
 def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
@@ -169,8 +174,8 @@ def _slice(path: Path, data: Any, frame: int, place: Any) -> Slice:
         raise ScanError(path, "no PixelSpacing", "spacing")
     syntax = data.file_meta.TransferSyntaxUID
     compressed = syntax.is_compressed and syntax != RLELossless
-    slope = 1.0 if compressed or place.get("RescaleSlope") is None else float(place.RescaleSlope)
-    intercept = 0.0 if compressed else float(place.get("RescaleIntercept") or 0)
+    slope = 1.0 if place.get("RescaleSlope") is None else float(place.RescaleSlope)
+    intercept = float(place.get("RescaleIntercept") or 0)
     axes = tuple(float(x) for x in place.ImageOrientationPatient)
     position = tuple(float(x) for x in place.ImagePositionPatient)
     spacing = tuple(float(x) for x in place.PixelSpacing)
@@ -246,7 +251,7 @@ def _without_copies(place: list[Slice]) -> list[Slice]:
     """Slices at one place whose pixels differ."""
     kept: dict[bytes, Slice] = {}
     for item in place:
-        kept.setdefault(_pixels(item)[item.frame].tobytes(), item)
+        kept.setdefault(next(_frames([item])).tobytes(), item)
     return list(kept.values())
 
 
@@ -260,23 +265,34 @@ def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarra
     check_grid(path, (columns, rows, int(index[-1]) + 1), affine, rules)
 
     array = np.empty(0)
-    scales = {(item.slope, item.intercept) for item in stack}
-    frames: tuple[Path | None, np.ndarray] = (None, array)
-    for item, k in zip(stack, index, strict=True):
-        if item.path != frames[0]:
-            frames = (item.path, _pixels(item))
-        values = frames[1][item.frame]
-        if len(scales) > 1:
-            values = rescale(values.astype(np.float32), item.slope, item.intercept, rules)
-        if not array.size:
-            array = np.empty((columns, rows, int(index[-1]) + 1), values.dtype, order="F")
-        elif array.dtype != values.dtype:
-            array = array.astype(np.promote_types(array.dtype, values.dtype), order="F")
-        array[:, :, k] = values.T
+    scales = {item.scale for item in stack}
+    for _, group in groupby(zip(stack, index, strict=True), key=lambda pair: pair[0].path):
+        pairs = list(group)
+        for (item, k), values in zip(pairs, _frames([item for item, _ in pairs]), strict=True):
+            if len(scales) > 1:
+                values = rescale(values.astype(np.float32), *item.scale, rules)
+            if not array.size:
+                array = np.empty((columns, rows, int(index[-1]) + 1), values.dtype, order="F")
+            elif array.dtype != values.dtype:
+                array = array.astype(np.promote_types(array.dtype, values.dtype), order="F")
+            array[:, :, k] = values.T
     _fill_missing(array, index)
     if len(scales) == 1:
         array = rescale(array, *scales.pop(), rules)
+    if rules.hounsfield and all(item.compressed for item in stack):
+        array = _undo_second_rescale(array, {(item.slope, item.intercept) for item in stack})
     return finite(path, array, rules), affine
+
+
+def _undo_second_rescale(array: np.ndarray, headers: set[tuple[float, float]]) -> np.ndarray:
+    """What GDCM has rescaled although it was in Hounsfield units before; see `quality.is_rescaled`."""
+    slope, intercept = next(iter(headers))
+    if len(headers) > 1 or (slope, intercept) == (1, 0) or slope == 0:
+        return array
+    back = 1 / slope, -intercept / slope
+    if (keeps_air(slope, intercept) and is_hounsfield(array)) or not is_surely_hounsfield(array, *back):
+        return array
+    return rescale(array, *back, Rules())
 
 
 def _regular_places(path: Path, along: np.ndarray, rules: Rules) -> np.ndarray:
@@ -319,27 +335,43 @@ def _fill_missing(array: np.ndarray, index: np.ndarray) -> None:
             array[:, :, k] = between if array.dtype.kind == "f" else np.rint(between)
 
 
-def _pixels(item: Slice) -> np.ndarray:
-    """The (frames, rows, columns) numbers of the slice's file, as stored; those of GDCM's are rescaled."""
-    from pydicom.pixels import pixel_array
+def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
+    """The (rows, columns) numbers of slices of one file, as stored; those of GDCM's are rescaled.
 
+    Frames are decoded one at a time; but GDCM decodes a file as a whole.
+    """
+    from pydicom.pixels import iter_pixels
+
+    path, shape = items[0].path, items[0].shape
+    numbers = [item.frame for item in items]
     try:
-        pixels = _gdcm_pixels(item.path) if item.compressed else pixel_array(item.path, raw=True)
+        if items[0].compressed:
+            image = _gdcm_image(path)  # must outlive the view of it
+            frames = _gdcm_view(image).reshape(-1, *shape)
+            if max(numbers) >= len(frames):
+                raise ScanError(path, f"{len(frames)} frames, expected more than {max(numbers)}")
+            yield from (frames[k].astype(np.float32) if frames.dtype == np.float64 else frames[k] for k in numbers)
+            return
+        for frame in iter_pixels(path, indices=numbers, raw=True):
+            if frame.shape != shape:
+                raise ScanError(path, f"pixels of shape {frame.shape}, expected {shape}")
+            yield frame
+    except (ScanError, ImportError):
+        raise
     except Exception as error:  # a damaged file may fail anywhere within the decoder
-        raise ScanError(item.path, f"truncated or corrupt pixels ({type(error).__name__}: {error})") from error
-    if pixels.size % (item.shape[0] * item.shape[1]):
-        raise ScanError(item.path, f"pixels of shape {pixels.shape}, expected {item.shape}")
-    pixels = pixels.reshape(-1, *item.shape)
-    if item.frame >= len(pixels):
-        raise ScanError(item.path, f"{len(pixels)} frames, expected more than {item.frame}")
-    return pixels
+        raise ScanError(path, f"truncated or corrupt pixels ({type(error).__name__}: {error})") from error
 
 
-def _gdcm_pixels(path: Path) -> np.ndarray:
+def _gdcm_image(path: Path) -> Any:
     try:
         import SimpleITK as sitk
     except ImportError as error:
         raise ImportError("reading compressed DICOM needs SimpleITK: pip install 'hlip-kernels[io]'") from error
 
-    pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO"))
-    return pixels.astype(np.float32) if pixels.dtype == np.float64 else pixels
+    return sitk.ReadImage(str(path), imageIO="GDCMImageIO")
+
+
+def _gdcm_view(image: Any) -> np.ndarray:
+    import SimpleITK as sitk
+
+    return sitk.GetArrayViewFromImage(image)

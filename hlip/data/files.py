@@ -14,6 +14,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import stat
 import struct
 import sys
@@ -35,8 +36,10 @@ HEAD_BYTES = 2**15  # one read of this size holds most headers
 SAMPLE = 4096  # bytes
 MAX_INFLATED = 2**32  # bytes of a compressed file that are looked at
 
-# All that is ever taken from a DICOM header. No name, birth date or accession number is among them.
+# All that is ever taken from a DICOM header. No name or birth date is among them; the accession number is for joining
+# reports, and goes no further.
 DICOM_TAGS = (
+    "AccessionNumber",
     "SOPInstanceUID",
     "Modality",
     "SeriesDescription",
@@ -76,6 +79,7 @@ class Header(NamedTuple):
 
     path: str
     study: str
+    accession: str
     series: str
     instance: str
     number: int
@@ -204,7 +208,8 @@ def each(
     if workers <= 1:
         yield from progress(chain.from_iterable(map(function, jobs)), total=len(items), **words)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         yield from progress(chain.from_iterable(pool.map(function, jobs)), total=len(items), **words)
     finally:
@@ -243,6 +248,7 @@ def _read_header(path: str) -> Header | Problem | None:
         return Header(
             path,
             study,
+            _word(_raw(dataset, "AccessionNumber")),
             series,
             _word(_raw(dataset, "SOPInstanceUID")),
             _number(_raw(dataset, "SeriesNumber")),

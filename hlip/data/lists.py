@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -111,11 +111,13 @@ def _recon_path(root: Path, name: str) -> Path:
     return next((path for path in places if is_file(path)), root / name)
 
 
-def read_csv_list(path: Path, root: Path, rules: SectionRules) -> list[ListedStudy]:
+def read_csv_list(
+    path: Path, root: Path, rules: SectionRules, wanted: Collection[str] | None = None
+) -> list[ListedStudy]:
     """Read a table with a column of studies, one row per scan or per study.
 
-    It may have a column of paths relative to `root` (`PATH_COLUMNS`), columns of text (impression, findings, report)
-    and columns of numbers, which are labels. A study's rows must agree in texts and labels.
+    It may have a column of paths relative to `root` (`PATH_COLUMNS`), columns of text (impression, findings, report),
+    in which a study's rows must agree, and labels (see `Table.labels`).
 
     Raises:
         ValueError: not such a file; names it and the line.
@@ -124,7 +126,7 @@ def read_csv_list(path: Path, root: Path, rules: SectionRules) -> list[ListedStu
     column = next((name for name in PATH_COLUMNS if name in table.columns), None)
     texts = text_columns(table)
     reports = table_reports(table, rules) if texts else {}
-    labels = table.labels(leave={*texts, *PATH_COLUMNS})
+    labels = table.labels({*texts, *PATH_COLUMNS}, wanted)
     files: dict[str, list[Path]] = defaultdict(list)
     for line, uid, row in table.rows:
         if column is not None:

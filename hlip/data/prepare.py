@@ -80,7 +80,7 @@ def prepare(
 
     Args:
         engine: "local" for processes of this machine, "ray" or "slurm"; see `engines`.
-        salt: if given, studies are named by salted hashes and nothing else that names them is kept; see `hide_ids`.
+        salt: if given, studies are named by salted hashes and nothing else that names them is kept; see `hash_ids`.
         shard_scans: a shard is closed before it would hold more; one study is never shared out.
         scan_seconds: a scan that takes longer is left out.
         slurm: options of the engine "slurm"; see `run_slurm`.
@@ -95,13 +95,13 @@ def prepare(
         got = f"{workers}, {shard_scans} and {scan_seconds}"
         raise ValueError(f"workers, shard_scans and scan_seconds must be positive, got {got}")
     out = Path(out)
-    found = _in_order(found if salt is None else hide_ids(found, salt))
+    found = _in_order(found if salt is None else hash_ids(found, salt))
     terms = {
         "format": FORMAT,
         "recipe_hash": recipe.hash,
         "source_hash": hash_sources(found),
         "shard_scans": shard_scans,
-        "hidden_ids": salt is not None,
+        "hidden_ids": salt is not None and _hashed("", salt)[:8],
     }
     if not (out / "work").exists() and (report := _finished(out, terms)) is not None:
         return report
@@ -139,32 +139,37 @@ def prepare_study(
     recipe: PreparesScans,
     left_out: Mapping[int, tuple[str, str]] | None = None,
     begin: Callable[[int], None] = lambda m: None,
+    hidden: bool = False,
 ) -> PreparedStudy:
     """Read and prepare one study: a function of the source's files and the recipe alone.
 
     Args:
+        hidden: scans are numbered, and their descriptions and the reasons of rejections dropped.
         left_out: places of scans that are not to be tried, with rule and reason.
         begin: called with a scan's place before it is read.
     """
     scans: list[StoredScan] = []
     rejected: list[Rejection] = []
     for m, scan in enumerate(source.scans):
+        kept = replace(scan, name=f"{m:03d}", description="") if hidden else scan
         if left_out and m in left_out:
-            rejected.append(Rejection(source.uid, scan.name, *left_out[m]))
+            rejected.append(Rejection(source.uid, kept.name, *left_out[m]))
             continue
         begin(m)
         try:
-            scans += [_stored(scan, image) for image in recipe.prepare(scan)]
+            scans += [_stored(kept, image) for image in recipe.prepare(scan)]
         except ScanError as error:
-            rejected.append(Rejection(source.uid, scan.name, error.rule, _for_the_store(error.reason, scan)))
+            rejected.append(Rejection(source.uid, kept.name, error.rule, _for_the_store(error.reason, scan)))
         except ImportError:
             raise  # says what to install: no fault of the scan
         except Exception as error:
             reason = _for_the_store(f"{type(error).__name__}: {error}", scan)
-            rejected.append(Rejection(source.uid, scan.name, "error", reason))
+            rejected.append(Rejection(source.uid, kept.name, "error", reason))
     if not scans:
         reason = f"none of its {len(source.scans)} scans can be used" if source.scans else "it has no scans"
         rejected.append(Rejection(source.uid, "", "no_scans", reason))
+    if hidden:
+        rejected = [replace(rejection, reason="") for rejection in rejected]
     return PreparedStudy(source.uid, scans, source.impression, source.findings, dict(source.labels), rejected)
 
 
@@ -190,33 +195,24 @@ def _for_the_store(reason: str, scan: ScanSource) -> str:
     return printable(reason)
 
 
-def hide_ids(found: Found, salt: str) -> Found:
+def hash_ids(found: Found, salt: str) -> Found:
     """The same studies under other names, for a store that names nobody.
 
-    A study's uid becomes the first 32 digits of HMAC-SHA-256(salt, uid), scans are numbered in their order, and
-    descriptions and the reasons of rejections, which may quote names, are dropped. Reports are kept as they are.
+    A study's uid becomes the first 32 digits of HMAC-SHA-256(salt, uid); of what was rejected only study and rule
+    stay. Names and descriptions of scans are needed to judge them, and are dropped by `prepare_study`. Reports are kept
+    as they are.
 
     Raises:
         ValueError: an empty salt.
     """
     if not salt.strip():
         raise ValueError("the salt of hashed ids must not be empty: whoever guesses it can try out ids")
+    studies = [replace(study, uid=_hashed(study.uid, salt)) for study in found.studies]
+    return Found(studies, [Rejection(_hashed(r.study, salt), "", r.rule, "") for r in found.rejected])
 
-    def hidden(uid: str) -> str:
-        return hmac.new(salt.strip().encode(), uid.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:32]
 
-    studies = [
-        replace(
-            study,
-            uid=hidden(study.uid),
-            scans=tuple(
-                replace(scan, name=f"{m:03d}", description="")
-                for m, scan in enumerate(sorted(study.scans, key=lambda scan: scan.name))
-            ),
-        )
-        for study in found.studies
-    ]
-    return Found(studies, [Rejection(hidden(r.study), "", r.rule, "") for r in found.rejected])
+def _hashed(uid: str, salt: str) -> str:
+    return hmac.new(salt.strip().encode(), uid.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:32]
 
 
 def printable(text: str) -> str:
@@ -278,7 +274,7 @@ class Plan:
 
     out: the store.
     shards: per shard its studies, its scans as found, and where its line begins in `work/sources.jsonl`.
-    hidden: reasons of rejections are not kept.
+    hidden: nothing is kept that may name somebody.
     """
 
     out: Path
@@ -307,7 +303,7 @@ class Plan:
             content = {"terms": terms, "shards": shards}
             with replacing(file, work) as temporary:
                 temporary.write_text(json.dumps(content), encoding="utf-8")
-        return cls(out.absolute(), tuple(map(tuple, content["shards"])), terms["hidden_ids"])
+        return cls(out.absolute(), tuple(map(tuple, content["shards"])), bool(terms["hidden_ids"]))
 
     def studies(self, k: int) -> list[StudySource]:
         """The studies of shard `k`."""
@@ -357,9 +353,7 @@ class PrepareJob:
         blamed = self._blamed(k)
         for s, source in enumerate(self.plan.studies(k)):
             left_out = {m: why for (at, m), why in blamed.items() if at == s}
-            study = prepare_study(source, self.recipe, left_out, partial(_begin, notify, s))
-            if self.plan.hidden:
-                study = replace(study, rejected=[replace(rejection, reason="") for rejection in study.rejected])
+            study = prepare_study(source, self.recipe, left_out, partial(_begin, notify, s), self.plan.hidden)
             notify(Event(None, 1, len(source.scans)))
             yield study
 
@@ -400,9 +394,9 @@ def _compare(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any]) -> N
     words = {
         "format": "in another format",
         "recipe_hash": "with another recipe",
+        "hidden_ids": "with ids hidden otherwise",
         "source_hash": "from other studies, reports or labels",
         "shard_scans": "with another shard_scans",
-        "hidden_ids": "with ids hidden otherwise",
     }
     for key, how in words.items():
         if there.get(key) != terms[key]:

@@ -23,8 +23,8 @@ class Rules:
         CT. `modality`
     descriptions: patterns (regular expressions, any case) of what is no scan of the patient's body, looked for in a
         scan's name and description. `localiser`
-    image_types: values of DICOM's ImageType that are not taken. LOCALIZER rejects as `localiser`, others as `derived`.
-        DERIVED itself is not among them: scanners mark ADC maps and trace-weighted images so.
+    image_types: values of DICOM's ImageType, or words in one, that are not taken. LOCALIZER rejects as `localiser`,
+        others as `derived`. DERIVED itself is not among them: scanners mark ADC maps and trace-weighted images so.
     min_slices: least voxels along the through-plane axis. `few_slices`
     max_voxels: of all volumes of a file together. `too_large`
     four_d: what becomes of a file with several volumes: each a scan, only the first one, or none. `four_d`
@@ -45,7 +45,9 @@ class Rules:
         r"(?<![a-z])(locali[sz]er|scout|topogram|survey|surview|3[- ]?plane|smartprep|bolus tracking|calibration)",
         r"(?<![a-z])(dose report|patient protocol|phoenixzipreport|screen ?(save|capture|shot))",
     )
-    image_types: tuple[str, ...] = ("LOCALIZER", "SECONDARY", "SCREEN SAVE", "MIP", "MNIP", "PROJECTION IMAGE")
+    image_types: tuple[str, ...] = (
+        "LOCALIZER", "SECONDARY", "SCREEN SAVE", "MIP", "MINIP", "MNIP", "MPR", "SUBTRACTION", "PROJECTION IMAGE",
+    )  # fmt: skip
     min_slices: int = 5
     max_voxels: int = 2**30
     four_d: Literal["split", "first", "reject"] = "reject"
@@ -94,9 +96,9 @@ def check_modality(path: object, modality: str, rules: Rules) -> None:
 
 def check_image_type(path: object, image_type: Iterable[str], rules: Rules) -> None:
     for value in image_type:
-        if value.upper() in rules.image_types:
-            rule = "localiser" if value.upper() == "LOCALIZER" else "derived"
-            raise ScanError(str(path), f"image type {value}", rule)
+        found = {value.upper(), *re.split(r"[^A-Z0-9]+", value.upper())}.intersection(rules.image_types)
+        if found:
+            raise ScanError(str(path), f"image type {value}", "localiser" if "LOCALIZER" in found else "derived")
 
 
 def check_grid(path: object, shape: tuple[int, ...], affine: np.ndarray, rules: Rules) -> None:
@@ -132,16 +134,17 @@ def check_volume(volume: Volume, rules: Rules) -> None:
         raise ScanError(volume.path, reason, "modality")
 
 
-def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> bool:
+def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0, most_dense: float = 0.3) -> bool:
     """Whether `array * slope + intercept` looks like a CT of a body in Hounsfield units.
 
-    That is: some air near -1000, some tissue near 0, little as dense as bone, and nothing colder than air but a
-    scanner's padding, which holds the smallest value of all. Judged on a regular sample.
+    That is: some air near -1000, some tissue near 0, more of it than of what is as dense as bone, and nothing colder
+    than air but a scanner's padding, which holds the smallest value of all and is not the larger part of an image (a
+    square's corners outside a circle are 21% of it). Judged on a regular sample.
     """
     values = _sample(array)
     values = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     padding = values == values.min()
-    if padding.mean() < 0.001 or values.min() > -1200:
+    if not 0.001 <= padding.mean() <= 0.35 or values.min() > -1200:
         padding[:] = False
     values = values[~padding]
     if len(values) == 0:
@@ -149,12 +152,22 @@ def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0)
     air = ((values > -1200) & (values < -700)).mean()
     tissue = ((values > -250) & (values < 250)).mean()
     cold, body, dense = (values < -1200).mean(), (values > -700).mean(), (values > 700).mean()
-    return bool(air >= 0.001 and tissue >= 0.05 and cold <= 0.05 and dense <= 0.15 * body)
+    return bool(air >= 0.001 and tissue >= 0.05 and cold <= 0.05 and dense <= most_dense * body)
 
 
 def is_rescaled(array: np.ndarray, slope: float, intercept: float) -> bool:
-    """Whether stored numbers are Hounsfield units, and would no longer be if rescaled as a header asks."""
-    return not is_hounsfield(array, slope, intercept) and is_hounsfield(array)
+    """Whether stored numbers are Hounsfield units, and would no longer be if rescaled as a header asks: what is air
+    as it is stored would be none, or the whole no body in air."""
+    return not (keeps_air(slope, intercept) and is_hounsfield(array, slope, intercept)) and is_surely_hounsfield(array)
+
+
+def is_surely_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> bool:
+    """Whether an image looks so much like Hounsfield units that a header may be wrong about it."""
+    return is_hounsfield(array, slope, intercept, 0.15)
+
+
+def keeps_air(slope: float, intercept: float) -> bool:
+    return -1200 < -1000 * slope + intercept < -700
 
 
 def _sample(array: np.ndarray) -> np.ndarray:

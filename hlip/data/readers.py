@@ -161,8 +161,9 @@ def check_file(path: Path) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise ScanError(path, reason) from error
+        if isinstance(error, FileNotFoundError):
+            raise ScanError(path, "no such file", "missing") from error
+        raise ScanError(path, f"cannot be read ({error.strerror})") from error
     if not path.is_file():
         raise ScanError(path, "not a regular file")
     if size == 0:

@@ -288,8 +288,9 @@ def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
     texts = {}
     keys = {key.lower().removesuffix("_en"): key for key in entry}
     for part, spellings in _TEXT_KEYS.items():
-        found = [entry[keys[s]] for s in spellings if s in keys]
-        for value, key in zip(found, (keys[s] for s in spellings if s in keys), strict=True):
+        given = [keys[s] for s in spellings if s in keys and entry[keys[s]] is not None]
+        found = [entry[key] for key in given]
+        for value, key in zip(found, given, strict=True):
             if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 raise ValueError(f"'{key}' must be a text or a list of sentences")
         joint = "\n" if part == "report" else " "

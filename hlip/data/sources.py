@@ -35,6 +35,7 @@ from .tables import Labels, Table, volume_study
 from .volume import ScanError
 
 logger = logging.getLogger(__name__)
+Join = Literal["uid", "accession"]
 NAME_LENGTH = 120  # characters
 TENSOR_NAME = "img.pt"  # says nothing of the scan; the folder does
 MANY_SCANS = 200  # of a study; the largest of the paper's has 162
@@ -111,6 +112,7 @@ class _Study:
     scans: list[_Scan]
     report: ReportText = field(default_factory=ReportText)
     labels: Labels = ()
+    accession: str = ""
 
 
 def find_studies(
@@ -119,6 +121,8 @@ def find_studies(
     root: Path | str | None = None,
     reports: Path | str | None = None,
     labels: Path | str | None = None,
+    label_columns: Collection[str] | None = None,
+    join: Join = "uid",
     sections: SectionRules | None = None,
     workers: int = 1,
     progress: Progress = silent,
@@ -132,6 +136,8 @@ def find_studies(
         root: what the paths of a list or table are relative to; its folder if None.
         reports: see `read_reports`; a report there takes the place of one in the list.
         labels: a CSV with a column of studies and columns of numbers; in place of those in the list.
+        label_columns: of that CSV, or of the table; see `Table.labels`.
+        join: what reports and labels call a study: its uid, or DICOM's AccessionNumber, which is not kept.
         sections: how reports are split.
         workers: processes that read the headers of DICOM files.
         progress: such as `tqdm`; called with an iterable, `total`, `desc` and `unit`.
@@ -146,11 +152,15 @@ def find_studies(
     path, rules = Path(path), sections or SectionRules()
     base = Path(root) if root is not None else path.parent
     texts = {} if reports is None else read_reports(reports, rules)
-    numbers = {} if labels is None else Table.read(labels).labels()
+    numbers = {} if labels is None else Table.read(labels).labels((), label_columns)
+    if label_columns is not None and labels is None and path.suffix.lower() != ".csv":
+        raise ValueError(f"label_columns {', '.join(label_columns)}: there is no table of labels")
     rejected: list[Rejection] = []
     if path.suffix.lower() in (".json", ".csv") and not is_folder(path):
-        read = read_json_list if path.suffix.lower() == ".json" else read_csv_list
-        listed = read(path, base, rules)
+        if path.suffix.lower() == ".json":
+            listed = read_json_list(path, base, rules)
+        else:
+            listed = read_csv_list(path, base, rules, label_columns if labels is None else ())
         if any(study.scans is None for study in listed):
             studies = _listed_in_folder(listed, base, workers, progress, rejected)
         else:
@@ -162,14 +172,14 @@ def find_studies(
     else:
         raise ValueError(f"{path}: expected a folder, a study list (.json) or a table (.csv)")
     studies = _without_unusable(studies, workers, progress, rejected)
-    uids = {study.uid for study in studies}
-    _check_join(reports, texts, uids)
-    _check_join(labels, numbers, uids)
+    keys = {study.uid: study.accession if join == "accession" else study.uid for study in studies}
+    _check_join(reports, texts, set(keys.values()))
+    _check_join(labels, numbers, set(keys.values()))
     found = []
     for study in studies:
-        report = texts.get(study.uid, study.report)
+        report = texts.get(keys[study.uid], study.report)
         scans = tuple(scan.source for scan in study.scans)
-        marks = numbers.get(study.uid, study.labels)
+        marks = numbers.get(keys[study.uid], study.labels)
         found.append(StudySource(study.uid, scans, report.impression, report.findings, marks))
     return Found(found, sorted(rejected, key=attrgetter("study", "scan", "rule", "reason")))
 
@@ -247,7 +257,8 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
     for uid in sorted({*written, *headers}):
         series = headers.pop(uid, {})
         named = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
-        studies.append(_Study(uid, _scans(named, series, uid, rejected)))
+        scans = _scans(named, series, uid, rejected)
+        studies.append(_Study(uid, scans, accession=_accession(series.values())))
     return studies
 
 
@@ -305,7 +316,8 @@ def _listed_studies(
         problems = [header for path in names if isinstance(header := headers.get(path), Problem)]
         problems += _no_images([path for _, path in study.scans or ()], headers)
         rejected += [Rejection(study.uid, printable(Path(p.path).name), p.rule, p.reason) for p in problems]
-        studies.append(_Study(study.uid, _scans(names, headers, study.uid, rejected), study.report, study.labels))
+        scans, accession = _scans(names, headers, study.uid, rejected), _accession(map(headers.get, names))
+        studies.append(_Study(study.uid, scans, study.report, study.labels, accession))
     return sorted(studies, key=attrgetter("uid"))
 
 
@@ -409,11 +421,15 @@ def _series(headers: Sequence[Header], uid: str, rejected: list[Rejection]) -> _
         rejected.append(Rejection(uid, name, "no_image", reason))
         return None
     if copies:
-        reason = f"{len(copies)} files repeat an instance of the series, such as {Path(copies[0].path).name}"
+        reason = f"{len(copies)} files repeat an instance of the series"
         rejected.append(Rejection(uid, name, "copy", reason))
     files = tuple(Path(header.path) for header in images.values())
     parts = tuple((header.path, header.offset) for header in images.values())
     return _Scan(ScanSource(name, "dicom", files, first.modality, first.description), first.series, parts)
+
+
+def _accession(headers: Iterable[Header | Problem | None]) -> str:
+    return min((header.accession for header in headers if isinstance(header, Header) and header.accession), default="")
 
 
 def _keep_series_in_one_study(headers: dict[str, dict[str, Header]], rejected: list[Rejection]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Collection
@@ -13,13 +14,10 @@ from typing import Any, TypeVar
 
 from .files import check_regular, printable, stem
 
+logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
 Labels = tuple[tuple[str, float], ...]
 Value = TypeVar("Value")
-
-# In a column's name, anywhere or as a word of its own; better one label less than one patient named.
-_IDENTIFIER = re.compile(r"patient|accession|birth|mrn|ssn|phone|address|hospital|insurance|surname|date")
-_IDENTIFIER_WORDS = {"name", "dob", "id", "uid", "nr", "no", "num", "number", "pid", "time"}
 
 
 def read_json_studies(path: Path, what: str) -> dict[str, Any]:
@@ -92,26 +90,50 @@ class Table:
             raise ValueError(f"{path}: not a readable table (it has no rows)")
         return cls(path, tuple(name for name in columns if name != uid_column), tuple(rows))
 
-    def labels(self, leave: Collection[str] = ()) -> dict[str, Labels]:
-        """Labels by study: the columns of numbers, in order; an empty cell is no label.
+    def labels(self, leave: Collection[str] = (), wanted: Collection[str] | None = None) -> dict[str, Labels]:
+        """Labels by study: columns of numbers, in order; an empty cell is no label.
 
-        Columns whose name speaks of a patient, name, date, number or id are left out, as are those in `leave` and
-        those without numbers.
+        Args:
+            leave: columns that are no labels.
+            wanted: columns that are. If None, those whose numbers all lie within -1 and 1: accession numbers, dates
+                and ages do not. Others are named in the log, and so are those of which a study has several values.
 
         Raises:
-            ValueError: numbers and words in one column, or two different rows of a study; names file and line.
+            ValueError: a wanted column that there is not, that has words, or several values of a study; names the
+                file, and the line.
         """
-        columns = [name for name in self.columns if name and name not in leave and not _is_identifier(name)]
-        columns = [name for name in columns if self._has_numbers(name)]
+        if absent := [name for name in wanted or () if name not in self.columns]:
+            raise ValueError(f"{self.path}: no column {absent[0]!r} of labels; there are {', '.join(self.columns)}")
+        given = [name for name in self.columns if name and name not in leave and (wanted is None or name in wanted)]
+        columns, others = [], []
+        for name in given:
+            numbers = self._numbers(name, strict=wanted is not None)
+            if numbers and (wanted is not None or all(-1 <= number <= 1 for number in numbers)):
+                columns.append(name)
+            elif numbers:
+                others.append(name)
+        if wanted is None:
+            several = [name for name in columns if self._has_several(name)]
+            columns, others = [name for name in columns if name not in several], [*others, *several]
+        if others:
+            logger.warning(
+                "%s: columns that are not taken as labels unless they are asked for: %s", self.path, ", ".join(others)
+            )
         return self.by_study(lambda row: tuple((n, float(row[n])) for n in columns if row[n].strip()), "labels")
 
-    def _has_numbers(self, column: str) -> bool:
+    def _numbers(self, column: str, strict: bool) -> list[float]:
+        """Of a column; none if it has words."""
         cells = [(line, row[column].strip()) for line, _, row in self.rows if row[column].strip()]
         words = [(line, cell) for line, cell in cells if not _is_number(cell)]
-        if words and len(words) < len(cells):
+        if words and strict:
             line, cell = words[0]
-            raise ValueError(f"{self.path}: line {line}: column {column!r} has numbers, and {cell!r}")
-        return bool(cells) and not words
+            raise ValueError(f"{self.path}: line {line}: column {column!r} of labels has {cell!r}")
+        return [] if words else [float(cell) for _, cell in cells]
+
+    def _has_several(self, column: str) -> bool:
+        """Whether a study's rows differ."""
+        found: dict[str, str] = {}
+        return any(found.setdefault(uid, row[column].strip()) != row[column].strip() for _, uid, row in self.rows)
 
     def by_study(self, read: Callable[[dict[str, str]], Value], what: str) -> dict[str, Value]:
         """What `read` makes of the rows, by study; a study's rows must agree."""
@@ -128,11 +150,6 @@ def volume_study(name: str) -> str:
     name = stem(name.replace("\\", "/").rpartition("/")[2])
     match = re.fullmatch(r"((?:train|valid)_\d+_[a-z]+)_\d+", name)
     return match[1] if match else name
-
-
-def _is_identifier(column: str) -> bool:
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower())
-    return bool(_IDENTIFIER.search("".join(words)) or _IDENTIFIER_WORDS.intersection(words))
 
 
 def _is_number(cell: str) -> bool:
