@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"hlip {args.command}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"hlip {args.command}: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"hlip {args.command}: interrupted; {interrupt or 'nothing was written'}", file=sys.stderr)
         return 130
 
 

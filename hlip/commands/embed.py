@@ -6,28 +6,63 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from ..tasks.embeddings import SUFFIXES
+from ..tasks.processes import processes
+from .shared import (
+    FILES_HELP,
+    add_embedding,
+    add_model,
+    embed_to,
+    load_model,
+    open_studies,
+    report_failed,
+)
 
-from ..tasks.embed import embed_studies
-from .shared import FILES_HELP, add_model, load_model, load_studies, study_paths, write_whole
+EPILOG = """Columns: study, scan (empty where a row is of the whole study), head (which of the model's
+embeddings; 0 is for zero-shot classification) and embedding, (N, E) float32 of unit length.
+
+Several processes share the work, and change no bit of the result:
+  torchrun --nproc_per_node 8 -m hlip.cli embed stores/brain --model MODEL --out brain.parquet
+
+exit status:
+  0    all was embedded
+  3    some studies could not be read and were left out; `failed` in the file's facts says which and why
+  2    error
+  130  interrupted; the same command goes on where it stopped"""
 
 
 def add(commands: Any) -> None:
-    embed = commands.add_parser("embed", help="write the embeddings of studies to an .npz file")
-    embed.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
-    embed.add_argument("--out", required=True, type=Path, help=".npz with `study` (N) and `embedding` (N, E) float32")
+    embed = commands.add_parser(
+        "embed",
+        help="write the embeddings of studies to a file",
+        description="Embed every study. What is finished is kept in OUT.parts until all is: whatever ends the job, the "
+        "same command goes on where it stopped.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    embed.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help=f"a store that `hlip prepare` wrote; a study list (.json, .csv); {FILES_HELP}",
+    )
+    embed.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(SUFFIXES)}")
+    embed.add_argument("--scans", action="store_true", help="embed each scan as a study of its own, too")
     add_model(embed)
+    add_embedding(embed)
     embed.set_defaults(run=_embed)
 
 
-def _embed(args: argparse.Namespace) -> None:
-    if args.out.suffix != ".npz":
-        raise ValueError(f"{args.out}: expected a name that ends in .npz")
-    groups = study_paths(args.files)
-    model = load_model(args)
-    uids, embeddings = zip(*embed_studies(model, load_studies(groups, model)), strict=True)
-    write_whole(
-        args.out,
-        lambda file: np.savez(file, study=np.array(uids), embedding=np.stack([e.numpy() for e in embeddings])),
-    )
-    print(f"{args.out}: {len(uids)} {'study' if len(uids) == 1 else 'studies'} x {len(embeddings[0])}")
+def _embed(args: argparse.Namespace) -> int:
+    if args.out.suffix not in SUFFIXES:
+        raise ValueError(f"{args.out}: expected a name that ends in {' or '.join(reversed(SUFFIXES))}")
+    with processes() as among:
+        model = load_model(args)
+        table = embed_to(args.out, model, open_studies(args.files, model), args, args.scans, among)
+    if table is None:
+        return 0
+    count, width = len(set(table.study.tolist())), table.embedding.shape[1]
+    rows = f" in {len(table)} rows" if len(table) > count else ""
+    print(f"{args.out}: {count} {'study' if count == 1 else 'studies'} x {width}{rows}")
+    return report_failed(table, "embed")

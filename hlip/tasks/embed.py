@@ -1,18 +1,49 @@
-"""Embeddings of many studies, batched by tokens."""
+"""Embeddings of many studies, batched by tokens, by one process or several, and kept where a job is broken off.
+
+Shapes: N studies, B studies of a batch, P embeddings of a study, E embedding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import fcntl
+import hashlib
+import heapq
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from ..data.batch import Study, pack
+from ..data.store import cut
 from ..model.clip import HLIPModel
+from ..model.config import VisionConfig
+from ..model.plan import TokenBatch, plan
+from .embeddings import Embeddings
+from .inputs import Studies
+from .output import write_whole
+from .processes import Processes
+
+MAX_TOKENS = 8192
+PARTS = 256  # that a job is cut into if it is large enough; what is lost when it is broken off, and how ranks share it
+LARGEST_PART = 32  # batches
+Dtype = Literal["auto", "fp32", "bf16"]
+Rows = list[tuple[str, str]]  # of a batch: uid, and the scan's name; empty if it is the whole study
 
 
 @torch.no_grad()
-def embed_studies(model: HLIPModel, studies: Iterable[Study], max_tokens: int = 8192) -> Iterator[tuple[str, Tensor]]:
+def embed_studies(
+    model: HLIPModel, studies: Iterable[Study], max_tokens: int = MAX_TOKENS
+) -> Iterator[tuple[str, Tensor]]:
     """Yield each study's uid and its (E) float32 embedding of unit length, on the host, in order.
 
     Args:
@@ -20,25 +51,369 @@ def embed_studies(model: HLIPModel, studies: Iterable[Study], max_tokens: int = 
     """
     training = model.training
     model.eval()
-    waiting: list[Study] = []
-    tokens = 0
     try:
-        for study in studies:
-            size = sum(scan.numel() for scan in study.scans) // model.visual.trunk.patch_embed.proj.weight[0].numel()
-            if waiting and tokens + size > max_tokens:
-                yield from _embed(model, waiting)
-                waiting, tokens = [], 0
-            waiting.append(study)
-            tokens += size
-        if waiting:
-            yield from _embed(model, waiting)
+        for run in _runs(studies, model.config.vision, max_tokens):
+            batch = pack(run, model.config.vision.patch_size)
+            embeddings = model.encode_image(batch)
+            if model.config.per_prefix:  # the first is for zero-shot classification
+                embeddings = embeddings[:, 0]
+            yield from zip(batch.uids, embeddings.float().cpu(), strict=True)
     finally:
         model.train(training)
 
 
-def _embed(model: HLIPModel, studies: list[Study]) -> Iterator[tuple[str, Tensor]]:
-    batch = pack(studies, model.config.vision.patch_size)
-    embeddings = model.encode_image(batch)
-    if model.config.per_prefix:  # the first is for zero-shot classification
-        embeddings = embeddings[:, 0]
-    return zip(batch.uids, embeddings.float().cpu(), strict=True)
+def _runs(studies: Iterable[Study], vision: VisionConfig, max_tokens: int) -> Iterator[list[Study]]:
+    voxels = int(np.prod(vision.patch_size))
+    return cut(studies, lambda study: sum(scan.numel() for scan in study.scans) // voxels, max_tokens)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What embeddings depend on beside model and studies.
+
+    scans: every scan is embedded as a study of its own, too.
+    max_tokens: of a batch, if it is not one study. Which studies share a batch changes the last bits.
+    dtype: of products of matrices; "auto" is bf16 on GPUs and fp32 on CPUs.
+    """
+
+    scans: bool = False
+    max_tokens: int = MAX_TOKENS
+    dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be positive, got {self.max_tokens}")
+
+    def on(self, device: torch.device) -> Options:
+        """With "auto" resolved."""
+        auto: Dtype = "bf16" if device.type == "cuda" else "fp32"
+        return replace(self, dtype=auto if self.dtype == "auto" else self.dtype)
+
+
+def embed(
+    model: HLIPModel,
+    studies: Studies,
+    options: Options | None = None,
+    out: Path | None = None,
+    workers: int = 0,
+    among: Processes | None = None,
+) -> Embeddings | None:
+    """Embed all studies: rows of each study, then those of its scans; of each, one a head.
+
+    The batches follow from the studies and the options, and processes share the batches out: the number of processes
+    changes no bit. What cannot be read is left out; `facts["failed"]` holds (uid, reason) of each.
+
+    Args:
+        out: file to write, which several processes need. What is finished lies in `parts_of(out)` until all is: a job
+            that was broken off goes on from there, and one that `out` holds already is not done again.
+        workers: processes that read studies while the model runs; 0 reads in between.
+        among: the processes that share the job.
+
+    Returns:
+        The embeddings on the first process, None on the others.
+
+    Raises:
+        ValueError: no study could be embedded; or there are parts of another job.
+    """
+    options, among = (options or Options()).on(model.device), among or Processes()
+    if out is None and among.size > 1:
+        raise ValueError("several processes need a file to write to")
+    job = job_of(model, studies, options)
+    if out is not None and among.agree(_holds(out, job) if among.first else False):
+        if among.first:
+            tqdm.write(f"{out}: holds these embeddings already", file=sys.stderr)
+        return Embeddings.read(out) if among.first else None
+    batches = list(cut(range(len(studies.uids)), lambda i: _tokens(studies, i, options), options.max_tokens))
+    each = min(max(1, len(batches) // PARTS), LARGEST_PART)
+    units = [batches[first : first + each] for first in range(0, len(batches), each)]
+    with _Folder.opened(out and parts_of(out), job, len(units), among) as folder:
+        for number, part in _embedded(model, studies, options, units, folder, workers, among):
+            folder.write(number, part)
+        among.wait()
+        if not among.first:
+            return None
+        table = folder.joined(job, [*studies.lost])
+        if len(table) and out is not None:
+            write_whole(out, lambda file: table.write(file, out.suffix))
+        folder.remove()
+    if len(table) == 0:
+        failed = table.facts["failed"]
+        several = f"none of {len(failed)} studies could be embedded; the first: " if len(failed) > 1 else ""
+        raise ValueError(f"{several}{failed[0][1]}")
+    return table
+
+
+def parts_of(out: Path) -> Path:
+    """Where a job keeps what is finished."""
+    return out.with_name(f"{out.name}.parts")
+
+
+def _holds(out: Path, job: dict[str, Any]) -> bool:
+    try:
+        return out.exists() and Embeddings.read(out).facts.get("job") == job
+    except ValueError:
+        return False
+
+
+def job_of(model: HLIPModel, studies: Studies, options: Options) -> dict[str, Any]:
+    """What tells a job from others: hashes of what it reads, and its options."""
+    options = options.on(model.device)
+    return {
+        "model": model_digest(model),
+        "studies": studies.digest(),
+        "scans": options.scans,
+        "max_tokens": options.max_tokens,
+        "dtype": options.dtype,
+    }
+
+
+def model_digest(model: HLIPModel) -> str:
+    """A hash of the study encoder's architecture and weights."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "text"}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(model.visual.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _tokens(studies: Studies, i: int, options: Options) -> int:
+    """What study `i` takes of a batch: all of it, if its size is not known."""
+    return int(studies.tokens[i]) * (2 if options.scans else 1) or options.max_tokens
+
+
+@dataclass
+class _Loaded:
+    """A batch as read: more than one if it turned out larger than thought.
+
+    size: studies, those that failed included.
+    """
+
+    size: int
+    batches: list[tuple[TokenBatch, Rows]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> _Loaded:
+        return replace(self, batches=[(tokens.pin_memory(), rows) for tokens, rows in self.batches])
+
+
+class _Batches(Dataset):
+    """Batches of studies, read and planned."""
+
+    def __init__(self, studies: Studies, batches: Sequence[Sequence[int]], vision: VisionConfig, options: Options):
+        self.studies, self.batches, self.vision, self.options = studies, batches, vision, options
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> _Loaded:
+        loaded = _Loaded(len(self.batches[number]))
+        views: list[Study] = []
+        for i in self.batches[number]:
+            try:
+                study = self.studies.read(i)
+                if not self.studies.tokens[i]:
+                    pack([study], self.vision.patch_size)  # says so if it does not suit the model
+            except ImportError:
+                raise  # says what to install: no fault of the study
+            except Exception as error:  # damaged files can raise anything
+                loaded.failed.append((self.studies.uids[i], " ".join(str(error).split()) or type(error).__name__))
+                continue
+            views.append(Study(self.studies.uids[i], study.scans, [""]))
+            if self.options.scans:
+                names = study.names or [str(m) for m in range(len(study.scans))]
+                views += [
+                    Study(self.studies.uids[i], [scan], [name]) for scan, name in zip(study.scans, names, strict=True)
+                ]
+        for run in _runs(views, self.vision, self.options.max_tokens):
+            tokens = plan(pack(run, self.vision.patch_size), self.vision, training=False)
+            loaded.batches.append((tokens, [(view.uid, view.names[0]) for view in run]))
+        return loaded
+
+
+def _embedded(
+    model: HLIPModel,
+    studies: Studies,
+    options: Options,
+    units: Sequence[Sequence[Sequence[int]]],
+    folder: _Folder,
+    workers: int,
+    among: Processes,
+) -> Iterator[tuple[int, Embeddings]]:
+    """This process' share of the parts that are not there, one by one."""
+    missing = among.agree([number for number in range(len(units)) if number not in folder.finished])
+    cost = [sum(_tokens(studies, i, options) for batch in units[number] for i in batch) for number in missing]
+    mine = [missing[i] for i in _shares(cost, among.size)[among.rank]]
+    batches = [batch for number in mine for batch in units[number]]
+    loader = DataLoader(
+        _Batches(studies, batches, model.config.vision, options),
+        batch_size=None,
+        num_workers=min(workers, max(0, len(batches) - 1)),
+        pin_memory=model.device.type == "cuda",
+    )
+    whose = f" (process 0 of {among.size})" if among.size > 1 else ""
+    total, done = sum(map(len, batches)), sum(len(batch) for number in folder.finished for batch in units[number])
+    if among.first and done:
+        tqdm.write(f"going on: {done} of {len(studies.uids)} studies are there", file=sys.stderr)
+    bar = tqdm(total=total, desc=f"embedding{whose}", unit="study", disable=not among.first or total < 2 or None)
+    with bar, _evaluating(model, options):
+        read = iter(loader)
+        for number in mine:
+            rows: list[tuple[str, str, int]] = []
+            vectors: list[np.ndarray] = []
+            failed: list[tuple[str, str]] = []
+            for _ in units[number]:
+                loaded = _next(read)
+                failed += loaded.failed
+                for tokens, names in loaded.batches:
+                    _encode(model, tokens, names, rows, vectors, failed)
+                bar.update(loaded.size)
+            yield number, _table(rows, vectors, failed, model)
+
+
+def _next(read: Iterator[_Loaded]) -> _Loaded:
+    try:
+        return next(read)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a process that reads studies was ended ({error}): there may be too little memory") from error
+
+
+@contextlib.contextmanager
+def _evaluating(model: HLIPModel, options: Options) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    cast = torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
+    try:
+        with torch.no_grad(), cast:
+            yield
+    finally:
+        model.train(training)
+
+
+def _encode(
+    model: HLIPModel,
+    tokens: TokenBatch,
+    names: Rows,
+    rows: list[tuple[str, str, int]],
+    vectors: list[np.ndarray],
+    failed: list[tuple[str, str]],
+) -> None:
+    try:
+        embeddings = model.encode_image(tokens).float().cpu().numpy()
+    except torch.cuda.OutOfMemoryError as error:
+        if len(names) > 1:
+            raise ValueError(f"a batch of {tokens.layout.num_tokens} tokens does not fit: lower max_tokens") from error
+        failed.append((names[0][0], f"does not fit into the device's memory ({tokens.layout.num_tokens} tokens)"))
+        return
+    for (uid, scan), heads in zip(names, embeddings.reshape(len(names), -1, embeddings.shape[-1]), strict=True):
+        if not np.isfinite(heads).all():
+            failed.append((uid, f"the embedding of {f'scan {scan}' if scan else 'the study'} is not finite"))
+            continue
+        rows += [(uid, scan, head) for head in range(len(heads))]
+        vectors += [*heads]
+
+
+def _table(
+    rows: Sequence[tuple[str, str, int]],
+    vectors: Sequence[np.ndarray],
+    failed: Sequence[tuple[str, str]],
+    model: HLIPModel,
+) -> Embeddings:
+    return Embeddings(
+        np.array([uid for uid, _, _ in rows], dtype=str),
+        np.array([scan for _, scan, _ in rows], dtype=str),
+        np.array([head for _, _, head in rows], dtype=np.int8),
+        np.stack(vectors) if vectors else np.empty((0, model.config.embed_dim), dtype=np.float32),
+        {"failed": [list(each) for each in failed]},
+    )
+
+
+def _shares(cost: Sequence[float], count: int) -> list[list[int]]:
+    """Indices for each process, increasing: the costliest first, to the process that has least."""
+    members: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0.0, process) for process in range(count)]
+    for i in sorted(range(len(cost)), key=lambda i: -cost[i]):
+        load, process = heapq.heappop(heap)
+        members[process].append(i)
+        heapq.heappush(heap, (load + cost[i], process))
+    return [sorted(each) for each in members]
+
+
+class _Folder:
+    """Finished parts of a job: files, or in memory if there is no folder."""
+
+    def __init__(self, path: Path | None, count: int) -> None:
+        self.path, self.count = path, count
+        self.memory: dict[int, Embeddings] = {}
+        self.finished = {i for i in range(count) if path and self._file(i).exists()}
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, path: Path | None, job: dict[str, Any], count: int, among: Processes) -> Iterator[_Folder]:
+        """The folder, held by one run at a time. If the run fails before there is a part, the folder goes too.
+
+        Raises:
+            ValueError: held by another run, or of another job.
+        """
+        if path is None:
+            yield cls(None, count)
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if among.first:
+                stack.enter_context(_held(path))
+                _check_job(path / "job.json", job)
+            among.wait()
+            folder = cls(path, count)
+            try:
+                yield folder
+            finally:
+                if among.first and not any(folder._file(i).exists() for i in range(count)):
+                    folder.remove()
+
+    def _file(self, number: int) -> Path:
+        assert self.path is not None
+        return self.path / f"{number:06d}.npz"
+
+    def write(self, number: int, part: Embeddings) -> None:
+        if self.path is None:
+            self.memory[number] = part
+            return
+        write_whole(self._file(number), lambda file: part.write(file, ".npz"))
+
+    def joined(self, job: dict[str, Any], lost: list[tuple[str, str]]) -> Embeddings:
+        parts = [self.memory[i] if self.path is None else Embeddings.read(self._file(i)) for i in range(self.count)]
+        failed = [list(each) for each in lost] + [each for part in parts for each in part.facts["failed"]]
+        return replace(Embeddings.joined(parts), facts={"job": job, "failed": failed})
+
+    def remove(self) -> None:
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{path}: another run is at work here") from error
+        yield
+
+
+def _check_job(path: Path, job: dict[str, Any]) -> None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        write_whole(path, lambda file: file.write(json.dumps(job, indent=1).encode()))
+        return
+    except ValueError:
+        known = None
+    if known != job:
+        differ = [key for key in job if not isinstance(known, dict) or known.get(key) != job[key]]
+        raise ValueError(
+            f"{path.parent} holds parts of another job ({', '.join(differ)} differ): go on with that, remove the "
+            "folder, or choose another name to write to"
+        )

@@ -1,0 +1,169 @@
+"""Studies to embed, wherever they lie: in a store, in files, or on a study list.
+
+Shapes: N studies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..data.batch import Study
+from ..data.preprocess import Recipe
+from ..data.readers import ScanError
+from ..data.sources import Found, StudySource
+from ..data.store import Store
+from ..data.studies import load_study
+
+logger = logging.getLogger(__name__)
+
+
+class Studies(Protocol):
+    """Studies by index.
+
+    uids: (N), no two the same.
+    tokens: (N) int64 - patch tokens of each; zeros where only reading tells.
+    lost: uid and reason of studies that were found, and cannot be read.
+    """
+
+    uids: Sequence[str]
+    tokens: np.ndarray
+    lost: Sequence[tuple[str, str]]
+
+    def read(self, i: int) -> Study:
+        """Study `i`. Raises ScanError or ValueError if it cannot be used, and names the file."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of what `read` returns, or of all that it depends on."""
+        ...
+
+
+class StoreStudies:
+    """The studies of a store.
+
+    Args:
+        patch_size: (pd, ph, pw) voxels of the model that is to read them.
+
+    Raises:
+        ValueError: an empty store, one that is not finished, or scans that are no whole number of patches; names the
+            study.
+    """
+
+    lost: Sequence[tuple[str, str]] = ()
+
+    def __init__(self, store: Store, patch_size: Sequence[int]) -> None:
+        if not store.info:
+            raise ValueError(f"{store.path}: the store is not finished: run hlip prepare again to go on with it")
+        if len(store) == 0:
+            raise ValueError(f"{store.path}: the store holds no studies")
+        wrong = np.flatnonzero((store.shapes % np.array(patch_size)).any(1))
+        if len(wrong):
+            uid = store.uids[int(np.searchsorted(store.first, wrong[0], "right")) - 1]
+            raise ValueError(
+                f"{store.path}: study {uid} has a scan of {tuple(store.shapes[wrong[0]].tolist())} voxels, "
+                f"not a whole number of the model's patches of {tuple(patch_size)}"
+            )
+        self.store = store
+        self.uids: Sequence[str] = store.uids.tolist()
+        scan_tokens = (store.shapes.astype(np.int64) // np.array(patch_size)).prod(1)
+        self.tokens = np.add.reduceat(scan_tokens, store.first[:-1])
+
+    def read(self, i: int) -> Study:
+        return self.store.study(i)
+
+    def digest(self) -> str:
+        found = hashlib.sha256("\0".join(self.uids).encode())
+        checksums = self.store.manifest.column("crc32").values.to_numpy()
+        for array in (self.store.num_scans, self.store.shapes, checksums):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+
+class FileStudies:
+    """Studies in files.
+
+    Args:
+        groups: of each study, its folder or its files.
+    """
+
+    lost: Sequence[tuple[str, str]] = ()
+
+    def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe) -> None:
+        self.groups, self.recipe = groups, recipe
+        self.uids: Sequence[str] = [str(group if isinstance(group, Path) else min(group)) for group in groups]
+        self.tokens = np.zeros(len(groups), dtype=np.int64)
+
+    def read(self, i: int) -> Study:
+        return load_study(self.groups[i], self.recipe, uid=self.uids[i])
+
+    def digest(self) -> str:
+        return _digest(self.uids, (file for group in self.groups for file in _files(group)), self.recipe)
+
+
+class ListedStudies:
+    """What `find_studies` found.
+
+    Raises:
+        ValueError: no study can be used.
+    """
+
+    def __init__(self, found: Found, recipe: Recipe) -> None:
+        if not found.studies:
+            raise ValueError(
+                f"no study can be used: {found.rejected[0].reason if found.rejected else 'none is listed'}"
+            )
+        self.sources, self.recipe = found.studies, recipe
+        self.uids: Sequence[str] = [source.uid for source in found.studies]
+        self.tokens = np.zeros(len(found.studies), dtype=np.int64)
+        self.lost: Sequence[tuple[str, str]] = [(each.study, each.reason) for each in found.rejected if not each.scan]
+
+    def read(self, i: int) -> Study:
+        return prepare_study(self.sources[i], self.recipe)
+
+    def digest(self) -> str:
+        files = (file for source in self.sources for scan in source.scans for file in scan.files)
+        return _digest(self.uids, files, self.recipe)
+
+
+def prepare_study(source: StudySource, recipe: Recipe) -> Study:
+    """The study without those of its scans that cannot be used, of which a warning tells.
+
+    Raises:
+        ScanError: no scan can be used; that of the last.
+    """
+    study = Study(source.uid, [], [], source.impression, source.findings)
+    for scan in source.scans:
+        try:
+            for image in recipe.prepare(scan):
+                study.scans.append(image.image)
+                study.names.append(image.name_in_study(scan))
+        except ScanError as error:
+            if scan is source.scans[-1] and not study.scans:
+                raise
+            logger.warning("left out a scan: %s", error)
+    return study
+
+
+def _files(group: Path | list[Path]) -> Iterator[Path]:
+    if isinstance(group, list):
+        yield from group
+    elif group.is_dir():
+        yield from sorted(path for path in group.rglob("*") if path.is_file())
+
+
+def _digest(uids: Sequence[str], files: Iterator[Path], recipe: Recipe) -> str:
+    """Of names, sizes and times, as reading every file first would take as long as the job."""
+    found = hashlib.sha256("\0".join([recipe.hash, *uids]).encode())
+    for file in files:
+        try:
+            known = file.stat()
+            found.update(f"\0{file}\0{known.st_size}\0{known.st_mtime_ns}".encode())
+        except OSError:
+            found.update(f"\0{file}".encode())
+    return found.hexdigest()
