@@ -1,59 +1,134 @@
-"""Label tables, and figures of merit by scikit-learn."""
+"""Label tables, and figures of merit by scikit-learn.
+
+Shapes: N studies, K classes. Labels are 0, 1, or -1 where a label is missing.
+"""
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
+from ..data.tables import Table
+
+MISSING = -1
+CUTS = np.linspace(0, 1, 100)  # where a threshold on probabilities is looked for
+AT_THRESHOLD = ("balanced_accuracy", "weighted_f1", "precision", "recall")
 
 
 def read_labels(path: Path | str, classes: Sequence[str]) -> dict[str, np.ndarray]:
     """Read a CSV of 0 and 1: a column with the study's uid (`study`, `study_uid` or `VolumeName`), one per class.
 
+    An empty cell, and -1, is a missing label. As in `hlip prepare`, of `VolumeName` the study is what comes before the
+    scan's number.
+
     Returns:
         uid to (K) int64.
 
     Raises:
-        ValueError: not such a file; names it, and the row.
+        ValueError: not such a file; names it, and the study.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
-            missing = [name for name in classes if name not in columns]
-            if uid_column is None or missing:
-                raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}, and {missing or 'the classes'}")
-            labels = {}
-            for line, row in enumerate(reader, 2):
-                values = [row[name] for name in classes]
-                if any(value not in ("0", "1", "0.0", "1.0") for value in values):
-                    raise ValueError(f"line {line}: labels must be 0 or 1, got {values}")
-                if row[uid_column] in labels:
-                    raise ValueError(f"line {line}: study {row[uid_column]} occurs twice")
-                labels[row[uid_column]] = np.array([int(float(value)) for value in values])
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        table = Table.read(path)
+        if absent := [name for name in classes if name not in table.columns]:
+            raise ValueError(f"it has no column {', '.join(dict.fromkeys(absent))}")
+        rows = table.by_study(lambda row: tuple(row[name].strip() for name in classes), "labels")
+        return {uid: np.array([_label(cell, uid) for cell in cells], dtype=np.int64) for uid, cells in rows.items()}
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable label table ({error})") from error
-    return labels
+
+
+def _label(cell: str, uid: str) -> int:
+    try:
+        value = float(cell) if cell else MISSING
+    except ValueError:
+        value = math.nan
+    if value not in (0, 1, MISSING):
+        raise ValueError(f"study {uid}: labels must be 0, 1, or -1 or empty where missing, got {cell!r}")
+    return int(value)
+
+
+def check_scores(labels: np.ndarray, scores: np.ndarray, uids: Sequence[str] | None = None) -> None:
+    """Raises ValueError where labels and scores do not belong together, or a score is no number; names the study."""
+    if labels.shape != scores.shape or labels.ndim != 2:
+        raise ValueError(f"labels of shape {labels.shape} and scores of shape {scores.shape}: expected (N, K) both")
+    if not np.isin(labels, (0, 1, MISSING)).all():
+        raise ValueError(f"labels must be 0, 1 or -1, got {np.unique(labels).tolist()[:9]}")
+    if np.isnan(scores).any():
+        row, column = (int(i) for i in np.argwhere(np.isnan(scores))[0])
+        raise ValueError(f"study {row if uids is None else uids[row]}: the score of class {column} is not a number")
+
+
+def class_aucs(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each class over the studies that have its label: (K) float64.
+
+    Not-a-number for a class without a positive or without a negative study.
+
+    Args:
+        labels, scores: (N, K); scores are larger for the class, in any unit.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    check_scores(labels, scores)
+    aucs = np.full(labels.shape[1], np.nan)
+    for k in np.flatnonzero(scorable(labels)):
+        known = labels[:, k] != MISSING
+        aucs[k] = roc_auc_score(labels[known, k], scores[known, k])
+    return aucs
+
+
+def scorable(labels: np.ndarray) -> np.ndarray:
+    """Whether there are both positives and negatives of each class: (K) bool."""
+    return (labels == 1).any(0) & (labels == 0).any(0)
 
 
 def macro_auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve, one class against the rest, averaged over the classes.
 
     Args:
-        labels: (N, K) of 0 and 1; every class must occur and not everywhere.
+        labels: (N, K); of every class there must be positives and negatives.
         scores: (N, K), larger for the class.
 
     Raises:
-        ValueError: a class without a positive or without a negative study.
+        ValueError: a class without a positive or without a negative study; a score that is not a number.
     """
-    from sklearn.metrics import roc_auc_score
+    aucs = class_aucs(labels, scores)
+    if np.isnan(aucs).any():
+        counts = (labels == 1).sum(0).tolist()
+        raise ValueError(f"AUC needs positives and negatives of every class; positives are {counts}")
+    return float(aucs.mean())
 
-    counts = labels.sum(0)
-    if ((counts == 0) | (counts == len(labels))).any():
-        raise ValueError(f"AUC needs positives and negatives of every class; positives are {counts.tolist()}")
-    return float(roc_auc_score(labels, scores, average="macro"))
+
+def roc_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Of 100 cut points from 0 to 1, that whose point of the ROC curve is nearest to (0, 1); the lowest of equals.
+
+    Args:
+        labels: (n) of 0 and 1, both there.
+        scores: (n) probabilities; above the cut is positive.
+    """
+    above = scores[:, None] > CUTS
+    missed, alarms = 1 - above[labels == 1].mean(0), above[labels == 0].mean(0)
+    return float(CUTS[np.argmin(missed**2 + alarms**2)])
+
+
+def at_threshold(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """`AT_THRESHOLD` of one class, where scores above the threshold are positive.
+
+    Weighted F1 is the mean of the F1 of positives and that of negatives, weighted by how many there are; precision,
+    recall and F1 are 0 where nothing is positive.
+
+    Args:
+        labels: (n) of 0 and 1.
+        scores: (n).
+    """
+    from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
+
+    found = (scores > threshold).astype(int)
+    return {
+        "balanced_accuracy": float(balanced_accuracy_score(labels, found)),
+        "weighted_f1": float(f1_score(labels, found, average="weighted", zero_division=0)),
+        "precision": float(precision_score(labels, found, zero_division=0)),
+        "recall": float(recall_score(labels, found, zero_division=0)),
+    }

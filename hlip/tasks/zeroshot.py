@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import yaml
@@ -19,6 +20,19 @@ from ..model.clip import HLIPModel
 from .embed import embed_studies
 
 DEFAULT_TEMPLATE = "This MRI study shows: {}."
+
+
+class TextEncoder(Protocol):
+    """What prompts need of a model."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The logarithm of the inverse temperature."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(N, E), of unit length."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,12 +73,27 @@ def _words(value: object) -> list[str]:
     return words
 
 
+def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:
+    """Raises ValueError where a text is longer than what the model's text tower reads; names it and the counts."""
+    if not isinstance(model, HLIPModel) or not texts:
+        return
+    most = model.config.text.context_length
+    for text, tokens in zip(texts, model.text.tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
+        if len(tokens) > most:
+            raise ValueError(f"prompt {text!r} has {len(tokens)} tokens, the model's text tower reads {most}")
+
+
 @torch.no_grad()
 def zeroshot_classifier(model: HLIPModel, prompts: Prompts) -> Tensor:
-    """(K, E): for every class the normalised mean over the embeddings of its names in all templates."""
+    """(K, E): for every class the normalised mean over the embeddings of its names in all templates.
+
+    Raises:
+        ValueError: a prompt that is too long for the text tower.
+    """
     weights = []
     for names in prompts.classes.values():
         texts = [template.replace("{}", name) for name in names for template in prompts.templates]
+        check_lengths(model, texts)
         weights.append(F.normalize(model.encode_text(texts).mean(0), dim=0))
     return torch.stack(weights)
 

@@ -1,0 +1,135 @@
+"""`hlip eval`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.store import Store
+from ..model.clip import HLIPModel
+from ..tasks.bootstrap import DRAWS
+from ..tasks.embed import model_digest
+from ..tasks.embeddings import Embeddings
+from ..tasks.evaluate import check_join, check_prompts, evaluate, store_labels
+from ..tasks.metrics import read_labels
+from ..tasks.processes import Processes, processes
+from ..tasks.report import MARKDOWN, METRICS, PLOT, SCORES, TABLE, aligned, class_rows, table_rows, write_evaluation
+from ..tasks.task import Task, list_tasks, load_task
+from .shared import add_embedding, add_model, embed_to, load_model, open_studies, report_failed
+
+EPILOG = f"""files in OUT:
+  {SCORES}     a row a study: each class' probability (of some tasks: likeness to the prompt) and label
+  {METRICS}   all figures with 95% intervals by drawing studies, numbers of labels, what was left out
+  {TABLE}, {MARKDOWN.replace("table", "")[1:]}  the table that is printed: this run beside published figures, in percent
+  {PLOT}       ROC curves, or the confusion matrix
+  embeddings.npz of the studies, which another task can read (--embeddings)
+
+A task of your own is a YAML file:
+  kind: multi-class                      # or pairs, or similarity
+  classes:
+    normal: no significant abnormality   # of pairs: {{positive: Emphysema, negative: Not emphysema}}
+    glioma: [glioma, infiltrating glial tumor]
+  templates: ["This MRI study shows: {{}}."]
+  columns: {{glioma: GLIOMA}}              # in the label table, where it is not the class' name
+and a CSV with a column `study`, and one for each class: 0, 1, or -1 or empty where it is not known.
+
+Under torchrun processes share the work, and change no figure. Exit status as of `hlip embed`."""
+
+
+def add(commands: Any) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="evaluate a model zero-shot on a benchmark or a task of your own",
+        description="Embed studies, compare them with a task's prompts, and compare what comes out with labels. "
+        "Whatever ends the job, the same command goes on where it stopped.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="STORE", help="store, or study list (.json, .csv)")
+    source.add_argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model")
+    command.add_argument("--labels", type=Path, metavar="FILE.csv", help="label table (default: the store's labels)")
+    command.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write")
+    command.add_argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
+    command.add_argument(
+        "--allow_unmatched",
+        action="store_true",
+        help="leave out studies without labels and labels without a study, instead of stopping",
+    )
+    command.add_argument(
+        "--draws", type=int, default=DRAWS, metavar="N", help="of studies, for intervals (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    add_model(command)
+    add_embedding(command)
+    command.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    for name, extra in (("sklearn", "eval"), ("matplotlib", "viz")):  # said now, not after hours
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"hlip eval needs {name}: pip install 'hlip-kernels[{extra}]'") from error
+    if args.draws < 1:
+        raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
+    task = load_task(args.task)
+    labels = _labels(args, task)
+    with processes() as among:
+        model = load_model(args)
+        check_prompts(task, model, args.templates)
+        table = _embeddings(args, model, labels, among)
+    if table is None:
+        return 0
+    found = evaluate(task, table, labels, model, args.templates, args.allow_unmatched, args.draws, args.seed)
+    facts = {
+        "model": args.model,
+        "data": str(args.data or args.embeddings),
+        "labels": None if args.labels is None else str(args.labels),
+        "templates": args.templates or next(iter(task.templates)),
+        "draws": args.draws,
+        "seed": args.seed,
+        "left_out": table.facts.get("failed", []),
+    }
+    write_evaluation(found, args.out, facts)
+    print(f"{task.name}: {len(found.uids)} studies; percent, with 95% intervals")
+    print(aligned([list(column) for column in zip(*table_rows(found), strict=True)]))
+    if len(rows := class_rows(found)) > 1 and len(rows[0]) > 3:
+        print(f"\n{aligned(rows)}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
+    return report_failed(table, "eval")
+
+
+def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
+    if args.labels is not None:
+        return read_labels(args.labels, list(task.columns.values()))
+    if args.data is None or not (args.data / "shards").is_dir():
+        raise ValueError(f"--labels is needed: {args.data or args.embeddings} is no store, which could have labels")
+    return store_labels(Store(args.data), task)
+
+
+def _embeddings(
+    args: argparse.Namespace, model: HLIPModel, labels: Mapping[str, np.ndarray], among: Processes
+) -> Embeddings | None:
+    """Of the studies; None on all processes but the first."""
+    if args.embeddings is not None:
+        if not among.first:
+            return None
+        table = Embeddings.read(args.embeddings)
+        made_by = table.facts.get("job", {}).get("model")
+        if made_by is not None and made_by != model_digest(model):
+            raise ValueError(f"{args.embeddings}: made by another model than {args.model}")
+        return table
+    if args.data.is_dir() and not (args.data / "shards").is_dir():
+        raise ValueError(f"{args.data}: expected a store, or a study list (.json, .csv)")
+    studies = open_studies([args.data], model)
+    check_join(list(studies.uids), labels, args.allow_unmatched)  # what does not join is said now
+    return embed_to(args.out / "embeddings.npz", model, studies, args, False, among)

@@ -1,0 +1,106 @@
+"""Confidence intervals, by drawing studies with replacement.
+
+A draw is how often it has each study: figures of many draws are products of matrices, not loops over them. Each
+function gives what `metrics` would for every draw, which the tests check.
+
+Shapes: N studies, D draws, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .metrics import CUTS
+
+DRAWS = 1000
+LEVEL = 0.95
+CHUNK = 2**22  # numbers of a matrix of draws
+
+
+def draw(num_studies: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """(d, N) float64 of how often each study occurs in a draw of N, until there are D of them."""
+    random = np.random.default_rng(seed)
+    size = max(1, CHUNK // num_studies)
+    for first in range(0, draws, size):
+        count = min(size, draws - first)
+        chosen = random.integers(num_studies, size=(count, num_studies))
+        flat = (chosen + np.arange(count)[:, None] * num_studies).ravel()
+        yield np.bincount(flat, minlength=count * num_studies).reshape(count, num_studies).astype(np.float64)
+
+
+def auc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of one class in each draw: (D); not-a-number without positives or negatives.
+
+    Args:
+        labels: (N) of 0, 1 and -1.
+        scores: (N).
+        counts: (D, N).
+    """
+    order = np.argsort(scores, kind="stable")
+    order = order[labels[order] >= 0]
+    if len(order) == 0:
+        return np.full(len(counts), np.nan)
+    ordered = scores[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))  # of runs of equal scores
+    drawn = counts[:, order]
+    positive = np.add.reduceat(drawn * (labels[order] == 1), starts, axis=1)
+    negative = np.add.reduceat(drawn * (labels[order] == 0), starts, axis=1)
+    below = np.cumsum(negative, axis=1) - negative / 2  # an equal score counts half
+    with np.errstate(invalid="ignore"):
+        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def at_threshold(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """What `metrics.at_threshold` gives for each draw, at the draw's own `metrics.roc_threshold`: (D) each.
+
+    Args:
+        labels: (N) of 0, 1 and -1.
+        scores: (N) probabilities.
+        counts: (D, N).
+    """
+    above = (scores[:, None] > CUTS).astype(np.float64)
+    positive, negative = counts[:, labels == 1], counts[:, labels == 0]
+    hits, alarms = positive @ above[labels == 1], negative @ above[labels == 0]
+    p, n = positive.sum(1), negative.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        distance = (1 - hits / p[:, None]) ** 2 + (alarms / n[:, None]) ** 2
+        best = np.argmin(np.where(np.isnan(distance), np.inf, distance), axis=1)
+        rows = np.arange(len(counts))
+        tp, fp = hits[rows, best], alarms[rows, best]
+        fn, tn = p - tp, n - fp
+        f1_of_positives, f1_of_negatives = 2 * tp / (2 * tp + fp + fn), 2 * tn / (2 * tn + fp + fn)
+        found = {
+            "balanced_accuracy": (tp / p + tn / n) / 2,
+            "weighted_f1": (p * f1_of_positives + n * f1_of_negatives) / (p + n),
+            "precision": np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 0.0),
+            "recall": tp / p,
+        }
+    return {name: np.where((p > 0) & (n > 0), values, np.nan) for name, values in found.items()}
+
+
+def balanced_accuracy(true: np.ndarray, found: np.ndarray, classes: int, counts: np.ndarray) -> np.ndarray:
+    """The mean over the classes of the share of its studies that are found, in each draw: (D).
+
+    Not-a-number where a class is not drawn.
+
+    Args:
+        true, found: (N) int64 - a study's class; -1 leaves it out.
+        counts: (D, N).
+    """
+    recalls = []
+    for k in range(classes):
+        of_class = true == k
+        with np.errstate(invalid="ignore"):
+            recalls.append(counts[:, of_class] @ (found[of_class] == k) / counts[:, of_class].sum(1))
+    return np.mean(recalls, axis=0)
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """The middle part of the draws (D) that have a value; None if none has."""
+    known = values[~np.isnan(values)]
+    if len(known) == 0:
+        return None
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

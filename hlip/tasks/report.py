@@ -1,0 +1,167 @@
+"""What an evaluation leaves: scores, metrics, a table beside published figures, and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from .evaluate import Evaluation
+from .metrics import MISSING
+from .output import write_whole
+
+SCORES, METRICS, TABLE, MARKDOWN, PLOT = "scores.csv", "metrics.json", "table.csv", "table.md", "plot.png"
+OURS = "this run"
+
+
+def write_evaluation(found: Evaluation, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the five files into `folder`.
+
+    scores.csv: a row a study: `study`, each class' score, and each class' label as `CLASS_label`, empty if missing.
+    metrics.json: `facts`, metrics by result key (null where labels allow none), their intervals, classes, notes.
+    table.csv, table.md: the task's own figures in percent, beside published ones.
+    plot.png: ROC curves, or a confusion matrix.
+    """
+    rows = table_rows(found)
+    files = {
+        SCORES: _scores(found),
+        METRICS: json.dumps({**facts, **summary(found)}, indent=1, allow_nan=False) + "\n",
+        TABLE: _csv(rows),
+        MARKDOWN: markdown(rows, found),
+    }
+    for name, text in files.items():
+        write_whole(folder / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    write_whole(folder / PLOT, lambda file: draw(found, file))
+
+
+def summary(found: Evaluation) -> dict[str, Any]:
+    """Plain values of all but the scores."""
+    classes = {
+        name: {
+            "positives": int((found.labels[:, k] == 1).sum()),
+            "negatives": int((found.labels[:, k] == 0).sum()),
+            "missing": int((found.labels[:, k] == MISSING).sum()),
+            **({"threshold": found.thresholds[name]} if name in found.thresholds else {}),
+        }
+        for k, name in enumerate(found.task.classes)
+    }
+    return {
+        "task": found.task.name,
+        "studies": len(found.uids),
+        "metrics": {key: None if math.isnan(value) else value for key, value in found.metrics.items()},
+        "intervals": {key: None if each is None else list(each) for key, each in found.intervals.items()},
+        "classes": classes,
+        "notes": found.notes,
+    }
+
+
+def table_rows(found: Evaluation) -> list[list[str]]:
+    """Header, this run with its intervals, and published rows, in percent."""
+    keys = found.task.headline
+    rows = [["", *keys], [OURS, *(_percent(found, key) for key in keys)]]
+    published = found.task.published
+    for name, values in published.rows.items():
+        known = dict(zip(published.columns, values, strict=True))
+        figures = [known.get(key) for key in keys]
+        rows.append([name, *("" if value is None else f"{value:.1f}" for value in figures)])
+    return rows
+
+
+def class_rows(found: Evaluation) -> list[list[str]]:
+    """Header, and a row a class: its numbers of studies and its figures, in percent."""
+    keys = [name for name in found.task.metrics if f"{found.task.classes[0]}_{name}" in found.metrics]
+    rows = [["", "positives", "negatives", *keys]]
+    for name, counts in summary(found)["classes"].items():
+        figures = [_percent(found, f"{name}_{key}") for key in keys]
+        rows.append([name, str(counts["positives"]), str(counts["negatives"]), *figures])
+    return rows
+
+
+def _percent(found: Evaluation, key: str) -> str:
+    value, interval = found.metrics[key], found.intervals[key]
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")
+
+
+def markdown(rows: Sequence[Sequence[str]], found: Evaluation) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    source = f" Other rows: {found.task.published.source}." if found.task.published.rows else ""
+    text = f"Task {found.task.name}, {len(found.uids)} studies; in percent, with 95% intervals.{source}"
+    return "\n".join([*lines, "", text, *(f"- {note}" for note in found.notes)]) + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns of text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _scores(found: Evaluation) -> str:
+    classes = found.task.classes
+    rows: list[list[Any]] = [["study", *classes, *(f"{name}_label" for name in classes)]]
+    for uid, scores, labels in zip(found.uids, found.scores.tolist(), found.labels.tolist(), strict=True):
+        rows.append([uid, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def draw(found: Evaluation, file: IO[bytes]) -> None:
+    """A PNG: ROC curves of the classes, or of a multi-class task the confusion matrix."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if found.task.kind == "multi-class":
+        _confusion(found, figure, axes)
+    else:
+        _roc_curves(found, figure, axes)
+    figure.savefig(file, format="png", dpi=120)
+
+
+def _roc_curves(found: Evaluation, figure: Any, axes: Any) -> None:
+    from sklearn.metrics import roc_curve
+
+    for k, name in enumerate(found.task.classes):
+        known = found.labels[:, k] != MISSING
+        auc = found.metrics.get(f"{name}_auc", math.nan)
+        if math.isnan(auc):
+            continue
+        alarms, hits, _ = roc_curve(found.labels[known, k], found.scores[known, k])
+        style = ("-", "--", ":")[k // 10 % 3]
+        axes.plot(alarms, hits, style, color=f"C{k % 10}", linewidth=1.2, label=f"{name} {100 * auc:.1f}")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{found.task.name}: AUC in percent")
+    axes.set_aspect("equal")
+    figure.legend(loc="outside right upper", fontsize="small")
+
+
+def _confusion(found: Evaluation, figure: Any, axes: Any) -> None:
+    true, guess = found.labels.argmax(1), found.scores.argmax(1)
+    size = len(found.task.classes)
+    table = np.bincount(true * size + guess, minlength=size * size).reshape(size, size)
+    share = table / np.maximum(1, table.sum(1, keepdims=True))
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i in range(size):
+        for j in range(size):
+            axes.text(j, i, str(table[i, j]), ha="center", va="center", color="white" if share[i, j] > 0.6 else "black")
+    axes.set_xticks(range(size), found.task.classes, rotation=40, ha="right")
+    axes.set_yticks(range(size), found.task.classes)
+    axes.set(xlabel="likeliest class", ylabel="true class", title=f"{found.task.name}: studies")
+    figure.colorbar(image, label="share of the true class")

@@ -1,0 +1,246 @@
+"""Zero-shot tasks as data: classes, prompts, label columns, metrics, and what was published.
+
+`benchmarks/*.yaml` are the tasks that come with the package; a file of the user's own has the same fields:
+
+    kind: multi-class        one class a study: softmax over the classes (the default);
+          pairs              any number of classes: softmax of each class' positive and negative prompt; or
+          similarity         the same, by the likeness to one prompt, which ranks studies and is no probability
+    classes                  class: prompt or list of prompts; of pairs {positive: ..., negative: ...}
+    templates                sentences with {} for the prompt; or name: sentences, of which --templates chooses, and
+                             where sentences may differ by the class' group, {group: sentences}
+    groups                   class: group
+    columns                  class: its column in the label table, if it is not the class' name; null leaves it out
+    metrics                  auc, and of pairs balanced_accuracy, weighted_f1, precision, recall; of multi-class
+                             auc and balanced_accuracy
+    subtasks                 name: classes, of multi-class: only their studies, and softmax over them alone
+    published                source, columns (result keys), and rows: name: percentages
+    like                     the name of a task that comes with the package, whose fields are taken where this has none
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from .metrics import AT_THRESHOLD
+
+FOLDER = Path(__file__).with_name("benchmarks")
+Kind = Literal["multi-class", "pairs", "similarity"]
+METRICS: dict[str, tuple[str, ...]] = {
+    "multi-class": ("balanced_accuracy", "auc"),
+    "pairs": ("auc", *AT_THRESHOLD),
+    "similarity": ("auc",),
+}
+TEMPLATE = "This study shows: {}."
+ALL = ""  # the group of a class without one
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures of others, in percent; None where there is none. columns: result keys."""
+
+    source: str = ""
+    columns: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A zero-shot task; see the module's docstring.
+
+    positive, negative: prompts of each class; `negative` is empty unless the kind is "pairs".
+    templates: by name, by group.
+    columns: of each class.
+    subtasks: name to classes; of multi-class only.
+    """
+
+    name: str
+    kind: Kind
+    positive: Mapping[str, tuple[str, ...]]
+    negative: Mapping[str, tuple[str, ...]]
+    templates: Mapping[str, Mapping[str, tuple[str, ...]]]
+    groups: Mapping[str, str]
+    columns: Mapping[str, str]
+    metrics: tuple[str, ...]
+    subtasks: Mapping[str, tuple[str, ...]]
+    published: Published
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.positive)
+
+    @property
+    def headline(self) -> list[str]:
+        """Result keys of the whole task, in the order of the table."""
+        if self.kind != "multi-class":
+            return ["macro_auc" if name == "auc" else name for name in self.metrics]
+        keys = [f"{name}_balanced_accuracy" for name in self.subtasks] or ["balanced_accuracy"]
+        keys = keys if "balanced_accuracy" in self.metrics else []
+        return keys + (["macro_auc"] if "auc" in self.metrics else [])
+
+    def sentences(self, prompts: Mapping[str, Sequence[str]], choice: str | None = None) -> dict[str, list[str]]:
+        """Every class' prompts in its templates.
+
+        Args:
+            prompts: `positive` or `negative`.
+            choice: which templates; the first if None.
+
+        Raises:
+            ValueError: no such templates.
+        """
+        choice = next(iter(self.templates)) if choice is None else choice
+        if choice not in self.templates:
+            raise ValueError(f"task {self.name} has no templates {choice!r}: there are {', '.join(self.templates)}")
+        chosen = self.templates[choice]
+        return {
+            name: [
+                template.replace("{}", prompt)
+                for prompt in words
+                for template in (chosen[ALL] if ALL in chosen else chosen[self.groups[name]])
+            ]
+            for name, words in prompts.items()
+        }
+
+
+def list_tasks() -> list[str]:
+    """The tasks that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_task(name: Path | str) -> Task:
+    """A task of the package by its name, or of a YAML file.
+
+    Raises:
+        ValueError: no such task; or a field that is missing, unknown or wrong: names file and field.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in list_tasks():
+            close = difflib.get_close_matches(str(name), list_tasks(), n=2, cutoff=0.4)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ValueError(f"unknown task {str(name)!r}; {hint}There are {', '.join(list_tasks())}, or FILE.yaml")
+        path = FOLDER / f"{name}.yaml"
+    try:
+        return _build(path.stem, _read(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable task ({error})") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("expected fields, such as `classes`")
+    if "like" in content:
+        like = content.pop("like")
+        if like not in list_tasks():
+            raise ValueError(f"like: no task {like!r} comes with the package")
+        return {**_read(FOLDER / f"{like}.yaml"), **content}
+    return content
+
+
+def _build(name: str, content: dict[str, Any]) -> Task:
+    known = {"kind", "classes", "templates", "groups", "columns", "metrics", "subtasks", "published"}
+    if unknown := sorted(str(key) for key in content.keys() - known):
+        raise ValueError(f"unknown fields {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    kind = content.get("kind", "multi-class")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind: expected {', '.join(get_args(Kind))}, got {kind!r}")
+    given = _mapping(content.get("classes"), "classes")
+    columns = {each: each for each in given} | _within(content.get("columns", {}), given, "columns")
+    if wrong := [each for each, column in columns.items() if column is not None and not isinstance(column, str)]:
+        raise ValueError(f"columns: expected a name or null for {wrong[0]}, got {columns[wrong[0]]!r}")
+    classes = {each: words for each, words in given.items() if columns[each] is not None}
+    if len(classes) < (2 if kind == "multi-class" else 1):
+        raise ValueError(f"classes: too few ({len(classes)} with a column) for a task of kind {kind}")
+    if kind == "pairs":
+        pairs = {each: _mapping(words, f"classes: {each}") for each, words in classes.items()}
+        if wrong := [each for each, pair in pairs.items() if set(pair) != {"positive", "negative"}]:
+            raise ValueError(f"classes: {wrong[0]}: expected the prompts `positive` and `negative`")
+        positive = {each: _texts(pair["positive"], f"classes: {each}") for each, pair in pairs.items()}
+        negative = {each: _texts(pair["negative"], f"classes: {each}") for each, pair in pairs.items()}
+    else:
+        positive = {each: _texts(words, f"classes: {each}") for each, words in classes.items()}
+        negative = {}
+    groups = {each: str(group) for each, group in _within(content.get("groups", {}), given, "groups").items()}
+    metrics = _texts(content.get("metrics", list(METRICS[kind][:1])), "metrics")
+    if wrong := [metric for metric in metrics if metric not in METRICS[kind]]:
+        raise ValueError(f"metrics: {wrong[0]!r} is none of kind {kind}: there are {', '.join(METRICS[kind])}")
+    return Task(
+        name,
+        kind,
+        positive,
+        negative,
+        _templates(content.get("templates", TEMPLATE), classes, groups),
+        groups,
+        {each: columns[each] for each in classes},
+        metrics,
+        _subtasks(content.get("subtasks", {}), classes, kind),
+        _published(content.get("published")),
+    )
+
+
+def _templates(
+    value: Any, classes: Mapping[str, Any], groups: Mapping[str, str]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    sets = value if isinstance(value, dict) else {"default": value}
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, given in _mapping(sets, "templates").items():
+        by_group = given if isinstance(given, dict) else {ALL: given}
+        found[name] = {str(group): _texts(texts, f"templates: {name}") for group, texts in by_group.items()}
+        wrong = [text for texts in found[name].values() for text in texts if text.count("{}") != 1]
+        if wrong:
+            raise ValueError(f"templates: {name}: expected exactly one {{}} in {wrong[0]!r}")
+        lacking = [each for each in classes if ALL not in found[name] and groups.get(each) not in found[name]]
+        if lacking:
+            raise ValueError(f"templates: {name}: none for the group {groups.get(lacking[0])!r} of {lacking[0]}")
+    return found
+
+
+def _subtasks(value: Any, classes: Mapping[str, Any], kind: Kind) -> dict[str, tuple[str, ...]]:
+    if value and kind != "multi-class":
+        raise ValueError("subtasks: only a multi-class task has them")
+    found = {str(name): _texts(members, f"subtasks: {name}") for name, members in (value or {}).items()}
+    for name, members in found.items():
+        if len(members) < 2 or len(set(members)) < len(members) or not classes.keys() >= set(members):
+            raise ValueError(f"subtasks: {name}: expected at least two of the classes, got {list(members)}")
+    return found
+
+
+def _published(value: Any) -> Published:
+    if value is None:
+        return Published()
+    content = _mapping(value, "published")
+    columns, rows = (
+        _texts(content.get("columns"), "published: columns"),
+        _mapping(content.get("rows"), "published: rows"),
+    )
+    for name, row in rows.items():
+        numbers = isinstance(row, list) and all(x is None or type(x) in (int, float) for x in row)
+        if not numbers or len(row) != len(columns):
+            raise ValueError(f"published: {name}: expected {len(columns)} numbers or nulls, got {row!r}")
+    return Published(str(content.get("source", "")), columns, {name: tuple(row) for name, row in rows.items()})
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{where}: expected names with values, got {value!r}")
+    return {str(key): each for key, each in value.items()}
+
+
+def _within(value: Any, classes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found = _mapping(value, where) if value else {}
+    if unknown := [each for each in found if each not in classes]:
+        raise ValueError(f"{where}: there is no class {unknown[0]!r}")
+    return found
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{where}: expected a text or a list of texts, got {value!r}")
+    return tuple(texts)
