@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +9,6 @@ from torch.nn import functional as F
 import hlip
 from conftest import random_study
 from hlip.tasks.embed import embed_studies
-from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot, zeroshot_classifier
 
 PROMPTS = Prompts({"stroke": ["stroke", "infarct"], "tumor": ["mass"]}, ("{}.", "This shows {}."))
@@ -78,29 +76,8 @@ def test_prompt_files(tmp_path: Path) -> None:
         Prompts.read(tmp_path / "missing.yaml")
 
 
-def test_label_tables(tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text("\ufeffstudy_uid,b,a\nu1,1,0\nu2,0.0,1.0\n")
-    labels = read_labels(path, ["a", "b"])
-    assert {uid: row.tolist() for uid, row in labels.items()} == {"u1": [0, 1], "u2": [1, 0]}
-    for text, reason in [
-        ("x,a\nu,1", "needs a column"),
-        ("study,a\nu,1", "b"),
-        ("study,a,b\nu,1,2", "line 2"),
-        ("study,a,b\nu,1,0\nu,0,1", "line 3: study u occurs twice"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=rf"labels.csv: not a readable label table.*{reason}"):
-            read_labels(path, ["a", "b"])
-
-
-def test_macro_auc() -> None:
-    labels = np.array([[1, 0], [0, 1], [0, 1], [1, 0]])
-    scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.3], [0.5, 0.5]])
-    by_hand = []  # the share of pairs in which the positive study has the larger score
-    for k in range(2):
-        pairs = [(p, n) for p in scores[labels[:, k] == 1, k] for n in scores[labels[:, k] == 0, k]]
-        by_hand.append(np.mean([(p > n) + 0.5 * (p == n) for p, n in pairs]))
-    assert macro_auc(labels, scores) == pytest.approx(np.mean(by_hand))
-    with pytest.raises(ValueError, match="positives and negatives"):
-        macro_auc(np.ones((4, 2)), scores)
+def test_a_prompt_that_is_too_long_is_named(tiny_model: hlip.HLIPModel) -> None:
+    fits = "word " * (tiny_model.config.text.context_length - 2)  # beside the first and the last token
+    zeroshot_classifier(tiny_model, Prompts({"a": [fits], "b": ["x"]}, ("{}",)))
+    with pytest.raises(ValueError, match=r"prompt 'word word .*' has 33 tokens, the model's text tower reads 32"):
+        zeroshot_classifier(tiny_model, Prompts({"a": [fits + "word"], "b": ["x"]}, ("{}",)))

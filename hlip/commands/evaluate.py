@@ -80,6 +80,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.draws < 1:
         raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
     task = load_task(args.task)
+    task.sentences(task.positive, args.templates)  # says so if there are no such templates
     labels = _labels(args, task)
     with processes() as among:
         model = load_model(args)
@@ -109,11 +110,19 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
+    """Of the table, or of the store; what does not join with a store is said now, not after hours."""
+    store = Store(args.data) if args.data is not None and (args.data / "shards").is_dir() else None
+    if args.data is not None and args.data.is_dir() and store is None:
+        raise ValueError(f"{args.data}: expected a store, or a study list (.json, .csv)")
     if args.labels is not None:
-        return read_labels(args.labels, list(task.columns.values()))
-    if args.data is None or not (args.data / "shards").is_dir():
+        labels = read_labels(args.labels, list(task.columns.values()))
+    elif store is not None:
+        labels = store_labels(store, task)
+    else:
         raise ValueError(f"--labels is needed: {args.data or args.embeddings} is no store, which could have labels")
-    return store_labels(Store(args.data), task)
+    if store is not None:
+        check_join(store.uids.tolist(), labels, args.allow_unmatched)
+    return labels
 
 
 def _embeddings(
@@ -128,8 +137,6 @@ def _embeddings(
         if made_by is not None and made_by != model_digest(model):
             raise ValueError(f"{args.embeddings}: made by another model than {args.model}")
         return table
-    if args.data.is_dir() and not (args.data / "shards").is_dir():
-        raise ValueError(f"{args.data}: expected a store, or a study list (.json, .csv)")
     studies = open_studies([args.data], model)
-    check_join(list(studies.uids), labels, args.allow_unmatched)  # what does not join is said now
+    check_join(list(studies.uids), labels, args.allow_unmatched)
     return embed_to(args.out / "embeddings.npz", model, studies, args, False, among)

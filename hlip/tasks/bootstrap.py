@@ -12,8 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .metrics import CUTS
-
 DRAWS = 1000
 LEVEL = 0.95
 CHUNK = 2**22  # numbers of a matrix of draws
@@ -52,32 +50,34 @@ def auc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarra
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
-def at_threshold(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """What `metrics.at_threshold` gives for each draw, at the draw's own `metrics.roc_threshold`: (D) each.
+def at_threshold(labels: np.ndarray, scores: np.ndarray, threshold: float, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """What `metrics.at_threshold` gives for each draw: (D) each; not-a-number without positives or negatives.
+
+    The threshold is that of all studies: chosen anew for each draw it would suit the draw's repeated studies, and
+    intervals would lie too high.
 
     Args:
         labels: (N) of 0, 1 and -1.
-        scores: (N) probabilities.
-        counts: (D, N).
+        scores: (N).
     """
-    above = (scores[:, None] > CUTS).astype(np.float64)
-    positive, negative = counts[:, labels == 1], counts[:, labels == 0]
-    hits, alarms = positive @ above[labels == 1], negative @ above[labels == 0]
-    p, n = positive.sum(1), negative.sum(1)
+    above = scores > threshold
+    tp, fp, fn, tn = (
+        counts[:, (labels == label) & (above == found)].sum(1) for label, found in ((1, 1), (0, 1), (1, 0), (0, 0))
+    )
+    p, n = tp + fn, fp + tn
     with np.errstate(invalid="ignore", divide="ignore"):
-        distance = (1 - hits / p[:, None]) ** 2 + (alarms / n[:, None]) ** 2
-        best = np.argmin(np.where(np.isnan(distance), np.inf, distance), axis=1)
-        rows = np.arange(len(counts))
-        tp, fp = hits[rows, best], alarms[rows, best]
-        fn, tn = p - tp, n - fp
-        f1_of_positives, f1_of_negatives = 2 * tp / (2 * tp + fp + fn), 2 * tn / (2 * tn + fp + fn)
         found = {
             "balanced_accuracy": (tp / p + tn / n) / 2,
-            "weighted_f1": (p * f1_of_positives + n * f1_of_negatives) / (p + n),
-            "precision": np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 0.0),
+            # The F1 of positives times their number, and that of negatives; 0 where there is neither.
+            "weighted_f1": (p * _ratio(2 * tp, p + tp + fp) + n * _ratio(2 * tn, n + tn + fn)) / (p + n),
+            "precision": _ratio(tp, tp + fp),
             "recall": tp / p,
         }
     return {name: np.where((p > 0) & (n > 0), values, np.nan) for name, values in found.items()}
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
 
 
 def balanced_accuracy(true: np.ndarray, found: np.ndarray, classes: int, counts: np.ndarray) -> np.ndarray:

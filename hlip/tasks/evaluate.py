@@ -194,7 +194,9 @@ def _multi_label(
     for counts in bootstrap.draw(len(uids), draws, seed):
         columns: dict[str, list[np.ndarray]] = {name: [] for name in task.metrics}
         for k in range(len(task.classes)):
-            found_k = bootstrap.at_threshold(labels[:, k], scores[:, k], counts) if thresholds else {}
+            # Of a class that cannot be scored, every draw is not-a-number, whatever the threshold.
+            threshold = thresholds.get(task.classes[k], 0.5)
+            found_k = bootstrap.at_threshold(labels[:, k], scores[:, k], threshold, counts) if thresholds else {}
             found_k["auc"] = bootstrap.auc(labels[:, k], scores[:, k], counts)
             for name in task.metrics:
                 columns[name].append(found_k[name])

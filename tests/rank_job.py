@@ -1,0 +1,17 @@
+"""One of several processes that run a command together, with what torchrun would tell them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from hlip import cli
+
+
+def run(rank: int, size: int, port: int, arguments: list[str]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    sys.exit(cli.main(arguments))

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from hlip.tasks import bootstrap
+from hlip.tasks.metrics import (
+    CUTS,
+    at_threshold,
+    check_scores,
+    class_aucs,
+    macro_auc,
+    read_labels,
+    roc_threshold,
+    scorable,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def auc_by_pairs(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The share of pairs in which the positive study has the larger score; half where they are equal."""
+    pairs = [(p, n) for p in scores[labels == 1] for n in scores[labels == 0]]
+    return float(np.mean([(p > n) + 0.5 * (p == n) for p, n in pairs]))
+
+
+def test_label_tables(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("\ufeffstudy_uid,b,a,note\nu1,1,0,x\nu2,0.0,1.0,\nu3,-1,,y\nu1,1,0,z\n")
+    labels = read_labels(path, ["a", "b", "a"])  # one column may serve two classes
+    assert {uid: row.tolist() for uid, row in labels.items()} == {"u1": [0, 1, 0], "u2": [1, 0, 1], "u3": [-1, -1, -1]}
+    path.write_text("VolumeName,a\nvalid_7_a_1.nii.gz,1\nvalid_7_a_2.nii.gz,1\nother.nii,0\n")
+    assert {uid: row.tolist() for uid, row in read_labels(path, ["a"]).items()} == {"valid_7_a": [1], "other": [0]}
+    for text, reason in [
+        ("x,a\nu,1", "needs a column"),
+        ("study,a\nu,1", "no column b"),
+        ("study,a,b\nu,1,2", "study u: labels must be 0, 1, or -1 or empty where missing, got '2'"),
+        ("study,a,b\nu,1,yes", "study u: labels must be .* got 'yes'"),
+        ("study,a,b\nu,1,nan", "study u: labels must be .* got 'nan'"),
+        ("study,a,b\nu,1,0\nu,0,1", "line 3: another labels of study u"),
+        ("study,a,b\n", "no rows"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"labels.csv: not a readable label table.*{reason}"):
+            read_labels(path, ["a", "b"])
+    with pytest.raises(ValueError, match=r"none.csv"):
+        read_labels(tmp_path / "none.csv", ["a"])
+
+
+def test_auc_by_hand_with_ties_and_missing_labels() -> None:
+    labels = np.array([[1, 0], [0, 1], [0, 1], [1, 0], [-1, 1], [0, -1]])
+    scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.3], [0.5, 0.3], [9.0, 0.0], [0.1, -5.0]])
+    # Class 0: of 2 x 3 pairs 5 are in order and one is a tie. Class 1: of 3 x 2, 4 in order (0.8 twice, 0.3 over 0.1),
+    # one tie, and 0.0 loses both: 3.5.
+    assert class_aucs(labels, scores).tolist() == pytest.approx([5.5 / 6, 3.5 / 6])
+    assert macro_auc(labels, scores) == pytest.approx(9 / 12)
+    for k in range(2):
+        known = labels[:, k] >= 0
+        assert class_aucs(labels, scores)[k] == pytest.approx(auc_by_pairs(labels[known, k], scores[known, k]))
+
+
+def test_macro_auc_is_scikit_learns() -> None:
+    labels = (RNG.random((200, 7)) < 0.3).astype(int)
+    scores = np.round(RNG.random((200, 7)) + 0.2 * labels, 1)  # rounded, so that many are equal
+    assert macro_auc(labels, scores) == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores, average="macro"))
+
+
+def test_classes_that_cannot_be_scored() -> None:
+    labels = np.array([[1, 1, 0, -1], [0, 1, 0, 1], [1, 1, 0, -1], [0, 1, 0, -1]])
+    scores = RNG.random((4, 4))
+    assert scorable(labels).tolist() == [True, False, False, False]
+    assert np.isnan(class_aucs(labels, scores)).tolist() == [False, True, True, True]
+    with pytest.raises(ValueError, match=r"positives and negatives of every class; positives are \[2, 4, 0, 1\]"):
+        macro_auc(labels, scores)
+
+
+def test_scores_that_are_no_numbers_and_wrong_shapes() -> None:
+    labels, scores = np.array([[1, 0], [0, 1]]), np.array([[0.1, 0.2], [0.3, np.nan]])
+    for call in (class_aucs, macro_auc):
+        with pytest.raises(ValueError, match="study 1: the score of class 1 is not a number"):
+            call(labels, scores)
+    with pytest.raises(ValueError, match="study u7: the score of class 1"):
+        check_scores(labels, scores, ["u6", "u7"])
+    with pytest.raises(ValueError, match=r"\(2, 2\) and scores of shape \(2, 1\)"):
+        macro_auc(labels, scores[:, :1])
+    with pytest.raises(ValueError, match="labels must be 0, 1 or -1"):
+        macro_auc(labels * 2, scores * 0)
+
+
+def test_threshold_by_hand() -> None:
+    # Above 0.3 all three positives are found and one of four negatives: distance 1/4. Above 0.6, two of three and none:
+    # 1/3. Nothing is nearer, and of the equal cuts from 0.3 to 0.4 the first above 0.3 counts.
+    labels = np.array([1, 1, 1, 0, 0, 0, 0])
+    scores = np.array([0.9, 0.8, 0.405, 0.6, 0.3, 0.2, 0.1])
+    threshold = roc_threshold(labels, scores)
+    assert threshold == CUTS[30] == pytest.approx(30 / 99)
+    assert at_threshold(labels, scores, threshold) == pytest.approx(
+        # 3 true positives, 1 false, 3 true negatives: F1 of positives 6/7, of negatives 6/7
+        {"balanced_accuracy": (1 + 3 / 4) / 2, "weighted_f1": 6 / 7, "precision": 3 / 4, "recall": 1.0}
+    )
+    nothing = at_threshold(labels, scores, 1.0)
+    assert nothing == pytest.approx(
+        {"balanced_accuracy": 0.5, "weighted_f1": 4 / 7 * 8 / 11, "precision": 0, "recall": 0}
+    )
+
+
+def test_the_threshold_is_the_nearest_of_all_cuts() -> None:
+    for _ in range(20):
+        labels = (RNG.random(50) < 0.4).astype(int)
+        scores = np.round(np.clip(RNG.random(50) * 0.7 + 0.3 * labels, 0, 1), 2)
+        chosen = roc_threshold(labels, scores)
+
+        def distance(cut: float, labels: np.ndarray = labels, scores: np.ndarray = scores) -> float:
+            hits, alarms = (scores[labels == 1] > cut).mean(), (scores[labels == 0] > cut).mean()
+            return (1 - hits) ** 2 + alarms**2
+
+        assert distance(chosen) == min(distance(cut) for cut in CUTS)
+
+
+def test_every_draw_is_what_scikit_learn_finds_on_its_studies() -> None:
+    n = 60
+    labels = np.where(RNG.random(n) < 0.1, -1, RNG.random(n) < 0.4).astype(int)
+    scores = np.round(np.clip(RNG.random(n) * 0.8 + 0.2 * (labels == 1), 0, 1), 1)
+    classes, guesses = RNG.integers(-1, 3, n), RNG.integers(0, 3, n)
+    (counts,) = bootstrap.draw(n, 40, seed=3)
+    assert counts.shape == (40, n)
+    assert (counts.sum(1) == n).all()
+    aucs = bootstrap.auc(labels, scores, counts)
+    at = bootstrap.at_threshold(labels, scores, 0.5, counts)
+    balanced = bootstrap.balanced_accuracy(classes, guesses, 3, counts)
+    for d in range(40):
+        drawn = np.repeat(np.arange(n), counts[d].astype(int))
+        known = drawn[labels[drawn] >= 0]
+        assert aucs[d] == pytest.approx(sklearn_metrics.roc_auc_score(labels[known], scores[known]))
+        expected = at_threshold(labels[known], scores[known], 0.5)
+        assert {name: values[d] for name, values in at.items()} == pytest.approx(expected)
+        inside = drawn[classes[drawn] >= 0]
+        assert balanced[d] == pytest.approx(sklearn_metrics.balanced_accuracy_score(classes[inside], guesses[inside]))
+
+
+def test_draws_without_a_class_have_no_value() -> None:
+    labels, scores = np.array([1, 0, 0, -1]), np.array([0.9, 0.1, 0.2, 0.3])
+    counts = np.array([[0.0, 2, 1, 1], [4, 0, 0, 0], [1, 1, 1, 1]])
+    assert np.isnan(bootstrap.auc(labels, scores, counts)).tolist() == [True, True, False]
+    assert np.isnan(bootstrap.at_threshold(labels, scores, 0.5, counts)["recall"]).tolist() == [True, True, False]
+    assert np.isnan(bootstrap.balanced_accuracy(labels, labels, 2, counts)).tolist() == [True, True, False]
+    assert np.isnan(bootstrap.auc(labels * 0 - 1, scores, counts)).all()
+    assert bootstrap.interval(np.array([np.nan, np.nan])) is None
+    assert bootstrap.interval(np.array([np.nan, *np.arange(41.0)])) == pytest.approx((1.0, 39.0))
+
+
+def test_draws_are_seeded_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.concatenate(list(bootstrap.draw(10, 25, seed=1)))
+    monkeypatch.setattr(bootstrap, "CHUNK", 70)
+    pieces = list(bootstrap.draw(10, 25, seed=1))
+    assert [len(piece) for piece in pieces] == [7, 7, 7, 4]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert (whole != np.concatenate(list(bootstrap.draw(10, 25, seed=2)))).any()
+
+
+def test_the_interval_of_an_auc_has_the_width_that_theory_gives() -> None:
+    """Hanley and McNeil's standard error of an AUC, for scores of two normal distributions."""
+    n = 400
+    labels = np.repeat([0, 1], n)
+    scores = np.concatenate([RNG.normal(0, 1, n), RNG.normal(1, 1, n)])
+    auc = class_aucs(labels[:, None], scores[:, None])[0]
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    error = np.sqrt((auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (n - 1) * (q2 - auc**2)) / n**2)
+    values = np.concatenate([bootstrap.auc(labels, scores, counts) for counts in bootstrap.draw(2 * n, 1000, 0)])
+    low, high = bootstrap.interval(values) or (0.0, 0.0)
+    assert low < auc < high
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hlip.tasks.task import FOLDER, list_tasks, load_task
+
+CHEST = ["macro_auc", "balanced_accuracy", "weighted_f1", "precision", "recall"]
+BRAIN = ["stroke_detection", "glioma_detection", "meningioma_detection", "metastasis_detection",
+         "tumor_classification", "disease_classification"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "classes", "headline", "published"),
+    [
+        ("ct-rate", "pairs", 16, CHEST, 6),
+        ("rad-chestct", "pairs", 15, CHEST, 6),
+        ("pub-brain-5", "multi-class", 5, [f"{each}_balanced_accuracy" for each in BRAIN] + ["macro_auc"], 3),
+        ("pub-brain-5-gt", "multi-class", 5, [f"{each}_balanced_accuracy" for each in BRAIN] + ["macro_auc"], 5),
+        ("rsna", "similarity", 5, ["macro_auc"], 0),
+        ("cq500", "similarity", 11, ["macro_auc"], 0),
+    ],
+)
+def test_tasks_of_the_package(name: str, kind: str, classes: int, headline: list[str], published: int) -> None:
+    task = load_task(name)
+    assert (task.name, task.kind, len(task.classes)) == (name, kind, classes)
+    assert task.headline == headline
+    assert len(task.published.rows) == published
+    assert set(task.published.columns) <= set(headline)
+    assert set(task.negative) == (set(task.classes) if kind == "pairs" else set())
+    assert set(task.columns) == set(task.classes)
+
+
+def test_all_tasks_are_tested() -> None:
+    assert list_tasks() == ["cq500", "ct-rate", "pub-brain-5", "pub-brain-5-gt", "rad-chestct", "rsna"]
+    assert all(yaml.safe_load(path.read_text()) for path in FOLDER.iterdir())
+
+
+def test_prompts_of_the_package() -> None:
+    chest = load_task("ct-rate")
+    assert chest.sentences(chest.positive)["Lung nodule"] == ["The volume shows: Nodule."]
+    assert chest.sentences(chest.negative, "organ")["Atelectasis"] == ["The lung shows: Not atelectatic."]
+    assert chest.sentences(chest.positive, "organ")["Hiatal hernia"] == ["The esophagus shows: Hiatal hernia."]
+    with pytest.raises(ValueError, match="task ct-rate has no templates 'x': there are volume, organ"):
+        chest.sentences(chest.positive, "x")
+    rad = load_task("rad-chestct")
+    assert "Mosaic attenuation pattern" not in rad.classes
+    assert [each for each, column in rad.columns.items() if column == "calcification"] == [
+        "Coronary artery wall calcification",
+        "Arterial wall calcification",
+    ]
+    assert rad.sentences(rad.positive) == {k: v for k, v in chest.sentences(chest.positive).items() if k in rad.classes}
+    brain = load_task("pub-brain-5")
+    assert brain.sentences(brain.positive)["Normal"] == ["This MRI study shows: No significant abnormalities."]
+    assert brain.subtasks["glioma_detection"] == ("Normal", "Glioma")
+    assert load_task("pub-brain-5-gt").subtasks == brain.subtasks
+    head = load_task("cq500")
+    assert head.sentences(head.positive)["EDH"] == ["This study shows: extradural hemorrhage"]
+
+
+def test_published_figures() -> None:
+    """Spot checks against the paper's Tables 1 and 2."""
+    assert load_task("ct-rate").published.rows["HLIP (Qwen reports)"] == (78.7, 72.4, 75.5, 38.4, 74.1)
+    assert load_task("ct-rate").published.rows["CT-CLIP"][-1] is None
+    assert load_task("rad-chestct").published.rows["HLIP (original reports)"] == (72.3, 68.4, 72.1, 40.4, 66.7)
+    assert load_task("pub-brain-5").published.rows["HLIP"] == (91.5, 89.2, 79.2, 78.1, 63.3, 63.9)
+    assert load_task("pub-brain-5-gt").published.rows["HLIP"] == (95.0, 89.2, 79.6, 73.4, 54.8, 61.3)
+
+
+def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("classes: {a: [x, y], b: z}\ntemplates: ['It is {}.', '{}!']\n")
+    task = load_task(path)
+    assert (task.name, task.kind, task.metrics, task.headline) == (
+        "mine", "multi-class", ("balanced_accuracy",), ["balanced_accuracy"],
+    )  # fmt: skip
+    assert task.sentences(task.positive) == {"a": ["It is x.", "x!", "It is y.", "y!"], "b": ["It is z.", "z!"]}
+    path.write_text("like: rsna\ncolumns: {Any: any, Subdural: null}\n")
+    assert load_task(path).columns["Any"] == "any"
+    assert len(load_task(path).classes) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("classes: {}", "classes: expected names with values"),
+        ("classes: {a: x}", "classes: too few"),
+        ("classes: {a: x, b: ' '}", "classes: b: expected a text"),
+        ("classes: {a: x, b: []}", "classes: b: expected a text"),
+        ("classes: {a: x, b: y}\ncolumns: {a: null}", "classes: too few"),
+        ("classes: {a: x, b: y}\ncolumns: {c: d}", "columns: there is no class 'c'"),
+        ("classes: {a: x, b: y}\ncolumns: {a: 3}", "columns: expected a name or null for a"),
+        ("classes: {a: x, b: y}\ntemplates: none", "expected exactly one {} in 'none'"),
+        ("classes: {a: x, b: y}\ntemplates: {t: {lung: '{}'}}", "none for the group None of a"),
+        ("classes: {a: x, b: y}\nkind: other", "kind: expected multi-class, pairs, similarity"),
+        ("kind: pairs\nclasses: {a: x}", "classes: a: expected names with values"),
+        ("kind: pairs\nclasses: {a: {positive: x}}", "the prompts `positive` and `negative`"),
+        ("classes: {a: x, b: y}\nmetrics: [recall]", "'recall' is none of kind multi-class"),
+        ("kind: similarity\nclasses: {a: x}\nmetrics: [recall]", "'recall' is none of kind similarity"),
+        ("classes: {a: x, b: y}\nsubtasks: {t: [a]}", "subtasks: t: expected at least two"),
+        ("classes: {a: x, b: y}\nsubtasks: {t: [a, c]}", "subtasks: t: expected at least two"),
+        ("kind: similarity\nclasses: {a: x}\nsubtasks: {t: [a]}", "only a multi-class task"),
+        ("classes: {a: x, b: y}\npublished: {columns: [m], rows: {r: [1, 2]}}", "published: r: expected 1 numbers"),
+        ("classes: {a: x, b: y}\nprompts: {a: x}", "unknown fields prompts"),
+        ("like: nothing", "no task 'nothing' comes with the package"),
+        ("[1]", "expected fields"),
+        ("a: [", "while parsing"),
+    ],
+)
+def test_bad_tasks_are_explained(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad.yaml: not a readable task") as caught:
+        load_task(path)
+    assert reason in str(caught.value)
+
+
+def test_unknown_tasks() -> None:
+    with pytest.raises(ValueError, match=r"unknown task 'pub-brain5'; did you mean pub-brain-5"):
+        load_task("pub-brain5")
+    with pytest.raises(ValueError, match=r"none.yaml: not a readable task"):
+        load_task("none.yaml")
