@@ -166,19 +166,27 @@ class StudyEncoder(nn.Module):
         """
         tokens = self.plan(batch) if isinstance(batch, PackedBatch) else batch
         layout, level = tokens.layout, self.config.levels[0]
-        patches = self.patch_embed(tokens.patches) + self._positions(tokens)  # fp32 under autocast
-        own = [getattr(self, name)[0] for name in ("cls_token", "reg_token")[: self.config.num_prefix]]
-        prefix = torch.cat(own).repeat(layout.num_groups(level), 1) if own else patches[:0]
-        stream = Stream(torch.cat([prefix.to(patches.dtype), patches]), None, None)
+        stream = self.embed(tokens)
         for block, next_level in zip(self.blocks, self.config.levels, strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, layout, level, next_level, use_reentrant=False)
             else:
                 stream = block(stream, layout, level, next_level)
             level = next_level
-        if self.config.head == "token":
-            return self._prefix(stream, layout, level)
-        return self._pool(stream, layout, level)
+        return self.outputs(stream, layout)
+
+    def embed(self, tokens: TokenBatch) -> Stream:
+        """What the first block reads, at its own level: cls and register rows, and the patches with their positions."""
+        patches = self.patch_embed(tokens.patches) + self._positions(tokens)  # fp32 under autocast
+        own = [getattr(self, name)[0] for name in ("cls_token", "reg_token")[: self.config.num_prefix]]
+        groups = tokens.layout.num_groups(self.config.levels[0])
+        prefix = torch.cat(own).repeat(groups, 1) if own else patches[:0]
+        return Stream(torch.cat([prefix.to(patches.dtype), patches]), None, None)
+
+    def outputs(self, stream: Stream, layout: StudyLayout) -> Tensor:
+        """What the head gives of the last block's stream, as `forward` returns it."""
+        level = self.config.levels[-1]
+        return self._prefix(stream, layout, level) if self.config.head == "token" else self._pool(stream, layout, level)
 
     def _prefix(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
         """(B, P, C): the prefix rows of every study, normalised. Patch rows are left as they are."""
