@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -154,6 +154,25 @@ class Recipe:
             scans.append(PreparedScan(name, image, result, plane, len(array)))
         return scans
 
+    def on_source(self, volume: Volume, values: np.ndarray) -> np.ndarray:
+        """The way back: what is known of a prepared scan's patches, on the voxels of the volume it was made of.
+
+        Linear between the centres of patches; 0 where the scan was cut off.
+
+        Args:
+            volume: only its shape, affine and `prepared` count; see `Volume.without_voxels`.
+            values: (d, h, w) - for the patches that the prepared scan divides into.
+
+        Returns:
+            (X, Y, Z) float32, in the orientation of `volume`.
+        """
+        result = np.zeros(volume.array.shape, dtype=np.float32)
+        array, spacing, _ = through_plane_first(replace(volume, array=result), axial=self.spacing is not None)
+        axes = self._axes(array.shape, spacing, volume.prepared)
+        depth, rows, columns = (axis.back(n) for axis, n in zip(axes, values.shape, strict=True))
+        array[:] = np.einsum("id,dhw,jh,kw->ijk", depth, values.astype(np.float32), rows, columns, optimize=True)
+        return result  # `array` is a view of it
+
     def _axes(self, shape: tuple[int, ...], spacing: tuple[float, ...], prepared: bool) -> list[Axis]:
         """What becomes of each axis, D, H and W."""
         if prepared and (self.spacing or shape == self.shape):
@@ -226,6 +245,17 @@ class Axis:
         """Voxels before and after that are put around (cut off, if negative) after the resize."""
         before = -((self.resized - self.kept) // 2) if self.resized >= self.kept else (self.kept - self.resized) // 2
         return before, self.kept - self.resized - before
+
+    def back(self, parts: int) -> np.ndarray:
+        """(length, parts) float32: what each voxel of the source takes of each of so many equal parts of the result,
+        linearly between their centres, and nothing where it was cut off."""
+        scale = self.resized / (self.length + self.black)
+        places = (np.arange(self.length) + self.black // 2 + 0.5) * scale + self.margins[
+            0
+        ]  # edges of voxels: 0, 1, ...
+        at = (places * parts / self.kept - 0.5).clip(0, parts - 1)
+        weights = (1 - np.abs(at[:, None] - np.arange(parts))).clip(0)
+        return np.where(((places > 0) & (places < self.kept))[:, None], weights, 0).astype(np.float32)
 
 
 def _resample(array: np.ndarray, window: Window, axes: Sequence[Axis]) -> Tensor:

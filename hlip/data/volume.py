@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +44,7 @@ class Volume:
     description: str = ""
     part: str = ""
     prepared: bool = False
+
+    def without_voxels(self) -> Volume:
+        """Its grid alone: an array of the same shape that takes no memory, of zeros."""
+        return replace(self, array=np.broadcast_to(np.zeros((), self.array.dtype), self.array.shape))
