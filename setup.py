@@ -38,7 +38,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["hlip_kernels*", "hlip*"]),
-    package_data={"hlip_kernels": ["py.typed"], "hlip": ["py.typed", "tasks/benchmarks/*.yaml"]},
+    package_data={"hlip_kernels": ["py.typed"], "hlip": ["py.typed", "tasks/benchmarks/*.yaml", "tasks/*.html"]},
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

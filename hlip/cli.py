@@ -6,9 +6,9 @@ import argparse
 import runpy
 import sys
 
-from .commands import data, embed, evaluate, models, probe, retrieve, zeroshot
+from .commands import data, embed, evaluate, interpret, models, probe, retrieve, zeroshot
 
-COMMANDS = (data, embed, zeroshot, evaluate, probe, retrieve, models)
+COMMANDS = (data, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def random_texts(count: int) -> Tensor:
     return F.normalize(torch.randn(count, 32, generator=torch.Generator().manual_seed(7), dtype=torch.float64), dim=1)
 
 
-def dense(model: hlip.HLIPModel, scans: Sequence[Tensor], text: Tensor, layers: str) -> Tensor:
+def dense(model: hlip.HLIPModel, scans: Sequence[Tensor], text: Tensor, layers: str, normalize: bool) -> Tensor:
     """All matrices in full: attention over all rows of a level with a mask, its gradient by autograd, the matrices that
     regroup, and their product. `text` (E) is what the embedding is multiplied with. Returns (T) relevance."""
     trunk, config = model.visual.trunk, model.config.vision
@@ -92,6 +92,8 @@ def dense(model: hlip.HLIPModel, scans: Sequence[Tensor], text: Tensor, layers: 
 
     matrices = [(a * a.grad).clamp(min=0).mean(0).detach() for a in attentions if a.grad is not None]
     assert len(matrices) == len(trunk.blocks)
+    if normalize:
+        matrices = [torch.nan_to_num(matrix / matrix.sum(1, keepdim=True)) for matrix in matrices]
     if layers == "last":
         return (moves[-1] @ matrices[-1])[0, -len(places) :]
     total = torch.eye(len(x) - num_prefix + len(keys[config.levels[0]]) * num_prefix).double()
@@ -119,22 +121,24 @@ def test_equals_whole_matrices(
     model.visual.double()
     scans, (text, other) = random_study(SIZES), random_texts(2)
     found = relevance(model, hlip.Study("s", scans), text, layers)
-    expected = dense(model, scans, text, layers)
+    expected = dense(model, scans, text, layers, False)
     assert expected.max() > 0
     torch.testing.assert_close(flat(found).double(), expected, rtol=2e-6, atol=1e-7 * float(expected.max()))
-    found = relevance(model, hlip.Study("s", scans), text, layers, against=other)
-    expected = dense(model, scans, text - other, layers)
+    found = relevance(model, hlip.Study("s", scans), text, layers, other, normalize=True)
+    expected = dense(model, scans, text - other, layers, True)
     torch.testing.assert_close(flat(found).double(), expected, rtol=2e-6, atol=1e-7 * float(expected.max()))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_equals_whole_matrices_to_the_last_digits(layers: Any, make_model: MakeModel) -> None:
+def test_equals_whole_matrices_to_the_last_digits(layers: Any, normalize: bool, make_model: MakeModel) -> None:
     """Before they are rounded to float32."""
     model = make_model()
     model.visual.double()
     scans, texts = random_study(SIZES), random_texts(1)
-    row, _ = module._carried_back(model, hlip.pack([scans], model.config.vision.patch_size), texts, layers)
-    torch.testing.assert_close(row, dense(model, scans, texts[0], layers), rtol=1e-10, atol=1e-14)
+    batch = hlip.pack([scans], model.config.vision.patch_size)
+    row, _ = module._carried_back(model, batch, texts, layers, normalize, iter)
+    torch.testing.assert_close(row, dense(model, scans, texts[0], layers, normalize), rtol=1e-10, atol=1e-14)
 
 
 def test_of_a_text(make_model: MakeModel) -> None:

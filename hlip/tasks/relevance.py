@@ -14,7 +14,7 @@ Source: Chefer et al. 2021 (arXiv 2103.15679), self-attention; HLIP (arXiv 2505.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +33,7 @@ from ..model.losses import at_least_float32
 from ..model.vit import Block, Stream
 
 Layers = Literal["last", "all"]
+Progress = Callable[[Sequence[int]], Iterable[int]]
 TILE = 2**24  # numbers of one relevance matrix that are in memory at a time: 64 MiB, three times over
 TILE_ROWS = 256  # of one head, before several heads go into a tile
 
@@ -64,6 +65,8 @@ def relevance(
     target: str | Tensor,
     layers: Layers = "all",
     against: str | Tensor | None = None,
+    normalize: bool = False,
+    progress: Progress = iter,
 ) -> Relevance:
     """The relevance of a study's patches to its likeness to a text.
 
@@ -91,7 +94,7 @@ def relevance(
     texts = torch.stack([_embedding(model, each) for each in (target, against) if each is not None])
     batch = pack([study], config.patch_size)
     with _frozen(model.visual), torch.autocast(model.device.type, enabled=False):
-        row, similarity = _carried_back(model, batch, texts, layers)
+        row, similarity = _carried_back(model, batch, texts, layers, normalize, progress)
     grids = batch.layout.grids[0]
     maps = row.float().cpu().split([d * h * w for d, h, w in grids])
     names = [study.names[m] if m < len(study.names) else f"scan {m}" for m in range(len(grids))]
@@ -109,7 +112,9 @@ def _embedding(model: HLIPModel, text: str | Tensor) -> Tensor:
     return F.normalize(embedding, dim=0)
 
 
-def _carried_back(model: HLIPModel, batch: PackedBatch, texts: Tensor, layers: Layers) -> tuple[Tensor, float]:
+def _carried_back(
+    model: HLIPModel, batch: PackedBatch, texts: Tensor, layers: Layers, normalize: bool, progress: Progress
+) -> tuple[Tensor, float]:
     """(T) relevance of the patches, and the cosine with the first of (1 or 2, E) texts; the second is against it."""
     trunk, config = model.visual.trunk, model.config.vision
     tokens = trunk.plan(batch).to(model.device)
@@ -133,12 +138,12 @@ def _carried_back(model: HLIPModel, batch: PackedBatch, texts: Tensor, layers: L
     row = torch.zeros(layout.num_prefix + layout.num_tokens, dtype=image.dtype, device=model.device)
     row[0] = 1
     above: Level = "study"
-    for i in reversed(range(first, last + 1)):
+    for i in progress(range(last, first - 1, -1)):
         block, level = trunk.blocks[i], levels[i]
         assert isinstance(block, Block)
         qkv, grad_out, grads = _gradients(block, _leaves(streams.pop()), layout, levels[max(0, i - 1)], level, grads)
         row = move_back(row, layout, level, above)
-        row, above = row + times_matrix(row, qkv, grad_out, layout, level), level
+        row, above = row + times_matrix(row, qkv, grad_out, layout, level, normalize), level
     return row[layout.num_groups(above) * layout.num_prefix :], float(similarities[0].detach())
 
 
@@ -178,7 +183,9 @@ def _gradients(
     return qkv, grad_out.unflatten(-1, (attention.num_heads, -1)), tuple(below)
 
 
-def times_matrix(row: Tensor, qkv: Tensor, grad_out: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+def times_matrix(
+    row: Tensor, qkv: Tensor, grad_out: Tensor, layout: StudyLayout, level: Level, normalize: bool = False
+) -> Tensor:
     """`row` times a layer's relevance matrix, the mean over the heads of max(A * dA, 0): (R) to (R).
 
     A = softmax(q k^T / sqrt(D)) within the groups of `level`, and dA = grad_out v^T is the gradient with respect to it.
@@ -187,6 +194,7 @@ def times_matrix(row: Tensor, qkv: Tensor, grad_out: Tensor, layout: StudyLayout
         row: (R) - rows of the matrix where it is 0 are not made.
         qkv: (R, 3, H, D)
         grad_out: (R, H, D) - the gradient with respect to attention's output.
+        normalize: divide every row of the matrix by its sum; rows of zeros stay.
     """
     qkv, grad_out = at_least_float32(qkv), at_least_float32(grad_out)
     _, _, num_heads, head_dim = qkv.shape
@@ -196,14 +204,16 @@ def times_matrix(row: Tensor, qkv: Tensor, grad_out: Tensor, layout: StudyLayout
         active = rows[row[rows] != 0]
         heads_at_once = min(num_heads, max(1, TILE // (TILE_ROWS * len(rows))))
         rows_at_once = max(1, TILE // (heads_at_once * len(rows)))
-        for heads in range(0, num_heads if len(active) else 0, heads_at_once):
-            part = slice(heads, heads + heads_at_once)
-            k, v = (qkv[rows, i, part].permute(1, 2, 0) for i in (1, 2))
-            for some in active.split(rows_at_once):
-                q, g = (x[some].transpose(0, 1) for x in (qkv[:, 0, part], grad_out[:, part]))
-                matrix = (q * head_dim**-0.5 @ k).softmax(-1)
-                matrix.mul_(g @ v).clamp_(min=0)
-                result[rows] += row[some].repeat(len(matrix)) @ matrix.flatten(0, 1) / num_heads
+        for some in active.split(rows_at_once) if len(active) else ():
+            matrix = row.new_zeros(len(some), len(rows))
+            for first in range(0, num_heads, heads_at_once):
+                heads = slice(first, first + heads_at_once)
+                q, g = (x[some].transpose(0, 1) for x in (qkv[:, 0, heads], grad_out[:, heads]))
+                k, v = (qkv[rows, i, heads].permute(1, 2, 0) for i in (1, 2))
+                attention = (q * head_dim**-0.5 @ k).softmax(-1)
+                matrix += attention.mul_(g @ v).clamp_(min=0).sum(0)
+            sums = matrix.sum(1) if normalize else torch.full_like(row[some], num_heads)
+            result[rows] += (row[some] / sums.where(sums > 0, 1)) @ matrix
     return result
 
 

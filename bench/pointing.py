@@ -1,0 +1,172 @@
+"""Whether relevance points at the lesion: held-out demo studies, the model trained on them, and what knows nothing.
+
+    python bench/pointing.py --data data/demo-0 --model runs/demo/model
+
+Studies with a lesion, each asked for the class it has. Their lesions are drawn again from the set's seed; a voxel counts
+where the lesion changes it by a tenth of the brightest, and a patch where it holds 2% of such voxels. For each map:
+
+    hit      share of studies whose patch of highest relevance, of all their scans, is such a patch
+    patch    AUC of such patches against the study's other patches, mean over the studies
+    scan     AUC of scans that show the lesion against those that do not, by the sum of relevance, mean over the studies
+    first    share of studies whose scan of highest relevance shows the lesion
+
+Maps to compare with: random numbers; random numbers where there is a head; the brightest voxel of each patch (lesions
+are bright in this set); an untrained model. The lesions are synthetic: nothing here is about patients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from hlip.data import demo
+from hlip.data.batch import Study
+from hlip.data.preprocess import Recipe, Window
+from hlip.data.quality import Rules
+from hlip.data.studies import load_study_on_grids
+from hlip.model.clip import HLIPModel, create_model
+from hlip.tasks.relevance import relevance
+from hlip.tasks.zeroshot import Prompts, zeroshot_classifier
+from report import print_table, provenance, write_json
+
+PART = 1  # the held-out studies' place in the seeds of `make_demo`
+OF_BRIGHTEST, OF_PATCH = 0.1, 0.02
+Map = Callable[["Case"], np.ndarray]
+
+
+class Case(NamedTuple):
+    """A study and its lesion. (M * d * h * w), scan by scan: lesion, bool - patches that hold it; brightest, 0 to 255.
+    shows: (M) bool."""
+
+    study: Study
+    finding: int
+    lesion: np.ndarray
+    brightest: np.ndarray
+    shows: np.ndarray
+
+
+def cases(data: Path, recipe: Recipe, patch: tuple[int, int, int], limit: int | None) -> Iterator[Case]:
+    settings = json.loads((data / "demo.json").read_text())
+    entries = list(json.loads((data / "test.json").read_text()).items())
+    findings = np.random.default_rng([settings["seed"], PART]).permutation(
+        np.arange(settings["test"]) % len(demo.CLASSES)
+    )
+    chosen = [i for i, finding in enumerate(findings) if demo.CLASSES[finding] != "normal"][:limit]
+    for i in tqdm(chosen, "drawing lesions again", unit="study", disable=None):
+        uid, entry = entries[i]
+        files = [data / scan for scan in entry["scans"]]
+        study, grids = load_study_on_grids(files, recipe, uid)
+        changes = [lesion_voxels(*drawn) for drawn in draw_again(files, demo.CLASSES[findings[i]], settings["seed"], i)]
+        masks = replace(recipe, percentiles=None, windows=(Window(0, 1),), rules=Rules())
+        lesions = [
+            masks(replace(grid, array=change))[0].image.float() / 255 if change.any() else torch.zeros(scan.shape)
+            for grid, change, scan in zip(grids, changes, study.scans, strict=True)
+        ]
+        held = torch.cat([F.avg_pool3d(each[None], patch).flatten() for each in lesions]) >= OF_PATCH
+        bright = torch.cat([F.max_pool3d(scan[None].float(), patch).flatten() for scan in study.scans])
+        yield Case(study, int(findings[i]), held.numpy(), bright.numpy(), np.array([c.any() for c in changes]))
+
+
+def draw_again(files: list[Path], finding: str, seed: int, i: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The voxels of each scan of a study with its lesion, as the files have them, and without."""
+    rng = np.random.default_rng((seed, PART, i))
+    head = demo.Warp(rng, 1.0)
+    lesion, _ = demo.make_lesion(finding, rng, demo.load_template())
+    for file, (contrast, plane) in zip(files, demo.choose_contrasts(rng), strict=True):
+        same = copy.deepcopy(rng)
+        voxels, _ = demo.make_scan(contrast, plane, finding, lesion, head, rng)
+        plain, _ = demo.make_scan(contrast, plane, finding, lambda points: np.zeros(len(points)), head, same)
+        if not np.array_equal(voxels, np.asarray(nibabel.load(file).dataobj)):
+            raise ValueError(f"{file}: not what this version draws from the seed of its set")
+        yield voxels, plain
+
+
+def lesion_voxels(voxels: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    change = np.abs(voxels.astype(np.float32) - plain)
+    return (change > OF_BRIGHTEST * plain.max()).astype(np.float32)
+
+
+def score(name: str, every: list[Case], make: Map) -> dict[str, object]:
+    hits, patches, scans, first = [], [], [], []
+    for case in tqdm(every, name, unit="study", disable=None, leave=False):
+        values = make(case)
+        hits.append(case.lesion[values.argmax()])
+        patches.append(roc_auc_score(case.lesion, values))
+        if not case.shows.all():
+            sums = values.reshape(len(case.shows), -1).sum(1)
+            scans.append(roc_auc_score(case.shows, sums))
+            first.append(case.shows[sums.argmax()])
+    return {
+        "map": name,
+        **{
+            key: round(float(np.mean(each)), 3)
+            for key, each in zip(COLUMNS, (hits, patches, scans, first), strict=True)
+        },
+    }
+
+
+COLUMNS = ("hit", "patch", "scan", "first")
+
+
+def maps_of(name: str, model: HLIPModel, prompts: Prompts) -> Iterator[tuple[str, Map]]:
+    texts: Tensor = zeroshot_classifier(model, prompts)
+
+    def make(case: Case, layers: str, against: bool, normalize: bool) -> np.ndarray:
+        other = texts[demo.CLASSES.index("normal")] if against else None
+        found = relevance(model, case.study, texts[case.finding], layers, other, normalize)  # type: ignore[arg-type]
+        return torch.cat([each.flatten() for each in found.maps]).numpy()
+
+    for layers, normalize in (("last", False), ("all", False), ("all", True)):
+        for against in (False, True):
+            words = [name, f"{layers} layers" if layers == "all" else "last layer", "normalized" * normalize]
+            label = ", ".join(filter(None, [*words, "against normal" * against]))
+            yield label, lambda case, a=layers, b=against, c=normalize: make(case, a, b, c)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Whether relevance points at the lesions of the demo studies.")
+    parser.add_argument("--data", type=Path, default=Path("data/demo-0"), help="demo studies (default: %(default)s)")
+    parser.add_argument("--model", default="runs/demo/model", help="trained on them (default: %(default)s)")
+    parser.add_argument("--studies", type=int, help="only the first so many with a lesion (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of random maps and untrained model (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+    trained = HLIPModel.from_pretrained(args.model)
+    torch.manual_seed(args.seed)
+    untrained = create_model("demo", pretrained_text=trained.config.text.name).eval()
+    prompts = Prompts.read(args.data / "prompts.yaml")
+    every = list(cases(args.data, trained.config.preprocess, trained.config.vision.patch_size, args.studies))
+    every = [case for case in every if case.lesion.any()]
+    rng = np.random.default_rng(args.seed)
+    rows = [
+        score("random", every, lambda case: rng.random(len(case.lesion))),
+        score("random within the head", every, lambda case: rng.random(len(case.lesion)) * (case.brightest > 60)),
+        score("brightest voxel", every, lambda case: case.brightest),
+    ]
+    for name, model in (("untrained", untrained), ("trained", trained)):
+        rows += [score(label, every, make) for label, make in maps_of(name, model, prompts)]
+    share = float(np.mean([case.lesion.mean() for case in every]))
+    print(f"{len(every)} studies with a lesion; {share:.1%} of their patches hold it")
+    print_table(("map", *COLUMNS), [[row[key] for key in ("map", *COLUMNS)] for row in rows])
+    if args.json:
+        facts = {"studies": len(every), "lesion_patches": round(share, 4), **provenance(torch.device("cpu"))}
+        write_json([{**row, **facts} for row in rows], args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""`hlip interpret`: which parts of a study speak for a text."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..data.batch import Study
+from ..data.studies import load_study_on_grids
+from ..data.volume import Volume
+from ..model.clip import HLIPModel
+from ..tasks.embed import embed_studies
+from ..tasks.maps import as_arrays, montage, page, write_overlays
+from ..tasks.relevance import Relevance, relevance
+from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_probabilities
+from .shared import FILES_HELP, add_model, load_model, study_paths
+
+OWN = ("relevance.json", "relevance.npz", "montage.png", "page.html", "overlays")  # what the folder holds
+DESCRIPTION = """\
+Say which patches of a study make its embedding like that of a text: attention times its gradient (Chefer et al. 2021).
+FOLDER gets montage.png; page.html, to look through all scans in a browser; overlays/, an image for each scan to be laid
+over its file in a viewer such as 3D Slicer; relevance.npz with the maps; and relevance.json with each scan's share."""
+
+
+def add(commands: Any) -> None:
+    interpret = commands.add_parser(
+        "interpret", help="show which parts of a study speak for a finding", description=DESCRIPTION
+    )
+    interpret.add_argument("study", nargs="+", metavar="STUDY", help=f"{FILES_HELP}. With --store: the study's uid")
+    interpret.add_argument("--store", type=Path, help="take the study from this store; there are no overlays then")
+    interpret.add_argument("--target", required=True, metavar="TEXT", help="the finding; with --prompts, a class of it")
+    interpret.add_argument(
+        "--against",
+        metavar="TEXT",
+        help="what the target is to be told from, such as 'no abnormality': the relevance is then of the difference "
+        "between the two. Texts on one kind of image are much alike, so this often shows more",
+    )
+    interpret.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="another class, for probabilities; repeat for each",
+    )
+    interpret.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"sentence with {{}} for the text; repeat to average over several (default: {DEFAULT_TEMPLATE!r})",
+    )
+    interpret.add_argument("--prompts", type=Path, metavar="YAML", help="classes and templates, in place of both")
+    interpret.add_argument(
+        "--layers",
+        choices=("all", "last"),
+        default="all",
+        help="all: carried back through all layers and levels; last: what the last layer attends to (default: all)",
+    )
+    interpret.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new, or of an earlier run")
+    add_model(interpret)
+    interpret.set_defaults(run=_interpret)
+
+
+def _interpret(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    _check_out(args.out)
+    if args.store:
+        from ..data.store import Store
+
+        if len(args.study) > 1:
+            raise ValueError(f"--store: give the uid of one study, got {', '.join(args.study)}")
+        store = Store(args.store)
+        (number,) = store.indices(args.study).tolist()
+    else:
+        (paths,) = _one_study(args.study)
+    model = load_model(args)
+    grids: list[Volume] | None = None
+    if args.store:
+        study = store.study(number)
+    else:
+        study, grids = load_study_on_grids(paths, model.config.preprocess)
+    names = list(prompts)
+    texts = torch.stack([_embedding(model, *prompts[name]) for name in names])
+    against = texts[names.index(args.against)] if args.against else None
+    target = texts[names.index(args.target)]
+    found = relevance(model, study, target, args.layers, against, _bar("going back", "layer"))
+    probabilities: dict[str, float] = {}
+    if len(names) > 1:
+        ((_, image),) = embed_studies(model, [study])
+        row = class_probabilities(model, image[None].to(texts), texts)[0].tolist()
+        probabilities = dict(zip(names, row, strict=True))
+    _write(args.out, lambda folder: _fill(folder, args, model, study, found, grids, probabilities))
+    width = max(map(len, found.names))
+    print(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
+    for name, p in sorted(probabilities.items(), key=lambda item: -item[1]):
+        print(f"  probability of {name}: {p:.1%}")
+    for m in np.argsort(-found.shares, kind="stable"):
+        print(f"  {found.names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
+    print(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")
+
+
+def _prompts(args: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
+    """The classes by name, each with its words and the templates they go into; target and --against among them."""
+    if args.prompts:
+        if args.prompt or args.template:
+            raise ValueError("give --prompts, or --prompt and --template, not both")
+        given = Prompts.read(args.prompts)
+        for flag, name in (("--target", args.target), ("--against", args.against)):
+            if name is not None and name not in given.classes:
+                raise ValueError(
+                    f"{flag} {name!r}: not a class of {args.prompts}; there are {', '.join(given.classes)}"
+                )
+        classes, templates = dict(given.classes), tuple(given.templates)
+    else:
+        others = [args.against, *args.prompt] if args.against else args.prompt
+        classes = {text: [text] for text in dict.fromkeys([args.target, *others])}
+        templates = tuple(args.template) or (DEFAULT_TEMPLATE,)
+        Prompts({"": ["-"], **classes}, templates)  # checks them; one text alone will do here
+    if args.against == args.target:
+        raise ValueError(f"--against {args.against!r}: the same as --target")
+    return {name: (words, templates) for name, words in classes.items()}
+
+
+@torch.no_grad()
+def _embedding(model: HLIPModel, words: Sequence[str], templates: Sequence[str]) -> Tensor:
+    texts = [template.replace("{}", word) for word in words for template in templates]
+    return F.normalize(model.encode_text(texts).mean(0), dim=0)
+
+
+def _one_study(given: list[str]) -> list[Path | list[Path]]:
+    groups = study_paths([Path(each) for each in given])
+    if len(groups) > 1:
+        raise ValueError(f"one study at a time, got {len(groups)} folders")
+    return groups
+
+
+def _target(args: argparse.Namespace) -> str:
+    return repr(args.target) + (f" against {args.against!r}" if args.against else "")
+
+
+def _fill(
+    folder: Path,
+    args: argparse.Namespace,
+    model: HLIPModel,
+    study: Study,
+    found: Relevance,
+    grids: list[Volume] | None,
+    probabilities: dict[str, float],
+) -> None:
+    title = f"{found.uid}: relevance to {_target(args)}"
+    with (folder / "montage.png").open("wb") as file:
+        montage(study, found, file, title)
+    facts = {
+        "Model": args.model,
+        "Layers": "all layers and levels" if args.layers == "all" else "the last layer",
+        "Cosine of study and text": f"{found.similarity:.3f}",
+    }
+    content = page(study, found, title, facts, probabilities, _bar("drawing scans", "scan"))
+    (folder / "page.html").write_text(content, encoding="utf-8")
+    overlays: list[str | None] = [None] * len(found.maps)
+    if grids is not None:
+        (folder / "overlays").mkdir()
+        overlays = write_overlays(found, grids, model.config.preprocess, folder / "overlays")
+    with (folder / "relevance.npz").open("wb") as file:
+        np.savez(file, **as_arrays(found))
+    entries = [
+        {"name": name, "share": round(float(share), 6), "overlay": overlay and f"overlays/{overlay}"}
+        for name, share, overlay in zip(found.names, found.shares, overlays, strict=True)
+    ]
+    result = {
+        "study": found.uid,
+        "target": args.target,
+        "against": args.against,
+        "layers": args.layers,
+        "model": args.model,
+        "similarity": round(found.similarity, 6),
+        "probabilities": {name: round(p, 6) for name, p in probabilities.items()},
+        "scans": entries,
+    }
+    (folder / "relevance.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _bar(description: str, unit: str) -> Any:
+    return functools.partial(tqdm, desc=description, unit=unit, disable=None)
+
+
+def _check_out(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: not a folder")
+    strange = [each.name for each in folder.iterdir() if each.name not in OWN] if folder.exists() else []
+    if strange:
+        raise ValueError(f"--out {folder}: holds something else ({min(strange)}); choose a new folder")
+
+
+def _write(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Replace `folder` by what `fill` writes, whole or not at all."""
+    folder = folder.resolve()  # of a link, what it points to
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
