@@ -2,8 +2,8 @@
 
     python bench/pointing.py --data data/demo-0 --model runs/demo/model
 
-Studies with a lesion, each asked for the class it has. Their lesions are drawn again from the set's seed; a voxel counts
-where the lesion changes it by a tenth of the brightest, and a patch where it holds 2% of such voxels. For each map:
+Studies with a lesion, each asked for the class it has. Their lesions are drawn again from the set's seed; a voxel
+counts where the lesion changes it by a tenth of the brightest, a patch where 2% of its voxels count. For each map:
 
     hit      share of studies whose patch of highest relevance, of all their scans, is such a patch
     patch    AUC of such patches against the study's other patches, mean over the studies
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def maps_of(name: str, model: HLIPModel, prompts: Prompts) -> Iterator[tuple[str
         for against in (False, True):
             words = [name, f"{layers} layers" if layers == "all" else "last layer", "normalized" * normalize]
             label = ", ".join(filter(None, [*words, "against normal" * against]))
-            yield label, lambda case, a=layers, b=against, c=normalize: make(case, a, b, c)
+            yield label, functools.partial(make, layers=layers, against=against, normalize=normalize)
 
 
 def main() -> int:

@@ -68,6 +68,11 @@ def add(commands: Any) -> None:
         default="all",
         help="all: carried back through all layers and levels; last: what the last layer attends to (default: all)",
     )
+    interpret.add_argument(
+        "--normalize",
+        action="store_true",
+        help="let every layer weigh the same, whatever the size of its gradients; without it, as published",
+    )
     interpret.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new, or of an earlier run")
     add_model(interpret)
     interpret.set_defaults(run=_interpret)
@@ -95,7 +100,7 @@ def _interpret(args: argparse.Namespace) -> None:
     texts = torch.stack([_embedding(model, *prompts[name]) for name in names])
     against = texts[names.index(args.against)] if args.against else None
     target = texts[names.index(args.target)]
-    found = relevance(model, study, target, args.layers, against, _bar("going back", "layer"))
+    found = relevance(model, study, target, args.layers, against, args.normalize, _bar("going back", "layer"))
     probabilities: dict[str, float] = {}
     if len(names) > 1:
         ((_, image),) = embed_studies(model, [study])
@@ -164,7 +169,8 @@ def _fill(
         montage(study, found, file, title)
     facts = {
         "Model": args.model,
-        "Layers": "all layers and levels" if args.layers == "all" else "the last layer",
+        "Layers": ("all layers and levels" if args.layers == "all" else "the last layer")
+        + ", normalized" * args.normalize,
         "Cosine of study and text": f"{found.similarity:.3f}",
     }
     content = page(study, found, title, facts, probabilities, _bar("drawing scans", "scan"))
@@ -184,6 +190,7 @@ def _fill(
         "target": args.target,
         "against": args.against,
         "layers": args.layers,
+        "normalize": args.normalize,
         "model": args.model,
         "similarity": round(found.similarity, 6),
         "probabilities": {name: round(p, 6) for name, p in probabilities.items()},

@@ -72,22 +72,21 @@ def montage(
     left_out = len(order) - len(shown)
     if left_out:
         title += f"\n({left_out} scans with less relevance are not shown)"
-    figure = Figure(figsize=(1.7 * columns, 1.85 * len(shown) + 0.6), layout="constrained")
+    figure = Figure(figsize=(1.7 * columns, 2.0 * len(shown) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(shown), columns, squeeze=False)
-    for row, m in zip(grid, shown, strict=True):
+    for axes, m in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
         scan = study.scans[m]
-        heat = F.interpolate(found.maps[m][None, None], tuple(scan.shape), mode="trilinear", align_corners=False)[0, 0]
         count = min(columns, len(scan))
-        for axes, i in zip(row, range(columns), strict=True):
-            axes.axis("off")
-            if i < count:
-                z = int((i + 0.5) * len(scan) / count)
-                axes.imshow(scan[z], cmap="gray", vmin=0, vmax=255)
-                axes.imshow(paint((heat[z] / top).numpy()))
-                axes.set_title(f"{z + 1}/{len(scan)}", fontsize=7)
-        label = _plain(f"{found.names[m]}\n{found.shares[m]:.0%} of all relevance")
-        row[0].text(0, 1.18, label, transform=row[0].transAxes, fontsize=8, va="bottom")
+        places = [int((i + 0.5) * len(scan) / count) for i in range(count)]
+        heat = F.interpolate(found.maps[m][None, None], tuple(scan.shape), mode="trilinear", align_corners=False)[0, 0]
+        colour = paint((heat[places] / top).numpy())
+        opacity = colour[..., 3:]
+        pictures = scan[places].numpy()[..., None] / 255 * (1 - opacity) + colour[..., :3] * opacity
+        axes.imshow(np.concatenate(list(pictures), axis=1))
+        axes.set_axis_off()
+        slices = ", ".join(str(z + 1) for z in places)
+        label = f"{found.names[m]}: {found.shares[m]:.0%} of all relevance; slices {slices} of {len(scan)}"
+        axes.set_title(_plain(label), fontsize=8, loc="left")
     figure.suptitle(_plain(title), fontsize=10)
     figure.savefig(file, format="png", dpi=110)
 

@@ -34,7 +34,7 @@ from ..model.vit import Block, Stream
 
 Layers = Literal["last", "all"]
 Progress = Callable[[Sequence[int]], Iterable[int]]
-TILE = 2**24  # numbers of one relevance matrix that are in memory at a time: 64 MiB, three times over
+TILE = 2**22  # numbers of a layer's attention that are in memory at a time, of a few such matrices: 16 MiB each
 TILE_ROWS = 256  # of one head, before several heads go into a tile
 
 
@@ -202,16 +202,18 @@ def times_matrix(
     for rows in _groups(layout, level):
         rows = rows.to(row.device)
         active = rows[row[rows] != 0]
+        if not len(active):
+            continue
         heads_at_once = min(num_heads, max(1, TILE // (TILE_ROWS * len(rows))))
         rows_at_once = max(1, TILE // (heads_at_once * len(rows)))
-        for some in active.split(rows_at_once) if len(active) else ():
+        k, v = (qkv[rows, i].permute(1, 2, 0) for i in (1, 2))
+        for some in active.split(rows_at_once):
             matrix = row.new_zeros(len(some), len(rows))
             for first in range(0, num_heads, heads_at_once):
                 heads = slice(first, first + heads_at_once)
                 q, g = (x[some].transpose(0, 1) for x in (qkv[:, 0, heads], grad_out[:, heads]))
-                k, v = (qkv[rows, i, heads].permute(1, 2, 0) for i in (1, 2))
-                attention = (q * head_dim**-0.5 @ k).softmax(-1)
-                matrix += attention.mul_(g @ v).clamp_(min=0).sum(0)
+                attention = (q * head_dim**-0.5 @ k[heads]).softmax(-1)
+                matrix += attention.mul_(g @ v[heads]).clamp_(min=0).sum(0)
             sums = matrix.sum(1) if normalize else torch.full_like(row[some], num_heads)
             result[rows] += (row[some] / sums.where(sums > 0, 1)) @ matrix
     return result

@@ -1,0 +1,92 @@
+"""Memory of relevance, a study of many scans: the row that is carried back, beside what whole matrices would need.
+
+    python bench/relevance.py                  40 scans of 1176 tokens at study level, 12 heads of 64: minutes on a CPU
+    python bench/relevance.py --scans 10
+
+One layer at study level is taken back with every row of its matrix in use, which is the most that a layer can ask for.
+Peak memory is that of the process beyond what it held before, which is query, key and value rows and the gradient of
+attention's output: these a backward pass has in any case. Whole matrices, of one head alone: attention, its gradient,
+and the product of the layers so far, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from hlip.tasks.relevance import times_matrix
+from hlip_kernels import StudyLayout
+from report import print_table, provenance, write_json
+
+GIB = 2**30
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+class Peak:
+    """The most memory that this process holds while it is entered, looked at every 5 ms."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.most = resident()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.most = max(self.most, resident())
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    @property
+    def extra(self) -> int:
+        return self.most - self.before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Peak memory of one layer of relevance at study level, on the CPU.")
+    parser.add_argument("--scans", type=int, default=40, help="of the study (default: %(default)s)")
+    parser.add_argument("--grid", type=int, nargs=3, default=(6, 14, 14), help="tokens of a scan (default: 6 14 14)")
+    parser.add_argument("--heads", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--head-dim", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="also write the row to this file")
+    args = parser.parse_args()
+    layout = StudyLayout.from_grids([[tuple(args.grid)] * args.scans])
+    rows = 1 + layout.num_tokens
+    torch.manual_seed(0)
+    qkv = torch.randn(rows, 3, args.heads, args.head_dim)
+    grad_out = torch.randn(rows, args.heads, args.head_dim)
+    row = torch.rand(rows)
+    small = StudyLayout.from_grids([[(1, 2, 2)]])
+    times_matrix(row[:5], qkv[:5], grad_out[:5], small, "study")  # what the first call loads is no part of it
+    start = time.perf_counter()
+    with Peak() as peak:
+        result = times_matrix(row, qkv, grad_out, layout, "study")
+    seconds = time.perf_counter() - start
+    assert result.isfinite().all() and result.min() >= 0
+    found = {
+        "tokens": layout.num_tokens,
+        "given_gib": round((qkv.nbytes + grad_out.nbytes) / GIB, 2),
+        "extra_gib": round(peak.extra / GIB, 2),
+        "dense_gib_a_head": round(3 * 4 * rows**2 / GIB, 1),
+        "seconds": round(seconds, 1),
+    }
+    print_table(list(found), [list(found.values())])
+    if args.json:
+        write_json([{**found, **provenance(torch.device("cpu"))}], args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import hlip
+from conftest import TINY_RECIPE
+from hlip import cli
+from hlip.commands import interpret
+from hlip.data.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
+from hlip.tasks.relevance import relevance
+from hlip.tasks.zeroshot import Prompts, zeroshot
+
+FILES = ["montage.png", "overlays", "page.html", "relevance.json", "relevance.npz"]
+
+
+def run(*args: object) -> int:
+    return cli.main(["interpret", *(str(arg) for arg in args)])
+
+
+def test_interpret_files(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "maps"
+    flags = ["--model", model_folder, "--target", "glioma", "--against", "normal", "--prompt", "stroke", "--out", out]
+    assert run(*nifti_study, *flags) == 0
+    assert sorted(each.name for each in out.iterdir()) == FILES
+    assert [each.name for each in out.parent.iterdir()] == ["maps"]
+    result = json.loads((out / "relevance.json").read_text())
+    names = [path.name for path in nifti_study]
+    assert [entry["name"] for entry in result["scans"]] == names
+    assert [entry["overlay"] for entry in result["scans"]] == [f"overlays/{name}" for name in names]
+
+    model = hlip.HLIPModel.from_pretrained(model_folder)
+    study = hlip.load_study(nifti_study, model.config.recipe)
+    classes = Prompts({name: [name] for name in ("glioma", "normal", "stroke")})
+    expected = zeroshot(model, [study], classes)[1][0].tolist()
+    assert list(result["probabilities"]) == list(classes.classes)
+    assert list(result["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+    texts = ["This MRI study shows: glioma.", "This MRI study shows: normal."]
+    found = relevance(model, study, texts[0], "all", texts[1])
+    saved = np.load(out / "relevance.npz", allow_pickle=False)
+    assert saved["names"].tolist() == names
+    for m, values in enumerate(found.maps):
+        np.testing.assert_allclose(saved[f"map_{m:03d}"], values.numpy(), rtol=1e-4, atol=1e-7)
+    assert [entry["share"] for entry in result["scans"]] == pytest.approx(found.shares.tolist(), abs=1e-4)
+    assert result["similarity"] == pytest.approx(found.similarity, abs=1e-5)
+    for path, entry in zip(nifti_study, result["scans"], strict=True):
+        assert nibabel.load(out / entry["overlay"]).shape == nibabel.load(path).shape
+    printed = capsys.readouterr().out
+    assert "relevance to 'glioma' against 'normal'" in printed and "scan_2.nii.gz" in printed
+    assert "glioma" in (out / "page.html").read_text()
+
+
+def test_a_folder_and_a_prompts_file_again_into_the_same_folder(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("classes: {tumor: [glioma, mass], none: [normal]}\ntemplates: ['{}.', 'It is {}.']\n")
+    out = tmp_path / "out"
+    base = [nifti_study[0].parent, "--model", model_folder, "--prompts", prompts, "--out", out]
+    shares = {}
+    for target, *more in (("tumor",), ("tumor", "--layers", "last"), ("none", "--normalize")):
+        assert run(*base, "--target", target, *more) == 0
+        result = json.loads((out / "relevance.json").read_text())
+        assert sorted(each.name for each in out.iterdir()) == FILES
+        shares[tuple(more)] = [entry["share"] for entry in result["scans"]]
+        assert (result["target"], result["layers"]) == (target, "last" if "last" in more else "all")
+        assert result["normalize"] == ("--normalize" in more)
+    assert len({tuple(each) for each in shares.values()}) == 3
+    model = hlip.HLIPModel.from_pretrained(model_folder)
+    with torch.no_grad():
+        text = F.normalize(model.encode_text(["glioma.", "It is glioma.", "mass.", "It is mass."]).mean(0), dim=0)
+    study = hlip.load_study(nifti_study, model.config.recipe)
+    assert shares[()] == pytest.approx(relevance(model, study, text).shares.tolist(), abs=1e-4)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "prompts.yaml", "study"]
+
+
+def test_a_study_of_a_store(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    for name in ("shards", "work"):
+        (store / name).mkdir(parents=True)
+    image = torch.randint(0, 256, (8, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scans = [StoredScan(name, image.roll(m), (1.0, 1.0, 1.0), "axial", 8) for m, name in enumerate("ab")]
+    studies = [PreparedStudy(uid, scans) for uid in ("p1", "p2")]
+    write_shard(shard_file(store, 0), studies, TINY_RECIPE.to_dict(), TINY_RECIPE.hash, store / "work")
+    finish(store, store / "work", source_hash="", shard_scans=0, hidden_ids=False)
+    flags = ["--model", model_folder, "--target", "glioma", "--out", tmp_path / "out"]
+    assert run("p2", "--store", store, *flags) == 0
+    result = json.loads((tmp_path / "out" / "relevance.json").read_text())
+    assert result["study"] == "p2" and [entry["overlay"] for entry in result["scans"]] == [None, None]
+    assert result["probabilities"] == {}
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [f for f in FILES if f != "overlays"]
+    capsys.readouterr()
+    for args, message in ((["p3"], "holds no study p3"), (["p1", "p2"], "the uid of one study, got p1, p2")):
+        assert run(*args, "--store", store, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_bad_input_is_named_and_nothing_is_written(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("classes: {a: [x], b: [y]}\n")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("")
+    thin = tmp_path / "thin.nii"
+    nibabel.save(nibabel.Nifti1Image(np.arange(14 * 14, dtype=np.int16).reshape(14, 14, 1), np.eye(4)), thin)
+    other = tmp_path / "other"
+    other.mkdir()
+    study, target = nifti_study, ["--target", "glioma"]
+    cases = [
+        ([*study, "--target", "glioma", "--prompts", prompts], "'glioma': not a class of"),
+        ([*study, "--target", "a", "--against", "z", "--prompts", prompts], "--against 'z': not a class of"),
+        ([*study, "--target", "a", "--prompt", "b", "--prompts", prompts], "not both"),
+        ([*study, *target, "--against", "glioma"], "the same as --target"),
+        ([*study, "--target", " "], "prompts missing"),
+        ([*study, *target, "--template", "no place"], "exactly one {}"),
+        ([*study, *target, "--out", taken], "holds something else (thesis.tex)"),
+        ([*study, *target, "--out", prompts], "not a folder"),
+        ([other, study[0].parent, *target], "one study at a time, got 2 folders"),
+        ([thin, *target], "thin.nii: 1 slices, expected at least"),
+        ([tmp_path / "none.nii", *target], "none.nii: no such file"),
+        (["uid", *target, "--store", tmp_path], "not a store"),
+    ]
+    for args, message in cases:
+        out = [] if "--out" in args else ["--out", tmp_path / "out"]
+        assert run(*args, "--model", model_folder, *out) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["other", "prompts.yaml", "study", "taken", "thin.nii"]
+
+
+def test_interrupt_keeps_what_was_there(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    flags = [*nifti_study, "--model", model_folder, "--target", "glioma", "--out", out]
+    assert run(*flags) == 0
+    before = {each.name: each.read_bytes() for each in out.iterdir() if each.is_file()}
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interpret, "write_overlays", interrupt)
+    assert run(*flags, "--layers", "last") == 130
+    assert {each.name: each.read_bytes() for each in out.iterdir() if each.is_file()} == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "study"]
