@@ -8,7 +8,7 @@ EXTRAS = {
     "text": ["transformers>=4.56"],
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.3"],
-    "viz": ["matplotlib>=3.7"],
+    "viz": ["matplotlib>=3.7", "pillow>=9"],
     "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
     "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],  # both are built for one torch: take the release that fits yours

@@ -22,7 +22,7 @@ from ..data.studies import load_study_on_grids
 from ..data.volume import Volume
 from ..model.clip import HLIPModel
 from ..tasks.embed import embed_studies
-from ..tasks.maps import as_arrays, montage, page, write_overlays
+from ..tasks.maps import as_arrays, montage, order_of, page, write_overlays
 from ..tasks.relevance import Relevance, relevance
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_probabilities
 from .shared import FILES_HELP, add_model, load_model, study_paths
@@ -111,7 +111,7 @@ def _interpret(args: argparse.Namespace) -> None:
     print(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
     for name, p in sorted(probabilities.items(), key=lambda item: -item[1]):
         print(f"  probability of {name}: {p:.1%}")
-    for m in np.argsort(-found.shares, kind="stable"):
+    for m in order_of(found):
         print(f"  {found.names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
     print(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")
 

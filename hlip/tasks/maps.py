@@ -36,7 +36,7 @@ def paint(values: np.ndarray) -> np.ndarray:
 
 def order_of(found: Relevance) -> list[int]:
     """The scans by their share of the relevance, largest first."""
-    return sorted(range(len(found.maps)), key=lambda m: -found.shares[m])
+    return np.argsort(-found.shares, kind="stable").tolist()
 
 
 def highest(found: Relevance) -> float:

@@ -72,7 +72,8 @@ def relevance(
 
     The logit that is differentiated is the cosine of both embeddings times `exp(logit_scale)`. Where the model gives
     several embeddings of a study it is that of head 0, and the prefix token the one that makes head 0: cls, not the
-    register. Each block is run again for its gradients, so that only the streams between blocks are kept.
+    register. With head "dinotxt" gradients come through the mean of the patch rows too, but what is carried back is the
+    prefix token's row alone. Each block is run again for its gradients: only the streams between blocks are kept.
 
     Args:
         target: a text; or an (E) embedding, such as a row of `zeroshot_classifier`.
