@@ -49,11 +49,11 @@ def plain_block(block: Any, x: Tensor, mask: Tensor | None = None, attend: Atten
 
 
 def positions(encoder: StudyEncoder, tokens: TokenBatch) -> Tensor:
-    """(T, C): of a patch in its scan, and of the scan. No scan needs interpolation here."""
+    """(T, C): of a patch in its scan, and of the scan in its study."""
     tables = encoder.spatial_posemb.flatten(0, 3)
     if encoder.config.max_scans:
         tables = torch.cat([tables, encoder.sequential_posemb[0]])
-    return F.embedding_bag(tokens.places, tables, mode="sum")
+    return F.embedding_bag(tokens.places, tables, mode="sum", per_sample_weights=tokens.weights.to(tables.dtype))
 
 
 def published(encoder: StudyEncoder, tokens: TokenBatch, attend: Attend = flash) -> Tensor:

@@ -3,12 +3,17 @@
     python bench/encoder.py --table9
     python bench/encoder.py --figure1b --studies 1 2 --json rows.json
     python bench/encoder.py --table9 --models hlip published --rounds 9
+    python bench/encoder.py --scaling scans --sizes 1 4 16 64 162
 
 Table 9 encodes one volume of 224 x 224 x 224 voxels, with patches of 16; Figure 1b studies of 8 scans of
-48 x 224 x 224, with patches of 8 x 16 x 16. All but `swin` have 12 layers of width 768. Models are described in
-`baselines.py`: `hlip` is this library's encoder on a packed batch, `published` the same model computed as the released
-code does, `vit` a plain vision transformer, `swin` and `navit` MONAI's. `flash` says whether attention is one op that
-keeps no weights of attention, or writes them to memory; ours and NaViT come in one kind only.
+48 x 224 x 224, with patches of 8 x 16 x 16. All but `swin` have 12 layers of width 768. `--scaling` lets a study have
+more and more scans, a scan more slices, or a batch more studies: of the published sizes on a GPU; on a CPU of small
+scans (294 tokens), through 3 layers of width 128. A model that needs more memory than `--limit-gb` is left out from
+there on.
+
+Models are described in `baselines.py`: `hlip` is this library's encoder on a packed batch, `published` the same model
+computed as the released code does, `vit` a plain vision transformer, `swin` and `navit` MONAI's. `flash` says whether
+attention is one op that keeps no weights of attention, or writes them to memory; ours and NaViT come in one kind only.
 
 All models run in one process, in turns, on the same input. Outputs of `hlip` and `published`, and those of a model
 with and without flash, are compared before anything is timed. Inference is without gradients, with weights of the type
@@ -24,8 +29,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +100,18 @@ def figure1b(studies: int) -> Case:
     return Case("figure1b", studies, 8, (48, 224, 224), (8, 16, 16), "scan+study")
 
 
+SIZES = {"scans": (1, 2, 4, 8, 16, 32, 64, 162), "slices": (1, 2, 4, 8, 16, 32), "batch": (1, 2, 4, 8, 16)}
+
+
+def scaling(axis: str, size: int, gpu: bool) -> Case:
+    """A study of so many scans; of 4 scans of so many slices of tokens; or so many studies of 4 scans."""
+    patch = (8, 16, 16) if gpu else (4, 8, 8)
+    d, h, w = (6, 14, 14) if gpu else (6, 7, 7)
+    studies, scans = size if axis == "batch" else 1, size if axis == "scans" else 4
+    shape = ((size if axis == "slices" else d) * patch[0], h * patch[1], w * patch[2])
+    return Case(f"scaling_{axis}", studies, scans, shape, patch, "scan+study")
+
+
 class Setting(NamedTuple):
     """How it is encoded."""
 
@@ -150,14 +169,20 @@ def training_step(job: Job, setting: Setting) -> Tensor:
     return out.detach()
 
 
-def training_memory(kind: Kind, case: Case, setting: Setting) -> dict[str, float]:
-    """GB that one training step takes; run in a fresh process."""
+def training_memory(kind: Kind, case: Case, setting: Setting, threads: int, limit_gb: float | None) -> dict[str, float]:
+    """GB that one training step takes; run in a fresh process. Raises RuntimeError beyond the limit."""
+    torch.set_num_threads(threads)
     job = build(kind, case, setting)
+    if limit_gb is not None and setting.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 2**30 / torch.cuda.mem_get_info()[1]))
+    elif limit_gb is not None:
+        most = int(process_gb("VmSize") * 2**30 + limit_gb * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     if setting.device == "cuda":
         allocated = torch.cuda.memory_allocated()
         training_step(job, setting)
         return {"memory_gb": (torch.cuda.max_memory_allocated() - allocated) / 2**30}
-    before = peak_gb()
+    before = process_gb("VmHWM")
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in job.module.parameters()}
 
@@ -169,21 +194,22 @@ def training_memory(kind: Kind, case: Case, setting: Setting) -> dict[str, float
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         training_step(job, setting)
-    return {"memory_gb": peak_gb() - before, "saved_gb": sum(kept.values()) / 2**30}
+    return {"memory_gb": process_gb("VmHWM") - before, "saved_gb": sum(kept.values()) / 2**30}
 
 
-def peak_gb() -> float:
-    """The largest resident size of this process so far. (What `getrusage` tells begins with the parent's.)"""
+def process_gb(line: str) -> float:
+    """Of this process: VmHWM, its largest resident size so far; VmSize, all its addresses."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
+    return int(next(each for each in lines if each.startswith(line)).split()[1]) / 2**20
 
 
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
+    lost: set[Kind] = set()  # what ran out of memory at a smaller size
     for case in cases(args):
-        found = run(case, args)
+        found = run(case, args, lost)
         show(found, case)
         rows += found
     if args.json:
@@ -194,33 +220,42 @@ def main() -> int:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    make = table9 if args.table9 else figure1b
-    return [make(studies) for studies in args.studies]
+    if args.scaling:
+        return [scaling(args.scaling, size, args.device == "cuda") for size in args.sizes or SIZES[args.scaling]]
+    return [(table9 if args.table9 else figure1b)(studies) for studies in args.studies]
 
 
-def run(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str, Any]]:
     setting = Setting(args.dtype, args.device, args.width, args.depth)
     facts = {
         "case": case.name, "studies": case.studies, "scans": case.scans, "shape": case.shape, "patch": case.patch,
         "dtype": args.dtype, "width": args.width, "depth": args.depth, "rounds": args.rounds,
         **provenance(torch.device(args.device)),
     }  # fmt: skip
+    kinds = [each for each in KINDS if each.model in args.models and args.flash in (None, str(each.flash).lower())]
     jobs: dict[Kind, Job] = {}
+    memory: dict[Kind, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
-        if kind.model in args.models and (args.flash is None or kind.flash == (args.flash == "true")):
-            try:
-                jobs[kind] = build(kind, case, setting)
-            except (NotImplementedError, ImportError) as error:
-                rows.append({**kind._asdict(), "reason": str(error), **facts})
+    for kind in tqdm(kinds, f"{case.name}: building", unit="model", disable=None):
+        try:
+            if kind in lost:
+                raise NotImplementedError("out of memory at a smaller size")
+            if "training" in args.modes and args.memory:
+                memory[kind] = in_a_fresh_process(kind, case, setting, args.threads, args.limit_gb)
+            jobs[kind] = build(kind, case, setting)
+        except MemoryError as error:
+            lost.add(kind)
+            rows.append({**kind._asdict(), "reason": str(error), **facts})
+        except (NotImplementedError, ImportError) as error:
+            rows.append({**kind._asdict(), "reason": str(error), **facts})
     for mode in args.modes:
-        rows += [row | facts for row in measure(jobs, mode, case, setting, args)]
+        for row in measure(jobs, mode, case, setting, args.rounds):
+            more = memory.get(Kind(row["model"], row["flash"]), {}) if mode == "training" else {}
+            rows.append(row | more | facts)
     return rows
 
 
-def measure(
-    jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for every model in inference or training."""
     ways: dict[Kind, Callable[[], Tensor]] = {}
     outputs: dict[Kind, Tensor] = {}
@@ -233,15 +268,12 @@ def measure(
         except torch.OutOfMemoryError:
             yield {**kind._asdict(), "mode": mode, "reason": "out of memory"}
     errors = compare(outputs, setting.dtype)
-    seconds = in_turns(ways, args.rounds)
-    first = next(iter(seconds.values()))
+    seconds = in_turns(ways, rounds)
+    first = next(iter(seconds.values()), [])
     for kind, mine in seconds.items():
         row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_first": ratio(mine, first)}
         row |= {"vol_per_s": case.volumes / row["p50_s"], "studies_per_s": case.studies / row["p50_s"]}
-        row |= {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
-        if mode == "training" and args.memory:
-            row |= in_a_fresh_process(kind, case, setting, args.threads)
-        yield row
+        yield row | {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
 
 
 def compare(outputs: Mapping[Kind, Tensor], dtype: str) -> dict[Kind, float]:
@@ -262,9 +294,18 @@ def compare(outputs: Mapping[Kind, Tensor], dtype: str) -> dict[Kind, float]:
     return errors
 
 
-def in_a_fresh_process(kind: Kind, case: Case, setting: Setting, threads: int) -> dict[str, float]:
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
-        return pool.apply(training_memory, (kind, case, setting))
+def in_a_fresh_process(
+    kind: Kind, case: Case, setting: Setting, threads: int, limit_gb: float | None
+) -> dict[str, float]:
+    """Raises MemoryError if it needs more than the limit, or than there is."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(training_memory, kind, case, setting, threads, limit_gb).result()
+        except (BrokenExecutor, RuntimeError, MemoryError) as error:
+            # A process that is refused memory may also just end.
+            if isinstance(error, RuntimeError) and "memory" not in str(error) and not isinstance(error, BrokenExecutor):
+                raise
+            raise MemoryError(f"out of memory{f' of {limit_gb:g} GiB' if limit_gb else ''}") from error
 
 
 def show(rows: list[dict[str, Any]], case: Case) -> None:
@@ -290,7 +331,12 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
     what.add_argument("--figure1b", action="store_true", help="studies of 8 scans of 48 x 224 x 224 voxels")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
+    parser.add_argument("--sizes", nargs="+", type=int, help="of --scaling, increasing")
+    parser.add_argument("--limit-gb", type=float, help="of a training step, GiB (default: 8 with --scaling, else none)")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling"
+    )
     parser.add_argument("--flash", choices=("true", "false"), help="only with or without (default: both)")
     parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
     parser.add_argument("--studies", nargs="+", type=int, default=[1], help="in a batch; a run for each (default: 1)")
@@ -299,8 +345,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
     )
-    parser.add_argument("--width", type=int, default=768, help="a multiple of 64 (default: %(default)s)")
-    parser.add_argument("--depth", type=int, default=12, help="a multiple of 3 (default: %(default)s)")
+    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 768)")
+    parser.add_argument("--depth", type=int, help="a multiple of 3 (default: 12)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -308,6 +354,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = args.scaling and args.device == "cpu"
+    args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
+    args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
+    args.limit_gb = args.limit_gb or (8.0 if args.scaling else None)
     if args.width % 64 or args.depth % 3 or min(args.rounds, args.threads, *args.studies) < 1:
         parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
     return args
