@@ -1,0 +1,119 @@
+"""The benchmark of whole encoders: what it compares is the same, and its rows say what was done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import random_study, tiny_vision
+from hlip.data.batch import Study, pack
+from hlip.model.vit import StudyEncoder
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import encoder as bench  # noqa: E402
+from baselines import flash, published, regroup, unfused  # noqa: E402
+from timing import in_turns, ratio  # noqa: E402
+
+SMALL = bench.Case("small", 2, 3, (8, 16, 16), (4, 8, 8), "scan+study")
+SETTING = bench.Setting("fp32", "cpu", 64, 3)
+
+
+@pytest.mark.parametrize("pattern", ["slice+scan", "scan+study", "slice+scan+study", "study"])
+@pytest.mark.parametrize("attend", [flash, unfused])
+def test_the_published_way_gives_what_ours_gives(pattern: str, attend: Any) -> None:
+    torch.manual_seed(0)
+    encoder = StudyEncoder(tiny_vision(pattern, max_scans=2)).eval()  # three scans: positions are interpolated
+    torch.nn.init.normal_(encoder.cls_token)
+    studies = [Study(str(s), random_study([(8, 16, 16)] * 3, seed=s)) for s in range(2)]
+    tokens = encoder.plan(pack(studies, (4, 8, 8)))
+    with torch.no_grad():
+        torch.testing.assert_close(published(encoder, tokens, attend), encoder(tokens)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_regrouping_averages_and_repeats_prefix_rows() -> None:
+    x = torch.arange(12.0).view(2, 3, 2)
+    joined = regroup(x, 1)
+    assert joined.tolist() == [[[3, 4], [2, 3], [4, 5], [8, 9], [10, 11]]]
+    assert regroup(joined, 2).tolist() == [[[3, 4], [2, 3], [4, 5]], [[3, 4], [8, 9], [10, 11]]]
+
+
+def test_all_models_run_and_take_memory() -> None:
+    cube = SMALL._replace(shape=(16, 16, 16), patch=(8, 8, 8))
+    for kind in bench.KINDS:
+        if kind.model == "swin":
+            continue  # its windows want larger volumes
+        job = bench.build(kind, cube, SETTING)
+        out = bench.inference(job)
+        assert out.shape[0] in (cube.studies, cube.volumes) and out.isfinite().all()
+        assert bench.training_memory(kind, cube, SETTING, 1, None)["saved_gb"] > 0
+    with pytest.raises(NotImplementedError, match="patches of one side"):
+        bench.build(bench.Kind("navit", False), SMALL, SETTING)
+
+
+@pytest.mark.slow
+def test_swin_runs() -> None:
+    job = bench.build(bench.Kind("swin", True), SMALL._replace(studies=1, scans=1, shape=(64, 64, 64)), SETTING)
+    assert bench.inference(job).isfinite().all()
+
+
+def test_results_that_differ_stop_the_run() -> None:
+    ours, theirs = bench.Kind("hlip", True), bench.Kind("published", True)
+    same = {ours: torch.ones(3), theirs: torch.ones(3) + 1e-6}
+    assert bench.compare(same, "fp32")[theirs] < 1e-5
+    with pytest.raises(SystemExit, match=r"published.*away from"):
+        bench.compare(same | {theirs: torch.ones(3) * 1.1}, "fp32")
+    with pytest.raises(SystemExit, match="not finite"):
+        bench.compare({ours: torch.full((3,), torch.nan)}, "fp32")
+
+
+@pytest.mark.slow
+def test_a_model_beyond_the_limit_is_out_of_memory() -> None:
+    many = SMALL._replace(studies=1, scans=400, shape=(16, 16, 16), patch=(4, 4, 4))  # 25,600 tokens: 2.6 GB a head
+    with pytest.raises(MemoryError, match="out of memory of 1 GiB"):
+        bench.in_a_fresh_process(bench.Kind("vit", False), many, SETTING, 1, 1.0)
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path: Path) -> None:
+    rows_file, results = tmp_path / "rows.json", tmp_path / "results.jsonl"
+    command = [
+        sys.executable, BENCH / "encoder.py", "--scaling", "batch", "--sizes", 1, 2, "--width", 64, "--rounds", 2,
+        "--models", "hlip", "published", "--flash", "true", "--device", "cpu", "--json", rows_file,
+        "--results", results,
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    rows = json.loads(rows_file.read_text())
+    assert [(r["studies"], r["model"], r["mode"]) for r in rows] == [
+        (size, model, mode) for size in (1, 2) for mode in ("inference", "training") for model in ("hlip", "published")
+    ]
+    for row in rows:
+        assert row["vol_per_s"] == pytest.approx(4 * row["studies"] / row["p50_s"])
+        assert row["p20_s"] <= row["p50_s"] <= row["p80_s"] and len(row["times_first"]) == 3
+        assert ("memory_gb" in row) == (row["mode"] == "training")
+        assert row["error"] is None if row["model"] == "hlip" else row["error"] < 5e-2
+        assert (row["width"], row["depth"], row["case"]) == (64, 3, "scaling_batch")
+    assert len(results.read_text().splitlines()) == 2 * len(rows)
+
+
+def test_ratios_are_paired() -> None:
+    found = ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])
+    assert tuple(found) == (2.0, 2.0, 2.0) and str(found) == "2 (2-2)"
+    wide = ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    assert wide.low < wide.median == 3.0 < wide.high
+
+
+def test_rounds_go_both_ways() -> None:
+    calls: list[str] = []
+    seconds = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    assert calls == ["b", "a", "a", "b", "b", "a"]
+    assert all(len(each) == 3 for each in seconds.values())
