@@ -102,3 +102,45 @@ def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "weight_decoy" in done.stderr and "did you mean weight_decay?" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    there = str(TRAIN / "recipes" / "brain_mri.yaml")
+    for given in ("brain_mri", "brain_mri.yaml", "recipes/brain_mri.yaml", there):
+        assert pretrain.with_recipes(["--config", given, "--lr=1"]) == ["--config", there, "--lr=1"]
+        assert pretrain.with_recipes([f"--config={given}"]) == [f"--config={there}"]
+    with pytest.raises(ValueError, match="--config brain_mir: no such file or recipe; did you mean brain_mri"):
+        pretrain.with_recipes(["--config", "brain_mir"])
+
+
+def test_steps_on_the_command_line_go_before_the_recipes_epochs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = pretrain.from_published_flags(["--steps=20"])
+    config = settings_of(TRAIN / "recipes" / "brain_mri.yaml", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert (config.steps, config.epochs) == (20, None)
+    with pytest.raises(ValueError, match="steps 2 and epochs 3 are both given"):
+        TrainConfig(Path("a"), steps=2, epochs=3)
+
+
+@pytest.mark.parametrize(
+    "flag", ["batch-size", "save-frequency", "zeroshot-frequency", "beta2", "siglip", "accum-freq"]
+)
+def test_published_flags_that_mean_something_else_are_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag}: "):
+        pretrain.from_published_flags([f"--{flag}", "1"])
+
+
+def test_published_flags_that_mean_the_same_are_taken() -> None:
+    given = ["--logs-dir", "runs", "--valid-data=v", "--local-loss", "--precision", "amp_bf16", "--log-every-n-steps=3"]
+    assert pretrain.from_published_flags(given) == [
+        "--out", "runs", "--val=v", "--local_loss=true", "--precision", "bf16", "--log_every=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": -1.0}, {"warmup": -3}, {"drop_path": 1.5}, {"patch_dropout": 1.0}, {"betas": (1.5, 2.0)}]
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        TrainConfig(Path("a"), **changes)

@@ -20,7 +20,8 @@ import torch
 import hlip
 from hlip.data.demo import make_demo
 from hlip.data.prepare import prepare
-from hlip.data.sources import find_studies
+from hlip.data.preprocess import Recipe
+from hlip.data.sources import Found, find_studies
 from hlip.model.config import preset
 
 TRAIN = Path(__file__).parents[1] / "train"
@@ -274,6 +275,9 @@ def test_bad_input_is_named(
     unfinished = tmp_path / "unfinished"
     shutil.copytree(demo / "train", unfinished)
     (unfinished / "store.json").unlink()
+    odd = tmp_path / "odd"
+    found = find_studies(demo / "train.json")
+    prepare(Found(found.studies[:1], []), Recipe(size=(8, 20, 20), crop=None), odd)
     blocked = tmp_path / "blocked"
     blocked.write_text("")
     cases: list[tuple[dict[str, object], str]] = [
@@ -292,6 +296,8 @@ def test_bad_input_is_named(
         (held_out, "labels.csv: no label for study test-0009"),
         (held_out | {"labels": one_sided}, "one_sided.csv: AUC needs positives and negatives of every class"),
         (held_out | {"labels": None}, "test: the store has no labels for "),
+        ({"val": odd, "prompts": demo / "prompts.yaml"}, "odd: study train-0000 has a scan of"),
+        ({"fsdp": "true"}, "fsdp needs processes: start this with torchrun or srun"),
         ({"out": blocked / "x"}, "Not a directory"),
     ]
     for i, (changes, message) in enumerate(cases):

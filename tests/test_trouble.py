@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +22,16 @@ import hlip
 from hlip.data.demo import make_demo
 from hlip.data.prepare import prepare
 from hlip.data.sources import find_studies
+from hlip.data.store import Store
 from hlip.model.config import preset
 
 TRAIN = Path(__file__).parents[1] / "train"
 sys.path.insert(0, str(TRAIN))
 
-from engine import first_host  # noqa: E402
-from log import STALLED  # noqa: E402
+from checkpoints import Checkpoints  # noqa: E402
+from config import TrainConfig  # noqa: E402
+from engine import World, first_host  # noqa: E402
+from log import STALLED, Log, Watch  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.slow
@@ -103,6 +109,114 @@ def test_a_full_disk_leaves_the_checkpoints_from_before(store: Path, init: Path,
     assert {path.name: path.stat().st_size for path in (out / "checkpoints").iterdir()} == {
         "step_00000001.pt": before["step_00000001.pt"]
     }
+
+
+def test_sigterm_to_all_processes_saves(store: Path, init: Path, tmp_path: Path) -> None:
+    """Schedulers signal the processes that read data, too."""
+    out = tmp_path / "run"
+    command = [sys.executable, str(TRAIN / "pretrain.py"), *settings(store, init, out, workers=2, save_every=0)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True)
+    while not (out / "log.jsonl").exists() or '"loss"' not in (out / "log.jsonl").read_text():
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, errors
+    (saved,) = (out / "checkpoints").iterdir()
+    assert "SIGTERM: saved after step" in errors and saved.suffix == ".pt"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(damage: str, store: Path, init: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert begin(settings(store, init, out, steps=3)).wait() == 0
+    newest = out / "checkpoints" / "step_00000003.pt"
+    content = bytearray(newest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 255 for byte in content[middle : middle + 64])
+    newest.write_bytes({"cut": content[:1_000_000], "empty": b"", "flipped": content}[damage])
+    run = begin(settings(store, init, out, steps=3, resume="auto"))
+    errors = run.communicate()[1]
+    assert run.returncode == 0, errors
+    assert "step_00000003.pt: not a readable checkpoint" in errors
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == [1, 2, 3]
+
+
+def test_a_resumed_run_wants_its_studies_wherever_they_are(store: Path, init: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert begin(settings(store, init, out, steps=1)).wait() == 0
+    shutil.copytree(store, tmp_path / "moved")
+    assert begin(settings(tmp_path / "moved", init, out, steps=1, resume="true")).wait() == 0
+    info = json.loads((tmp_path / "moved" / "store.json").read_text())
+    (tmp_path / "moved" / "store.json").write_text(json.dumps(info | {"source_hash": "other"}))
+    run = begin(settings(tmp_path / "moved", init, out, steps=1, resume="true"))
+    assert "source_hash was" in run.communicate()[1] and run.returncode == 2
+
+
+def test_gradients_that_stay_not_finite_end_an_fp16_run(
+    store: Path, init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pretrain
+
+    monkeypatch.setattr(pretrain, "clip_gradient", lambda model, most: math.nan)
+    monkeypatch.setattr(pretrain, "MOST_NOT_FINITE", 3)
+    config = TrainConfig(
+        store, tmp_path / "run", init=str(init), batch_size=4, steps=9, warmup=1, precision="fp16", workers=0
+    )
+    with pytest.raises(ValueError, match=r"step 4: the loss is .*, the gradient's norm nan"):
+        pretrain.train(config)
+
+
+def test_a_full_disk_costs_lines_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = Log(TrainConfig(Path("store"), tmp_path, steps=1), World(), 0)
+    log.scalars(1, loss=1.0)
+    log.file.close()
+    log.file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+    for step in (2, 3):
+        log.scalars(step, loss=1.0)
+    assert caplog.text.count("lines are lost") == 1
+    log.close()
+    assert [json.loads(line).get("step") for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [None, 1]
+
+
+def test_evaluating_and_saving_are_no_stall(tmp_path: Path) -> None:
+    watch = Watch(World(), 0, tmp_path)
+    watch.seconds = 0.01
+    for doing, late in (("computing", True), ("evaluating", False), ("reading data", True), ("saving", False)):
+        watch.at(3, doing, [])
+        time.sleep(0.02)
+        assert watch._late() is late
+    watch.every = 0.01
+    assert watch._ask(lambda: 7) == 7
+    assert watch._ask(lambda: time.sleep(30)) is None  # the store of a process that stands
+    watch.close()
+
+
+def test_processes_that_see_different_things_are_refused(tmp_path: Path) -> None:
+    from pretrain import check_agreement
+
+    class Apart(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, value | {"first_step": 0}]
+
+    checkpoints = Checkpoints(TrainConfig(Path("a"), tmp_path), World())
+    check_agreement(Apart(), 0, checkpoints)
+    with pytest.raises(ValueError, match="data and out must be shared by all"):
+        check_agreement(Apart(), 5, checkpoints)
+
+
+def test_text_features_are_kept_without_dropout(store: Path, init: Path, tmp_path: Path) -> None:
+    import pretrain
+
+    config = TrainConfig(store, tmp_path, init=str(init), lock_text=True)
+    model = pretrain.make_model(config)
+    impressions, findings = (Store(store).manifest.column(name).to_pylist()[:2] for name in ("impression", "findings"))
+    texts = model.config.texts(impressions, findings)
+    found = [pretrain.locked_features(model.train(), Store(store), World())(texts) for _ in range(2)]
+    assert found[0].equal(found[1])
+    with torch.no_grad():
+        torch.testing.assert_close(found[0], model.eval().text.features(texts), rtol=1e-4, atol=1e-5)
 
 
 def test_a_worker_that_dies_is_named(store: Path, init: Path, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ others. Everything random follows from (seed, step), so weights, optimizer and l
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pickle
 import re
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.folder = config.out / "checkpoints"
         self.config, self.world = config, world
+        self.data: dict[str, Any] = {}  # what tells the data set from others
         self.thread: threading.Thread | None = None
         self.failure: OSError | None = None
 
@@ -54,6 +57,7 @@ class Checkpoints:
         state = {
             "step": step,
             "config": fixed_settings(self.config),
+            "data": self.data,
             "model": get_model_state_dict(model, options=options),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
             "scaler": scaler.state_dict(),
@@ -68,6 +72,8 @@ class Checkpoints:
         partial = path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.folder.glob("step_*.tmp"):  # of a run that was killed
+                unfinished.unlink()
             with partial.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
@@ -91,7 +97,7 @@ class Checkpoints:
             raise failure
 
     def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-        """Restore the latest. Returns the number of steps done.
+        """Restore the latest that is whole. Returns the number of steps done.
 
         Raises:
             ValueError: there is none, or it is of another run; names the settings that differ.
@@ -99,10 +105,19 @@ class Checkpoints:
         found = self.all()
         if not found:
             raise ValueError(f"{self.folder}: no checkpoint to resume from")
-        path = found[-1]
+        for path in reversed(found):
+            try:
+                with zipfile.ZipFile(path) as content:
+                    if damaged := content.testzip():  # torch does not compare checksums
+                        raise OSError(f"the checksum of {damaged} differs")
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                break
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, zipfile.BadZipFile) as error:
+                if path == found[0]:
+                    raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+                logging.warning("%s: not a readable checkpoint (%s); going on from the one before", path, error)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            before, now = state["config"], fixed_settings(self.config)
+            before, now = state["config"] | state["data"], fixed_settings(self.config) | self.data
             changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
             if changed:
                 raise ValueError("; ".join(changed))
@@ -111,7 +126,7 @@ class Checkpoints:
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
             scaler.load_state_dict(state["scaler"])
             return int(state["step"])
-        except (OSError, RuntimeError, KeyError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
 
 

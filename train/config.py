@@ -10,32 +10,30 @@ Texts = Literal["report", "shuffled", "sentence"]
 
 # Flags of the released training code that mean the same here.
 PUBLISHED_FLAGS = {
-    "accum-freq": None,
-    "batch-size": "batch_size",
-    "beta1": None,
-    "dist-backend": None,
     "epochs": "epochs",
-    "gather-with-grad": None,
+    "force-patch-dropout": "patch_dropout",
     "grad-checkpointing": "grad_checkpointing",
     "grad-clip-norm": "grad_clip",
     "local-loss": "local_loss",
     "lock-text": "lock_text",
+    "lock-text-unlocked-layers": "unlocked_layers",
+    "log-every-n-steps": "log_every",
     "logs": "out",
+    "logs-dir": "out",
     "lr": "lr",
     "model": "model",
     "num-scans": "max_scans",
     "precision": "precision",
     "pretrained": "init",
-    "resume": "resume",
-    "save-frequency": "save_every",
     "seed": "seed",
     "torchcompile": "compile",
     "train-data": "data",
     "val-data": "val",
+    "valid-data": "val",
+    "wandb-project-name": "wandb",
     "warmup": "warmup",
     "wd": "weight_decay",
     "workers": "workers",
-    "zeroshot-frequency": "eval_every",
 }
 
 
@@ -45,7 +43,7 @@ class TrainConfig:
 
     Args:
         data: store to train on.
-        out: folder for the model, checkpoints and logs.
+        out: folder for the model, checkpoints and logs, which all processes must see.
         model: name of the model (`python -c "import hlip; print(hlip.list_models())"` lists them);
             clip_vit_base_scan_study_token1176 if neither this nor `init` says.
         text: folder or hub name of the BERT; the model's own if not given.
@@ -62,8 +60,8 @@ class TrainConfig:
         compile: compile the encoder with torch.compile.
         grad_checkpointing: run the encoder's blocks again in backward, to keep less.
         resume: go on from the last checkpoint in `out`; "auto" does if there is one.
-        epochs: passes over the data, in place of `steps`.
-        steps: optimizer steps of the run.
+        epochs: passes over the data.
+        steps: optimizer steps of the run, in place of `epochs`; 17000 if neither is given.
         batch_size: studies of a step, over all processes.
         micro_tokens: patch tokens that a process encodes at once; a step's share beyond that is run in pieces, with
             the gradient of the whole. All at once if not given.
@@ -95,7 +93,7 @@ class TrainConfig:
     """
 
     data: Path
-    out: Path
+    out: Path = Path("runs/pretrain")
     model: str | None = None
     text: str | None = None
     vision: str | None = None
@@ -111,9 +109,9 @@ class TrainConfig:
     fsdp: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
-    resume: Literal["auto", "true", "false"] = "false"
+    resume: Literal["auto", "true", "false"] | bool = "false"
     epochs: int | None = None
-    steps: int = 17000
+    steps: int | None = None
     batch_size: int = 256
     micro_tokens: int | None = None
     balance: Literal["studies", "cost"] = "studies"
@@ -139,18 +137,23 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "keep"):
+        for name in ("batch_size", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "lr_batch", "max_scans", "micro_tokens", "save_minutes"):
+        for name in ("steps", "epochs", "lr", "lr_batch", "max_scans", "micro_tokens", "save_minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("unlocked_layers", "eval_every", "save_every", "stall_minutes", "grad_clip", "workers"):
+        for name in ("warmup", "weight_decay", "seed", "unlocked_layers", "eval_every", "save_every", *LIMITS):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.sentence_dropout < 1:
-            raise ValueError(f"sentence_dropout must be in [0, 1), got {self.sentence_dropout}")
+        for name in ("sentence_dropout", "patch_dropout", "drop_path"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one of them ends the run")
         if self.init is not None and self.vision is not None:
             raise ValueError("init and vision are both given: one of them says what weights to begin with")
         if (self.val is None) != (self.prompts is None) or (self.labels is not None and self.val is None):
@@ -159,34 +162,40 @@ class TrainConfig:
             raise ValueError("fsdp needs balance 'studies': its processes must run as many pieces as one another")
 
 
+LIMITS = ("stall_minutes", "grad_clip", "workers")
 # What may differ between a run and its continuation.
 FREE = frozenset(
-    ["out", "device", "compile", "grad_checkpointing", "fsdp", "resume", "init", "vision", "local_loss", "workers",
-     "micro_tokens", "balance", "log_every", "eval_every", "save_every", "save_minutes", "keep", "stall_minutes",
-     "wandb", "val", "labels", "prompts"]
+    ["data", "out", "device", "compile", "grad_checkpointing", "fsdp", "resume", "init", "vision", "local_loss",
+     "workers", "micro_tokens", "balance", "log_every", "eval_every", "save_every", "save_minutes", "keep",
+     "stall_minutes", "wandb", "val", "labels", "prompts"]
 )  # fmt: skip
 
 
 def from_published_flags(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the released code's spelling put in ours.
+    """Command-line arguments with the released code's spelling put in ours. `--steps` goes before a file's `epochs`,
+    and the other way round.
 
     Raises:
         ValueError: a flag of theirs that has no counterpart here; says what to do.
     """
     own = {each.name for each in fields(TrainConfig)}
     found: list[str] = []
-    flag = ""
+    flag, given = "", set()
     for argument in arguments:
         if not argument.startswith("--"):
             found.append(_VALUES.get(flag, {}).get(argument, argument))
             continue
         name, sign, value = argument[2:].partition("=")
-        flag = name if name in own else PUBLISHED_FLAGS.get(name, name) or ""
-        if not flag:
+        if name in _INSTEAD and name not in own:
             raise ValueError(f"--{name}: {_INSTEAD[name]}")
+        flag = name if name in own else PUBLISHED_FLAGS.get(name, name)
+        given.add(flag)
         if not sign and flag != name and flag in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
             sign, value = "=", "true"
         found.append(f"--{flag}{sign}{_VALUES.get(flag, {}).get(value, value)}")
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in given and other not in given:
+            found.append(f"--{other}=null")
     return found
 
 
@@ -197,7 +206,15 @@ _VALUES = {
 }
 _INSTEAD = {
     "accum-freq": "a step is cut into pieces by --micro_tokens, with the gradient of the whole",
+    "batch-size": "it counts the studies of one GPU there; --batch_size counts those of all processes",
     "beta1": "both betas are given as --betas '[0.9, 0.95]'",
+    "beta2": "both betas are given as --betas '[0.9, 0.95]'",
     "dist-backend": "it is NCCL on GPUs and gloo on CPUs",
+    "eps": "it is 1e-8",
     "gather-with-grad": "gradients always reach the gathered embeddings; leave it out",
+    "name": "--out is the run's folder",
+    "report-to": "JSON lines and TensorBoard are always written; --wandb PROJECT for the rest",
+    "save-frequency": "it counts epochs there; --save_every counts steps",
+    "siglip": "a model has its objective; see the recipe siglip_chest_ct.yaml",
+    "zeroshot-frequency": "it counts epochs there; --eval_every counts steps",
 }

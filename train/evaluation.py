@@ -8,10 +8,11 @@ import torch
 from config import TrainConfig
 from engine import World, gathered
 from hlip.data.dataset import StudyDataset
-from hlip.data.store import Store
 from hlip.model.clip import HLIPModel
+from hlip.model.config import ModelConfig
 from hlip.tasks.metrics import macro_auc, read_labels
 from hlip.tasks.zeroshot import Prompts, zeroshot
+from loading import open_store
 
 
 class HeldOut:
@@ -21,7 +22,7 @@ class HeldOut:
         self.dataset, self.labels, self.prompts = dataset, labels, prompts
 
     @classmethod
-    def read(cls, config: TrainConfig) -> HeldOut | None:
+    def read(cls, config: TrainConfig, model: ModelConfig) -> HeldOut | None:
         """None if the run does not evaluate.
 
         Raises:
@@ -29,7 +30,7 @@ class HeldOut:
         """
         if config.val is None or config.prompts is None:
             return None
-        prompts, store = Prompts.read(config.prompts), Store(config.val)
+        prompts, store = Prompts.read(config.prompts), open_store(config.val, model)
         names = list(prompts.classes)
         if config.labels is not None:
             source, table = config.labels, read_labels(config.labels, names)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
+import importlib.util
 import json
+import logging
 import os
 import resource
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +41,9 @@ class Log:
             partial = path.with_name(".log.jsonl.tmp")
             partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(path)
-            self.file = path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
+            self.file = path.open("ab", buffering=0)
+            self.told = False
+            self.board: SummaryWriter | None = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
             settings = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
             if config.wandb:
                 self.wandb = start_wandb(config, settings)
@@ -48,29 +54,47 @@ class Log:
 
     def scalars(self, step: int, **values: float) -> None:
         self._write({"step": step, **values})
-        if self.active:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(values, step=step)
+        if self.active and self.board:
+            try:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+            except OSError as error:  # of its writing thread, which does not go on after that
+                logging.warning("TensorBoard's events cannot be written (%s); this run goes on without", error)
+                self.board = None
+        if self.active and self.wandb:
+            self.wandb.log(values, step=step)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if self.active:
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
+        """A line, whole or not at all: a full disk costs lines, not the run."""
+        if not self.active:
+            return
+        line = (json.dumps(entry) + "\n").encode()
+        end = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(end)
+            if not self.told:
+                logging.warning("%s: lines are lost (%s)", self.file.name, error)
+            self.told = True
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
-            self.board.close()
-            if self.wandb:
-                self.wandb.finish()
+        if not self.active:
+            return
+        self.file.close()
+        if self.board:
+            with contextlib.suppress(OSError):
+                self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def kept_lines(path: Path, step: int) -> list[str]:
     """The lines up to a step; a last line that was cut short is dropped."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             entry = json.loads(line)
         except ValueError:
@@ -80,12 +104,20 @@ def kept_lines(path: Path, step: int) -> list[str]:
     return kept
 
 
+def check_wandb(config: TrainConfig) -> None:
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ImportError("wandb is asked for and not installed: pip install wandb, or leave out --wandb")
+
+
 def start_wandb(config: TrainConfig, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("wandb is asked for and not installed: pip install wandb, or leave out --wandb") from error
-    return wandb.init(project=config.wandb, name=config.out.name, dir=str(config.out), config=settings, resume="allow")
+    """A run by the name of the output folder, which a continued run finds again by its id."""
+    import wandb
+
+    place = f"{config.wandb} {config.out.absolute()}"
+    return wandb.init(
+        project=config.wandb, name=config.out.name, id=hashlib.sha256(place.encode()).hexdigest()[:16],
+        dir=str(config.out), config=settings, resume="allow",
+    )  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -107,6 +139,7 @@ class Watch:
 
     Every process says where it is (`at`), and a thread of it that it is alive. When a process finds itself late, it
     looks at all: those whose thread is silent too are named, or else those behind, since others only wait for them.
+    Evaluating and saving take as long as they take.
 
     Args:
         minutes: 0 for no watch.
@@ -126,7 +159,7 @@ class Watch:
             self.thread.start()
 
     def at(self, step: int, doing: str, uids: list[str]) -> None:
-        order = ("start", "reading data", "computing", "ending").index(doing)
+        order = ("start", "reading data", "computing", "saving", "evaluating", "ending").index(doing)
         self.here = {"rank": self.world.rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step,
                      "order": order, "doing": doing, "since": time.time(), "studies": uids}  # fmt: skip
         self._tell()
@@ -140,24 +173,37 @@ class Watch:
             return [self.here]
         return [json.loads(self.store.get(str(rank))) for rank in range(self.world.size)]
 
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """What the other processes' store answers; None if it does not, as when the process that holds it stands."""
+        answer: list[Any] = []
+        thread = threading.Thread(target=lambda: answer.append(question()), daemon=True)
+        thread.start()
+        thread.join(max(5.0, self.every))
+        return answer[0] if answer else None
+
+    def _late(self) -> bool:
+        here = self.here
+        return here["doing"] not in ("saving", "evaluating") and time.time() - here["since"] > self.seconds
+
     def _look(self) -> None:
         while not self.done.wait(self.every):
             self.beats += 1
-            self._tell()
-            if time.time() - self.here["since"] > self.seconds:
+            self._ask(self._tell)
+            if self._late():
                 break
         else:
             return
-        before = self._all()
+        before = self._ask(self._all)
         for _ in range(3):  # whoever lives tells so in this time
             time.sleep(self.every)
             self.beats += 1
-            self._tell()
-        ranks = self._all()
+            self._ask(self._tell)
+        ranks = self._ask(self._all)
+        if before is None or ranks is None:
+            print("pretrain.py: error: process 0 does not answer; waiting for it:", file=sys.stderr, flush=True)
+            before, ranks = [self.here], [self.here]
         silent = [
-            now
-            for was, now in zip(before, ranks, strict=True)
-            if self.store is not None and was["beats"] == now["beats"]
+            now for was, now in zip(before, ranks, strict=True) if len(ranks) > 1 and was["beats"] == now["beats"]
         ]
         least = min((each["step"], each["order"]) for each in ranks)
         behind = silent or [each for each in ranks if (each["step"], each["order"]) == least]

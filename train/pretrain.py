@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -41,10 +43,12 @@ from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import ModelConfig, preset
 from hlip_kernels.env import describe_backends
 from loading import MicroBatches, open_store, scan_tokens
-from log import Log, Watch, memory_gb
+from log import Log, Watch, check_wandb, memory_gb
 from sampler import Cost, StepSampler
 
 DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
+DEFAULT_STEPS = 17000
+MOST_NOT_FINITE = 30  # a scaler that begins at 2**16 has come down to 2**-14 by then
 SETTINGS = [field.name for field in fields(TrainConfig)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,16 +71,20 @@ def main() -> int:
     parser.add_class_arguments(TrainConfig)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        args = parser.parse_args(from_published_flags(sys.argv[1:]))
+        args = parser.parse_args(from_published_flags(with_recipes(sys.argv[1:])))
         args.pop("config", None)
         train(TrainConfig(**vars(args)))
     except (ValueError, OSError, ImportError, dist.DistError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        lost = re.search(r"DataLoader worker|[Cc]onnection (reset|closed|refused)|NCCL|gloo", str(error))
+        if not lost:
             raise
-        print(f"pretrain.py: error: {error}; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        what = " ".join(str(error).split())
+        if not lost[0].startswith("DataLoader"):
+            what = f"another process has ended ({what[:200]})"
+        print(f"pretrain.py: error: {what}; --resume auto goes on from the last checkpoint", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pretrain.py: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
@@ -87,19 +95,44 @@ def main() -> int:
     return 0
 
 
+def with_recipes(arguments: list[str]) -> list[str]:
+    """The arguments, with a recipe's file found among those beside this script, too."""
+    here = Path(__file__).parent
+    found: list[str] = []
+    for i, argument in enumerate(arguments):
+        follows = i > 0 and arguments[i - 1] == "--config"
+        given = argument.removeprefix("--config=") if follows or argument.startswith("--config=") else ""
+        if given and not Path(given).exists():
+            homes = [here / given, here / "recipes" / given, here / "recipes" / f"{given}.yaml"]
+            there = next((home for home in homes if home.is_file()), None)
+            if there is None:
+                names = [path.stem for path in sorted((here / "recipes").glob("*.yaml"))]
+                close = difflib.get_close_matches(Path(given).stem, names, 1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+                raise ValueError(f"--config {given}: no such file or recipe; {hint}")
+            argument = str(there) if follows else f"--config={there}"
+        found.append(argument)
+    return found
+
+
 def train(config: TrainConfig) -> None:
     # --- everything that can be wrong is read before anything is written
+    if config.fsdp and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        raise ValueError("fsdp needs processes: start this with torchrun or srun")
     device, world = start(config.device)
     checkpoints = Checkpoints(config, world)
-    resume = config.resume == "true" or (config.resume == "auto" and bool(checkpoints.all()))
+    resuming = str(config.resume).lower()
+    resume = resuming == "true" or (resuming == "auto" and bool(checkpoints.all()))
     if checkpoints.all() and not resume:
         raise ValueError(f"{config.out} holds checkpoints: pass --resume auto to go on, or choose another folder")
-    held_out = HeldOut.read(config)
+    check_wandb(config)
     torch.manual_seed(config.seed)
     model = make_model(config).to(device)
     store = open_store(config.data, model.config)
+    checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
+    held_out = HeldOut.read(config, model.config)
     per_epoch = len(store) // config.batch_size
-    steps = config.steps if config.epochs is None else config.epochs * per_epoch
+    steps = config.epochs * per_epoch if config.epochs else config.steps or DEFAULT_STEPS
     model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
     features = locked_features(model, store, world) if keeps_features(config, model) else None
     wrapped = wrap(model, world, config.fsdp)
@@ -108,6 +141,7 @@ def train(config: TrainConfig) -> None:
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     first_step = checkpoints.load(model, optimizer, scaler) if resume else 0
+    check_agreement(world, first_step, checkpoints)
 
     sampler = StepSampler(
         scan_tokens(store, model.config), Cost(model.config.vision), config.batch_size, steps, config.seed, world.rank,
@@ -120,6 +154,7 @@ def train(config: TrainConfig) -> None:
         num_workers=config.workers,
         pin_memory=device.type == "cuda",
         persistent_workers=config.workers > 0,
+        worker_init_fn=outlive_sigterm,
     )
     config.out.mkdir(parents=True, exist_ok=True)
     log = Log(config, world, first_step)
@@ -142,8 +177,10 @@ def train(config: TrainConfig) -> None:
     progress = tqdm(total=steps, initial=first_step, desc="pre-training", unit="step", disable=world.rank > 0)
     meter, saved = Meter(), time.monotonic()
     wrapped.train()
-    batches = iter(loader)
+    failure: OSError | None = None
+    not_finite = 0  # fp16 steps in a row that the scaler left out
     with terminated, contextlib.closing(watch), contextlib.closing(log):
+        batches = iter(loader)
         for step in range(first_step, steps):
             plan = sampler.plan(step)
             watch.at(
@@ -161,7 +198,8 @@ def train(config: TrainConfig) -> None:
             reduce_scalars(model, world)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, config.grad_clip)
-            bad = not (math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm)))
+            not_finite = 0 if math.isfinite(norm) else not_finite + 1
+            bad = not math.isfinite(loss) or not_finite > (MOST_NOT_FINITE if scaler.is_enabled() else 0)
             overdue = config.save_minutes is not None and time.monotonic() - saved > 60 * config.save_minutes
             bad, overdue, stop = world.any(bad, overdue, terminated.flag)
             if bad:
@@ -182,14 +220,16 @@ def train(config: TrainConfig) -> None:
                 )  # fmt: skip
                 progress.set_postfix(loss=f"{mean:.3f}")
             if last or stop or overdue or (config.save_every and done % config.save_every == 0):
-                save(checkpoints, model, optimizer, scaler, done, log, wait=last or stop)
+                watch.at(done, "saving", [])
+                failure = save(checkpoints, model, optimizer, scaler, done, log, wait=last or stop)
                 saved = time.monotonic()
             if stop and not last:
                 log.event("terminated", step=done)
-                if world.rank == 0:
+                if world.rank == 0 and not failure:
                     print(f"pretrain.py: SIGTERM: saved after step {done}; --resume auto goes on", file=sys.stderr)
                 break
             if held_out and (last or (config.eval_every and done % config.eval_every == 0)):
+                watch.at(done, "evaluating", [])
                 log.scalars(done, auc=held_out.auc(model, world))
             watch.at(done, "ending" if last else "start", [])
         else:
@@ -197,6 +237,28 @@ def train(config: TrainConfig) -> None:
             log.event("end", seconds=round(meter.seconds(), 1))
         progress.close()
         world.gather(None)  # nobody leaves while others still wait for an answer
+    if failure:
+        raise failure
+
+
+def check_agreement(world: World, first_step: int, checkpoints: Checkpoints) -> None:
+    """Processes that see another store or another folder of checkpoints would train apart in silence.
+
+    Raises:
+        ValueError: they do; says what each sees.
+    """
+    seen = world.gather({"first_step": first_step, **checkpoints.data})
+    if any(each != seen[0] for each in seen):
+        raise ValueError(
+            f"processes see different things, so data and out must be shared by all of them: {dict(enumerate(seen))}"
+        )
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Clusters send SIGTERM to all processes, those that read data too, which are needed until the step is done.
+    A second one ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def make_model(config: TrainConfig) -> HLIPModel:
@@ -263,6 +325,7 @@ def locked_features(model: HLIPModel, store: Store, world: World) -> Callable[[S
 
     Reports are read in the same chunks whatever the number of processes, so that the states are the same bits.
     """
+    model.eval()  # no dropout; a step sets what it needs
     impressions, findings = (store.manifest.column(name).to_pylist() for name in ("impression", "findings"))
     unique = sorted(set(model.config.texts(impressions, findings)))
     chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
@@ -312,16 +375,21 @@ def report_not_finite(
 def save(
     checkpoints: Checkpoints, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     step: int, log: Log, wait: bool,
-) -> None:  # fmt: skip
-    """Save a checkpoint. One that fails is reported and ends the run only if there is no later chance."""
-    for attempt in (checkpoints.wait, lambda: checkpoints.save(model, optimizer, scaler, step)):
+) -> OSError | None:  # fmt: skip
+    """Save a checkpoint. One that fails is reported, and returned if there is no later chance."""
+    failure = None
+    attempts: list[Callable[[], None]] = [
+        checkpoints.wait, lambda: checkpoints.save(model, optimizer, scaler, step), *[checkpoints.wait] * wait
+    ]  # fmt: skip
+    for attempt in attempts:
         try:
             attempt()
+            failure = None
         except OSError as error:
+            failure = error
             log.event("checkpoint_failed", step=step, reason=str(error))
             logging.warning("%s", error)
-    if wait:
-        checkpoints.wait()
+    return failure if wait else None
 
 
 def save_model(model: HLIPModel, folder: Path, world: World) -> None:
@@ -331,7 +399,10 @@ def save_model(model: HLIPModel, folder: Path, world: World) -> None:
         plain = HLIPModel(model.config, model.text.source)
         plain.text.tokenizer_source = model.text.tokenizer_source
         plain.load_state_dict(state)
-        plain.save_pretrained(folder)
+        try:
+            plain.save_pretrained(folder)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{folder}: the model could not be written ({error})") from error
 
 
 class Terminated:
