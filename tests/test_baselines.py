@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import hlip
 from conftest import random_study
 from hlip import cli
-from hlip.data.store import PreparedStudy, StoredScan, write_shard
+from hlip.data.store import PreparedStudy, StoredScan, finish, write_shard
 from hlip.tasks.baselines import CONFIG, SliceEncoder, lesion_slices, read_slices, rescaled_slices
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot_classifier
 from open_clip_beside import open_clip_imported
@@ -154,12 +154,12 @@ def test_only_the_slices_of_a_lesion(folders: dict[str, Path], encoder: SliceEnc
 
 def test_zero_shot_classification_takes_it_as_it_takes_ours(encoder: SliceEncoder) -> None:
     prompts = Prompts({"glioma": ["glioma"], "normal": ["normal brain", "no finding"]}, ("{}.",))
-    classifier = zeroshot_classifier(encoder, prompts)  # type: ignore[arg-type]
+    classifier = zeroshot_classifier(encoder, prompts)
     assert classifier.shape == (2, 16)
     (uid, embedding), (_, similarity) = (
         next(encoder.encode_studies([study()])), next(encoder.similarities([study()], classifier))
     )  # fmt: skip
-    found = class_probabilities(encoder, embedding[None], classifier)  # type: ignore[arg-type]
+    found = class_probabilities(encoder, embedding[None], classifier)
     assert uid == "s"
     assert found.sum().item() == pytest.approx(1)
     assert found.argmax() == similarity.argmax()
@@ -177,6 +177,7 @@ def test_retrieval_by_a_2d_model(folders: dict[str, Path], encoder: SliceEncoder
         ]
         studies.append(PreparedStudy(f"s{i}", scans, f"impression {i}", "findings"))
     write_shard(store / "shards" / "00000.safetensors", studies, {}, "0", tmp_path)
+    finish(store, tmp_path)
     args = ["retrieve", store, "--model", f"open_clip:{folders['clip']}", "--out", out, "--k", 1]
     assert cli.main([str(arg) for arg in args]) == 0
     text = encoder.encode_text([f"impression {i} findings" for i in range(4)])

@@ -18,8 +18,9 @@ import hlip
 from conftest import random_study, tiny_vision
 from hlip import cli
 from hlip.data.store import Store
-from hlip.tasks.embed import Options, embed, model_digest, parts_of
+from hlip.tasks.embed import Options, embed, parts_of
 from hlip.tasks.embeddings import Embeddings
+from hlip.tasks.encoders import model_digest
 from hlip.tasks.inputs import FileStudies, StoreStudies
 from tiny_store import make_store
 

@@ -18,9 +18,10 @@ import rank_job
 from hlip import cli
 from hlip.data.store import Store
 from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.evaluate import class_scores, evaluate
+from hlip.tasks.evaluate import check_prompts, class_scores, evaluate, task_prompts
 from hlip.tasks.metrics import at_threshold, roc_threshold
 from hlip.tasks.task import Task, load_task
+from hlip.tasks.texts import TextEncoder, embed_prompts
 from hlip.tasks.zeroshot import Prompts, zeroshot
 from tiny_store import make_store
 
@@ -89,23 +90,26 @@ class Axes:
         return rows
 
 
+def scores_of(task: Task, embedding: np.ndarray, model: TextEncoder) -> np.ndarray:
+    texts = embed_prompts(model, task_prompts(task)).numpy()
+    return class_scores(task, embedding @ texts.T, float(model.logit_scale.exp()))
+
+
 def test_scores_by_hand(tmp_path: Path) -> None:
     embedding = np.array([[0.6, 0.8], [1.0, 0.0]])
     pairs = task_of(
         tmp_path, "kind: pairs\nclasses: {x: {positive: p, negative: not p}, y: {positive: q, negative: not q}}"
     )
     expected = 1 / (1 + np.exp(-2 * 2 * embedding))  # logits +-2 cosine
-    np.testing.assert_allclose(class_scores(pairs, embedding, Axes(["p", "q"])), expected)
+    np.testing.assert_allclose(scores_of(pairs, embedding, Axes(["p", "q"])), expected)
     alike = task_of(tmp_path, "kind: similarity\nclasses: {x: p, y: [p, q]}")
     expected = np.stack([embedding[:, 0], embedding.sum(1) / np.sqrt(2)], axis=1)
-    np.testing.assert_allclose(class_scores(alike, embedding, Axes(["p", "q"])), expected, rtol=1e-6)
+    np.testing.assert_allclose(scores_of(alike, embedding, Axes(["p", "q"])), expected, rtol=1e-6)
     classes = task_of(tmp_path, "classes: {x: p, y: q}")
     logits = np.exp(2 * embedding)
-    np.testing.assert_allclose(
-        class_scores(classes, embedding, Axes(["p", "q"])), logits / logits.sum(1, keepdims=True)
-    )
+    np.testing.assert_allclose(scores_of(classes, embedding, Axes(["p", "q"])), logits / logits.sum(1, keepdims=True))
     with pytest.raises(ValueError, match="the embeddings have 2 numbers, the model's text tower gives 3"):
-        class_scores(classes, embedding, Axes(["p", "q", "r"]))
+        evaluate(classes, table_of(embedding), {"u0": np.eye(2)[0]}, Axes(["p", "q", "r"]), allow_unmatched=True)
 
 
 def test_scores_are_those_of_hlip_zeroshot(store: Store, tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
@@ -114,7 +118,7 @@ def test_scores_are_those_of_hlip_zeroshot(store: Store, tiny_model: hlip.HLIPMo
     _, expected = zeroshot(tiny_model, studies, Prompts(names, templates))
     task = task_of(tmp_path, json.dumps({"classes": names, "templates": templates}))
     embedding = torch.cat([tiny_model.encode_image(hlip.pack([study], (4, 8, 8))) for study in studies])
-    found = class_scores(task, embedding.detach().numpy(), tiny_model)
+    found = scores_of(task, embedding.detach().numpy(), tiny_model)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
 
 
@@ -252,7 +256,7 @@ def test_bad_input_is_explained(
     assert not out.exists()
     task = task_of(tmp_path, f"classes: {{a: x, b: {'word ' * 40}}}")
     with pytest.raises(ValueError, match=r"prompt 'This study shows: word .* has 47 tokens, the .* reads 32"):
-        class_scores(task, np.eye(2), tiny_model)
+        check_prompts(task, tiny_model)
     task = task_of(tmp_path, "kind: similarity\nclasses: {x: p}")
     with pytest.raises(ValueError, match="no class has both positive and negative studies"):
         evaluate(task, table_of(np.eye(2)), {"u0": np.array([0]), "u1": np.array([-1])}, Axes(["p", "q"]))

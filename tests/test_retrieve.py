@@ -17,11 +17,12 @@ import hlip
 from conftest import TINY_RECIPE, random_study, tiny_vision
 from hlip import HLIPModel, ModelConfig, cli
 from hlip.data.batch import join_report
-from hlip.data.store import PreparedStudy, Store, StoredScan, write_shard
+from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
 from hlip.model.config import TextConfig
 from hlip.tasks import retrieve as module
 from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.retrieve import Pairs, draw_recall, embed_texts, match_ranks, nearest, recall, retrieve
+from hlip.tasks.retrieve import Pairs, draw_recall, match_ranks, nearest, recall, retrieve
+from hlip.tasks.texts import embed_texts
 
 REPORTS = [
     ("Glioma.", "A mass in the left frontal lobe."),
@@ -50,6 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         ]
         studies.append(PreparedStudy(f"s{i}", scans, impression, findings))
     write_shard(folder / "shards" / "00000.safetensors", studies, {}, "0", folder)
+    finish(folder, folder)
     return Store(folder)
 
 

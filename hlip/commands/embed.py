@@ -6,20 +6,25 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..tasks.embed import embed
 from ..tasks.embeddings import SUFFIXES
 from ..tasks.processes import processes
 from .shared import (
     FILES_HELP,
     add_embedding,
     add_model,
-    embed_to,
-    load_model,
+    embedding_options,
+    keeping_parts,
+    load_encoder,
     open_studies,
     report_failed,
 )
 
 EPILOG = """Columns: study, scan (empty where a row is of the whole study), head (which of the model's
 embeddings; 0 is for zero-shot classification) and embedding, (N, E) float32 of unit length.
+
+A 2D model reads stores, and shows all slices of a study. With --pool max, its embedding holds the largest value of
+every feature, from which a probe can learn; it is not to be compared with texts, for which `hlip eval` goes by slices.
 
 Several processes share the work, and change no bit of the result:
   torchrun --nproc_per_node 8 -m hlip.cli embed stores/brain --model MODEL --out brain.parquet
@@ -32,7 +37,8 @@ exit status:
 
 
 def add(commands: Any) -> None:
-    embed = commands.add_parser(
+    """Add `embed` to the subparsers of `hlip`."""
+    command = commands.add_parser(
         "embed",
         help="write the embeddings of studies to a file",
         description="Embed every study. What is finished is kept in OUT.parts until all is: whatever ends the job, the "
@@ -40,26 +46,27 @@ def add(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    embed.add_argument(
+    command.add_argument(
         "files",
         nargs="+",
         type=Path,
         metavar="INPUT",
         help=f"a store that `hlip prepare` wrote; a study list (.json, .csv); {FILES_HELP}",
     )
-    embed.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(SUFFIXES)}")
-    embed.add_argument("--scans", action="store_true", help="embed each scan as a study of its own, too")
-    add_model(embed)
-    add_embedding(embed)
-    embed.set_defaults(run=_embed)
+    command.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(SUFFIXES)}")
+    command.add_argument("--scans", action="store_true", help="embed each scan as a study of its own, too")
+    add_model(command, of_slices=True)
+    add_embedding(command)
+    command.set_defaults(run=_embed)
 
 
 def _embed(args: argparse.Namespace) -> int:
     if args.out.suffix not in SUFFIXES:
         raise ValueError(f"{args.out}: expected a name that ends in {' or '.join(reversed(SUFFIXES))}")
-    with processes() as among:
-        model = load_model(args)
-        table = embed_to(args.out, model, open_studies(args.files, model), args, args.scans, among)
+    options = embedding_options(args, args.scans)
+    with processes() as among, keeping_parts(args.out):
+        model = load_encoder(args)
+        table = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)
     if table is None:
         return 0
     count, width = len(set(table.study.tolist())), table.embedding.shape[1]

@@ -12,22 +12,35 @@ import numpy as np
 
 from ..data.store import Store
 from ..model.clip import HLIPModel
+from ..tasks.baselines import PREFIX, SliceEncoder
 from ..tasks.bootstrap import DRAWS
-from ..tasks.embed import model_digest
+from ..tasks.embed import Options, embed, embed_similarities
 from ..tasks.embeddings import Embeddings
-from ..tasks.evaluate import check_join, check_prompts, evaluate, store_labels
+from ..tasks.evaluate import check_join, check_prompts, evaluate, score, store_labels, task_prompts
 from ..tasks.metrics import read_labels
 from ..tasks.processes import Processes, processes
 from ..tasks.report import MARKDOWN, METRICS, PLOT, SCORES, TABLE, aligned, class_rows, table_rows, write_evaluation
 from ..tasks.task import Task, list_tasks, load_task
-from .shared import add_embedding, add_model, embed_to, load_model, open_studies, report_failed
+from .shared import (
+    EMBEDDINGS,
+    add_embedding,
+    add_model,
+    embedding_options,
+    keeping_parts,
+    load_encoder,
+    open_studies,
+    read_embeddings,
+    report_failed,
+)
 
+SIMILARITIES = "similarities.npz"
 EPILOG = f"""files in OUT:
   {SCORES}     a row a study: each class' probability (of some tasks: likeness to the prompt) and label
   {METRICS}   all figures with 95% intervals by drawing studies, numbers of labels, what was left out
   {TABLE}, {MARKDOWN.replace("table", "")[1:]}  the table that is printed: this run beside published figures, in percent
   {PLOT}       ROC curves, or the confusion matrix
-  embeddings.npz of the studies, which another task can read (--embeddings)
+  {EMBEDDINGS}  of the studies, which another task can read (--embeddings)
+  {SIMILARITIES}  of a 2D model instead: each study's similarities to the prompts
 
 A task of your own is a YAML file:
   kind: multi-class                      # or pairs, or similarity
@@ -38,10 +51,15 @@ A task of your own is a YAML file:
   columns: {{glioma: GLIOMA}}              # in the label table, where it is not the class' name
 and a CSV with a column `study`, and one for each class: 0, 1, or -1 or empty where it is not known.
 
+Baselines: --one_scan SEED shows any model one random scan of each study. A 2D model sees slice after slice of a store;
+its similarity to a prompt is the mean (--pool mean: over a scan's slices, then over scans) or the largest (--pool max)
+of its slices', and softmax is at its own temperature.
+
 Under torchrun processes share the work, and change no figure. Exit status as of `hlip embed`."""
 
 
 def add(commands: Any) -> None:
+    """Add `eval` to the subparsers of `hlip`."""
     command = commands.add_parser(
         "eval",
         help="evaluate a model zero-shot on a benchmark or a task of your own",
@@ -66,7 +84,7 @@ def add(commands: Any) -> None:
         "--draws", type=int, default=DRAWS, metavar="N", help="of studies, for intervals (default: %(default)s)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    add_model(command)
+    add_model(command, of_slices=True)
     add_embedding(command)
     command.set_defaults(run=_eval)
 
@@ -81,19 +99,31 @@ def _eval(args: argparse.Namespace) -> int:
         raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
     task = load_task(args.task)
     task.sentences(task.positive, args.templates)  # says so if there are no such templates
+    if args.embeddings is not None and args.model.startswith(PREFIX):
+        raise ValueError("--embeddings: a 2D model is scored by its slices; give --data")
+    if args.embeddings is not None and args.one_scan is not None:
+        raise ValueError("--one_scan: give it to hlip embed, or --data in place of --embeddings")
+    options = embedding_options(args)
     labels = _labels(args, task)
     with processes() as among:
-        model = load_model(args)
+        model = load_encoder(args)
         check_prompts(task, model, args.templates)
-        table = _embeddings(args, model, labels, among)
+        table = _embeddings(args, task, model, labels, options, among)
     if table is None:
         return 0
-    found = evaluate(task, table, labels, model, args.templates, args.allow_unmatched, args.draws, args.seed)
+    rest = (args.allow_unmatched, args.draws, args.seed)
+    if isinstance(model, SliceEncoder):
+        uids, similarities = table.of_studies()
+        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest)
+    else:
+        found = evaluate(task, table, labels, model, args.templates, *rest)
     facts = {
         "model": args.model,
         "data": str(args.data or args.embeddings),
         "labels": None if args.labels is None else str(args.labels),
         "templates": args.templates or next(iter(task.templates)),
+        "one_scan": table.facts.get("job", {}).get("one_scan"),
+        **({"pool": model.pool, "slices": args.slices and str(args.slices)} if isinstance(model, SliceEncoder) else {}),
         "draws": args.draws,
         "seed": args.seed,
         "left_out": table.facts.get("failed", []),
@@ -126,17 +156,21 @@ def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
 
 
 def _embeddings(
-    args: argparse.Namespace, model: HLIPModel, labels: Mapping[str, np.ndarray], among: Processes
+    args: argparse.Namespace,
+    task: Task,
+    model: HLIPModel | SliceEncoder,
+    labels: Mapping[str, np.ndarray],
+    options: Options,
+    among: Processes,
 ) -> Embeddings | None:
-    """Of the studies; None on all processes but the first."""
+    """Of the studies; of a 2D model their similarities to the task's prompts. None on all processes but the first."""
     if args.embeddings is not None:
-        if not among.first:
-            return None
-        table = Embeddings.read(args.embeddings)
-        made_by = table.facts.get("job", {}).get("model")
-        if made_by is not None and made_by != model_digest(model):
-            raise ValueError(f"{args.embeddings}: made by another model than {args.model}")
-        return table
+        return read_embeddings(args.embeddings, model) if among.first else None
     studies = open_studies([args.data], model)
-    check_join(list(studies.uids), labels, args.allow_unmatched)
-    return embed_to(args.out / "embeddings.npz", model, studies, args, False, among)
+    check_join(studies.uids, labels, args.allow_unmatched)
+    out = args.out / (SIMILARITIES if isinstance(model, SliceEncoder) else EMBEDDINGS)
+    with keeping_parts(out):
+        if isinstance(model, SliceEncoder):
+            prompts = task_prompts(task, args.templates)
+            return embed_similarities(model, prompts, studies, options, out, args.workers, among)
+        return embed(model, studies, options, out, args.workers, among)

@@ -7,14 +7,11 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..data.batch import Study
@@ -24,6 +21,7 @@ from ..model.clip import HLIPModel
 from ..tasks.embed import embed_studies
 from ..tasks.maps import as_arrays, montage, order_of, page, write_overlays
 from ..tasks.relevance import Relevance, relevance
+from ..tasks.texts import embed_prompts
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_probabilities
 from .shared import FILES_HELP, add_model, load_model, study_paths
 
@@ -97,7 +95,7 @@ def _interpret(args: argparse.Namespace) -> None:
     else:
         study, grids = load_study_on_grids(paths, model.config.preprocess)
     names = list(prompts)
-    texts = torch.stack([_embedding(model, *prompts[name]) for name in names])
+    texts = embed_prompts(model, prompts.values())
     against = texts[names.index(args.against)] if args.against else None
     target = texts[names.index(args.target)]
     found = relevance(model, study, target, args.layers, against, args.normalize, _bar("going back", "layer"))
@@ -116,32 +114,23 @@ def _interpret(args: argparse.Namespace) -> None:
     print(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")
 
 
-def _prompts(args: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
-    """The classes by name, each with its words and the templates they go into; target and --against among them."""
-    if args.prompts:
-        if args.prompt or args.template:
-            raise ValueError("give --prompts, or --prompt and --template, not both")
-        given = Prompts.read(args.prompts)
-        for flag, name in (("--target", args.target), ("--against", args.against)):
-            if name is not None and name not in given.classes:
-                raise ValueError(
-                    f"{flag} {name!r}: not a class of {args.prompts}; there are {', '.join(given.classes)}"
-                )
-        classes, templates = dict(given.classes), tuple(given.templates)
-    else:
-        others = [args.against, *args.prompt] if args.against else args.prompt
-        classes = {text: [text] for text in dict.fromkeys([args.target, *others])}
-        templates = tuple(args.template) or (DEFAULT_TEMPLATE,)
-        Prompts({"": ["-"], **classes}, templates)  # checks them; one text alone will do here
+def _prompts(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The classes by name, each with its sentences; target and --against among them."""
     if args.against == args.target:
         raise ValueError(f"--against {args.against!r}: the same as --target")
-    return {name: (words, templates) for name, words in classes.items()}
-
-
-@torch.no_grad()
-def _embedding(model: HLIPModel, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-    texts = [template.replace("{}", word) for word in words for template in templates]
-    return F.normalize(model.encode_text(texts).mean(0), dim=0)
+    if not args.prompts:
+        others = [args.against, *args.prompt] if args.against else args.prompt
+        classes = {text: [text] for text in dict.fromkeys([args.target, *others])}
+        # One text alone will do here, and so another stands by it.
+        sentences = Prompts({"": ["-"], **classes}, tuple(args.template) or (DEFAULT_TEMPLATE,)).sentences
+        return {name: sentences[name] for name in classes}
+    if args.prompt or args.template:
+        raise ValueError("give --prompts, or --prompt and --template, not both")
+    given = Prompts.read(args.prompts)
+    for flag, name in (("--target", args.target), ("--against", args.against)):
+        if name is not None and name not in given.classes:
+            raise ValueError(f"{flag} {name!r}: not a class of {args.prompts}; there are {', '.join(given.classes)}")
+    return given.sentences
 
 
 def _one_study(given: list[str]) -> list[Path | list[Path]]:

@@ -8,23 +8,31 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.batch import Study, pack
-from ..data.dataset import StudyDataset
 from ..data.store import Store
-from ..model.clip import HLIPModel
-from ..tasks.baselines import PREFIX, SliceEncoder, read_slices
-from ..tasks.embeddings import Embeddings
-from ..tasks.retrieve import DIRECTIONS, KS, Pairs, draw_recall, embed_texts, nearest, retrieve
-from .shared import add_model, load_model, write_whole
+from ..tasks.baselines import PREFIX
+from ..tasks.embed import embed
+from ..tasks.processes import processes
+from ..tasks.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
+from ..tasks.texts import embed_texts
+from .shared import (
+    EMBEDDINGS,
+    add_embedding,
+    add_model,
+    embedding_options,
+    keeping_parts,
+    load_encoder,
+    open_studies,
+    read_embeddings,
+    report_failed,
+    write_whole,
+)
 
 DESCRIPTION = """\
 Rank all reports of a store for each of its studies, and all studies for each report: recall at k and median rank.
@@ -32,12 +40,17 @@ Studies with the same report are matches of each other, as nobody could tell whi
 similar ones, those that do not match come first. Studies without a report are left out.
 
 A model with two embeddings of a study is measured twice: the first against impressions (head 0), the second against
-findings (head 1); either section stands in for the other if that is empty."""
+findings (head 1); either section stands in for the other if that is empty.
+
+Whatever ends the job, the same command goes on where it stopped."""
 EPILOG = """\
 writes into OUT:
   retrieve.json    recall at k, the same of a random order, median rank; answers to --query and --study
   ranks.csv        for each study the rank of its report, and for its report the rank of the study
-  recall.png       recall against k"""
+  recall.png       recall against k
+  embeddings.npz   of the studies, unless they were given (--embeddings)
+
+Under torchrun processes share the embedding, and change no figure. Exit status as of `hlip embed`."""
 
 
 def add(commands: Any) -> None:
@@ -50,9 +63,12 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("store", type=Path, metavar="STORE", help="studies with reports, of `hlip prepare`")
-    add_model(command)
+    add_model(command, of_slices=True)
     command.add_argument(
-        "--embeddings", type=Path, metavar="FILE", help="of the store by this model (default: they are made)"
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="what `hlip embed` wrote of the store with this model (default: they are made)",
     )
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
     command.add_argument("--k", nargs="+", type=int, default=KS, metavar="K", help=f"default: {' '.join(map(str, KS))}")
@@ -63,33 +79,43 @@ def add(commands: Any) -> None:
         "--study", action="append", default=[], metavar="UID", help="show the studies and reports nearest to it; repeat"
     )
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default: 5)")
-    command.add_argument(
-        "--pool",
-        choices=("mean", "max"),
-        default="mean",
-        help=f"of the slices, for --model {PREFIX}... (default: mean)",
-    )
-    command.add_argument("--slices", type=Path, metavar="JSON", help=f"the slices to see, for --model {PREFIX}...")
+    add_embedding(command)
     command.set_defaults(run=_retrieve)
 
 
-def _retrieve(args: argparse.Namespace) -> None:
+def _retrieve(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out}: expected a folder")
     if args.top < 1 or min(args.k) < 1:
         raise ValueError(f"--k and --top must be positive, got {min(*args.k, args.top)}")
     if empty := [text for text in args.query if not text.strip()]:
         raise ValueError(f"--query {empty[0]!r}: expected words")
+    if args.model.startswith(PREFIX) and args.pool == "max":
+        raise ValueError("--pool max has no embedding that could be compared with texts; retrieval needs --pool mean")
+    if args.embeddings is not None and args.one_scan is not None:
+        raise ValueError("--one_scan: give it to hlip embed in place of --embeddings")
+    options = embedding_options(args)
     store = Store(args.store)
     store.indices(args.study)
-    made = Embeddings.read(args.embeddings) if args.embeddings else None
-    model = _load(args)
+    reports = reports_of(store)
+    if not reports:
+        raise ValueError(f"{args.store}: no study has a report")
+    if absent := [uid for uid in args.study if uid not in reports]:
+        raise ValueError(f"--study {absent[0]}: has no report")
+    with processes() as among:
+        model = load_encoder(args)
+        if args.embeddings is not None:
+            made = read_embeddings(args.embeddings, model) if among.first else None
+        else:
+            out = args.out / EMBEDDINGS
+            with keeping_parts(out):
+                made = embed(model, open_studies([args.store], model), options, out, args.workers, among)
     if made is None:
-        made = _embed(model, store)
+        return 0
     bar = functools.partial(tqdm, disable=None)
     pairs = Pairs.embed(model, store, made, progress=functools.partial(bar, desc="reports", unit="batch"))
     if absent := [uid for uid in args.study if uid not in pairs.uids]:
-        raise ValueError(f"--study {absent[0]}: has no report or no embedding")
+        raise ValueError(f"--study {absent[0]}: has no embedding")
     figures = retrieve(pairs, args.k, functools.partial(bar, desc="ranking", unit="block"))
     for what, uids in (
         ("without report", pairs.without_report),
@@ -120,63 +146,7 @@ def _retrieve(args: argparse.Namespace) -> None:
     write_whole(args.out / "retrieve.json", lambda file: file.write(text.encode()))
     _print(figures, queries, studies)
     print(f"{args.out}: retrieve.json, ranks.csv, recall.png")
-
-
-def _load(args: argparse.Namespace) -> HLIPModel | SliceEncoder:
-    if not args.model.startswith(PREFIX):
-        if args.slices or args.pool != "mean":
-            raise ValueError(f"--pool and --slices are for 2D models: --model {PREFIX}FOLDER")
-        return load_model(args)
-    model = SliceEncoder.from_pretrained(args.model, args.pool, read_slices(args.slices) if args.slices else None)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
-
-
-def _embed(model: HLIPModel | SliceEncoder, store: Store) -> Embeddings:
-    """Embeddings of all studies of a store, of every head that is compared with texts."""
-    dataset = StudyDataset(store)
-    studies = (dataset[i] for i in tqdm(range(len(dataset)), "embedding", unit="study", disable=None))
-    if isinstance(model, HLIPModel):
-        heads = 2 if model.config.objective == "dual" else 1
-        pairs = list(_by_tokens(model, studies, heads))
-    else:
-        heads = 1
-        if model.pool == "max":
-            raise ValueError(
-                "--pool max has no embedding that could be compared with texts; retrieval needs --pool mean"
-            )
-        pairs = [(uid, embedding[None]) for uid, embedding in model.encode_studies(studies)]
-    uids = np.repeat(np.array([uid for uid, _ in pairs]), heads)
-    embedding = torch.cat([each for _, each in pairs]).numpy()
-    head = np.tile(np.arange(heads, dtype=np.int8), len(pairs))
-    return Embeddings(uids, np.full(len(uids), ""), head, embedding)
-
-
-@torch.no_grad()
-def _by_tokens(
-    model: HLIPModel, studies: Iterator[Study], heads: int, max_tokens: int = 8192
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield uids and (heads, E) embeddings of studies, packed together up to so many patch tokens."""
-    voxels = int(np.prod(model.config.vision.patch_size))
-    waiting: list[Study] = []
-    for study in _ended(studies):
-        size = sum(scan.numel() for each in waiting for scan in each.scans)
-        if waiting and (study is None or size + sum(scan.numel() for scan in study.scans) > max_tokens * voxels):
-            batch = pack(waiting, model.config.vision.patch_size)
-            embeddings = model.encode_image(batch).float().cpu()
-            rows = embeddings[:, :heads] if model.config.per_prefix else embeddings[:, None]
-            yield from zip(batch.uids, rows, strict=True)
-            waiting = []
-        if study is not None:
-            waiting.append(study)
-
-
-def _ended(studies: Iterator[Study]) -> Iterator[Study | None]:
-    yield from studies
-    yield None
+    return report_failed(made, "retrieve")
 
 
 def _answer(pairs: Pairs, text: str, query: Tensor, top: int) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 from tqdm import tqdm
@@ -16,31 +17,60 @@ from ..data.batch import Study
 from ..data.store import Store
 from ..data.studies import load_study
 from ..model.clip import HLIPModel
-from ..tasks.embed import MAX_TOKENS, Dtype, Options, embed, parts_of
+from ..tasks.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
+from ..tasks.embed import MAX_TOKENS, Dtype, Options, parts_of
 from ..tasks.embeddings import Embeddings
+from ..tasks.encoders import model_digest
 from ..tasks.inputs import FileStudies, ListedStudies, StoreStudies, Studies
 from ..tasks.output import write_whole as write_whole
-from ..tasks.processes import Processes
 
+Model = TypeVar("Model", HLIPModel, SliceEncoder)
 FILES_HELP = "image files, which together are one study; or folders, each of which holds the scans of one study"
+EMBEDDINGS = "embeddings.npz"  # what commands that make embeddings by the way call them
 SOME_LEFT_OUT = 3
 SHOWN = 10  # lines of a list that are printed
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Add `--model` and `--device`."""
+def add_model(command: argparse.ArgumentParser, of_slices: bool = False) -> None:
+    """Add `--model` and `--device`; with `of_slices` also what 2D models need, for `load_encoder`."""
+    also = f"; or a 2D model in open_clip's format: {PREFIX}FOLDER, {PREFIX}{HUB}OWNER/NAME" if of_slices else ""
     command.add_argument(
-        "--model", required=True, help="a saved or released model: its folder, its file, or its name on the hub"
+        "--model", required=True, help=f"a saved or released model: its folder, its file, or its name on the hub{also}"
     )
     command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    if of_slices:
+        command.add_argument(
+            "--pool", choices=get_args(Pool), help="of a 2D model: how its slices become a study (default: mean)"
+        )
+        command.add_argument(
+            "--slices",
+            type=Path,
+            metavar="JSON",
+            help="of a 2D model: the slices to see, {study: {scan: [index, ...]}}; studies that are not listed are "
+            "seen whole",
+        )
 
 
 def load_model(args: argparse.Namespace) -> HLIPModel:
     """The model of `--model` on `--device`, in evaluation mode."""
-    device = args.device
+    if args.model.startswith(PREFIX):
+        raise ValueError(f"--model {args.model}: hlip {args.command} takes no 2D models")
+    return _on_device(HLIPModel.from_pretrained(args.model), args.device)
+
+
+def load_encoder(args: argparse.Namespace) -> HLIPModel | SliceEncoder:
+    """As `load_model`, or a 2D model."""
+    if args.model.startswith(PREFIX):
+        slices = read_slices(args.slices) if args.slices else None
+        return _on_device(SliceEncoder.from_pretrained(args.model, args.pool or "mean", slices), args.device)
+    if args.slices or args.pool:
+        raise ValueError(f"--pool and --slices are for 2D models: --model {PREFIX}FOLDER")
+    return load_model(args)
+
+
+def _on_device(model: Model, device: str) -> Model:
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model = HLIPModel.from_pretrained(args.model)
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -70,12 +100,26 @@ def add_embedding(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read studies while the model runs; 0 for none (default: %(default)s)",
     )
+    command.add_argument(
+        "--one_scan",
+        type=int,
+        metavar="SEED",
+        help="show the model one scan of each study, drawn at random: the baseline of one scan a study",
+    )
 
 
-def open_studies(paths: Sequence[Path], model: HLIPModel) -> Studies:
-    """A store, a study list, or what `study_paths` takes."""
+def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Studies:
+    """A store; or, but not for 2D models, a study list, or what `study_paths` takes."""
     if len(paths) == 1 and (paths[0] / "shards").is_dir():
-        return StoreStudies(Store(paths[0]), model.config.vision.patch_size)
+        store = Store(paths[0])
+        if isinstance(model, HLIPModel):
+            return StoreStudies(store, model.config.vision.patch_size)
+        model.check_slices(store)
+        return StoreStudies(store)
+    if not isinstance(model, HLIPModel):
+        raise ValueError(
+            f"{paths[0]}: no store; a 2D model does not say how scans are prepared: hlip prepare does that"
+        )
     if len(paths) == 1 and paths[0].suffix.lower() in (".json", ".csv") and not paths[0].is_dir():
         from ..data.sources import find_studies
 
@@ -85,19 +129,43 @@ def open_studies(paths: Sequence[Path], model: HLIPModel) -> Studies:
     return FileStudies(study_paths(list(paths)), model.config.preprocess)
 
 
-def embed_to(
-    out: Path, model: HLIPModel, studies: Studies, args: argparse.Namespace, scans: bool, among: Processes
-) -> Embeddings | None:
-    """`embed` with the arguments of `add_embedding`; what is finished stays beside `out` if the job is interrupted."""
+def embedding_options(args: argparse.Namespace, scans: bool = False) -> Options:
+    """Of the arguments of `add_embedding`.
+
+    Raises:
+        ValueError: arguments that do not go together, or out of range.
+    """
     if args.workers < 0:
         raise ValueError(f"--workers: expected 0 or more, got {args.workers}")
-    options = Options(scans, args.max_tokens, args.dtype)
+    if args.slices and (scans or args.one_scan is not None):
+        raise ValueError(f"--slices does not go with {'--scans' if scans else '--one_scan'}: it says what to see")
+    if scans and args.one_scan is not None:
+        raise ValueError("--scans embeds every scan, --one_scan sees only one: give one of them")
+    return Options(scans, args.max_tokens, args.dtype, args.one_scan)
+
+
+@contextlib.contextmanager
+def keeping_parts(out: Path) -> Iterator[None]:
+    """Where a job that writes `out` is interrupted, say that what is finished stays beside it."""
     try:
-        return embed(model, studies, options, out, args.workers, among)
+        yield
     except KeyboardInterrupt:
         if not parts_of(out).exists():
             raise
         raise KeyboardInterrupt(f"{parts_of(out)} keeps what is finished: run this again to go on") from None
+
+
+def read_embeddings(path: Path, model: HLIPModel | SliceEncoder) -> Embeddings:
+    """Read what `hlip embed` wrote.
+
+    Raises:
+        ValueError: not such a file, or it says that another model made it.
+    """
+    table = Embeddings.read(path)
+    made_by = table.facts.get("job", {}).get("model")
+    if made_by is not None and made_by != model_digest(model):
+        raise ValueError(f"{path}: made by another model than --model, or with other --pool or --slices")
+    return table
 
 
 def report_failed(table: Embeddings, command: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import pickle
@@ -185,3 +186,12 @@ def near(path: Path) -> str:
 
 def shorten(items: list[str], most: int = 8) -> str:
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def weights_digest(module: nn.Module, settings: Any) -> str:
+    """A hash of a module's weights, and of plain values that go with them."""
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(module.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

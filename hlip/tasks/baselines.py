@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Study
+from ..data.store import Store
+from ..model.weights import weights_digest
 
 Pool = Literal["mean", "max"]
 PREFIX = "open_clip:"
@@ -34,6 +37,18 @@ class Encoder(Protocol):
     @property
     def logit_scale(self) -> Tensor:
         """The logarithm of the inverse temperature: ()."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """What holds the weights."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def digest(self) -> str:
+        """A hash of all that studies are embedded by."""
         ...
 
     def encode_studies(self, studies: Iterable[Study]) -> Iterator[tuple[str, Tensor]]:
@@ -90,8 +105,17 @@ class SliceEncoder:
         return self.model.logit_scale.detach().reshape(())
 
     @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    @property
     def device(self) -> torch.device:
         return self.logit_scale.device
+
+    def digest(self) -> str:
+        """A hash of weights, image processing, pooling and slices."""
+        transform = re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform))  # functions are shown with their addresses
+        return weights_digest(self.model, [self.pool, self.slices, transform])
 
     def to(self, device: torch.device | str) -> SliceEncoder:
         self.model.to(device)
@@ -149,6 +173,17 @@ class SliceEncoder:
             features = self.model.encode_image(torch.stack(inputs).to(self.device))
             parts.append(F.normalize(features.float(), dim=-1).cpu())
         return [each for each in torch.cat(parts).split([len(scan) for scan in scans]) if len(each)]
+
+    def check_slices(self, store: Store) -> None:
+        """Raises ValueError where slices are listed that the store's studies do not have, or of no study of it."""
+        places = {uid: i for i, uid in enumerate(store.uids.tolist())}
+        listed = [uid for uid in self.slices if uid in places]
+        if self.slices and not listed:
+            raise ValueError(
+                f"{store.path}: holds none of the studies of which slices are listed, as {min(self.slices)}"
+            )
+        for uid in listed:
+            self._chosen(store.study(places[uid]))
 
     def _chosen(self, study: Study) -> list[np.ndarray]:
         """The rows of each scan to see."""

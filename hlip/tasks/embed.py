@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import heapq
 import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.batch import Study, pack
+from ..data.batch import Study
 from ..data.store import cut
 from ..model.clip import HLIPModel
-from ..model.config import VisionConfig
-from ..model.plan import TokenBatch, plan
+from ..model.plan import TokenBatch
+from .baselines import Encoder
 from .embeddings import Embeddings
-from .inputs import Studies
+from .encoders import MakeBatches, StudyEncoder, packed
+from .inputs import OneScan, Studies
 from .output import write_whole
 from .processes import Processes
 
@@ -52,19 +53,13 @@ def embed_studies(
     training = model.training
     model.eval()
     try:
-        for run in _runs(studies, model.config.vision, max_tokens):
-            batch = pack(run, model.config.vision.patch_size)
+        for batch, run in packed(model.config.vision, studies, max_tokens):
             embeddings = model.encode_image(batch)
             if model.config.per_prefix:  # the first is for zero-shot classification
                 embeddings = embeddings[:, 0]
-            yield from zip(batch.uids, embeddings.float().cpu(), strict=True)
+            yield from zip((study.uid for study in run), embeddings.float().cpu(), strict=True)
     finally:
         model.train(training)
-
-
-def _runs(studies: Iterable[Study], vision: VisionConfig, max_tokens: int) -> Iterator[list[Study]]:
-    voxels = int(np.prod(vision.patch_size))
-    return cut(studies, lambda study: sum(scan.numel() for scan in study.scans) // voxels, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -74,13 +69,17 @@ class Options:
     scans: every scan is embedded as a study of its own, too.
     max_tokens: of a batch, if it is not one study. Which studies share a batch changes the last bits.
     dtype: of products of matrices; "auto" is bf16 on GPUs and fp32 on CPUs.
+    one_scan: of each study only one scan is seen, drawn with this seed; None for all. See `inputs.OneScan`.
     """
 
     scans: bool = False
     max_tokens: int = MAX_TOKENS
     dtype: Dtype = "auto"
+    one_scan: int | None = None
 
     def __post_init__(self) -> None:
+        if self.scans and self.one_scan is not None:
+            raise ValueError("one scan of each study, or every scan: not both")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {self.max_tokens}")
 
@@ -91,7 +90,7 @@ class Options:
 
 
 def embed(
-    model: HLIPModel,
+    model: HLIPModel | Encoder,
     studies: Studies,
     options: Options | None = None,
     out: Path | None = None,
@@ -115,7 +114,36 @@ def embed(
     Raises:
         ValueError: no study could be embedded; or there are parts of another job.
     """
+    return _encode_all(StudyEncoder.of(model), studies, options, out, workers, among)
+
+
+def embed_similarities(
+    model: Encoder,
+    prompts: Sequence[Sequence[str]],
+    studies: Studies,
+    options: Options | None = None,
+    out: Path | None = None,
+    workers: int = 0,
+    among: Processes | None = None,
+) -> Embeddings | None:
+    """As `embed`, but a row holds a study's similarities to T prompts, (T), each prompt given by its sentences.
+
+    For models whose similarities are not those of one embedding, such as `SliceEncoder` with pool "max".
+    """
+    return _encode_all(StudyEncoder.of_similarities(model, prompts), studies, options, out, workers, among)
+
+
+def _encode_all(
+    model: StudyEncoder,
+    studies: Studies,
+    options: Options | None,
+    out: Path | None,
+    workers: int,
+    among: Processes | None,
+) -> Embeddings | None:
     options, among = (options or Options()).on(model.device), among or Processes()
+    if options.one_scan is not None:
+        studies = OneScan(studies, options.one_scan)
     if out is None and among.size > 1:
         raise ValueError("several processes need a file to write to")
     job = job_of(model, studies, options)
@@ -155,26 +183,9 @@ def _holds(out: Path, job: dict[str, Any]) -> bool:
         return False
 
 
-def job_of(model: HLIPModel, studies: Studies, options: Options) -> dict[str, Any]:
+def job_of(model: StudyEncoder, studies: Studies, options: Options) -> dict[str, Any]:
     """What tells a job from others: hashes of what it reads, and its options."""
-    options = options.on(model.device)
-    return {
-        "model": model_digest(model),
-        "studies": studies.digest(),
-        "scans": options.scans,
-        "max_tokens": options.max_tokens,
-        "dtype": options.dtype,
-    }
-
-
-def model_digest(model: HLIPModel) -> str:
-    """A hash of the study encoder's architecture and weights."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "text"}
-    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, value in sorted(model.visual.state_dict().items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return {"model": model.digest(), "studies": studies.digest(), **asdict(options.on(model.device))}
 
 
 def _tokens(studies: Studies, i: int, options: Options) -> int:
@@ -190,18 +201,19 @@ class _Loaded:
     """
 
     size: int
-    batches: list[tuple[TokenBatch, Rows]] = field(default_factory=list)
+    batches: list[tuple[Any, Rows]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
 
     def pin_memory(self) -> _Loaded:
-        return replace(self, batches=[(tokens.pin_memory(), rows) for tokens, rows in self.batches])
+        pinned = [(each.pin_memory() if isinstance(each, TokenBatch) else each, rows) for each, rows in self.batches]
+        return replace(self, batches=pinned)
 
 
 class _Batches(Dataset):
-    """Batches of studies, read and planned."""
+    """Batches of studies, read and made ready for the model."""
 
-    def __init__(self, studies: Studies, batches: Sequence[Sequence[int]], vision: VisionConfig, options: Options):
-        self.studies, self.batches, self.vision, self.options = studies, batches, vision, options
+    def __init__(self, studies: Studies, batches: Sequence[Sequence[int]], make: MakeBatches, options: Options) -> None:
+        self.studies, self.batches, self.make, self.options = studies, batches, make, options
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -209,30 +221,31 @@ class _Batches(Dataset):
     def __getitem__(self, number: int) -> _Loaded:
         loaded = _Loaded(len(self.batches[number]))
         views: list[Study] = []
+        names: list[str] = []
         for i in self.batches[number]:
             try:
-                study = self.studies.read(i)
+                study = replace(self.studies.read(i), uid=self.studies.uids[i])
                 if not self.studies.tokens[i]:
-                    pack([study], self.vision.patch_size)  # says so if it does not suit the model
+                    list(self.make([study], self.options.max_tokens))  # says so if it does not suit the model
             except ImportError:
                 raise  # says what to install: no fault of the study
             except Exception as error:  # damaged files can raise anything
                 loaded.failed.append((self.studies.uids[i], " ".join(str(error).split()) or type(error).__name__))
                 continue
-            views.append(Study(self.studies.uids[i], study.scans, [""]))
+            views.append(study)
+            names.append("")
             if self.options.scans:
-                names = study.names or [str(m) for m in range(len(study.scans))]
-                views += [
-                    Study(self.studies.uids[i], [scan], [name]) for scan, name in zip(study.scans, names, strict=True)
-                ]
-        for run in _runs(views, self.vision, self.options.max_tokens):
-            tokens = plan(pack(run, self.vision.patch_size), self.vision, training=False)
-            loaded.batches.append((tokens, [(view.uid, view.names[0]) for view in run]))
+                of_scans = study.names or [str(m) for m in range(len(study.scans))]
+                views += [Study(study.uid, [scan], [name]) for scan, name in zip(study.scans, of_scans, strict=True)]
+                names += of_scans
+        rows = zip((view.uid for view in views), names, strict=True)
+        for batch, run in self.make(views, self.options.max_tokens):
+            loaded.batches.append((batch, list(islice(rows, len(run)))))
         return loaded
 
 
 def _embedded(
-    model: HLIPModel,
+    model: StudyEncoder,
     studies: Studies,
     options: Options,
     units: Sequence[Sequence[Sequence[int]]],
@@ -246,7 +259,7 @@ def _embedded(
     mine = [missing[i] for i in _shares(cost, among.size)[among.rank]]
     batches = [batch for number in mine for batch in units[number]]
     loader = DataLoader(
-        _Batches(studies, batches, model.config.vision, options),
+        _Batches(studies, batches, model.batches, options),
         batch_size=None,
         num_workers=min(workers, max(0, len(batches) - 1)),
         pin_memory=model.device.type == "cuda",
@@ -265,10 +278,10 @@ def _embedded(
             for _ in units[number]:
                 loaded = _next(read)
                 failed += loaded.failed
-                for tokens, names in loaded.batches:
-                    _encode(model, tokens, names, rows, vectors, failed)
+                for batch, names in loaded.batches:
+                    _encode(model, batch, names, rows, vectors, failed)
                 bar.update(loaded.size)
-            yield number, _table(rows, vectors, failed, model)
+            yield number, _table(rows, vectors, failed)
 
 
 def _next(read: Iterator[_Loaded]) -> _Loaded:
@@ -281,31 +294,31 @@ def _next(read: Iterator[_Loaded]) -> _Loaded:
 
 
 @contextlib.contextmanager
-def _evaluating(model: HLIPModel, options: Options) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def _evaluating(model: StudyEncoder, options: Options) -> Iterator[None]:
+    training = model.module.training
+    model.module.eval()
     cast = torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
     try:
         with torch.no_grad(), cast:
             yield
     finally:
-        model.train(training)
+        model.module.train(training)
 
 
 def _encode(
-    model: HLIPModel,
-    tokens: TokenBatch,
+    model: StudyEncoder,
+    batch: Any,
     names: Rows,
     rows: list[tuple[str, str, int]],
     vectors: list[np.ndarray],
     failed: list[tuple[str, str]],
 ) -> None:
     try:
-        embeddings = model.encode_image(tokens).float().cpu().numpy()
+        embeddings = model.encode(batch).float().cpu().numpy()
     except torch.cuda.OutOfMemoryError as error:
         if len(names) > 1:
-            raise ValueError(f"a batch of {tokens.layout.num_tokens} tokens does not fit: lower max_tokens") from error
-        failed.append((names[0][0], f"does not fit into the device's memory ({tokens.layout.num_tokens} tokens)"))
+            raise ValueError(f"a batch of {len(names)} studies does not fit: lower max_tokens") from error
+        failed.append((names[0][0], "does not fit into the device's memory"))
         return
     for (uid, scan), heads in zip(names, embeddings.reshape(len(names), -1, embeddings.shape[-1]), strict=True):
         if not np.isfinite(heads).all():
@@ -319,13 +332,12 @@ def _table(
     rows: Sequence[tuple[str, str, int]],
     vectors: Sequence[np.ndarray],
     failed: Sequence[tuple[str, str]],
-    model: HLIPModel,
 ) -> Embeddings:
     return Embeddings(
         np.array([uid for uid, _, _ in rows], dtype=str),
         np.array([scan for _, scan, _ in rows], dtype=str),
         np.array([head for _, _, head in rows], dtype=np.int8),
-        np.stack(vectors) if vectors else np.empty((0, model.config.embed_dim), dtype=np.float32),
+        np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32),
         {"failed": [list(each) for each in failed]},
     )
 

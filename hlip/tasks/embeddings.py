@@ -24,7 +24,7 @@ class Embeddings:
     study: (N) str - uids.
     scan: (N) str - names; empty where a row is of the whole study.
     head: (N) int8 - which of the model's embeddings of a study; head 0 is for zero-shot classification.
-    embedding: (N, E) float32, of unit length.
+    embedding: (N, E) float32, of unit length; or similarities to E prompts, see `embed_similarities`.
     facts: how they were made, such as the model's name; plain values.
     """
 
@@ -111,7 +111,8 @@ class Embeddings:
 
     @classmethod
     def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """The rows of all parts, with the facts of the first."""
+        """The rows of all parts, with the facts of the first. A part without rows may be of any width."""
+        parts = [part for part in parts if len(part)] or parts[:1]
         study, scan, head, embedding = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("study", "scan", "head", "embedding")
         )

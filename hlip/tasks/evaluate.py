@@ -1,6 +1,7 @@
 """Zero-shot evaluation: a task's scores from embeddings and prompts, and its figures with intervals.
 
-Shapes: N studies, K classes, E embedding, D draws.
+Shapes: N studies, K classes, T prompts (those of the classes; of a task of pairs then the negative ones), E embedding,
+D draws.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from ..data.store import Store
 from . import bootstrap
 from .embeddings import Embeddings
 from .metrics import AT_THRESHOLD, MISSING, at_threshold, check_scores, class_aucs, roc_threshold, scorable
 from .task import Task
-from .zeroshot import TextEncoder, check_lengths
+from .texts import TextEncoder, check_lengths, embed_prompts
 
 SHOWN = 10  # studies that a message names
 
@@ -68,11 +67,34 @@ def evaluate(
             too long; embeddings of another model.
     """
     uids, table = embeddings.of_studies()
+    texts = embed_prompts(model, task_prompts(task, templates)).double().cpu().numpy()
+    if texts.shape[1] != table.shape[1]:
+        raise ValueError(f"the embeddings have {table.shape[1]} numbers, the model's text tower gives {texts.shape[1]}")
+    scale = float(model.logit_scale.detach().exp())
+    return score(task, uids, table.astype(np.float64) @ texts.T, scale, labels, allow_unmatched, draws, seed)
+
+
+def score(
+    task: Task,
+    uids: Sequence[str],
+    similarities: np.ndarray,
+    scale: float,
+    labels: Mapping[str, np.ndarray],
+    allow_unmatched: bool = False,
+    draws: int = bootstrap.DRAWS,
+    seed: int = 0,
+) -> Evaluation:
+    """As `evaluate`, from similarities of studies to prompts, however they were had.
+
+    Args:
+        uids, similarities: (N) and (N, T), of the prompts of `task_prompts`.
+        scale: the model's inverse temperature.
+    """
     notes = check_join(uids, labels, allow_unmatched)
     kept = [i for i, uid in enumerate(uids) if uid in labels]
     uids = [uids[i] for i in kept]
     truth = np.stack([labels[uid] for uid in uids])
-    scores = class_scores(task, table[kept], model, templates)
+    scores = class_scores(task, similarities[kept], scale)
     known = (truth == 1).any(1) if task.kind == "multi-class" else (truth != MISSING).any(1)
     if not known.all():
         what = "of none of the classes" if task.kind == "multi-class" else "without any label"
@@ -128,46 +150,34 @@ def check_join(uids: Sequence[str], labels: Mapping[str, np.ndarray], allow_unma
     return notes
 
 
+def task_prompts(task: Task, templates: str | None = None) -> list[list[str]]:
+    """The sentences of T prompts: of each class, and of a task of pairs then of what each is told from.
+
+    Raises:
+        ValueError: the task has no such templates.
+    """
+    return [*task.sentences(task.positive, templates).values(), *task.sentences(task.negative, templates).values()]
+
+
 def check_prompts(task: Task, model: TextEncoder, templates: str | None = None) -> None:
     """Raises ValueError where the task has no such templates, or a prompt is too long for the model."""
-    for prompts in (task.positive, task.negative):
-        check_lengths(model, [text for texts in task.sentences(prompts, templates).values() for text in texts])
+    check_lengths(model, [text for texts in task_prompts(task, templates) for text in texts])
 
 
-def class_scores(task: Task, table: np.ndarray, model: TextEncoder, templates: str | None = None) -> np.ndarray:
-    """(N, E) embeddings to (N, K) float64: probabilities, or cosines if the task's kind is "similarity".
+def class_scores(task: Task, similarities: np.ndarray, scale: float) -> np.ndarray:
+    """(N, T) similarities to (N, K) float64: probabilities, or the similarities if the task's kind is "similarity".
 
     Softmax is at the model's own temperature: of pairs over the two prompts of a class, of multi-class over the
     classes.
-
-    Raises:
-        ValueError: a prompt that is too long; embeddings of another width than the model's.
     """
-    check_prompts(task, model, templates)
-    positive = _prompt_embeddings(model, task.sentences(task.positive, templates))
-    if positive.shape[1] != table.shape[1]:
-        raise ValueError(
-            f"the embeddings have {table.shape[1]} numbers, the model's text tower gives {positive.shape[1]}"
-        )
-    cosines = table.astype(np.float64) @ positive.T
     if task.kind == "similarity":
-        return cosines
-    scale = float(model.logit_scale.detach().exp())
-    if task.kind == "multi-class":
-        logits = scale * cosines
-    else:
-        negative = _prompt_embeddings(model, task.sentences(task.negative, templates))
-        logits = scale * np.stack([table.astype(np.float64) @ negative.T, cosines], axis=-1)
+        return similarities
+    logits = scale * similarities.astype(np.float64)
+    if task.kind == "pairs":
+        logits = logits.reshape(len(logits), 2, -1).swapaxes(1, 2)
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
-    return probabilities if task.kind == "multi-class" else probabilities[..., 1]
-
-
-@torch.no_grad()
-def _prompt_embeddings(model: TextEncoder, sentences: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """(K, E) float64: for every class the normalised mean over the embeddings of its sentences."""
-    means = [F.normalize(model.encode_text(list(texts)).float().mean(0), dim=0) for texts in sentences.values()]
-    return torch.stack(means).cpu().numpy().astype(np.float64)
+    return probabilities if task.kind == "multi-class" else probabilities[..., 0]
 
 
 def _multi_label(

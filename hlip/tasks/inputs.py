@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class Studies(Protocol):
     """Studies by index.
 
     uids: (N), no two the same.
-    tokens: (N) int64 - patch tokens of each; zeros where only reading tells.
+    tokens: (N) int64 - patch tokens of each; zeros where they are not known: such a study is a batch of its own.
     lost: uid and reason of studies that were found, and cannot be read.
     """
 
@@ -48,7 +49,7 @@ class StoreStudies:
     """The studies of a store.
 
     Args:
-        patch_size: (pd, ph, pw) voxels of the model that is to read them.
+        patch_size: (pd, ph, pw) voxels of the model that is to read them; None if it sees no patches of ours.
 
     Raises:
         ValueError: an empty store, one that is not finished, or scans that are no whole number of patches; names the
@@ -57,11 +58,16 @@ class StoreStudies:
 
     lost: Sequence[tuple[str, str]] = ()
 
-    def __init__(self, store: Store, patch_size: Sequence[int]) -> None:
+    def __init__(self, store: Store, patch_size: Sequence[int] | None = None) -> None:
         if not store.info:
             raise ValueError(f"{store.path}: the store is not finished: run hlip prepare again to go on with it")
         if len(store) == 0:
             raise ValueError(f"{store.path}: the store holds no studies")
+        self.store = store
+        self.uids: Sequence[str] = store.uids.tolist()
+        if patch_size is None:
+            self.scan_tokens, self.tokens = np.zeros(len(store.shapes), np.int64), np.zeros(len(store), np.int64)
+            return
         wrong = np.flatnonzero((store.shapes % np.array(patch_size)).any(1))
         if len(wrong):
             uid = store.uids[int(np.searchsorted(store.first, wrong[0], "right")) - 1]
@@ -69,10 +75,8 @@ class StoreStudies:
                 f"{store.path}: study {uid} has a scan of {tuple(store.shapes[wrong[0]].tolist())} voxels, "
                 f"not a whole number of the model's patches of {tuple(patch_size)}"
             )
-        self.store = store
-        self.uids: Sequence[str] = store.uids.tolist()
-        scan_tokens = (store.shapes.astype(np.int64) // np.array(patch_size)).prod(1)
-        self.tokens = np.add.reduceat(scan_tokens, store.first[:-1])
+        self.scan_tokens = (store.shapes.astype(np.int64) // np.array(patch_size)).prod(1)
+        self.tokens = np.add.reduceat(self.scan_tokens, store.first[:-1])
 
     def read(self, i: int) -> Study:
         return self.store.study(i)
@@ -83,6 +87,35 @@ class StoreStudies:
         for array in (self.store.num_scans, self.store.shapes, checksums):
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
+
+
+class OneScan:
+    """The same studies, each with one of its scans alone.
+
+    Which one follows from the seed, the study's uid and the number of its scans: neither other studies nor processes
+    change it.
+    """
+
+    def __init__(self, studies: Studies, seed: int) -> None:
+        self.studies, self.seed = studies, seed
+        self.uids, self.lost, self.tokens = studies.uids, studies.lost, studies.tokens
+        if isinstance(studies, StoreStudies):
+            store = studies.store
+            chosen = [self.place(uid, int(n)) for uid, n in zip(self.uids, store.num_scans, strict=True)]
+            self.tokens = studies.scan_tokens[store.first[:-1] + np.array(chosen)]
+
+    def place(self, uid: str, num_scans: int) -> int:
+        """Which of its scans a study is shown by."""
+        drawn = hashlib.sha256(f"{self.seed}\0{uid}".encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(drawn[:8], "big") % num_scans
+
+    def read(self, i: int) -> Study:
+        study = self.studies.read(i)
+        m = self.place(self.uids[i], len(study.scans))
+        return replace(study, scans=[study.scans[m]], names=study.names[m : m + 1])
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.studies.digest()} {self.seed}".encode()).hexdigest()
 
 
 class FileStudies:

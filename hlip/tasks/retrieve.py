@@ -5,7 +5,7 @@ Shapes: N studies with a report, P pairs of embeddings of a study and its report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -19,11 +19,11 @@ from ..data.store import Store
 from ..model.clip import HLIPModel
 from .baselines import Encoder
 from .embeddings import Embeddings
+from .texts import Progress, embed_texts
 
 DIRECTIONS = ("image to report", "report to image")
 KS = (1, 5, 10, 50, 100)
 BLOCK = 2**24  # similarities at a time: 64 MiB
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,7 @@ class Pairs:
         Raises:
             ValueError: no study with a report and embeddings, embeddings of too few heads, or of another width.
         """
-        column = {name: store.manifest.column(name).to_pylist() for name in ("impression", "findings")}
-        reports = {
-            uid: (impression, findings)
-            for uid, impression, findings in zip(store.uids.tolist(), *column.values(), strict=True)
-            if impression.strip() or findings.strip()
-        }
+        reports = reports_of(store)
         pairs = 2 if isinstance(model, HLIPModel) and model.config.objective == "dual" else 1
         tables = [dict(zip(*embeddings.of_studies(head), strict=True)) for head in range(pairs)]
         embedded = [uid for uid in store.uids.tolist() if all(uid in table for table in tables)]
@@ -95,15 +90,14 @@ class Pairs:
         return cls(uids, image, text, texts, without_report, without_embedding, not_in_store)
 
 
-@torch.no_grad()
-def embed_texts(model: HLIPModel | Encoder, texts: Sequence[str], batch: int = 64, progress: Progress = iter) -> Tensor:
-    """(n, E) float32 of unit length, on the host. Equal texts are embedded once, and so are equal to the last bit."""
-    # Texts of about one length lie in a batch, so that little of it is padding.
-    distinct = sorted(set(texts), key=lambda text: (len(text), text))
-    starts = range(0, len(distinct), batch)
-    parts = [model.encode_text(distinct[start : start + batch]).float().cpu() for start in progress(starts)]
-    place = {text: i for i, text in enumerate(distinct)}
-    return torch.cat(parts)[[place[text] for text in texts]]
+def reports_of(store: Store) -> dict[str, tuple[str, str]]:
+    """Impression and findings of every study that has either, by uid."""
+    columns = [store.manifest.column(name).to_pylist() for name in ("impression", "findings")]
+    return {
+        uid: (impression, findings)
+        for uid, impression, findings in zip(store.uids.tolist(), *columns, strict=True)
+        if impression.strip() or findings.strip()
+    }
 
 
 def match_ranks(queries: Tensor, gallery: Tensor, groups: np.ndarray, progress: Progress = iter) -> np.ndarray:

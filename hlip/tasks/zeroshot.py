@@ -8,31 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import yaml
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..data.batch import Study
 from ..model.clip import HLIPModel
 from .embed import embed_studies
+from .texts import TextEncoder, embed_prompts
 
 DEFAULT_TEMPLATE = "This MRI study shows: {}."
-
-
-class TextEncoder(Protocol):
-    """What prompts need of a model."""
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The logarithm of the inverse temperature."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(N, E), of unit length."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +36,14 @@ class Prompts:
         bad = [template for template in self.templates if template.count("{}") != 1]
         if bad or not self.templates:
             raise ValueError(f"a template needs exactly one {{}}, got {bad[0] if bad else 'no template'!r}")
+
+    @property
+    def sentences(self) -> dict[str, list[str]]:
+        """Every class' names in all templates."""
+        return {
+            name: [template.replace("{}", word) for word in words for template in self.templates]
+            for name, words in self.classes.items()
+        }
 
     @classmethod
     def read(cls, path: Path | str) -> Prompts:
@@ -73,33 +67,17 @@ def _words(value: object) -> list[str]:
     return words
 
 
-def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:
-    """Raises ValueError where a text is longer than what the model's text tower reads; names it and the counts."""
-    if not isinstance(model, HLIPModel) or not texts:
-        return
-    most = model.config.text.context_length
-    for text, tokens in zip(texts, model.text.tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
-        if len(tokens) > most:
-            raise ValueError(f"prompt {text!r} has {len(tokens)} tokens, the model's text tower reads {most}")
-
-
-@torch.no_grad()
-def zeroshot_classifier(model: HLIPModel, prompts: Prompts) -> Tensor:
+def zeroshot_classifier(model: TextEncoder, prompts: Prompts) -> Tensor:
     """(K, E): for every class the normalised mean over the embeddings of its names in all templates.
 
     Raises:
         ValueError: a prompt that is too long for the text tower.
     """
-    weights = []
-    for names in prompts.classes.values():
-        texts = [template.replace("{}", name) for name in names for template in prompts.templates]
-        check_lengths(model, texts)
-        weights.append(F.normalize(model.encode_text(texts).mean(0), dim=0))
-    return torch.stack(weights)
+    return embed_prompts(model, prompts.sentences.values())
 
 
 @torch.no_grad()
-def class_probabilities(model: HLIPModel, embeddings: Tensor, classifier: Tensor) -> Tensor:
+def class_probabilities(model: TextEncoder, embeddings: Tensor, classifier: Tensor) -> Tensor:
     """(N, E) and (K, E) to (N, K): softmax over the classes at the model's own temperature."""
     return (model.logit_scale.exp() * embeddings.to(classifier) @ classifier.T).softmax(-1)
 

@@ -1,0 +1,65 @@
+"""Embeddings of texts: of prompts, and of reports.
+
+Shapes: n texts, K prompts, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.clip import HLIPModel
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+class TextEncoder(Protocol):
+    """What texts need of a model."""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The logarithm of the inverse temperature: ()."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(n, E), of unit length."""
+        ...
+
+
+def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:
+    """Raises ValueError where a text is longer than what the model's text tower reads; names it and the counts."""
+    if not isinstance(model, HLIPModel) or not texts:
+        return
+    most = model.config.text.context_length
+    for text, tokens in zip(texts, model.text.tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
+        if len(tokens) > most:
+            raise ValueError(f"prompt {text!r} has {len(tokens)} tokens, the model's text tower reads {most}")
+
+
+@torch.no_grad()
+def embed_prompts(model: TextEncoder, prompts: Iterable[Sequence[str]]) -> Tensor:
+    """(K, E): of every prompt the normalised mean over the embeddings of its sentences.
+
+    Raises:
+        ValueError: a sentence that is too long for the text tower.
+    """
+    rows = []
+    for sentences in prompts:
+        check_lengths(model, sentences)
+        rows.append(F.normalize(model.encode_text(list(sentences)).mean(0), dim=0))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def embed_texts(model: TextEncoder, texts: Sequence[str], batch: int = 64, progress: Progress = iter) -> Tensor:
+    """(n, E) float32 of unit length, on the host. Equal texts are embedded once, and so are equal to the last bit."""
+    # Texts of about one length lie in a batch, so that little of it is padding.
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))
+    starts = range(0, len(distinct), batch)
+    parts = [model.encode_text(distinct[start : start + batch]).float().cpu() for start in progress(starts)]
+    place = {text: i for i, text in enumerate(distinct)}
+    return torch.cat(parts)[[place[text] for text in texts]]
