@@ -1,22 +1,26 @@
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 import hlip
 from conftest import random_study
 from hlip import cli
-from hlip.data.store import PreparedStudy, StoredScan, finish, write_shard
-from hlip.tasks.baselines import CONFIG, SliceEncoder, lesion_slices, read_slices, rescaled_slices
+from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
+from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, lesion_slices, read_slices, rescaled_slices
+from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot_classifier
 from open_clip_beside import open_clip_imported
 from released_files import Evil
@@ -165,28 +169,195 @@ def test_zero_shot_classification_takes_it_as_it_takes_ours(encoder: SliceEncode
     assert found.argmax() == similarity.argmax()
 
 
-def test_retrieval_by_a_2d_model(folders: dict[str, Path], encoder: SliceEncoder, tmp_path: Path) -> None:
+def run(*args: object) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Six studies of `study`, whose scans are no whole number of anyone's patches, with reports and labels."""
     pytest.importorskip("pyarrow")
-    store, out = tmp_path / "store", tmp_path / "out"
-    (store / "shards").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "shards").mkdir()
     studies = []
-    for i in range(4):
+    for i in range(6):
         scans = [
             StoredScan(name, image, (3.0, 1.0, 1.0), "axial", 5)
             for name, image in zip(study().names, study(seed=i).scans, strict=True)
         ]
-        studies.append(PreparedStudy(f"s{i}", scans, f"impression {i}", "findings"))
-    write_shard(store / "shards" / "00000.safetensors", studies, {}, "0", tmp_path)
-    finish(store, tmp_path)
-    args = ["retrieve", store, "--model", f"open_clip:{folders['clip']}", "--out", out, "--k", 1]
-    assert cli.main([str(arg) for arg in args]) == 0
-    text = encoder.encode_text([f"impression {i} findings" for i in range(4)])
-    image = torch.stack([row for _, row in encoder.encode_studies(study(f"s{i}", i) for i in range(4))])
+        labels = {"lesion": float(i % 2), "blood": float(i < 2)}
+        studies.append(PreparedStudy(f"s{i}", scans, f"impression {i}", "findings", labels))
+    write_shard(folder / "shards" / "00000.safetensors", studies, {}, "0", folder)
+    finish(folder, folder)
+    return Store(folder)
+
+
+def test_retrieval_by_a_2d_model(folders: dict[str, Path], encoder: SliceEncoder, store: Store, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", ["--model", f"open_clip:{folders['clip']}"]
+    assert run("retrieve", store.path, *model, "--out", out, "--k", 1) == 0
+    text = encoder.encode_text([f"impression {i} findings" for i in range(6)])
+    image = torch.stack([row for _, row in encoder.encode_studies(study(f"s{i}", i) for i in range(6))])
     similarity = image @ text.T
     expected = [(row >= row[i]).sum().item() for i, row in enumerate(similarity)]
     rows = [line.split(",") for line in (out / "ranks.csv").read_text().splitlines()[1:]]
     assert [int(row[1]) for row in rows] == expected
-    assert cli.main([str(arg) for arg in [*args, "--pool", "max"]]) == 2
+    made = ["--embeddings", out / "embeddings.npz"]
+    assert run("retrieve", store.path, *model, *made, "--out", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "ranks.csv").read_bytes() == (out / "ranks.csv").read_bytes()
+
+
+PAIRS = """kind: pairs
+classes:
+  lesion: {positive: [a lesion, a mass], negative: no lesion}
+  blood: {positive: blood, negative: no blood}
+metrics: [auc, recall]
+"""
+
+
+def evaluated(out: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """What `hlip eval` found, and the scores of its classes: (6, 2)."""
+    with (out / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["study"] for row in rows] == [f"s{i}" for i in range(6)]
+    return json.loads((out / "metrics.json").read_text()), np.array(
+        [[float(row[name]) for name in ("lesion", "blood")] for row in rows]
+    )
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_evaluation_of_a_2d_model(folders: dict[str, Path], store: Store, tmp_path: Path, pool: Pool) -> None:
+    task, slices, out = tmp_path / "task.yaml", tmp_path / "slices.json", tmp_path / "out"
+    task.write_text(PAIRS)
+    seen = {"s1": {"flair": [1, 4]}}
+    slices.write_text(json.dumps(seen))
+    args = ["eval", task, "--data", store.path, "--model", f"open_clip:{folders['clip']}", "--draws", 5]
+    args += ["--pool", pool, "--slices", slices]
+    assert run(*args, "--out", out) == 0
+    found, scores = evaluated(out)
+    assert (found["pool"], found["one_scan"], found["left_out"]) == (pool, None, [])
+    # By hand, slice by slice; of the prompts those of two sentences are means of unit vectors.
+    encoder = SliceEncoder.from_pretrained(folders["clip"])
+    sentences = [["a lesion", "a mass"], ["blood"], ["no lesion"], ["no blood"]]
+    texts = torch.stack(
+        [
+            F.normalize(
+                torch.cat([encoder.encode_text([f"This study shows: {each}."]) for each in words]).mean(0), dim=0
+            )
+            for words in sentences
+        ]
+    )
+    for i, row in enumerate(scores):
+        scans = [by_hand(encoder, scan) @ texts.T for scan in study(seed=i).scans]
+        if i == 1:
+            scans = [scans[0][[1, 4]]]
+        mean = torch.stack([scan.mean(0) for scan in scans]).mean(0)
+        logits = (torch.cat(scans).amax(0) if pool == "max" else mean) / 0.07
+        expected = torch.stack([logits[2:], logits[:2]], dim=1).softmax(1)[:, 1]
+        np.testing.assert_allclose(row, expected.numpy(), rtol=1e-3)
+    for name, column, labels in (("lesion", 0, [0, 1] * 3), ("blood", 1, [1, 1, 0, 0, 0, 0])):
+        assert found["metrics"][f"{name}_auc"] == pytest.approx(roc_auc_score(labels, scores[:, column]))
+    # Of other slices the similarities that are there are not taken; of the same they are.
+    slices.write_text("{}")
+    before = (out / "scores.csv").read_bytes()
+    assert run(*args, "--out", out) == 0
+    assert (out / "scores.csv").read_bytes() != before
+    table = Embeddings.read(out / "similarities.npz")
+    assert table.embedding.shape == (6, 4)
+
+
+def test_an_interrupted_evaluation_goes_on(
+    folders: dict[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    task = tmp_path / "task.yaml"
+    task.write_text(PAIRS)
+    args = ["eval", task, "--data", store.path, "--model", f"open_clip:{folders['clip']}", "--pool", "max"]
+    args += ["--workers", 0, "--draws", 5]
+    assert run(*args, "--out", tmp_path / "whole") == 0
+    encode, seen = SliceEncoder.encode_slices, []
+
+    def interrupt(encoder: SliceEncoder, study: hlip.Study) -> list[torch.Tensor]:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(study.uid)
+        return encode(encoder, study)
+
+    monkeypatch.setattr(SliceEncoder, "encode_slices", interrupt)
+    assert run(*args, "--out", tmp_path / "out") == 130
+    assert "similarities.npz.parts keeps what is finished" in capsys.readouterr().err
+    monkeypatch.setattr(
+        SliceEncoder, "encode_slices", lambda encoder, study: (seen.append(study.uid), encode(encoder, study))[1]
+    )
+    assert run(*args, "--out", tmp_path / "out") == 0
+    assert seen == [f"s{i}" for i in range(6)]
+    assert "going on: 2 of 6" in capsys.readouterr().err
+    for name in ("scores.csv", "table.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_embeddings_of_a_2d_model(
+    folders: dict[str, Path], store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", f"open_clip:{folders['clip']}"]
+    digests = set()
+    for pool in ("mean", "max"):
+        encoder = SliceEncoder.from_pretrained(folders["clip"], pool)  # type: ignore[arg-type]
+        out = tmp_path / f"{pool}.npz"
+        assert run("embed", store.path, *model, "--pool", pool, "--out", out) == 0
+        table = Embeddings.read(out)
+        expected = torch.stack([row for _, row in encoder.encode_studies(study(f"s{i}", i) for i in range(6))])
+        np.testing.assert_allclose(table.embedding, expected.numpy(), rtol=1e-4, atol=1e-5)
+        assert table.facts["job"]["model"] == encoder.digest()
+        digests.add(encoder.digest())
+    assert len(digests) == 2
+    assert run("embed", store.path, *model, "--scans", "--out", tmp_path / "scans.npz") == 0
+    table = Embeddings.read(tmp_path / "scans.npz")
+    assert table.scan.tolist() == ["", "flair", "t1"] * 6
+    _, alone = next(
+        SliceEncoder.from_pretrained(folders["clip"]).encode_studies([hlip.Study("s", study(seed=2).scans[1:], ["t1"])])
+    )
+    np.testing.assert_allclose(table.embedding[8], alone.numpy(), rtol=1e-4, atol=1e-5)
+    # Embeddings say by whom they were made.
+    args = ["retrieve", store.path, *model, "--embeddings", tmp_path / "max.npz", "--out", tmp_path / "out"]
+    assert run(*args) == 2
+    assert "max.npz: made by another model than --model, or with other --pool or --slices" in capsys.readouterr().err
+
+
+def test_what_a_2d_model_cannot_do_is_said(
+    folders: dict[str, Path], store: Store, model_folder: Path, nifti_study: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    task, made, labels = tmp_path / "task.yaml", tmp_path / "e.npz", tmp_path / "labels.csv"
+    task.write_text(PAIRS)
+    labels.write_text("study,lesion,blood\n")
+    lists = {}
+    for name, content in {
+        "none": {"x": {"t1": [0]}},
+        "wrong": {"s0": {"t1": [3]}},
+        "good": {"s0": {"t1": [0]}},
+    }.items():
+        lists[name] = tmp_path / f"{name}.json"
+        lists[name].write_text(json.dumps(content))
+    two_d, ours = ["--model", f"open_clip:{folders['clip']}"], ["--model", model_folder]
+    out = ["--out", tmp_path / "out.npz"]
+    for args, message in [
+        (["zeroshot", *nifti_study, "--prompt", "a", "--prompt", "b", *two_d], "hlip zeroshot takes no 2D models"),
+        (["interpret", *nifti_study, "--target", "a", *out, *two_d], "hlip interpret takes no 2D models"),
+        (["embed", *nifti_study, *two_d, *out], "no store; a 2D model does not say how scans are prepared"),
+        (["embed", store.path, *ours, *out, "--pool", "max"], "--pool and --slices are for 2D models"),
+        (["embed", store.path, *two_d, *out, "--slices", lists["none"]], "holds none of the studies of which slices"),
+        (["embed", store.path, *two_d, *out, "--slices", lists["wrong"]], "s0, scan t1: has no slice 3"),
+        (
+            ["embed", store.path, *two_d, *out, "--slices", lists["good"], "--scans"],
+            "--slices does not go with --scans",
+        ),
+        (["embed", store.path, *two_d, *out, "--slices", lists["good"], "--one_scan", 0], "not go with --one_scan"),
+        (["eval", task, "--embeddings", made, "--labels", labels, *two_d, *out], "give --data"),
+        (["retrieve", store.path, *two_d, "--pool", "max", *out], "retrieval needs --pool mean"),
+    ]:
+        assert run(*args) == 2, message
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_what_is_no_model_is_refused_and_no_code_is_run(

@@ -21,7 +21,7 @@ from hlip.data.store import Store
 from hlip.tasks.embed import Options, embed, parts_of
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.encoders import model_digest
-from hlip.tasks.inputs import FileStudies, StoreStudies
+from hlip.tasks.inputs import FileStudies, OneScan, StoreStudies
 from tiny_store import make_store
 
 PATCH = (4, 8, 8)
@@ -95,6 +95,47 @@ def test_workers_and_modes_change_nothing(store: Store, tiny_model: hlip.HLIPMod
     assert 1e-4 < np.abs(coarse.embedding - plain.embedding).max() < 0.1
     with pytest.raises(ValueError, match="max_tokens must be positive"):
         Options(max_tokens=0)
+
+
+def test_one_scan_of_each_study(store: Store, tiny_model: hlip.HLIPModel) -> None:
+    studies = StoreStudies(store, PATCH)
+    found = {seed: OneScan(studies, seed) for seed in range(40)}
+    assert (found[0].tokens == 8).all()
+    counted = list(zip(store.uids.tolist(), store.num_scans.tolist(), strict=True))
+    places = {seed: [each.place(uid, n) for uid, n in counted] for seed, each in found.items()}
+    drawn = np.array(list(places.values()))
+    assert (drawn >= 0).all()
+    assert (drawn < store.num_scans).all()
+    for i, n in enumerate(store.num_scans):
+        assert set(drawn[:, i]) == set(range(n))  # every scan of a study has its turn
+    assert len({each.digest() for each in found.values()} | {studies.digest()}) == 41
+    table = embed(tiny_model, studies, Options(max_tokens=24, one_scan=3))
+    assert table.facts["job"]["one_scan"] == 3
+    assert table.study.tolist() == store.uids.tolist()
+    for i, embedding in enumerate(table.embedding):
+        with torch.no_grad():
+            alone = tiny_model.encode_image(hlip.pack([[store.scan(i, places[3][i])]], PATCH))[0]
+        np.testing.assert_allclose(embedding, alone.numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="not both"):
+        Options(scans=True, one_scan=0)
+
+
+def test_the_scan_that_is_shown_depends_on_its_study_alone(
+    store: Store, nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Studies on a list, whose scans are counted by reading, in two orders.
+    files = [str(path.relative_to(tmp_path)) for path in nifti_study]
+    for name, uids in (("there", "ABCDEF"), ("back", "FEDCBA")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({uid: {"scans": files} for uid in uids}))
+        args = ["embed", tmp_path / f"{name}.json", "--model", model_folder, "--workers", 0]
+        assert run(*args, "--one_scan", 7, "--out", tmp_path / f"{name}.npz") == 0
+    tables = [Embeddings.read(tmp_path / f"{name}.npz") for name in ("there", "back")]
+    rows = [dict(zip(table.study.tolist(), map(tuple, table.embedding.tolist()), strict=True)) for table in tables]
+    assert rows[0] == rows[1]
+    assert len(set(rows[0].values())) == 3  # the studies hold the same three scans, and each of these is shown
+    args = ["embed", store.path, "--model", model_folder, "--out", tmp_path / "e.npz", "--scans", "--one_scan", 0]
+    assert run(*args) == 2
+    assert "--scans embeds every scan, --one_scan sees only one" in capsys.readouterr().err
 
 
 def test_bad_studies_are_left_out_and_told(

@@ -92,7 +92,7 @@ class Axes:
 
 def scores_of(task: Task, embedding: np.ndarray, model: TextEncoder) -> np.ndarray:
     texts = embed_prompts(model, task_prompts(task)).numpy()
-    return class_scores(task, embedding @ texts.T, float(model.logit_scale.exp()))
+    return class_scores(task, embedding @ texts.T, float(model.logit_scale.detach().exp()))
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -201,6 +201,10 @@ def test_the_command_on_a_store(
     assert "holds these embeddings already" in capsys.readouterr().err
     assert (out / "scores.csv").read_bytes() == first
     again = ["--model", model_folder, "--out", tmp_path / "again", "--draws", 5]
+    one = ["--one_scan", 4, "--out", tmp_path / "one", "--draws", 5]
+    assert run(*args[:6], *one) == 0
+    assert json.loads((tmp_path / "one" / "metrics.json").read_text())["one_scan"] == 4
+    assert (tmp_path / "one" / "scores.csv").read_bytes() != first
     table = ["--labels", label_table(store, tmp_path / "labels.csv")]
     assert run("eval", pairs, "--embeddings", out / "embeddings.npz", *table, *again) == 0
     assert (tmp_path / "again" / "scores.csv").read_bytes() == first
