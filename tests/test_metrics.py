@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
@@ -13,7 +11,6 @@ from hlip.tasks.metrics import (
     check_scores,
     class_aucs,
     macro_auc,
-    read_labels,
     roc_threshold,
     scorable,
 )
@@ -25,29 +22,6 @@ def auc_by_pairs(labels: np.ndarray, scores: np.ndarray) -> float:
     """The share of pairs in which the positive study has the larger score; half where they are equal."""
     pairs = [(p, n) for p in scores[labels == 1] for n in scores[labels == 0]]
     return float(np.mean([(p > n) + 0.5 * (p == n) for p, n in pairs]))
-
-
-def test_label_tables(tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text("\ufeffstudy_uid,b,a,note\nu1,1,0,x\nu2,0.0,1.0,\nu3,-1,,y\nu1,1,0,z\n")
-    labels = read_labels(path, ["a", "b", "a"])  # one column may serve two classes
-    assert {uid: row.tolist() for uid, row in labels.items()} == {"u1": [0, 1, 0], "u2": [1, 0, 1], "u3": [-1, -1, -1]}
-    path.write_text("VolumeName,a\nvalid_7_a_1.nii.gz,1\nvalid_7_a_2.nii.gz,1\nother.nii,0\n")
-    assert {uid: row.tolist() for uid, row in read_labels(path, ["a"]).items()} == {"valid_7_a": [1], "other": [0]}
-    for text, reason in [
-        ("x,a\nu,1", "needs a column"),
-        ("study,a\nu,1", "no column b"),
-        ("study,a,b\nu,1,2", "study u: labels must be 0, 1, or -1 or empty where missing, got '2'"),
-        ("study,a,b\nu,1,yes", "study u: labels must be .* got 'yes'"),
-        ("study,a,b\nu,1,nan", "study u: labels must be .* got 'nan'"),
-        ("study,a,b\nu,1,0\nu,0,1", "line 3: another labels of study u"),
-        ("study,a,b\n", "no rows"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=rf"labels.csv: not a readable label table.*{reason}"):
-            read_labels(path, ["a", "b"])
-    with pytest.raises(ValueError, match=r"none.csv"):
-        read_labels(tmp_path / "none.csv", ["a"])
 
 
 def test_auc_by_hand_with_ties_and_missing_labels() -> None:
@@ -149,6 +123,8 @@ def test_draws_without_a_class_have_no_value() -> None:
     assert np.isnan(bootstrap.balanced_accuracy(labels, labels, 2, counts)).tolist() == [True, True, False]
     assert np.isnan(bootstrap.auc(labels * 0 - 1, scores, counts)).all()
     assert bootstrap.interval(np.array([np.nan, np.nan])) is None
+    means = bootstrap.mean(np.array([[0.5, 1.0], [np.nan, 0.25], [np.nan, np.nan]]))
+    np.testing.assert_array_equal(means, [0.75, 0.25, np.nan])
     assert bootstrap.interval(np.array([np.nan, *np.arange(41.0)])) == pytest.approx((1.0, 39.0))
 
 

@@ -14,9 +14,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from hlip import cli
+from hlip.tasks import bootstrap
 from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.probe import CS, PROTOCOLS, Probe, auc_intervals, draw_bars, fit_probe, weighted_auc
-from hlip.tasks.probe_data import LabelTable, ProbeData, read_label_table, read_split, split_at_random
+from hlip.tasks.labels import LabelTable, read_label_table
+from hlip.tasks.probe import CS, PROTOCOLS, Probe, auc_intervals, draw_bars, fit_probe
+from hlip.tasks.probe_data import ProbeData, read_split, split_at_random
 
 
 def run(*args: object) -> int:
@@ -164,35 +166,6 @@ def test_splits_from_columns_tables_and_lists(tmp_path: Path) -> None:
             read_split([str(each) for each in given], table)
 
 
-def test_label_tables(tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text(
-        "VolumeName,a,b,age,set,empty\ntrain_1_a_1.nii.gz,1,,61,train,\ntrain_2_a_2.nii.gz,0.0,-1,0,test,\n"
-    )
-    with pytest.raises(ValueError, match="no column of labels"):
-        read_label_table(write_table(tmp_path / "none.csv", ["u"], np.array([[5]]), ["x"]))
-    path.write_text(path.read_text() + "train_3_a_1.nii.gz,1,1,1,,\n")
-    table = read_label_table(path)
-    assert table.uids == ["train_1_a", "train_2_a", "train_3_a"]
-    assert table.classes == ("a", "b")
-    assert table.values.tolist() == [[1, -1], [0, -1], [1, 1]]
-    assert table.words["train_2_a"] == {"age": "0", "set": "test", "empty": ""}
-    assert read_label_table(path, ["b"]).classes == ("b",)
-    for classes, message in [
-        (["x"], r"labels.csv: has no column x \(there are a, b, age, set, empty\)"),
-        (["age"], "labels.csv: line 2: age must be 0, 1, or -1 or empty if missing, got '61'"),
-        (["a", "a"], "asked for twice"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            read_label_table(path, classes)
-    path.write_text("study,a\nu,1\nu,0\n")
-    with pytest.raises(ValueError, match="line 3: another row of labels of study u"):
-        read_label_table(path)
-    path.write_text("name,a\nu,1\n")
-    with pytest.raises(ValueError, match=r"labels.csv: not a readable table \(needs a column of study"):
-        read_label_table(path)
-
-
 def test_join_and_classes_left_out() -> None:
     uids, x, labels = planted(60)
     labels[:, 2] = 0
@@ -222,29 +195,32 @@ def test_join_and_classes_left_out() -> None:
         ProbeData.join(table_of(uids, labels, patients), [first], patients="q")
 
 
-def test_auc_is_scikit_learns_also_with_weights_and_ties() -> None:
+def test_auc_is_scikit_learns_and_so_is_every_draw() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(-1, 2, (80, 3))
+    labels[:, 2] = np.where(np.arange(80) < 2, np.arange(80), -1)  # one positive, one negative: many draws lack one
     scores = rng.integers(0, 9, (80, 3)) / 8  # many ties
-    auc = auc_intervals(labels, scores, 50)
-    weights = rng.integers(0, 4, (5, 80)).astype(np.float32)
+    auc = auc_intervals(labels, scores, 50, seed=4)
+    (counts,) = bootstrap.draw(80, 50, seed=4)
+    drawn = np.full((50, 3), np.nan)
     for k in range(3):
         known = labels[:, k] >= 0
         assert auc.value[k] == pytest.approx(roc_auc_score(labels[known, k], scores[known, k]))
-        for row, value in zip(weights, weighted_auc(labels[:, k], scores[:, k], weights), strict=True):
-            expected = roc_auc_score(labels[known, k], scores[known, k], sample_weight=row[known])
-            assert value == pytest.approx(expected, abs=1e-9)
+        for d, weights in enumerate(counts[:, known]):
+            if {0, 1} <= set(labels[known, k][weights > 0].tolist()):
+                drawn[d, k] = roc_auc_score(labels[known, k], scores[known, k], sample_weight=weights)
+    assert np.isnan(drawn[:, 2]).any()
+    np.testing.assert_allclose([auc.low, auc.high], np.nanpercentile(drawn, [2.5, 97.5], axis=0))
+    np.testing.assert_allclose(auc.macro_drawn, np.nanmean(drawn, axis=1))
     assert auc.macro == pytest.approx(auc.value.mean())
-    assert auc.macro_low < auc.macro < auc.macro_high
+    assert (auc.macro_low, auc.macro_high) == pytest.approx(tuple(np.percentile(auc.macro_drawn, [2.5, 97.5])))
     # By hand: positives at 0.9 and 0.4, negatives at 0.4 and 0.1. Of four pairs three are won, one is a tie.
     by_hand = auc_intervals(np.array([[1], [1], [0], [0], [-1]]), np.array([[0.9], [0.4], [0.4], [0.1], [5.0]]), 20)
     assert by_hand.value.tolist() == [0.875]
-    lost = weighted_auc(np.array([1, 0]), np.array([0.2, 0.1]), np.array([[1.0, 0.0], [1.0, 1.0]]))
-    np.testing.assert_array_equal(lost, [np.nan, 1.0])
     for y, s, message in [
-        (np.ones((4, 1)), np.zeros((4, 1)), "column 0 has not both"),
-        (np.array([[1], [0]]), np.array([[np.nan], [0]]), "1 scores are not finite"),
-        (np.ones((4, 1)), np.ones((4, 2)), "one shape"),
+        (np.ones((4, 1)), np.zeros((4, 1)), "needs positives and negatives of every class"),
+        (np.array([[1], [0]]), np.array([[np.nan], [0]]), "study 0: the score of class 0 is not a number"),
+        (np.ones((4, 1)), np.ones((4, 2)), r"\(4, 1\) and scores of shape \(4, 2\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             auc_intervals(y, s)
@@ -300,7 +276,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 def test_two_models_side_by_side(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    args = ["--labels", files["labels"], "--fractions", 0.5, 0.1, 0.4, "--resamples", 200]
+    args = ["--labels", files["labels"], "--fractions", 0.5, 0.1, 0.4, "--draws", 200]
     assert run("probe", files["good"], files["noise"], "--out", out, *args, "--seed", 1) == 0
     captured = capsys.readouterr()
     assert "studies without label: 4 (s296, s297, s298, s299)" in captured.err
@@ -343,7 +319,7 @@ def test_a_fitted_probe_is_applied_to_other_embeddings(tmp_path: Path, capsys: p
     five = np.concatenate([labels, labels[:, :2]], axis=1)
     table = write_table(tmp_path / "rsna.csv", uids, five, PROTOCOLS["rsna"])
     out = tmp_path / "rsna"
-    assert run("probe", path, "--labels", table, "--protocol", "rsna", "--out", out, "--resamples", 50) == 0
+    assert run("probe", path, "--labels", table, "--protocol", "rsna", "--out", out, "--draws", 50) == 0
     probe = out / "rsna.probe.npz"
     # Other studies, with CQ500's names for the classes.
     uids, x, labels = planted(100, seed=9)
@@ -354,7 +330,7 @@ def test_a_fitted_probe_is_applied_to_other_embeddings(tmp_path: Path, capsys: p
     eleven[:, 3] = -1  # SDH
     table = write_table(tmp_path / "cq500.csv", uids, eleven, PROTOCOLS["cq500"])
     cross = tmp_path / "cross"
-    args = ["--labels", table, "--protocol", "cq500", "--resamples", 50]
+    args = ["--labels", table, "--protocol", "cq500", "--draws", 50]
     assert run("probe", path, "--apply", probe, "--out", cross, *args) == 0
     content = json.loads((cross / "probe.json").read_text())
     assert [row["class"] for row in content["models"]["rsna"]["classes"]] == ["Any", "Intraparenchymal"]

@@ -38,7 +38,8 @@ from hlip.data.sources import find_studies
 from hlip.data.store import Store
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
-from hlip.tasks.metrics import macro_auc, read_labels
+from hlip.tasks.labels import read_labels
+from hlip.tasks.metrics import macro_auc
 from hlip.tasks.zeroshot import Prompts, zeroshot
 
 MODEL = "demo"

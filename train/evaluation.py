@@ -10,7 +10,8 @@ from engine import World, gathered
 from hlip.data.dataset import StudyDataset
 from hlip.model.clip import HLIPModel
 from hlip.model.config import ModelConfig
-from hlip.tasks.metrics import macro_auc, read_labels
+from hlip.tasks.labels import read_labels
+from hlip.tasks.metrics import macro_auc
 from hlip.tasks.zeroshot import Prompts, zeroshot
 from loading import open_store
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from ..tasks.bootstrap import DRAWS
 from ..tasks.embed import Options, embed, embed_similarities
 from ..tasks.embeddings import Embeddings
 from ..tasks.evaluate import check_join, check_prompts, evaluate, score, store_labels, task_prompts
-from ..tasks.metrics import read_labels
+from ..tasks.labels import read_labels
+from ..tasks.metrics import need_sklearn
+from ..tasks.output import new_figure
 from ..tasks.processes import Processes, processes
 from ..tasks.report import MARKDOWN, METRICS, PLOT, SCORES, TABLE, aligned, class_rows, table_rows, write_evaluation
 from ..tasks.task import Task, list_tasks, load_task
@@ -90,11 +91,8 @@ def add(commands: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    for name, extra in (("sklearn", "eval"), ("matplotlib", "viz")):  # said now, not after hours
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"hlip eval needs {name}: pip install 'hlip-kernels[{extra}]'") from error
+    need_sklearn()  # said now, not after hours
+    new_figure(1, 1)
     if args.draws < 1:
         raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
     task = load_task(args.task)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import io
 import json
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..tasks.bootstrap import DRAWS, interval
 from ..tasks.embeddings import Embeddings
+from ..tasks.labels import LabelTable, read_label_table
 from ..tasks.probe import AUC, PROTOCOLS, SAME_CLASS, Probe, auc_intervals, draw_bars, fit_probe
-from ..tasks.probe_data import LabelTable, ProbeData, read_label_table, read_split
-from .shared import write_whole
+from ..tasks.probe_data import ProbeData, read_split
+from .shared import write_csv, write_whole
 
 DESCRIPTION = """\
 Fit a logistic regression for each class on the embeddings of studies, and score it on studies that it has not seen.
@@ -75,7 +76,7 @@ def add(commands: Any) -> None:
         help="of a random split; 0 for VAL cross-validates (default: 0.7 0.1 0.2)",
     )
     probe.add_argument("--patients", metavar="COLUMN", help="names patients: none is in two parts of a random split")
-    probe.add_argument("--seed", type=int, default=0, help="of the split and the resamples (default: 0)")
+    probe.add_argument("--seed", type=int, default=0, help="of the split and the draws (default: %(default)s)")
     probe.add_argument(
         "--minimum",
         type=int,
@@ -86,7 +87,9 @@ def add(commands: Any) -> None:
     probe.add_argument("--head", type=int, default=0, help="which of the model's embeddings (default: 0)")
     probe.add_argument("--c", nargs="+", type=float, metavar="C", help="inverse penalties to choose from")
     probe.add_argument("--as_is", action="store_true", help="do not standardise the embeddings")
-    probe.add_argument("--resamples", type=int, default=1000, metavar="N", help="for the intervals (default: 1000)")
+    probe.add_argument(
+        "--draws", type=int, default=DRAWS, metavar="N", help="of studies, for intervals (default: %(default)s)"
+    )
     probe.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that fit (default: 1)")
     probe.add_argument("--apply", type=Path, metavar="PROBE", help="score this fitted probe; --labels may be left out")
     probe.set_defaults(run=_probe)
@@ -95,7 +98,7 @@ def add(commands: Any) -> None:
 def _probe(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out}: expected a folder")
-    for name in ("minimum", "resamples"):
+    for name in ("minimum", "draws"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
     if args.c and min(args.c) <= 0:
@@ -126,7 +129,7 @@ def _probe(args: argparse.Namespace) -> None:
         bar = functools.partial(tqdm, desc=name, unit="class", disable=None)
         probes[name] = fit_probe(data, m, not args.as_is, args.c, bar, args.jobs)
         scores = probes[name].scores(data.embeddings[m][test])
-        aucs[name] = auc_intervals(data.labels[test], scores, args.resamples, args.seed)
+        aucs[name] = auc_intervals(data.labels[test], scores, args.draws, args.seed)
         if late := probes[name].facts["not_converged"]:
             print(f"{name}: did not converge for {', '.join(late)}", file=sys.stderr)
         # What goes into a probe's file says where it comes from.
@@ -138,11 +141,11 @@ def _probe(args: argparse.Namespace) -> None:
         )
         write_whole(args.out / f"{name}.probe.npz", probes[name].write)
     rows = [["study", "split"], *([uid, part] for uid, part in zip(data.uids, data.parts.tolist(), strict=True))]
-    _write_csv(args.out / "split.csv", rows)
+    write_csv(args.out / "split.csv", rows)
     content: dict[str, Any] = {
         "studies": {part: len(data.of(part)) for part in ("train", "val", "test")},
         "seed": args.seed,
-        "resamples": args.resamples,
+        "draws": args.draws,
         "left_out": data.left_out,
         "without_label": data.without_label,
         "without_embedding": data.without_embedding,
@@ -214,7 +217,7 @@ def _apply(args: argparse.Namespace) -> None:
     for reason in left_out.items():
         print(f"left out {': '.join(reason)}", file=sys.stderr)
     mine = [pairs[j][0] for j in kept]
-    auc = auc_intervals(labels[:, kept], scores[np.ix_(joined, mine)], args.resamples, args.seed)
+    auc = auc_intervals(labels[:, kept], scores[np.ix_(joined, mine)], args.draws, args.seed)
     without_label = sorted(set(uids) - rows.keys())
     without_embedding = sorted(rows.keys() - set(uids))
     _report_unjoined(without_label, without_embedding)
@@ -223,7 +226,7 @@ def _apply(args: argparse.Namespace) -> None:
         "studies": {"test": len(joined)},
         "probe": str(args.apply),
         "seed": args.seed,
-        "resamples": args.resamples,
+        "draws": args.draws,
         "left_out": left_out,
         "without_label": without_label,
         "without_embedding": without_embedding,
@@ -273,10 +276,10 @@ def _write_figures(
         rows.append([name, "macro", "", "", *(_cell(value) for value in macro.values()), ""])
     if len(aucs) == 2:
         first, second = aucs.values()
-        low, high = np.nanpercentile(first.macro_resampled - second.macro_resampled, [2.5, 97.5]).tolist()
+        low, high = interval(first.macro_drawn - second.macro_drawn) or (math.nan, math.nan)
         content["difference"] = {"auc": first.macro - second.macro, "low": low, "high": high}
     write_whole(out / "auc.png", lambda file: draw_bars(classes, aucs, file, "png"))
-    _write_csv(out / "auc.csv", rows)
+    write_csv(out / "auc.csv", rows)
     text = json.dumps(content, indent=1) + "\n"
     write_whole(out / "probe.json", lambda file: file.write(text.encode()))
 
@@ -299,12 +302,6 @@ def _cell(value: Any) -> Any:
 
 def _write_scores(path: Path, uids: Sequence[str], probe: Probe, embeddings: np.ndarray) -> None:
     scores = probe.scores(embeddings).tolist()
-    _write_csv(
+    write_csv(
         path, [["study", *probe.classes], *([uid, *map(_cell, row)] for uid, row in zip(uids, scores, strict=True))]
     )
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))

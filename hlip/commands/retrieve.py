@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from .shared import (
     open_studies,
     read_embeddings,
     report_failed,
+    write_csv,
     write_whole,
 )
 
@@ -130,7 +129,7 @@ def _retrieve(args: argparse.Namespace) -> int:
 
     names = [f"{each['direction']}, head {each['head']}" for each in figures]
     columns = [each["ranks"].tolist() for each in figures]
-    _write_csv(args.out / "ranks.csv", [["study", *names], *zip(pairs.uids, *columns, strict=True)])
+    write_csv(args.out / "ranks.csv", [["study", *names], *zip(pairs.uids, *columns, strict=True)])
     write_whole(args.out / "recall.png", lambda file: draw_recall(figures, file, "png"))
     content = {
         "studies": len(pairs.uids),
@@ -188,9 +187,3 @@ def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]],
                     print(
                         f"  {entry['similarity']:.3f}  {entry['study']}  {text[:80]}{'...' if len(text) > 80 else ''}"
                     )
-
-
-def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))

@@ -22,6 +22,7 @@ from ..tasks.embed import MAX_TOKENS, Dtype, Options, parts_of
 from ..tasks.embeddings import Embeddings
 from ..tasks.encoders import model_digest
 from ..tasks.inputs import FileStudies, ListedStudies, StoreStudies, Studies
+from ..tasks.output import write_csv as write_csv
 from ..tasks.output import write_whole as write_whole
 
 Model = TypeVar("Model", HLIPModel, SliceEncoder)

@@ -97,6 +97,13 @@ def balanced_accuracy(true: np.ndarray, found: np.ndarray, classes: int, counts:
     return np.mean(recalls, axis=0)
 
 
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the classes that have a value in a draw: (D, K) to (D); not-a-number where none has."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0.0).sum(1) / known.sum(1)
+
+
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
     """The middle part of the draws (D) that have a value; None if none has."""
     known = values[~np.isnan(values)]

@@ -57,7 +57,7 @@ def evaluate(
     """Score the studies of `embeddings` (head 0) that have labels.
 
     Args:
-        labels: uid to (K) of 0, 1 and -1, as `metrics.read_labels` and `store_labels` give them.
+        labels: uid to (K) of 0, 1 and -1, as `labels.read_labels` and `store_labels` give them.
         templates: which of the task's; its first if None.
         allow_unmatched: leave out studies without labels and labels without a study, instead of an error.
         draws, seed: of the intervals.
@@ -216,7 +216,7 @@ def _multi_label(
     for name, key in zip(task.metrics, task.headline, strict=True):
         values = np.concatenate(drawn[name]) if drawn[name] else np.empty((0, len(task.classes)))
         metrics[key] = float(points[name][scored].mean())
-        intervals[key] = bootstrap.interval(values[:, scored].mean(1))
+        intervals[key] = bootstrap.interval(bootstrap.mean(values[:, scored]))
         for k, each in enumerate(task.classes):
             metrics[f"{each}_{name}"] = float(points[name][k])
             intervals[f"{each}_{name}"] = bootstrap.interval(values[:, k])
@@ -260,7 +260,7 @@ def _multi_class(
                 )
         if "auc" in task.metrics:
             columns = [bootstrap.auc(one_hot[:, k], scores[:, k], counts) for k in range(len(task.classes))]
-            found["macro_auc"] = np.mean(columns, axis=0)
+            found["macro_auc"] = bootstrap.mean(np.stack(columns, axis=1))
             found |= {f"{name}_auc": column for name, column in zip(task.classes, columns, strict=True)}
         for key, values in found.items():
             drawn.setdefault(key, []).append(values)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ..data.batch import Study
 from ..data.preprocess import Recipe
 from ..data.volume import Volume
+from .output import new_figure
 from .relevance import Progress, Relevance
 
 PAGE = Path(__file__).with_name("relevance.html")
@@ -61,19 +62,12 @@ def montage(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'hlip-kernels[viz]'") from error
-
     order = order_of(found)
     shown, top = order[:max_scans], highest(found)
     left_out = len(order) - len(shown)
     if left_out:
         title += f"\n({left_out} scans with less relevance are not shown)"
-    figure = Figure(figsize=(1.7 * columns, 2.0 * len(shown) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.7 * columns, 2.0 * len(shown) + 0.6)
     for axes, m in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
         scan = study.scans[m]
         count = min(columns, len(scan))

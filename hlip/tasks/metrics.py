@@ -1,53 +1,26 @@
-"""Label tables, and figures of merit by scikit-learn.
+"""Figures of merit by scikit-learn.
 
 Shapes: N studies, K classes. Labels are 0, 1, or -1 where a label is missing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from ..data.tables import Table
+from .labels import MISSING
 
-MISSING = -1
 CUTS = np.linspace(0, 1, 100)  # where a threshold on probabilities is looked for
 AT_THRESHOLD = ("balanced_accuracy", "weighted_f1", "precision", "recall")
 
 
-def read_labels(path: Path | str, classes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read a CSV of 0 and 1: a column with the study's uid (`study`, `study_uid` or `VolumeName`), one per class.
-
-    An empty cell, and -1, is a missing label. As in `hlip prepare`, of `VolumeName` the study is what comes before the
-    scan's number.
-
-    Returns:
-        uid to (K) int64.
-
-    Raises:
-        ValueError: not such a file; names it, and the study.
-    """
+def need_sklearn() -> None:
+    """Raises ImportError where there is no scikit-learn; says how to install it."""
     try:
-        table = Table.read(path)
-        if absent := [name for name in classes if name not in table.columns]:
-            raise ValueError(f"it has no column {', '.join(dict.fromkeys(absent))}")
-        rows = table.by_study(lambda row: tuple(row[name].strip() for name in classes), "labels")
-        return {uid: np.array([_label(cell, uid) for cell in cells], dtype=np.int64) for uid, cells in rows.items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: not a readable label table ({error})") from error
-
-
-def _label(cell: str, uid: str) -> int:
-    try:
-        value = float(cell) if cell else MISSING
-    except ValueError:
-        value = math.nan
-    if value not in (0, 1, MISSING):
-        raise ValueError(f"study {uid}: labels must be 0, 1, or -1 or empty where missing, got {cell!r}")
-    return int(value)
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures and probes need scikit-learn: pip install 'hlip-kernels[eval]'") from error
 
 
 def check_scores(labels: np.ndarray, scores: np.ndarray, uids: Sequence[str] | None = None) -> None:
@@ -69,6 +42,7 @@ def class_aucs(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     Args:
         labels, scores: (N, K); scores are larger for the class, in any unit.
     """
+    need_sklearn()
     from sklearn.metrics import roc_auc_score
 
     check_scores(labels, scores)

@@ -1,11 +1,16 @@
-"""Files that are written whole."""
+"""Files that are written whole, and what goes into them."""
 
 from __future__ import annotations
 
+import csv
+import io
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -18,3 +23,30 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table whole or not at all."""
+    write_whole(path, lambda file: file.write(csv_text(rows).encode()))
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty matplotlib figure, in inches, for files alone: no window and no state is shared.
+
+    Raises:
+        ImportError: no matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hlip-kernels[viz]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

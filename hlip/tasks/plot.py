@@ -9,6 +9,8 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from .output import new_figure
+
 LOG = "log.jsonl"
 FORMATS = (".png", ".pdf", ".svg")
 # Panels in their order: what is drawn, and its title.
@@ -87,14 +89,10 @@ def draw(runs: Sequence[Run], file: IO[bytes], kind: str) -> None:
     Args:
         kind: "png", "pdf" or "svg".
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = [panel for panel in PANELS if any(panel[0] in run.curves for run in runs)]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, 2.6 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.5 * columns, 2.6 * rows + 0.6)
     for i, (name, title) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         for k, run in enumerate(runs):

@@ -1,6 +1,6 @@
 """Linear probes: what a linear classifier reads from frozen embeddings, one for each class.
 
-Shapes: N studies, K classes, E embedding, B resamples.
+Shapes: N studies, K classes, E embedding, D draws.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from .probe_data import MISSING, ProbeData
+from . import bootstrap
+from .labels import MISSING
+from .metrics import class_aucs, macro_auc, need_sklearn
+from .output import new_figure
+from .probe_data import ProbeData
 
 # Inverse strengths of the L2 penalty to choose from, for standardised embeddings. Values of a unit-length embedding
 # are about E**-0.5, so that as they are they need about E times as much.
@@ -113,7 +117,7 @@ def fit_probe(
     Raises:
         ImportError: no scikit-learn.
     """
-    _need_sklearn()
+    need_sklearn()
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFold
@@ -164,10 +168,9 @@ def _folded(pipeline: Any) -> tuple[np.ndarray, float]:
 
 
 class AUC(NamedTuple):
-    """Areas under the ROC curve, with the bounds of percentile intervals over resampled studies.
+    """Areas under the ROC curve, with intervals by drawing studies.
 
-    value, low, high: (K). macro, macro_low, macro_high: of their mean. macro_resampled: (B) - the mean in each
-        resample.
+    value, low, high: (K). macro, macro_low, macro_high: of their mean. macro_drawn: (D) - the mean in each draw.
     """
 
     value: np.ndarray
@@ -176,80 +179,34 @@ class AUC(NamedTuple):
     macro: float
     macro_low: float
     macro_high: float
-    macro_resampled: np.ndarray
+    macro_drawn: np.ndarray
 
 
-def auc_intervals(
-    labels: np.ndarray, scores: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> AUC:
-    """AUC of every class, with bootstrap intervals over studies.
+def auc_intervals(labels: np.ndarray, scores: np.ndarray, draws: int = bootstrap.DRAWS, seed: int = 0) -> AUC:
+    """AUC of every class, with 95% intervals.
 
-    The same seed and number of studies draw the same resamples, so that two models can be compared in pairs. A resample
-    without a positive or a negative of a class does not count for that class.
+    The same seed and number of studies have the same draws, so that two models can be compared in pairs.
 
     Args:
         labels: (N, K) of 0, 1 and -1, which marks a missing label.
         scores: (N, K), larger for the class.
-        level: of the intervals.
 
     Raises:
         ValueError: a class without a positive or a negative, a score that is not a number, or shapes that differ.
     """
-    _need_sklearn()
-    from sklearn.metrics import roc_auc_score
-
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    if labels.shape != scores.shape or labels.ndim != 2:
-        raise ValueError(f"labels and scores must be of one shape (N, K), got {labels.shape} and {scores.shape}")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite numbers")
-    lacking = [k for k in range(labels.shape[1]) if not {0, 1} <= set(labels[:, k].tolist())]
-    if lacking:
-        raise ValueError(f"AUC needs positives and negatives of every class; column {lacking[0]} has not both")
-    known = labels != MISSING
-    value = np.array([roc_auc_score(y[m], s[m]) for y, s, m in zip(labels.T, scores.T, known.T, strict=True)])
-    resampled = _resampled_auc(labels, scores, resamples, seed)
-    tails = [50 * (1 - level), 50 * (1 + level)]
-    low, high = np.nanpercentile(resampled, tails, axis=0)
-    counts = np.isfinite(resampled).sum(1)
-    macro = np.divide(np.nansum(resampled, 1), counts, out=np.full(len(counts), np.nan), where=counts > 0)
-    macro_low, macro_high = np.nanpercentile(macro, tails)
-    return AUC(value, low, high, float(value.mean()), float(macro_low), float(macro_high), macro)
+    macro = macro_auc(labels, scores)
+    parts = [
+        np.stack([bootstrap.auc(y, s, counts) for y, s in zip(labels.T, scores.T, strict=True)], axis=1)
+        for counts in bootstrap.draw(len(labels), draws, seed)
+    ]
+    drawn = np.concatenate(parts)
+    low, high = np.array([_bounds(column) for column in drawn.T]).T
+    macro_drawn = bootstrap.mean(drawn)
+    return AUC(class_aucs(labels, scores), low, high, macro, *_bounds(macro_drawn), macro_drawn)
 
 
-def _resampled_auc(labels: np.ndarray, scores: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(B, K) float64 AUC of studies drawn with replacement; not-a-number where a class lost a side."""
-    n, rng = len(labels), np.random.default_rng(seed)
-    block = max(1, 2**22 // n)
-    parts = []
-    for first in range(0, resamples, block):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(block, resamples - first)).astype(np.float32)
-        parts.append(np.stack([weighted_auc(y, s, counts) for y, s in zip(labels.T, scores.T, strict=True)], axis=1))
-    return np.concatenate(parts)
-
-
-def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC of one class under several weightings of the studies: (N), (N) and (B, N) to (B) float64.
-
-    The weighted share of pairs of a positive and a negative in which the positive has the larger score, ties for half.
-    """
-    known = np.flatnonzero(labels != MISSING)
-    order = known[np.argsort(scores[known], kind="stable")]
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])  # of runs of equal scores
-    positive = labels[order] == 1
-    weighted = weights[:, order].astype(np.float64)
-    above = np.add.reduceat(weighted * positive, starts, axis=1)
-    below = np.add.reduceat(weighted * ~positive, starts, axis=1)
-    pairs = above.sum(1) * below.sum(1)
-    won = (above * (np.cumsum(below, axis=1) - below / 2)).sum(1)
-    return np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-
-
-def _need_sklearn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError("probes need scikit-learn: pip install 'hlip-kernels[eval]'") from error
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    return bootstrap.interval(values) or (np.nan, np.nan)
 
 
 def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes], kind: str) -> None:
@@ -258,16 +215,9 @@ def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes]
     Args:
         kind: "png", "pdf" or "svg".
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hlip-kernels[viz]'") from error
-
     order = np.argsort(next(iter(models.values())).value, kind="stable")
     height = 0.8 / len(models)
-    figure = Figure(figsize=(7, 1.6 + (0.16 + 0.14 * len(models)) * len(classes)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 1.6 + (0.16 + 0.14 * len(models)) * len(classes))
     axes = figure.add_subplot()
     for m, (name, auc) in enumerate(models.items()):
         value = auc.value[order]

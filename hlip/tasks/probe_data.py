@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ..data.tables import Table
 from .embeddings import Embeddings
+from .labels import LabelTable
 
-MISSING = -1
 # Words for the parts of a split.
 PARTS = {
     "train": ("train", "training"),
@@ -24,64 +23,12 @@ PARTS = {
 }
 
 
-class LabelTable(NamedTuple):
-    """Labels of studies. values: (N, K) int8 of 0, 1 and -1, which marks a missing one.
-
-    words: of every study, the cells of the columns that hold something else; those may tell a split or a patient.
-    """
-
-    path: Path
-    uids: list[str]
-    classes: tuple[str, ...]
-    values: np.ndarray
-    words: dict[str, dict[str, str]]
-
-
-def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTable:
-    """Read a CSV: a column with the study's uid (`study`, `study_uid` or `VolumeName`) and a column for each class.
-
-    A cell is 0, 1, or empty or -1 for a label that is missing.
-
-    Args:
-        classes: columns to take; every column that holds only such cells, and a 0 or 1, if there are none.
-
-    Raises:
-        ValueError: no such table or column, or a cell that is no label in a column asked for; names it.
-    """
-    table = Table.read(path)
-    if missing := [name for name in classes if name not in table.columns]:
-        raise ValueError(f"{path}: has no column {', '.join(missing)} (there are {', '.join(table.columns)})")
-    if len(set(classes)) < len(classes):
-        raise ValueError(f"{path}: class {max(classes, key=list(classes).count)} is asked for twice")
-    codes = {name: [_code(row[name]) for _, _, row in table.rows] for name in table.columns if name}
-    for name in classes:
-        if None in codes[name]:
-            line, _, row = table.rows[codes[name].index(None)]
-            raise ValueError(f"{path}: line {line}: {name} must be 0, 1, or -1 or empty if missing, got {row[name]!r}")
-    chosen = tuple(classes) or tuple(name for name, each in codes.items() if None not in each and {0, 1} & set(each))
-    if not chosen:
-        raise ValueError(f"{path}: no column of labels 0 and 1 (there are {', '.join(table.columns) or 'no columns'})")
-    values = table.by_study(lambda row: tuple(_code(row[name]) for name in chosen), "row of labels")
-    others = [name for name in table.columns if name not in chosen]
-    words = table.by_study(lambda row: {name: row[name].strip() for name in others}, "row")
-    return LabelTable(Path(path), list(values), chosen, np.array(list(values.values()), dtype=np.int8), words)
-
-
-def _code(cell: str) -> int | None:
-    """A label's number; None if the cell is no label."""
-    try:
-        value = float(cell.strip() or MISSING)
-    except ValueError:
-        return None
-    return int(value) if value in (0, 1, MISSING) else None
-
-
 @dataclass(frozen=True)
 class ProbeData:
     """Studies with labels and the embeddings of one model or more, split.
 
     uids: sorted, so that a random split does not depend on the order of files.
-    labels: (N, K) int8, -1 where missing.
+    labels: (N, K) int64, -1 where missing.
     embeddings: of each model, (N, E) float32.
     parts: (N) str - "train", "val", "test", or empty for a study of no part.
     left_out: classes that cannot be probed, and why.

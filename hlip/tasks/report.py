@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ import numpy as np
 
 from .evaluate import Evaluation
 from .metrics import MISSING
-from .output import write_whole
+from .output import csv_text, new_figure, write_whole
 
 SCORES, METRICS, TABLE, MARKDOWN, PLOT = "scores.csv", "metrics.json", "table.csv", "table.md", "plot.png"
 OURS = "this run"
@@ -32,7 +30,7 @@ def write_evaluation(found: Evaluation, folder: Path, facts: dict[str, Any]) -> 
     files = {
         SCORES: _scores(found),
         METRICS: json.dumps({**facts, **summary(found)}, indent=1, allow_nan=False) + "\n",
-        TABLE: _csv(rows),
+        TABLE: csv_text(rows),
         MARKDOWN: markdown(rows, found),
     }
     for name, text in files.items():
@@ -111,22 +109,12 @@ def _scores(found: Evaluation) -> str:
     rows: list[list[Any]] = [["study", *classes, *(f"{name}_label" for name in classes)]]
     for uid, scores, labels in zip(found.uids, found.scores.tolist(), found.labels.tolist(), strict=True):
         rows.append([uid, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
-    return _csv(rows)
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return csv_text(rows)
 
 
 def draw(found: Evaluation, file: IO[bytes]) -> None:
     """A PNG: ROC curves of the classes, or of a multi-class task the confusion matrix."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 6)
     axes = figure.add_subplot()
     if found.task.kind == "multi-class":
         _confusion(found, figure, axes)

@@ -19,6 +19,7 @@ from ..data.store import Store
 from ..model.clip import HLIPModel
 from .baselines import Encoder
 from .embeddings import Embeddings
+from .output import new_figure
 from .texts import Progress, embed_texts
 
 DIRECTIONS = ("image to report", "report to image")
@@ -183,14 +184,7 @@ def draw_recall(figures: Sequence[dict[str, Any]], file: IO[bytes], kind: str) -
         figures: what `retrieve` gives.
         kind: "png", "pdf" or "svg".
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hlip-kernels[viz]'") from error
-
-    figure = Figure(figsize=(6, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4.4)
     axes = figure.add_subplot()
     several = len(figures) > len(DIRECTIONS)
     for i, each in enumerate(figures):
