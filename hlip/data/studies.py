@@ -6,12 +6,10 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
-
 from .batch import Study
 from .preprocess import Recipe
 from .readers import ScanError, Volume, read_scan
-from .sources import find_scans
+from .sources import StudySource, find_scans
 
 logger = logging.getLogger(__name__)
 
@@ -47,24 +45,36 @@ def load_study_on_grids(
 ) -> tuple[Study, list[Volume]]:
     """As `load_study`, and for each scan the volume it was made of, without voxels: for `Recipe.on_source`."""
     folder = isinstance(paths, (str, Path)) and Path(paths).is_dir()
-    recipe = recipe or Recipe()
     sources = find_scans(paths)
-    scans: list[Tensor] = []
-    names: list[str] = []
-    grids: list[Volume] = []
-    for source in sources:
-        try:
-            volumes = read_scan(source, recipe.rules)
-            made = [(volume.without_voxels(), scan) for volume in volumes for scan in recipe(volume)]
-            del volumes
-            for grid, scan in made:
-                scans.append(scan.image)
-                names.append(scan.name_in_study(source))
-                grids.append(grid)
-        except ScanError as error:
-            if not folder or (source is sources[-1] and not scans):
-                raise
-            logger.warning("left out a scan: %s", error)
     if uid is None:
         uid = Path(str(paths)).resolve().name if folder else sources[0].files[0].name
-    return Study(uid, scans, names, impression, findings), grids
+    source = StudySource(uid, tuple(sources), impression, findings)
+    return read_study(source, recipe or Recipe(), all_scans=not folder)
+
+
+def read_study(source: StudySource, recipe: Recipe, all_scans: bool = False) -> tuple[Study, list[Volume]]:
+    """Read a study's scans, and for each scan the volume it was made of, without voxels.
+
+    Args:
+        all_scans: each must be usable. If not, those that are not are left out, with a warning.
+
+    Raises:
+        ScanError: a scan that cannot be used and may not be left out, or is the last of several of which none can.
+    """
+    study = Study(source.uid, [], [], source.impression, source.findings)
+    grids: list[Volume] = []
+    for scan in source.scans:
+        try:
+            volumes = read_scan(scan, recipe.rules)
+            made = [(volume.without_voxels(), prepared) for volume in volumes for prepared in recipe(volume)]
+            del volumes
+        except ScanError as error:
+            if all_scans or (scan is source.scans[-1] and not study.scans):
+                raise
+            logger.warning("left out a scan: %s", error)
+            continue
+        for grid, prepared in made:
+            study.scans.append(prepared.image)
+            study.names.append(prepared.name_in_study(scan))
+            grids.append(grid)
+    return study, grids

@@ -6,7 +6,6 @@ Shapes: N studies.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,9 @@ import numpy as np
 
 from ..data.batch import Study
 from ..data.preprocess import Recipe
-from ..data.readers import ScanError
-from ..data.sources import Found, StudySource
+from ..data.sources import Found
 from ..data.store import Store
-from ..data.studies import load_study
-
-logger = logging.getLogger(__name__)
+from ..data.studies import load_study, read_study
 
 
 class Studies(Protocol):
@@ -157,30 +153,11 @@ class ListedStudies:
         self.lost: Sequence[tuple[str, str]] = [(each.study, each.reason) for each in found.rejected if not each.scan]
 
     def read(self, i: int) -> Study:
-        return prepare_study(self.sources[i], self.recipe)
+        return read_study(self.sources[i], self.recipe)[0]
 
     def digest(self) -> str:
         files = (file for source in self.sources for scan in source.scans for file in scan.files)
         return _digest(self.uids, files, self.recipe)
-
-
-def prepare_study(source: StudySource, recipe: Recipe) -> Study:
-    """The study without those of its scans that cannot be used, of which a warning tells.
-
-    Raises:
-        ScanError: no scan can be used; that of the last.
-    """
-    study = Study(source.uid, [], [], source.impression, source.findings)
-    for scan in source.scans:
-        try:
-            for image in recipe.prepare(scan):
-                study.scans.append(image.image)
-                study.names.append(image.name_in_study(scan))
-        except ScanError as error:
-            if scan is source.scans[-1] and not study.scans:
-                raise
-            logger.warning("left out a scan: %s", error)
-    return study
 
 
 def _files(group: Path | list[Path]) -> Iterator[Path]:
