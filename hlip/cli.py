@@ -14,9 +14,13 @@ COMMANDS = (data, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="hlip", description="Embed and classify 3D medical imaging studies: one or many scans each."
+        prog="hlip",
+        usage="hlip [-h] COMMAND ...",
+        description="Prepare, embed, classify, find and look into 3D medical imaging studies, of many scans each.",
+        epilog="hlip COMMAND --help says more of each.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # With the dots it is as wide as the longest command, which argparse would give a line of its own.
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...", prog="hlip")
     for module in COMMANDS:
         module.add(commands)
     env = commands.add_parser("env", help="report versions, devices and attention backends")

@@ -20,8 +20,12 @@ from .shared import (
     report_failed,
 )
 
-EPILOG = """Columns: study, scan (empty where a row is of the whole study), head (which of the model's
-embeddings; 0 is for zero-shot classification) and embedding, (N, E) float32 of unit length.
+DESCRIPTION = """\
+Embed every study. What is finished is kept in FILE.parts until all is: whatever ends the job, the same command goes on
+where it stopped."""
+EPILOG = """\
+Columns: study, scan (empty where a row is of the whole study), head (which of the model's embeddings; 0 is for
+zero-shot classification) and embedding, (N, E) float32 of unit length.
 
 A 2D model reads stores, and shows all slices of a study. With --pool max, its embedding holds the largest value of
 every feature, from which a probe can learn; it is not to be compared with texts, for which `hlip eval` goes by slices.
@@ -41,8 +45,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "embed",
         help="write the embeddings of studies to a file",
-        description="Embed every study. What is finished is kept in OUT.parts until all is: whatever ends the job, the "
-        "same command goes on where it stopped.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +56,9 @@ def add(commands: Any) -> None:
         metavar="INPUT",
         help=f"a store that `hlip prepare` wrote; a study list (.json, .csv); {FILES_HELP}",
     )
-    command.add_argument("--out", required=True, type=Path, help=f"file to write: {' or '.join(SUFFIXES)}")
+    command.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=f"file to write: {' or '.join(SUFFIXES)}"
+    )
     command.add_argument("--scans", action="store_true", help="embed each scan as a study of its own, too")
     add_model(command, of_slices=True)
     add_embedding(command)

@@ -35,13 +35,18 @@ from .shared import (
 )
 
 SIMILARITIES = "similarities.npz"
-EPILOG = f"""files in OUT:
-  {SCORES}     a row a study: each class' probability (of some tasks: likeness to the prompt) and label
-  {METRICS}   all figures with 95% intervals by drawing studies, numbers of labels, what was left out
-  {TABLE}, {MARKDOWN.replace("table", "")[1:]}  the table that is printed: this run beside published figures, in percent
-  {PLOT}       ROC curves, or the confusion matrix
-  {EMBEDDINGS}  of the studies, which another task can read (--embeddings)
-  {SIMILARITIES}  of a 2D model instead: each study's similarities to the prompts
+DESCRIPTION = """\
+Embed studies, compare them with a task's prompts, and compare what comes out with labels. Whatever ends the job, the
+same command goes on where it stopped."""
+EPILOG = f"""\
+writes into FOLDER:
+  {SCORES:17}  a row a study: each class' probability (of some tasks: likeness to the prompt) and label
+  {METRICS:17}  all figures with 95% intervals by drawing studies, numbers of labels, what was left out
+  {TABLE:17}  the table that is printed: this run beside published figures, in percent
+  {MARKDOWN:17}  the same
+  {PLOT:17}  ROC curves, or the confusion matrix
+  {EMBEDDINGS:17}  of the studies, which another task can read (--embeddings); of a 2D model instead
+  {SIMILARITIES:17}  each study's similarities to the prompts
 
 A task of your own is a YAML file:
   kind: multi-class                      # or pairs, or similarity
@@ -64,17 +69,16 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "eval",
         help="evaluate a model zero-shot on a benchmark or a task of your own",
-        description="Embed studies, compare them with a task's prompts, and compare what comes out with labels. "
-        "Whatever ends the job, the same command goes on where it stopped.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml")
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="STORE", help="store, or study list (.json, .csv)")
+    source.add_argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)")
     source.add_argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model")
-    command.add_argument("--labels", type=Path, metavar="FILE.csv", help="label table (default: the store's labels)")
-    command.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to write")
+    command.add_argument("--labels", type=Path, metavar="CSV", help="label table (default: the store's labels)")
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
     command.add_argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
     command.add_argument(
         "--allow_unmatched",

@@ -33,6 +33,7 @@ over its file in a viewer such as 3D Slicer; relevance.npz with the maps; and re
 
 
 def add(commands: Any) -> None:
+    """Add `interpret` to the subparsers of `hlip`."""
     interpret = commands.add_parser(
         "interpret", help="show which parts of a study speak for a finding", description=DESCRIPTION
     )

@@ -14,6 +14,7 @@ from .shared import write_whole
 
 
 def add(commands: Any) -> None:
+    """Add `convert` and `plot` to the subparsers of `hlip`."""
     convert = commands.add_parser(
         "convert",
         help="read a model in any layout and write it in another",

@@ -29,7 +29,7 @@ The split is by study: --split, or at random (--fractions, --seed). The penalty 
 without any by cross-validation on the training studies; the probe is then fitted on both. With --apply, a fitted probe
 is scored on other embeddings; of RSNA's classes and CQ500's, those that are the same are matched."""
 EPILOG = """\
-writes into OUT:
+writes into FOLDER:
   probe.json       AUC and interval of every class and their mean, choices made, classes and studies left out
   auc.csv          the same figures as a table
   auc.png          a bar for each class, sorted

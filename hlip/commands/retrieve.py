@@ -43,7 +43,7 @@ findings (head 1); either section stands in for the other if that is empty.
 
 Whatever ends the job, the same command goes on where it stopped."""
 EPILOG = """\
-writes into OUT:
+writes into FOLDER:
   retrieve.json    recall at k, the same of a random order, median rank; answers to --query and --study
   ranks.csv        for each study the rank of its report, and for its report the rank of the study
   recall.png       recall against k

@@ -12,7 +12,13 @@ from .shared import FILES_HELP, add_model, load_model, load_studies, study_paths
 
 
 def add(commands: Any) -> None:
-    zero = commands.add_parser("zeroshot", help="say which of several prompts describes a study best")
+    """Add `zeroshot` to the subparsers of `hlip`."""
+    zero = commands.add_parser(
+        "zeroshot",
+        help="say which of several prompts describes a study best",
+        description="Compare each study with prompts, and print the probability of each: softmax at the model's own "
+        "temperature. `hlip eval` does so for many studies, with labels.",
+    )
     zero.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
     zero.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a class in words; repeat for each")
     zero.add_argument(
@@ -23,7 +29,7 @@ def add(commands: Any) -> None:
         help=f"sentence with {{}} for the prompt; repeat to average over several (default: {DEFAULT_TEMPLATE!r})",
     )
     zero.add_argument("--prompts", type=Path, metavar="YAML", help="file with classes and templates, in place of both")
-    zero.add_argument("--out", type=Path, help="also write the probabilities to this JSON file")
+    zero.add_argument("--out", type=Path, metavar="FILE", help="also write the probabilities to this JSON file")
     add_model(zero)
     zero.set_defaults(run=_zeroshot)
 
