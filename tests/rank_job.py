@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 import torch
@@ -15,3 +16,10 @@ def run(rank: int, size: int, port: int, arguments: list[str]) -> None:
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     sys.exit(cli.main(arguments))
+
+
+def free_port() -> int:
+    """Where the processes can meet."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import pickle
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 import hlip
+import rank_job
 from conftest import random_study
 from hlip import cli
 from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
@@ -23,6 +25,7 @@ from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, lesion_slices, read
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot_classifier
 from open_clip_beside import open_clip_imported
+from rank_job import free_port
 from released_files import Evil
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -293,6 +296,25 @@ def test_an_interrupted_evaluation_goes_on(
     assert "going on: 2 of 6" in capsys.readouterr().err
     for name in ("scores.csv", "table.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_processes_find_the_same(folders: dict[str, Path], store: Store, tmp_path: Path) -> None:
+    task = tmp_path / "task.yaml"
+    task.write_text(PAIRS)
+    args = ["eval", task, "--data", store.path, "--model", f"open_clip:{folders['clip']}", "--pool", "max"]
+    args += ["--workers", 0, "--draws", 5]
+    context = multiprocessing.get_context("fork")  # where open_clip is imported from beside the environment
+    found = {}
+    for ranks in (1, 2):
+        each, meet = [str(arg) for arg in [*args, "--out", tmp_path / str(ranks)]], free_port()
+        started = [context.Process(target=rank_job.run, args=(rank, ranks, meet, each)) for rank in range(ranks)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        assert [process.exitcode for process in started] == [0] * ranks
+        found[ranks] = [(tmp_path / str(ranks) / name).read_bytes() for name in ("scores.csv", "similarities.npz")]
+    assert found[1] == found[2]
 
 
 def test_embeddings_of_a_2d_model(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from hlip.tasks.metrics import at_threshold, roc_threshold
 from hlip.tasks.task import Task, load_task
 from hlip.tasks.texts import TextEncoder, embed_prompts
 from hlip.tasks.zeroshot import Prompts, zeroshot
+from rank_job import free_port
 from tiny_store import make_store
 
 PAIRS = """kind: pairs
@@ -298,12 +298,6 @@ def test_two_and_three_processes_find_the_same(store: Store, model_folder: Path,
         assert not list((tmp_path / str(ranks)).glob("*.parts"))
     assert Embeddings.read(tmp_path / "1" / "embeddings.npz").study.tolist() == store.uids.tolist()
     assert found[1] == found[2] == found[3]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.mark.slow
