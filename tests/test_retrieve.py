@@ -137,18 +137,6 @@ def test_both_directions_are_told_apart() -> None:
     assert back["recall"] == {1: 0.0, 2: 0.5, 3: 0.75}
 
 
-def test_texts_are_embedded_once_and_in_order(tiny_model: HLIPModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    encode = tiny_model.encode_text
-    monkeypatch.setattr(tiny_model, "encode_text", lambda texts: (seen.extend(texts), encode(texts))[1])
-    texts = ["mass", "a longer report of a mass", "mass", "stroke"]
-    found = embed_texts(tiny_model, texts, batch=2)
-    assert sorted(seen) == sorted(set(texts))
-    assert torch.equal(found[0], found[2])
-    for text, row in zip(texts, found, strict=True):
-        torch.testing.assert_close(row, encode([text])[0], rtol=1e-4, atol=1e-5)
-
-
 def test_studies_and_reports_are_paired(tiny_model: HLIPModel, store: Store) -> None:
     image = torch.randn(6, 32)
     pairs = Pairs.embed(tiny_model, store, embeddings_of(["s6", "s5", "s4", "s3", "s1", "elsewhere"], [image]))

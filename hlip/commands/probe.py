@@ -19,7 +19,7 @@ from ..tasks.embeddings import Embeddings
 from ..tasks.labels import LabelTable, read_label_table
 from ..tasks.probe import AUC, PROTOCOLS, SAME_CLASS, Probe, auc_intervals, draw_bars, fit_probe
 from ..tasks.probe_data import ProbeData, read_split
-from .shared import write_csv, write_whole
+from .shared import report_unjoined, write_csv, write_whole
 
 DESCRIPTION = """\
 Fit a logistic regression for each class on the embeddings of studies, and score it on studies that it has not seen.
@@ -167,16 +167,10 @@ def _names(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:
 def _report_join(data: ProbeData) -> None:
     parts = ", ".join(f"{len(data.of(part))} {part}" for part in ("train", "val", "test"))
     print(f"{len(data.uids)} studies with labels and embeddings: {parts}; {len(data.classes)} classes")
-    _report_unjoined(data.without_label, data.without_embedding)
+    report_unjoined("without label", data.without_label)
+    report_unjoined("without embedding", data.without_embedding)
     for name, reason in data.left_out.items():
         print(f"left out {name}: {reason}", file=sys.stderr)
-
-
-def _report_unjoined(without_label: Sequence[str], without_embedding: Sequence[str]) -> None:
-    for what, uids in (("label", without_label), ("embedding", without_embedding)):
-        if uids:
-            more = ", ..." if len(uids) > 5 else ""
-            print(f"studies without {what}: {len(uids)} ({', '.join(uids[:5])}{more})", file=sys.stderr)
 
 
 def _apply(args: argparse.Namespace) -> None:
@@ -220,7 +214,8 @@ def _apply(args: argparse.Namespace) -> None:
     auc = auc_intervals(labels[:, kept], scores[np.ix_(joined, mine)], args.draws, args.seed)
     without_label = sorted(set(uids) - rows.keys())
     without_embedding = sorted(rows.keys() - set(uids))
-    _report_unjoined(without_label, without_embedding)
+    report_unjoined("without label", without_label)
+    report_unjoined("without embedding", without_embedding)
     _write_scores(args.out / f"{name}.scores.csv", uids, probe, embeddings)
     content = {
         "studies": {"test": len(joined)},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from .shared import (
     open_studies,
     read_embeddings,
     report_failed,
+    report_unjoined,
     write_csv,
     write_whole,
 )
@@ -116,14 +116,9 @@ def _retrieve(args: argparse.Namespace) -> int:
     if absent := [uid for uid in args.study if uid not in pairs.uids]:
         raise ValueError(f"--study {absent[0]}: has no embedding")
     figures = retrieve(pairs, args.k, functools.partial(bar, desc="ranking", unit="block"))
-    for what, uids in (
-        ("without report", pairs.without_report),
-        ("without embedding", pairs.without_embedding),
-        ("not in the store", pairs.not_in_store),
-    ):
-        if uids:
-            more = ", ..." if len(uids) > 5 else ""
-            print(f"studies {what}, left out: {len(uids)} ({', '.join(uids[:5])}{more})", file=sys.stderr)
+    report_unjoined("without report, left out", pairs.without_report)
+    report_unjoined("without embedding, left out", pairs.without_embedding)
+    report_unjoined("not in the store, left out", pairs.not_in_store)
     queries = [_answer(pairs, text, embed_texts(model, [text])[0], args.top) for text in args.query]
     studies = [_neighbours(pairs, uid, args.top) for uid in args.study]
 

@@ -179,6 +179,13 @@ def report_failed(table: Embeddings, command: str) -> int:
     return SOME_LEFT_OUT if failed else 0
 
 
+def report_unjoined(what: str, uids: Sequence[str]) -> None:
+    """Say how many studies are, as "without report", and name the first."""
+    if uids:
+        more = ", ..." if len(uids) > SHOWN else ""
+        print(f"studies {what}: {len(uids)} ({', '.join(uids[:SHOWN])}{more})", file=sys.stderr)
+
+
 def study_paths(files: list[Path]) -> list[Path | list[Path]]:
     """One entry per study: a folder each, or all the files together."""
     if len(set(files)) < len(files):

@@ -48,7 +48,7 @@ class Encoder(Protocol):
     def device(self) -> torch.device: ...
 
     def digest(self) -> str:
-        """A hash of all that studies are embedded by."""
+        """A hash of all that embeddings of studies and texts depend on."""
         ...
 
     def encode_studies(self, studies: Iterable[Study]) -> Iterator[tuple[str, Tensor]]:
@@ -210,11 +210,11 @@ class SliceEncoder:
 
         They are pooled over the slices: with "mean" over those of a scan, then over the scans.
         """
-        texts = texts.float().cpu()
+        texts = texts.double().cpu()  # which autocast leaves alone
         for study in studies:
-            scans = [each @ texts.T for each in self.encode_slices(study)]
+            scans = [each.double() @ texts.T for each in self.encode_slices(study)]
             mean = torch.stack([each.mean(0) for each in scans]).mean(0)
-            yield study.uid, torch.cat(scans).amax(0) if self.pool == "max" else mean
+            yield study.uid, (torch.cat(scans).amax(0) if self.pool == "max" else mean).float()
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -29,7 +29,7 @@ from ..model.clip import HLIPModel
 from ..model.plan import TokenBatch
 from .baselines import Encoder
 from .embeddings import Embeddings
-from .encoders import MakeBatches, StudyEncoder, packed
+from .encoders import Embedder, MakeBatches, packed
 from .inputs import OneScan, Studies
 from .output import write_whole
 from .processes import Processes
@@ -114,7 +114,7 @@ def embed(
     Raises:
         ValueError: no study could be embedded; or there are parts of another job.
     """
-    return _encode_all(StudyEncoder.of(model), studies, options, out, workers, among)
+    return _encode_all(Embedder.of(model), studies, options, out, workers, among)
 
 
 def embed_similarities(
@@ -130,11 +130,11 @@ def embed_similarities(
 
     For models whose similarities are not those of one embedding, such as `SliceEncoder` with pool "max".
     """
-    return _encode_all(StudyEncoder.of_similarities(model, prompts), studies, options, out, workers, among)
+    return _encode_all(Embedder.of_similarities(model, prompts), studies, options, out, workers, among)
 
 
 def _encode_all(
-    model: StudyEncoder,
+    model: Embedder,
     studies: Studies,
     options: Options | None,
     out: Path | None,
@@ -183,7 +183,7 @@ def _holds(out: Path, job: dict[str, Any]) -> bool:
         return False
 
 
-def job_of(model: StudyEncoder, studies: Studies, options: Options) -> dict[str, Any]:
+def job_of(model: Embedder, studies: Studies, options: Options) -> dict[str, Any]:
     """What tells a job from others: hashes of what it reads, and its options."""
     return {"model": model.digest(), "studies": studies.digest(), **asdict(options.on(model.device))}
 
@@ -245,7 +245,7 @@ class _Batches(Dataset):
 
 
 def _embedded(
-    model: StudyEncoder,
+    model: Embedder,
     studies: Studies,
     options: Options,
     units: Sequence[Sequence[Sequence[int]]],
@@ -294,7 +294,7 @@ def _next(read: Iterator[_Loaded]) -> _Loaded:
 
 
 @contextlib.contextmanager
-def _evaluating(model: StudyEncoder, options: Options) -> Iterator[None]:
+def _evaluating(model: Embedder, options: Options) -> Iterator[None]:
     training = model.module.training
     model.module.eval()
     cast = torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
@@ -306,7 +306,7 @@ def _evaluating(model: StudyEncoder, options: Options) -> Iterator[None]:
 
 
 def _encode(
-    model: StudyEncoder,
+    model: Embedder,
     batch: Any,
     names: Rows,
     rows: list[tuple[str, str, int]],

@@ -28,7 +28,7 @@ MakeBatches = Callable[[Iterable[Study], int], Iterator[tuple[Any, list[Study]]]
 
 
 @dataclass(frozen=True)
-class StudyEncoder:
+class Embedder:
     """A model as a function of studies.
 
     module: its mode is set while studies are encoded.
@@ -45,7 +45,7 @@ class StudyEncoder:
     digest: Callable[[], str]
 
     @classmethod
-    def of(cls, model: HLIPModel | Encoder) -> StudyEncoder:
+    def of(cls, model: HLIPModel | Encoder) -> Embedder:
         """For embeddings."""
         if isinstance(model, HLIPModel):
             batches = functools.partial(packed, model.config.vision)
@@ -58,7 +58,7 @@ class StudyEncoder:
         return cls(model.module, model.device, one_by_one, encode, model.digest)
 
     @classmethod
-    def of_similarities(cls, model: Encoder, prompts: Sequence[Sequence[str]]) -> StudyEncoder:
+    def of_similarities(cls, model: Encoder, prompts: Sequence[Sequence[str]]) -> Embedder:
         """For similarities to T prompts, each of several sentences, in place of embeddings: (1, T)."""
         texts = embed_prompts(model, prompts)
 
