@@ -118,6 +118,7 @@ def test_bad_input_is_named_and_nothing_is_written(
     study, target = nifti_study, ["--target", "glioma"]
     cases = [
         ([*study, "--target", "glioma", "--prompts", prompts], "'glioma': not a class of"),
+        ([*study, "--target", "word " * 40], "tokens, the model's text tower reads 32"),
         ([*study, "--target", "a", "--against", "z", "--prompts", prompts], "--against 'z': not a class of"),
         ([*study, "--target", "a", "--prompt", "b", "--prompts", prompts], "not both"),
         ([*study, *target, "--against", "glioma"], "the same as --target"),
