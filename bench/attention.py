@@ -1,9 +1,22 @@
 """Benchmarks of the kernels.
 
+    python bench/attention.py --quick                  attention of a few cases, ours and others', in minutes
+    python bench/attention.py --cases 'slice-*' 'pub_brain_5-study*' --dtype bf16 fp32 --results attention.jsonl
+    python bench/attention.py --io                     bytes and operations counted, beside those that theory claims
     python bench/attention.py --static                 every row of the tile table, compiled without a GPU
     python bench/attention.py --static --arch sm_90 --json static.json
     python bench/attention.py --tune                   a tile table for this GPU
     python bench/attention.py --tune --dtype bf16 --head-dim 64
+
+Without a mode, forward alone and forward with backward (`training`) of attention within slices, scans and studies are
+timed for all of our backends and the ways of others (`peers.py` describes them, `kernels.py` the cases). All run in
+turns on the same tensors, after their results were checked against float64. `times ours` is the median of the rounds'
+ratios to our default backend, with its 95% interval. `prepare` is what a batch costs before the first layer: the layout
+for ours, masks and bounds for others. The first call is shown apart, as that is where compilers run. GFLOP/s and the
+part of a copy's bandwidth count the work itself, no padding, and stand beside a matrix product and a copy of the same
+run. What cannot run here is listed with the reason.
+
+`--io` needs no GPU; `io_complexity.py` says what is counted.
 
 `--static` compiles each kernel of the attention and of the norm ahead of time with Triton's own compiler and looks at
 the machine code: registers, bytes spilled to the stack, shared memory, programs that fit a multiprocessor, matrix
@@ -21,39 +34,63 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
 
+import kernels
 import static
 import tune
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D
+from peers import PEERS
 from report import print_table, write_json
+
+GPU_CALLS = 10  # in a row, so that the host's time for a call does not show
+CPU_MEMORY, GPU_MEMORY = 4 * 2**30, 0.8  # what a way may need: bytes, and of the GPU's memory
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Benchmarks of the kernels.")
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--static", action="store_true", help="compile the tile table ahead of time; needs no GPU")
-    mode.add_argument("--tune", action="store_true", help="time tiles on this GPU and write the user's tile table")
-    parser.add_argument("--dtype", nargs="+", choices=static.DTYPES, default=list(static.DTYPES), help="default: all")
-    parser.add_argument("--head-dim", nargs="*", type=int, choices=BLOCK_D, default=list(BLOCK_D), help="default: all")
-    only = parser.add_argument_group("with --static")
-    only.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
-    only.add_argument(
-        "--width", nargs="*", type=int, default=static.WIDTHS, help="of the norm; default: %(default)s, may be none"
-    )
-    only.add_argument("--json", type=Path, help="also write the rows to this file")
-    only.add_argument("--workers", type=int, default=os.cpu_count(), help="compiler processes (default: %(default)s)")
-    args = parser.parse_args()
+    args, parser = parse()
+    if args.io:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+        import io_complexity
+
+        return io_complexity.main(args.json)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     if args.tune:
         if not torch.cuda.is_available():
             parser.exit(2, f"{parser.prog}: --tune needs a GPU that PyTorch can use, and there is none\n")
-        return tune.main(args.dtype, args.head_dim)
+        return tune.main(args.dtype or list(static.DTYPES), args.head_dim or list(BLOCK_D))
+    return compiled(args) if args.static else timed(args, parser)
+
+
+def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    torch.set_num_threads(args.threads)
+    gpu = args.device == "cuda"
+    memory = args.memory_limit * 2**30 if args.memory_limit else CPU_MEMORY
+    if gpu and not args.memory_limit:
+        memory = GPU_MEMORY * torch.cuda.get_device_properties(0).total_memory
+    batch = args.batch or (8 if gpu else 1)
+    try:
+        cases = kernels.all_cases(args.device, batch)
+        cases = kernels.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    settings = [
+        kernels.Settings(
+            dtype, args.heads, head_dim, args.device, args.rounds, GPU_CALLS if gpu else 1, memory, args.backends,
+            args.modes,
+        )
+        for dtype, head_dim in product(args.dtype or ["bf16"], args.head_dim or [64])
+    ]  # fmt: skip
+    return kernels.main(cases, settings, args.json, args.results, args.profile)
+
+
+def compiled(args: argparse.Namespace) -> int:
     cases = [
-        *static.attention_cases(args.arch, args.dtype, args.head_dim),
+        *static.attention_cases(args.arch, args.dtype or list(static.DTYPES), args.head_dim or []),
         *static.norm_cases(args.arch, args.width),
     ]
     rows = static.run(cases, args.workers)
@@ -65,6 +102,58 @@ def main() -> int:
         f"{len(rows)} kernels compiled, {sum(row['stack_bytes'] > 0 for row in rows)} of them spill", *faults, sep="\n"
     )
     return int(bool(faults))
+
+
+def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--io", action="store_true", help="count bytes and operations; needs no GPU")
+    mode.add_argument("--static", action="store_true", help="compile the tile table ahead of time; needs no GPU")
+    mode.add_argument("--tune", action="store_true", help="time tiles on this GPU and write the user's tile table")
+    parser.add_argument("--dtype", nargs="+", choices=static.DTYPES, help="default: bf16; of --static and --tune all")
+    parser.add_argument(
+        "--head-dim", nargs="*", type=int, choices=BLOCK_D, help="default: 64; of --static and --tune all"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows to this file (not of --tune)")
+    timing = parser.add_argument_group("without a mode")
+    timing.add_argument("--quick", action="store_true", help=f"these cases only: {', '.join(kernels.QUICK)}")
+    timing.add_argument("--cases", nargs="+", metavar="NAME", help="patterns of names such as 'scan-*' (default: all)")
+    timing.add_argument(
+        "--backends", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS)
+    )
+    timing.add_argument("--modes", nargs="+", choices=kernels.MODES, default=list(kernels.MODES))
+    timing.add_argument("--heads", type=int, default=12, help="default: %(default)s")
+    timing.add_argument(
+        "--batch", type=int, help="studies of a case (default: 1, with a GPU 8); of a mix four times as many"
+    )
+    timing.add_argument("--rounds", type=int, default=5, help="measurements of each way (default: %(default)s)")
+    timing.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
+    )
+    timing.add_argument(
+        "--memory-limit", type=float, metavar="GIB",
+        help="leave out what would need more (default: 4, of a GPU 0.8 of what it has)",
+    )  # fmt: skip
+    timing.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    timing.add_argument("--results", type=Path, metavar="JSONL", help="also append the rows to this file")
+    timing.add_argument("--profile", type=Path, metavar="FOLDER", help="write a Chrome trace of every case there")
+    only = parser.add_argument_group("with --static")
+    only.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
+    only.add_argument(
+        "--width", nargs="*", type=int, default=static.WIDTHS, help="of the norm; default: %(default)s, may be none"
+    )
+    only.add_argument("--workers", type=int, default=os.cpu_count(), help="compiler processes (default: %(default)s)")
+    args = parser.parse_args()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU that PyTorch can use")
+    timing_mode = not (args.io or args.static or args.tune)
+    if timing_mode and "tf32" in (args.dtype or ()):
+        parser.error("--dtype tf32 is for --static and --tune")
+    if min(args.heads, args.rounds, args.threads, args.batch or 1) < 1:
+        parser.error("--heads, --batch, --rounds and --threads must be at least 1")
+    return args, parser
 
 
 if __name__ == "__main__":

@@ -25,18 +25,35 @@ class Ratio(NamedTuple):
         return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
 
 
-def in_turns(ways: Mapping[Way, Callable[[], Any]], rounds: int) -> dict[Way, list[float]]:
+def in_turns(ways: Mapping[Way, Callable[[], Any]], rounds: int, calls: int = 1) -> dict[Way, list[float]]:
     """Seconds of every way in each round. Rounds go through the ways forwards and backwards by turns, so that what
-    slows the machine down for a while slows all of them; call each once before, to warm up."""
+    slows the machine down for a while slows all of them; call each once before, to warm up.
+
+    Args:
+        calls: of a way in a row, whose mean is taken. With several, a GPU does not wait for the host between them.
+    """
     seconds: dict[Way, list[float]] = {name: [] for name in ways}
     for i in range(rounds):
         for name in list(ways) if i % 2 else reversed(list(ways)):
-            synchronise()
-            start = time.perf_counter()
-            ways[name]()
-            synchronise()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(ways[name], calls))
     return seconds
+
+
+def clock(run: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds that a call takes: by the GPU's own events where there is one, else by the wall."""
+    synchronise()
+    if torch.cuda.is_available():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        synchronise()
+        return begin.elapsed_time(end) / 1000 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
 
 
 def ratio(slower: list[float], faster: list[float], seed: int = 0) -> Ratio:
