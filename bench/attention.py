@@ -78,10 +78,12 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         cases = kernels.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
     except ValueError as error:
         parser.error(str(error))
+    backends = args.backends or [name for name in PEERS if not (args.quick and name == "hlip-reference")]
+    rounds = args.rounds or (kernels.QUICK_ROUNDS if args.quick else kernels.ROUNDS)
+    calls = GPU_CALLS if gpu else 1
     settings = [
         kernels.Settings(
-            dtype, args.heads, head_dim, args.device, args.rounds, GPU_CALLS if gpu else 1, memory, args.backends,
-            args.modes,
+            dtype, args.heads, head_dim, args.device, rounds, calls, memory, backends, args.modes,
         )
         for dtype, head_dim in product(args.dtype or ["bf16"], args.head_dim or [64])
     ]  # fmt: skip
@@ -116,17 +118,20 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file (not of --tune)")
     timing = parser.add_argument_group("without a mode")
-    timing.add_argument("--quick", action="store_true", help=f"these cases only: {', '.join(kernels.QUICK)}")
+    timing.add_argument(
+        "--quick", action="store_true",
+        help=f"only {', '.join(kernels.QUICK)}, in {kernels.QUICK_ROUNDS} rounds and without hlip-reference",
+    )  # fmt: skip
     timing.add_argument("--cases", nargs="+", metavar="NAME", help="patterns of names such as 'scan-*' (default: all)")
     timing.add_argument(
-        "--backends", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help=", ".join(PEERS)
+        "--backends", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)} (default: all)"
     )
     timing.add_argument("--modes", nargs="+", choices=kernels.MODES, default=list(kernels.MODES))
     timing.add_argument("--heads", type=int, default=12, help="default: %(default)s")
     timing.add_argument(
         "--batch", type=int, help="studies of a case (default: 1, with a GPU 8); of a mix four times as many"
     )
-    timing.add_argument("--rounds", type=int, default=5, help="measurements of each way (default: %(default)s)")
+    timing.add_argument("--rounds", type=int, help=f"measurements of each way (default: {kernels.ROUNDS})")
     timing.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
     )
@@ -151,7 +156,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     timing_mode = not (args.io or args.static or args.tune)
     if timing_mode and "tf32" in (args.dtype or ()):
         parser.error("--dtype tf32 is for --static and --tune")
-    if min(args.heads, args.rounds, args.threads, args.batch or 1) < 1:
+    if min(args.heads, args.threads, *(1 if x is None else x for x in (args.rounds, args.batch))) < 1:
         parser.error("--heads, --batch, --rounds and --threads must be at least 1")
     return args, parser
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from timing import clock, in_turns, percentiles, ratio, synchronise
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # of norms; gradients twice
 MODES = ("forward", "training")  # training is forward and backward
+QUICK_ROUNDS, ROUNDS = 3, 5
 QUICK = ("slice-197", "scan-1177", "study-4705", "pub_brain_5-study-drop50")
 CHECKED = {"cpu": 2.5e7, "cuda": 1e11}  # pairs of a query and a key, in float64
 ORACLE_ELEMENTS = 2**24  # of a matrix of scores
@@ -57,15 +59,15 @@ class Case(NamedTuple):
     dropped: Level = "scan"
     before: Level | None = None
 
-    def layout(self) -> StudyLayout:
-        layout = StudyLayout.from_grids(self.grids, self.num_prefix)
-        if not self.dropout:
-            return layout
-        return layout.select(patch_dropout(layout, self.dropout, self.dropped, Draws(range(len(self.grids)))))
-
     def problem(self, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> Problem:
-        before = self.before or BEFORE[self.level]
-        return Problem(self.layout, self.level, before, heads, head_dim, dtype, device)
+        full = StudyLayout.from_grids(self.grids, self.num_prefix)
+        keep = patch_dropout(full, self.dropout, self.dropped, Draws(range(len(self.grids))))
+
+        def make() -> StudyLayout:
+            layout = StudyLayout.from_grids(self.grids, self.num_prefix)
+            return layout.select(keep) if self.dropout else layout
+
+        return Problem(make, self.level, self.before or BEFORE[self.level], heads, head_dim, dtype, device)
 
 
 def all_cases(device: str, batch: int, seed: int = 0) -> list[Case]:
@@ -153,12 +155,31 @@ class Way:
     def run(self, mode: str) -> Callable[[], Any]:
         return self.forward if mode == "forward" else self.training
 
-    def results(self, mode: str) -> dict[str, Tensor]:
-        """In the order of the level's tensor: out (R, H, D), and after training the gradient of qkv (R, 3, H, D)."""
-        if mode == "forward":
-            return {"out": self.peer.take(self.forward())}
-        out, grads = self.training()
-        return {"out": self.peer.take([x.detach() for x in out]), "grad": self.peer.grads(grads)}
+    def first_call(self, mode: str) -> tuple[dict[str, Tensor], float, dict[str, int]]:
+        """
+        Returns:
+            In the order of the level's tensor: out (R, H, D), and after training the gradient of qkv (R, 3, H, D).
+            Seconds of the call. Bytes that autograd kept for backward, beyond the inputs.
+        """
+        own = {x.untyped_storage().data_ptr() for x in self.inputs}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = (tensor.values() if tensor.layout == torch.jagged else tensor).untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        begin = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = self.run(mode)()
+            synchronise()
+        seconds = time.perf_counter() - begin
+        out, grads = (found, None) if mode == "forward" else found
+        results = {"out": self.peer.take([x.detach() for x in out])}
+        if grads is not None:
+            results["grad"] = self.peer.grads(grads)
+        return results, seconds, {"saved_bytes": sum(kept.values())}
 
 
 class Oracle:
@@ -190,7 +211,8 @@ class Oracle:
                 axes = [axis for axis in range(wanted.dim()) if name == "out" or axis != 1]
                 off = (heads - wanted).square().sum(axes) / wanted.square().sum(axes)
                 error = float(off.sqrt().max())
-                errors[name] = error if not error <= errors[name] else errors[name]  # also if it is NaN
+                if error > errors[name] or isnan(error):  # of which nothing is larger
+                    errors[name] = error
         return errors
 
 
@@ -279,9 +301,9 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
     for name in settings.backends:
         try:
             peer = PEERS[name](problem)
-            refused = peer.reasons()
-            if refused:
-                reasons[name] = "; ".join(refused)
+            why = peer.reasons()
+            if why:
+                reasons[name] = "; ".join(why)
             elif peer.scratch(False) > settings.memory:
                 reasons[name] = _too_much(peer, False, settings)
             else:
@@ -299,9 +321,9 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
         seconds = in_turns(runs, settings.rounds, settings.calls)
         for name, mine in seconds.items():
             times = ratio(mine, seconds[ours]) if ours in seconds else None
-            row = {"backend": name, "mode": mode, **percentiles(mine), "times_ours": times}
-            row |= rates(problem, mode, row["p50_s"], limits)
-            yield facts | row | {"prepare_s": prepare[name]} | checked[name]
+            row = {"backend": name, "mode": mode, "times_ours": times, "prepare_s": prepare[name]}
+            spread = percentiles(mine)
+            yield facts | row | spread | rates(problem, mode, spread["p50_s"], limits) | checked[name]
         if profile:
             trace(runs, profile / f"{case.name}-{settings.dtype}-{mode}.json")
 
@@ -322,12 +344,9 @@ def first_calls(
             refused.append(row | {"reason": _too_much(way.peer, True, settings)})
             continue
         try:
-            begin = time.perf_counter()
-            way.run(mode)()
-            synchronise()
-            first = time.perf_counter() - begin
-            results = way.results(mode)
-            memory = peak_bytes(way.run(mode)) if settings.device == "cuda" else saved_bytes(way, mode)
+            results, first, memory = way.first_call(mode)
+            if settings.device == "cuda":  # the first call may have compiled, and tried kernels
+                memory = peak_bytes(way.run(mode))
         except Exception as error:  # as in `run`
             if isinstance(way.peer, Ours):
                 raise
@@ -372,22 +391,6 @@ def trace(runs: Mapping[str, Callable[[], Any]], path: Path) -> None:
     profiler.export_chrome_trace(str(partial))
     partial.replace(path)
     print(f"{path}: for ui.perfetto.dev or chrome://tracing")
-
-
-def saved_bytes(way: Way, mode: str) -> dict[str, int]:
-    """What autograd keeps for backward beyond the inputs."""
-    own = {x.untyped_storage().data_ptr() for x in way.inputs}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = (tensor.values() if tensor.layout == torch.jagged else tensor).untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        way.run(mode)()
-    return {"saved_bytes": sum(kept.values())}
 
 
 def peak_bytes(run: Callable[[], Any]) -> dict[str, int]:

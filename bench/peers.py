@@ -194,7 +194,8 @@ class Dense(Peer):
         return _in_order(parts[0].transpose(1, 2).flatten(0, 1), self.problem)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        return [F.scaled_dot_product_attention(*inputs)]
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v)]
 
 
 class Published(Dense):
@@ -256,7 +257,8 @@ class Padded(Peer):
         return _in_order(torch.cat(kept), self.problem)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        return [F.scaled_dot_product_attention(*inputs, attn_mask=self.mask)]
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
 
 
 class Packed(Peer):
@@ -287,7 +289,8 @@ class BlockMask(Packed):
         self.mask = group[:, None] == group
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        return [F.scaled_dot_product_attention(*inputs, attn_mask=self.mask)]
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
 
 
 class Flex(Packed):
@@ -364,7 +367,10 @@ class Varlen(Jagged):
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(*inputs, self.bounds, self.bounds, self.longest, self.longest)
+        q, k, v = inputs
+        out = varlen_attn(
+            q, k, v, self.bounds, self.bounds, self.longest, self.longest, scale=self.problem.head_dim**-0.5
+        )
         assert isinstance(out, Tensor)
         return [out]
 
@@ -406,7 +412,8 @@ class Xformers(Jagged):
     def prepare(self) -> None:
         from xformers.ops.fmha import BlockDiagonalMask
 
-        self.mask = BlockDiagonalMask.from_seqlens(self.problem.lengths.tolist(), device=self.problem.device)
+        device = torch.device(self.problem.device)
+        self.mask = BlockDiagonalMask.from_seqlens(self.problem.lengths.tolist(), device=device)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from xformers.ops import memory_efficient_attention

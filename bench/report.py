@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -36,10 +37,19 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch")},
+        "versions": versions(),
         "commit": commit.stdout.strip() or None,
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this library, torch, and those of the others that are installed."""
+    found = {name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch")}
+    for name in ("triton", "flash-attn", "xformers", "monai"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:

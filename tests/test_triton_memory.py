@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,63 +20,12 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa:
 
 from hlip_kernels.backends import triton_attention, triton_norm  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+from traffic import watched  # noqa: E402
+
 HEADS = 2
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
-NORM_KERNELS = ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")
-
-
-class Traffic:
-    """Bytes asked for, and the addresses of the tensors that kernels were given."""
-
-    def __init__(self) -> None:
-        self.loaded = self.stored = 0
-        self.kernel = ""
-        self.ranges: list[tuple[int, int]] = []
-        self.addresses: list[np.ndarray] = []
-
-    def see(self, pointers: Any, mask: Any) -> int:
-        active = pointers.data[mask.data.astype(bool)].astype(np.uint64)
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        self.addresses.append(active)
-        inside = [(active >= start) & (active + size <= end) for start, end in self.ranges]
-        most = max((int(x.sum()) for x in inside), default=0)
-        assert most == active.size, f"{self.kernel}: {active.size - most} addresses outside of the tensor of the others"
-        return active.size * size
-
-
-@contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traffic]:
-    traffic = Traffic()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        traffic.loaded += traffic.see(pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.stored += traffic.see(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    class Launch:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(*args: Any, **constants: Any) -> None:
-                traffic.kernel = self.name
-                tensors = [x for x in args if isinstance(x, torch.Tensor)]
-                traffic.ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
-                self.kernel[grid](*args, **constants)
-
-            return run
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
-        for module, names in ((triton_attention, KERNELS), (triton_norm, NORM_KERNELS)):
-            for name in names:
-                patch.setattr(module, name, Launch(name, getattr(module, name)))
-        yield traffic
 
 
 def inputs(lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, Groups]:
@@ -114,32 +63,32 @@ def closed_form(groups: Groups, head_dim: int, itemsize: int) -> dict[str, tuple
     [([0, 1, 63, 64, 65, 150], 1, 32), ([0, 30, 130], 0, 16), ([70, 5], 17, 80)],
 )
 def test_every_address_is_inside_and_bytes_are_the_closed_form(
-    lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     qkv, groups = inputs(lengths, num_prefix, head_dim, dtype)
     expected = closed_form(groups, head_dim, dtype.itemsize)
-    with watched(monkeypatch) as traffic:
+    with watched() as traffic:
         out, lse = triton_attention.forward(qkv, groups, 0.25)
-        assert (traffic.loaded, traffic.stored) == expected["attention_forward"]
-        traffic.loaded = traffic.stored = 0
+        assert (traffic.total.loaded, traffic.total.stored) == expected["attention_forward"]
+        traffic.clear()
         triton_attention.backward(torch.ones_like(out), qkv, out, lse, groups, 0.25)
     backward = [expected["attention_dq"], expected["attention_dkdv"]]
-    assert (traffic.loaded, traffic.stored) == tuple(map(sum, zip(*backward, strict=True)))
+    assert (traffic.total.loaded, traffic.total.stored) == tuple(map(sum, zip(*backward, strict=True)))
 
 
 @pytest.mark.parametrize("level", ["slice", "scan", "study"])
-def test_bytes_of_each_level(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_of_each_level(level: Level) -> None:
     layout = StudyLayout.from_grids([[(2, 5, 7), (3, 4, 4)], [(1, 6, 6)]])
     qkv = torch.randn(layout.num_groups(level) + layout.num_tokens, 3, HEADS, 16)
     groups = Groups(layout.cu_seqlens(level), layout.tiles(level), 1, layout.max_seqlen(level))
     expected = closed_form(groups, 16, 4)
-    with watched(monkeypatch) as traffic:
+    with watched() as traffic:
         out, lse = triton_attention.forward(qkv, groups, 0.25)
-        assert (traffic.loaded, traffic.stored) == expected["attention_forward"]
-        traffic.loaded = traffic.stored = 0
+        assert (traffic.total.loaded, traffic.total.stored) == expected["attention_forward"]
+        traffic.clear()
         triton_attention.backward(torch.ones_like(out), qkv, out, lse, groups, 0.25)
     backward = [expected["attention_dq"], expected["attention_dkdv"]]
-    assert (traffic.loaded, traffic.stored) == tuple(map(sum, zip(*backward, strict=True)))
+    assert (traffic.total.loaded, traffic.total.stored) == tuple(map(sum, zip(*backward, strict=True)))
 
 
 def addresses_only(monkeypatch: pytest.MonkeyPatch, real: list[torch.Tensor]) -> list[np.ndarray]:
@@ -253,7 +202,7 @@ def test_offsets_of_the_norm_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> 
     ("src", "dst"), [("scan", "scan"), ("slice", "scan"), ("slice", "study"), ("study", "slice"), ("study", "scan")]
 )
 def test_add_regroup_norm_reads_and_writes_every_row_once(
-    src: Level, dst: Level, update_dtype: torch.dtype, scaled: bool, monkeypatch: pytest.MonkeyPatch
+    src: Level, dst: Level, update_dtype: torch.dtype, scaled: bool
 ) -> None:
     """Forward: residual and update of each row of src, the two results of each row of dst, and what each program
     reads beside: 16 bytes of bounds (prefix programs 8), weight and bias. Backward alike. With scales, the bounds only:
@@ -271,17 +220,17 @@ def test_add_regroup_norm_reads_and_writes_every_row_once(
     bounds = 16 * tiles + 8 * families
     if scaled:
         scales = torch.rand(layout.num_groups(src)), torch.rand(width)
-        with watched(monkeypatch):
+        with watched():
             x, y, mean, rstd = triton_norm.forward(residual, update, *scales, weight, weight, regroup, 1e-6)
             triton_norm.backward(x, y, x, mean, rstd, update, *scales, weight, regroup)
         return
-    with watched(monkeypatch) as traffic:
+    with watched() as traffic:
         x, y, mean, rstd = triton_norm.forward(residual, update, None, None, weight, weight, regroup, 1e-6)
-        assert traffic.loaded == rows[src] * (row + update_row) + bounds + (tiles + families) * 2 * row
-        assert traffic.stored == rows[dst] * (row + update_row + 8)
-        traffic.loaded = traffic.stored = 0
+        assert traffic.total.loaded == rows[src] * (row + update_row) + bounds + (tiles + families) * 2 * row
+        assert traffic.total.stored == rows[dst] * (row + update_row + 8)
+        traffic.clear()
         grads = torch.ones_like(x), torch.ones_like(y)
         triton_norm.backward(*grads, x, mean, rstd, None, None, None, weight, regroup)
-    assert traffic.loaded == rows[dst] * (2 * row + update_row + 8) + bounds + (tiles + families) * row
+    assert traffic.total.loaded == rows[dst] * (2 * row + update_row + 8) + bounds + (tiles + families) * row
     separate = update_row if update_dtype != residual.dtype else 0  # one gradient serves as both where it can
-    assert traffic.stored == rows[src] * (row + separate) + (tiles + families) * 2 * row
+    assert traffic.total.stored == rows[src] * (row + separate) + (tiles + families) * 2 * row

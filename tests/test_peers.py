@@ -1,0 +1,388 @@
+"""The benchmark of attention: every way computes the same, what is wrong is found, and figures are counted right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hlip_kernels import Level, StudyLayout, hier_attention
+from test_external import HEADS, SlowKernels, import_flash_source, needs_flash_source, take_cpu_tensors
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import attention  # noqa: E402
+import ceilings  # noqa: E402
+import kernels  # noqa: E402
+import peers  # noqa: E402
+from cases import draw_scans  # noqa: E402
+
+RAGGED = [[(2, 3, 3), (3, 2, 4)], [(1, 5, 2)]]
+EQUAL = [[(2, 3, 3)] * 2] * 2
+HERE = ["hlip-cpu", "hlip-reference", "hlip-triton", "sdpa", "padded", "block-mask", "nested"]
+LIMITS = ceilings.Ceilings(1e12, 1e10)
+
+
+def problem(
+    grids: Any, level: Level = "scan", num_prefix: int = 1, dtype: torch.dtype = torch.float32, head_dim: int = 16
+) -> peers.Problem:
+    before = kernels.BEFORE[level]
+    return peers.Problem(
+        lambda: StudyLayout.from_grids(grids, num_prefix), level, before, HEADS, head_dim, dtype, "cpu"
+    )
+
+
+def tensors(case: peers.Problem) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    qkv = torch.randn(case.num_rows, 3, case.heads, case.head_dim, dtype=case.dtype)
+    return qkv, torch.randn(case.num_rows, case.heads, case.head_dim, dtype=case.dtype)
+
+
+def expected(case: peers.Problem) -> dict[str, Tensor]:
+    qkv, grad_out = tensors(case)
+    wide = qkv.double().requires_grad_()
+    out = hier_attention(wide, case.layout, case.level, backend="reference")
+    return {"out": out.detach(), "grad": torch.autograd.grad(out, wide, grad_out.double())[0]}
+
+
+def way_of(name: str, case: peers.Problem) -> kernels.Way:
+    peer = peers.PEERS[name](case)
+    peer.prepare()
+    return kernels.Way(peer, *tensors(case))
+
+
+def check(name: str, case: peers.Problem, modes: Sequence[str] = kernels.MODES) -> None:
+    way = way_of(name, case)
+    for mode in modes:
+        for part, found in way.first_call(mode)[0].items():
+            torch.testing.assert_close(found.double(), expected(case)[part], rtol=1e-4, atol=1e-5, msg=f"{name} {part}")
+
+
+@pytest.mark.parametrize("level", ["slice", "scan", "study"])
+@pytest.mark.parametrize("num_prefix", [1, 2])
+@pytest.mark.parametrize("name", HERE)
+def test_every_way_computes_the_same(name: str, num_prefix: int, level: Level) -> None:
+    if name == "hlip-triton":
+        pytest.importorskip("triton")
+    check(name, problem(RAGGED, level, num_prefix))
+
+
+@pytest.mark.parametrize("level", ["slice", "scan", "study"])
+@pytest.mark.parametrize("name", ["sdpa-dense", "published"])
+def test_ways_for_equal_groups(name: str, level: Level) -> None:
+    check(name, problem(EQUAL, level))
+    assert peers.PEERS[name](problem(EQUAL, level)).reasons() == []
+    assert peers.PEERS[name](problem(RAGGED, level)).reasons() != []
+
+
+def test_the_published_way_carries_residual_rows_to_the_level() -> None:
+    case = problem(EQUAL, "study")
+    way = way_of("published", case)
+    residual = way.inputs[-1]
+    assert residual.shape == (4, 1 + 18, case.heads * case.head_dim)
+    out, grads = way.training()
+    carried = out[1]
+    assert carried.shape == (2, 1 + 36, residual.shape[2])
+    torch.testing.assert_close(carried[:, 0], residual[:, 0].unflatten(0, (2, 2)).mean(1))
+    assert torch.equal(carried[:, 1:], residual[:, 1:].reshape(2, 36, -1))
+    assert torch.equal(grads[3][:, 1:].reshape(2, 36, -1), way.grad_out[1][:, 1:])
+    two = peers.PEERS["published"](problem(EQUAL, "study", num_prefix=2))
+    assert two.reasons() == ["one prefix row only"]
+
+
+def test_flex_with_its_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled, which takes a C++ compiler and ten seconds; compiled, it is compared in every run."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    check("flex", problem(RAGGED, "scan"), ["forward"])
+
+
+@pytest.mark.parametrize("level", ["slice", "study"])
+def test_varlen_by_hand(level: Level) -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
+    with SlowKernels() as slow:
+        check("varlen", problem(RAGGED, level, dtype=torch.float64))
+    assert slow.called == ["torch_attn._varlen_attn"] * 2 + ["torch_attn._varlen_attn_backward"]
+
+
+@pytest.mark.parametrize("level", ["slice", "study"])
+def test_xformers_by_hand(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xformers")
+    take_cpu_tensors(monkeypatch, "cutlass")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # or it thinks of AMD's GPUs only
+    with SlowKernels() as slow:
+        check("xformers", problem(RAGGED, level, num_prefix=2, dtype=torch.float64))
+    assert slow.called[-1] == "aten._efficient_attention_backward"
+
+
+class AnyOrder(SlowKernels):
+    """The benchmark takes flash-attn's default backward, which is not the deterministic one."""
+
+    def flash_attn__flash_attn_varlen_backward(self, given: dict[str, Any]) -> Any:
+        return super().flash_attn__flash_attn_varlen_backward({**given, "deterministic": not given["deterministic"]})
+
+
+def flash_attn_by_hand() -> list[str]:
+    import_flash_source()
+    with AnyOrder() as slow:
+        check("flash-attn", problem(RAGGED, "scan", dtype=torch.float64))
+    return slow.called
+
+
+@needs_flash_source
+def test_flash_attn_by_hand(fake_cuda: Callable[..., Any]) -> None:
+    forward = "flash_attn._flash_attn_varlen_forward"
+    assert fake_cuda(flash_attn_by_hand) == [forward, forward, "flash_attn._flash_attn_varlen_backward"]
+
+
+def test_those_that_need_a_gpu_say_so() -> None:
+    for name in ("varlen", "flash-attn", "xformers", "hlip-varlen", "hlip-flash", "hlip-xformers"):
+        assert any("needs CUDA" in reason for reason in peers.PEERS[name](problem(RAGGED)).reasons()), name
+
+
+def test_operations_and_bytes_of_a_problem() -> None:
+    case = problem(EQUAL, "study", dtype=torch.bfloat16)
+    way = way_of("sdpa-dense", case)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        way.forward()
+    assert case.flops(backward=False) == counter.get_total_flops() == 4 * 2 * 37**2 * HEADS * 16
+    assert case.flops(backward=True) == 14 * 2 * 37**2 * HEADS * 16
+    qkv, out, statistics = 74 * 3 * HEADS * 16 * 2, 74 * HEADS * 16 * 2, 74 * HEADS * 4
+    assert case.least_bytes(backward=False) == qkv + out + statistics
+    assert case.least_bytes(backward=True) == 3 * qkv + 3 * out + 2 * statistics
+
+
+def test_what_autograd_keeps() -> None:
+    case = problem(EQUAL, "study")
+    rows = case.num_rows * HEADS
+    *_, dense = way_of("sdpa-dense", case).first_call("training")
+    assert dense == {"saved_bytes": rows * 16 * 4 + rows * 4}  # out and its log-sum-exp
+    assert way_of("nested", case).first_call("training")[2]["saved_bytes"] > dense["saved_bytes"]
+    assert way_of("sdpa-dense", case).first_call("forward")[2] == {"saved_bytes": 0}
+
+
+# Checks
+
+
+@pytest.mark.parametrize("elements", [1, 100, 10**6])
+def test_the_formula_in_pieces(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ORACLE_ELEMENTS", elements)
+    case = problem([[(1, 5, 5)]], "study", dtype=torch.float64)
+    qkv, grad_out = tensors(case)
+    found = kernels.exact(qkv, grad_out)
+    for part, value in expected(case).items():
+        torch.testing.assert_close(found[part], value)
+
+
+def settings(**changes: Any) -> kernels.Settings:
+    default = kernels.Settings("fp32", HEADS, 16, "cpu", 2, 1, 2**30, HERE[:2] + HERE[3:], kernels.MODES)
+    return default._replace(**changes)
+
+
+@pytest.mark.parametrize("part", ["out", "dq", "dv", "nan"])
+def test_a_wrong_result_is_not_timed(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is off in one head of one group."""
+
+    class Off(peers.PerGroup):
+        def attend(self, *inputs: Tensor) -> list[Tensor]:
+            q, k, v = inputs[:3], inputs[3:6], inputs[6:]
+            factor = torch.ones(HEADS, 1, 1)
+            factor[1] = {"nan": torch.nan}.get(part, 1.001)
+            if part in ("dq", "dv"):  # the value stays the same, the gradient does not
+                changed = list(q if part == "dq" else v)
+                changed[1] = changed[1] + (factor - 1) * (changed[1] - changed[1].detach())
+                q, v = (tuple(changed), v) if part == "dq" else (q, tuple(changed))
+            out = super().attend(*q, *k, *v)
+            if part in ("out", "nan"):
+                out[1] = out[1] * factor
+            return out
+
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtype: LIMITS)
+    monkeypatch.setitem(kernels.PEERS, "off", Off)
+    case = kernels.Case("mine", "scan", RAGGED)
+    assert kernels.main([case], [settings(backends=["hlip-cpu", "off"])]) == 1
+    output = capsys.readouterr()
+    assert "off, mine, training: wrong: " in output.err
+    assert (part in ("dq", "dv")) != ("off, mine, forward: wrong: out" in output.err)
+
+
+def test_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = problem([[(2, 3, 3)] * 3, [(1, 5, 5)], [(1, 2, 2)] * 2], "scan")
+    assert kernels.Oracle(case, *tensors(case)).checked == "6 of 6 groups, 2 of 2 heads"
+    monkeypatch.setitem(kernels.CHECKED, "cpu", 1100)
+    oracle = kernels.Oracle(case, *tensors(case))
+    assert oracle.checked == "3 of 6 groups, 1 of 2 heads"
+    assert [len(rows) for rows in oracle.groups] == [26, 5, 19]
+
+
+def test_what_would_need_too_much_memory_is_left_out() -> None:
+    case = kernels.Case("mine", "scan", RAGGED)
+    rows = list(kernels.run(case, settings(memory=1000), LIMITS))
+    reasons = {row["backend"]: row["reason"] for row in rows if "reason" in row}
+    assert {"hlip-reference", "padded", "block-mask", "nested"} <= set(reasons)
+    assert all("more than the limit" in reason for reason in reasons.values())
+    assert {row["backend"] for row in rows if "reason" not in row} == {"hlip-cpu", "sdpa"}
+
+
+def test_a_library_that_fails_is_listed_and_ours_is_not_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    case = kernels.Case("mine", "scan", RAGGED)
+    monkeypatch.setattr(peers.PerGroup, "attend", fail)
+    rows = list(kernels.run(case, settings(backends=["hlip-cpu", "sdpa"]), LIMITS))
+    assert [row["reason"] for row in rows if row["backend"] == "sdpa"] == ["RuntimeError: no such kernel"] * 2
+    monkeypatch.setattr(peers.Ours, "attend", fail)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        list(kernels.run(case, settings(), LIMITS))
+
+
+# Cases
+
+
+def test_cases_have_the_lengths_of_their_names() -> None:
+    seen = []
+    for case in kernels.all_cases("cpu", 2):
+        level, _, length = case.name.partition("-")
+        if level in ("slice", "scan", "study"):
+            lengths = case.problem(HEADS, 16, torch.float32, "cpu").lengths
+            assert set(lengths.tolist()) == {int(length)}, case.name
+            assert case.level == level
+            seen.append(int(length))
+    assert seen == [197, 198, 99, 1177, 1569, 2745, 883, 4705, 16465, 36457, 254017]
+
+
+@pytest.mark.parametrize("mix", ["pub_brain_5", "brain_mri", "head_ct"])
+def test_ragged_cases_have_the_scans_of_the_mix(mix: str) -> None:
+    cases = {case.name: case for case in kernels.all_cases("cpu", 1)}
+    scans = draw_scans(mix, 4, most=10)
+    for suffix, kept in (("", 1176), ("-drop25", 882), ("-drop50", 588)):
+        for level in ("scan", "study"):
+            lengths = cases[f"{mix}-{level}{suffix}"].problem(HEADS, 16, torch.float32, "cpu").lengths
+            assert lengths.tolist() == ((kept * scans + 1).tolist() if level == "study" else [kept + 1] * scans.sum())
+    slices = cases[f"{mix}-slice-drop50"].problem(HEADS, 16, torch.float32, "cpu").lengths
+    assert (len(slices), (slices - 1).sum()) == (6 * scans.sum(), 588 * scans.sum())
+    assert len(set(slices.tolist())) > 1
+
+
+def test_choosing_cases() -> None:
+    cases = kernels.all_cases("cpu", 1)
+    names = [case.name for case in kernels.chosen(cases, ["scan-*", "slice-99"], "cpu")]
+    assert names == ["slice-99", "scan-1177", "scan-1569", "scan-2745", "scan-883"]
+    default = {case.name for case in kernels.chosen(cases, None, "cpu")}
+    assert {case.name for case in cases} - default == {"study-16465", "study-36457", "study-254017"}
+    assert kernels.chosen(cases, None, "cuda") == cases
+    assert [case.name for case in kernels.chosen(cases, kernels.QUICK, "cpu")] == list(kernels.QUICK)
+    with pytest.raises(ValueError, match=r"no case 'scan-1'; there are slice-197, "):
+        kernels.chosen(cases, ["scan-*", "scan-1"], "cpu")
+
+
+# The program
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(ceilings.SIDE, "cpu", 256)
+    monkeypatch.setitem(ceilings.COPIED, "cpu", 2**20)
+    threads = ["--threads", torch.get_num_threads(), "--device", "cpu", "--heads", 2, "--head-dim", 16, "--rounds", 3]
+
+    def run(*args: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["attention.py", *map(str, (*threads, *args))])
+        return attention.main()
+
+    return run
+
+
+def test_the_program(program: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", tmp_path / "rows.json", "--results", tmp_path / "all.jsonl"]
+    chosen = ["--cases", "slice-99", "--backends", "hlip-cpu", "sdpa-dense", "published", "varlen"]
+    assert program(*chosen, "--dtype", "bf16", "fp32", *files, "--profile", tmp_path / "traces") == 0
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())
+    assert [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()] == rows
+    timed = {(row["dtype"], row["backend"], row["mode"]): row for row in rows if "reason" not in row}
+    names = ("hlip-cpu", "sdpa-dense", "published")
+    assert list(timed) == [(x, name, mode) for x in ("bf16", "fp32") for mode in kernels.MODES for name in names]
+    for (_, backend, mode), row in timed.items():
+        assert row["p20_s"] <= row["p50_s"] <= row["p80_s"]
+        assert row["flops"] == (4 if mode == "forward" else 14) * 24 * 99**2 * 32
+        assert row["flop_per_s"] == pytest.approx(row["flops"] / row["p50_s"])
+        assert row["of_copy"] == pytest.approx(row["bytes_modelled"] / row["p50_s"] / row["copy_bytes_per_s"])
+        assert row["tokens_per_s"] == pytest.approx(24 * 98 / row["p50_s"])
+        middle, low, high = row["times_ours"]
+        assert low <= middle <= high
+        assert backend != "hlip-cpu" or middle == low == high == 1
+        assert (row["saved_bytes"] > 0) == (mode == "training")
+        assert (row["groups"], row["longest"], row["level"], row["dropout"]) == (24, 99, "slice", 0.5)
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["checked"] == "24 of 24 groups, 2 of 2 heads"
+    assert [row["backend"] for row in rows if "reason" in row] == ["varlen", "varlen"]
+    shown = capsys.readouterr().out
+    assert "varlen: not run: needs CUDA" in shown
+    assert "slice-99: 24 groups of 99 to 99 rows, 2376 in all, patch dropout 0.5" in shown
+    traces = sorted((tmp_path / "traces").iterdir())
+    assert [path.name for path in traces] == [
+        f"slice-99-{dtype}-{mode}.json" for dtype in ("bf16", "fp32") for mode in kernels.MODES
+    ]
+    events = json.loads(traces[1].read_text())["traceEvents"]
+    assert {"hlip-cpu", "sdpa-dense", "published"} <= {event["name"] for event in events}
+    assert program(*chosen, "--modes", "forward", "--results", tmp_path / "all.jsonl") == 0
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == len(rows) + 4
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    program: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = kernels.run
+
+    def interrupted(case: kernels.Case, *rest: Any) -> Any:
+        if case.name == "scan-1177":
+            raise KeyboardInterrupt
+        return run(case, *rest)
+
+    monkeypatch.setattr(kernels, "run", interrupted)
+    path = tmp_path / "all.jsonl"
+    assert program("--cases", "slice-99", "scan-1177", "--backends", "hlip-cpu", "--results", path) == 130
+    assert [json.loads(line)["case"] for line in path.read_text().splitlines()] == ["slice-99"] * 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--cases", "nothing"], "no case 'nothing'; there are slice-197"),
+        (["--dtype", "tf32"], "--dtype tf32 is for --static and --tune"),
+        (["--rounds", "0"], "must be at least 1"),
+        (["--device", "cuda"], "there is no GPU"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    args: list[str], message: str, program: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if args[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stopped:
+        program(*args)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_of_groups_are_those_of_the_layout() -> None:
+    case = problem(RAGGED, "scan", num_prefix=2)
+    bounds = list(accumulate([0, 18, 24, 10]))
+    for g, rows in enumerate(case.rows):
+        assert rows.tolist() == [2 * g, 2 * g + 1, *range(6 + bounds[g], 6 + bounds[g + 1])]
+    assert case.lengths.tolist() == [20, 26, 12]
+    assert np.concatenate([rows.numpy() for rows in case.rows]).size == case.num_rows == 58
