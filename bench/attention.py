@@ -62,7 +62,7 @@ def main() -> int:
     if args.tune:
         if not torch.cuda.is_available():
             parser.exit(2, f"{parser.prog}: --tune needs a GPU that PyTorch can use, and there is none\n")
-        return tune.main(args.dtype or list(static.DTYPES), args.head_dim or list(BLOCK_D))
+        return tune.main(args.dtype or list(static.DTYPES), list(BLOCK_D) if args.head_dim is None else args.head_dim)
     return compiled(args) if args.static else timed(args, parser)
 
 
@@ -91,8 +91,9 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def compiled(args: argparse.Namespace) -> int:
+    head_dims = list(BLOCK_D) if args.head_dim is None else args.head_dim
     cases = [
-        *static.attention_cases(args.arch, args.dtype or list(static.DTYPES), args.head_dim or []),
+        *static.attention_cases(args.arch, args.dtype or list(static.DTYPES), head_dims),
         *static.norm_cases(args.arch, args.width),
     ]
     rows = static.run(cases, args.workers)

@@ -15,6 +15,7 @@ names; one that is off is not timed, and the run ends with 1.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,7 +160,7 @@ class Way:
         """
         Returns:
             In the order of the level's tensor: out (R, H, D), and after training the gradient of qkv (R, 3, H, D).
-            Seconds of the call. Bytes that autograd kept for backward, beyond the inputs.
+            Seconds of the call. On a CPU, bytes that autograd kept for backward beyond the inputs.
         """
         own = {x.untyped_storage().data_ptr() for x in self.inputs}
         kept: dict[int, int] = {}
@@ -170,8 +171,11 @@ class Way:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.peer.problem.device == "cpu":  # elsewhere compilers would see them; and peak memory says more
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         begin = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with hooks:
             found = self.run(mode)()
             synchronise()
         seconds = time.perf_counter() - begin

@@ -418,7 +418,7 @@ class Xformers(Jagged):
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from xformers.ops import memory_efficient_attention
 
-        out: Any = memory_efficient_attention(*inputs, self.mask)
+        out: Any = memory_efficient_attention(*inputs, self.mask, scale=self.problem.head_dim**-0.5)
         return [out]
 
 
