@@ -78,7 +78,8 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         cases = kernels.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
     except ValueError as error:
         parser.error(str(error))
-    backends = args.backends or [name for name in PEERS if not (args.quick and name == "hlip-reference")]
+    left_out = kernels.SLOW if args.quick and not gpu else ()
+    backends = args.backends or [name for name in PEERS if name not in left_out]
     rounds = args.rounds or (kernels.QUICK_ROUNDS if args.quick else kernels.ROUNDS)
     calls = GPU_CALLS if gpu else 1
     settings = [
@@ -121,7 +122,8 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     timing = parser.add_argument_group("without a mode")
     timing.add_argument(
         "--quick", action="store_true",
-        help=f"only {', '.join(kernels.QUICK)}, in {kernels.QUICK_ROUNDS} rounds and without hlip-reference",
+        help=f"only {', '.join(kernels.QUICK)}, in {kernels.QUICK_ROUNDS} rounds, on a CPU without "
+        f"{' and '.join(kernels.SLOW)}",
     )  # fmt: skip
     timing.add_argument("--cases", nargs="+", metavar="NAME", help="patterns of names such as 'scan-*' (default: all)")
     timing.add_argument(
@@ -154,6 +156,8 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU that PyTorch can use")
+    if args.quick and args.cases:
+        parser.error("--quick and --cases both choose cases: give one")
     timing_mode = not (args.io or args.static or args.tune)
     if timing_mode and "tf32" in (args.dtype or ()):
         parser.error("--dtype tf32 is for --static and --tune")
