@@ -1,6 +1,7 @@
 # make demo   the main job: data, pre-training on two processes, zero-shot evaluation (about 6 minutes on 2 cores)
 # make test   lint, types, tests
 # make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
+# make bench  the quick benchmarks (about 15 minutes on 2 cores), into bench/results/ and docs/benchmarks.md
 # All make their own virtual environment in .venv from PYTHON (3.10 or newer).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 MODULES := hlip_kernels hlip train bench tests setup.py
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all bench lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
@@ -17,6 +18,17 @@ test: lint $(VENV)/flash-attn $(VENV)/open-clip
 
 test-all: test
 	$(BIN)/python bench/attention.py --static
+
+RESULTS := bench/results
+bench: $(VENV)/.installed
+	$(BIN)/python bench/attention.py --quick --rounds 3 --results $(RESULTS)/attention.jsonl
+	$(BIN)/python bench/attention.py --io --json $(RESULTS)/io.json
+	$(BIN)/python bench/encoder.py --table9 --rounds 3 --results $(RESULTS)/encoder.jsonl
+	$(BIN)/python bench/encoder.py --scaling scans --sizes 1 4 16 --rounds 3 --results $(RESULTS)/encoder.jsonl
+	for mix in pub_brain_5 brain_mri head_ct; do \
+		OMP_NUM_THREADS=1 $(BIN)/python bench/packing.py --mix $$mix --rounds 3 --results $(RESULTS)/packing.jsonl || exit 1; \
+	done
+	$(BIN)/python bench/plot.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(MODULES)

@@ -42,7 +42,7 @@ from hlip.model.config import VisionConfig, level_pattern
 from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, regroup_prefix
-from report import print_table, provenance, write_json
+from report import append_rows, print_table, provenance, write_json
 from timing import in_turns, percentiles, ratio
 
 REPEAT = 10  # scans of every study in the published training
@@ -103,6 +103,8 @@ def main() -> int:
     print_table(COLUMNS, [[shown(row, column) for column in COLUMNS] for row in rows])
     if args.json:
         write_json([row | case for row in rows], args.json)
+    if args.results:
+        append_rows([row | case for row in rows], args.results)
     return 0
 
 
@@ -111,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mix", choices=SCANS, default="pub_brain_5", help="how many scans studies have")
     parser.add_argument("--mode", choices=("train", "forward"), default="train", help="train: and backward (default)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--results", type=Path, help="also append the rows to this .jsonl file")
     parser.add_argument("--studies", type=int, help="of the batch (default: 8 without a GPU, 32 with one)")
     parser.add_argument("--max-scans", type=int, default=10, help="more of a study are left out (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each policy (default: %(default)s)")

@@ -1,0 +1,68 @@
+"""The page of benchmarks is drawn from rows that the benchmarks write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import ceilings  # noqa: E402
+import kernels  # noqa: E402
+import plot  # noqa: E402
+from report import append_rows  # noqa: E402
+
+
+def program(name: str, *options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH / name), *map(str, options)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
+    results, out = tmp_path / "results", tmp_path / "docs"
+    case = next(case for case in kernels.all_cases("cpu", batch=1) if case.name == "slice-197")
+    backends = ["hlip-cpu", "sdpa-dense", "flash-attn"]
+    settings = kernels.Settings("fp32", 2, 32, "cpu", 2, 1, 2**30, backends, ["forward"])
+    limits = ceilings.measure("cpu", torch.float32)
+    rows = list(kernels.run(case, settings, limits))
+    for run in ([row | {"utc": "2020-01-01T00:00:00+00:00"} for row in rows], rows):  # of which the later is shown
+        append_rows(run, results / "attention.jsonl")
+    encoder = ["--scaling", "scans", "--sizes", 1, 2, "--width", 64, "--rounds", 2, "--device", "cpu"]
+    assert program("encoder.py", *encoder, "--results", results / "encoder.jsonl").returncode == 0
+    packing = ["--studies=2", "--rounds=2", "--depth=3", "--width=64", "--device=cpu", "--grid", 2, 2, 2]
+    packing += ["--patch", 2, 4, 4, "--results", results / "packing.jsonl"]
+    assert program("packing.py", *packing).returncode == 0
+    done = program("plot.py", "--results", results, "--out", out)
+    assert done.returncode == 0, done.stderr
+    page = (out / "benchmarks.md").read_text()
+    for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "Not run: flash-attn: ",
+                  "## Growing studies", "## Packing", "| block_mask |"):  # fmt: skip
+        assert words in page
+    assert page.count("| sdpa-dense | forward |") == 1
+    pictures = {path.name for path in (out / "figures").iterdir()}
+    assert pictures == {"attention_slice-197_fp32.png", "scaling.png"}
+    assert all(f"figures/{name}" in page for name in pictures)
+
+
+def test_results_that_are_none_are_named(tmp_path: Path) -> None:
+    done = program("plot.py", "--results", tmp_path, "--out", tmp_path / "docs")
+    assert done.returncode == 2 and "no results; make bench measures some" in done.stderr
+    assert not (tmp_path / "docs").exists()
+    (tmp_path / "encoder.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"encoder.jsonl: not readable results"):
+        plot.read(tmp_path / "encoder.jsonl")
+
+
+def test_the_latest_run_of_a_case_is_shown() -> None:
+    rows = [{"case": c, "utc": t, "v": i} for i, (c, t) in enumerate([("a", "1"), ("b", "1"), ("a", "2"), ("a", "2")])]
+    assert [row["v"] for row in plot.latest(rows, lambda row: row["case"])] == [1, 2, 3]
+    assert plot.times([1.5, 1.25, 2]) == "1.50 (1.25-2.00)" and plot.times(None) is None
+    assert plot.table(["a"], [[None], [json.dumps(1)]]) == "| a |\n| --- |\n| - |\n| 1 |"
