@@ -21,7 +21,7 @@ def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path,
     out = tmp_path / "new" / "emb.npz"
     assert run("embed", *nifti_study, "--model", model_folder, "--out", out) == 0
     saved = np.load(out, allow_pickle=False)
-    assert saved["study"].tolist() == [str(nifti_study[0])]
+    assert saved["study"].tolist() == [nifti_study[0].name]
     model = hlip.HLIPModel.from_pretrained(model_folder)
     study = hlip.load_study(nifti_study, model.config.recipe)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_embed_folders_are_studies(nifti_study: list[Path], model_folder: Path, 
     (other / "a.nii.gz").write_bytes(nifti_study[0].read_bytes())
     assert run("embed", folder, other, "--model", model_folder, "--out", tmp_path / "emb.npz") == 0
     saved = np.load(tmp_path / "emb.npz")
-    assert saved["study"].tolist() == [str(folder), str(other)]
+    assert saved["study"].tolist() == [folder.name, other.name]
     assert saved["embedding"].shape == (2, 32)
 
 
@@ -47,17 +47,17 @@ def test_zeroshot(
     out = tmp_path / "p.json"
     prompts = ["--prompt", "glioma", "--prompt", "no abnormality"]
     assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts, "--out", out) == 0
-    table = json.loads(out.read_text())[str(nifti_study[0])]
+    table = json.loads(out.read_text())[nifti_study[0].name]
     assert sorted(table) == ["glioma", "no abnormality"]
     assert sum(table.values()) == pytest.approx(1, abs=1e-5)
     best = max(table, key=table.__getitem__)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == str(nifti_study[0])
+    assert printed[0] == nifti_study[0].name
     assert printed[1].split("  ")[1].strip() == best
     path = tmp_path / "prompts.yaml"
     path.write_text("classes: {a: [glioma], b: [no abnormality]}\n")
     assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", path, "--out", out) == 0
-    same = json.loads(out.read_text())[str(nifti_study[0])]
+    same = json.loads(out.read_text())[nifti_study[0].name]
     assert (same["a"], same["b"]) == (table["glioma"], table["no abnormality"])
 
 

@@ -21,7 +21,7 @@ from hlip.data.store import Store
 from hlip.tasks.embed import Options, embed, parts_of
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.encoders import model_digest
-from hlip.tasks.inputs import FileStudies, OneScan, StoreStudies
+from hlip.tasks.inputs import FileStudies, OneScan, StoreStudies, study_names
 from tiny_store import make_store
 
 PATCH = (4, 8, 8)
@@ -154,10 +154,10 @@ def test_bad_studies_are_left_out_and_told(
     out = tmp_path / "e.npz"
     assert run("embed", one_slice, good, text, "--model", model_folder, "--out", out) == 3
     table = Embeddings.read(out)
-    assert table.study.tolist() == [str(good)]
-    assert [uid for uid, _ in table.facts["failed"]] == [str(one_slice), str(text)]
+    assert table.study.tolist() == [good.name]
+    assert [uid for uid, _ in table.facts["failed"]] == ["one_slice", "text"]
     told = capsys.readouterr().err
-    assert f"left out {text}: " in told
+    assert "left out text: " in told
     assert "a.nii.gz: not a readable NIfTI file" in told
     assert "1 slices, expected at least 5" in table.facts["failed"][0][1]
     assert run("embed", one_slice, text, "--model", model_folder, "--out", tmp_path / "none.npz") == 2
@@ -303,3 +303,9 @@ def test_a_study_of_one_slice_of_patches(tiny_model: hlip.HLIPModel, tmp_path: P
     with torch.no_grad():
         alone = tiny_model.encode_image(hlip.pack([random_study([(4, 16, 16)], 0)], PATCH))
     np.testing.assert_allclose(table.embedding[:1], alone.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_studies_are_those_of_their_folders() -> None:
+    assert study_names([Path("a/one"), Path("/b/two/")]) == ["one", "two"]
+    assert study_names([[Path("a/t2.nii"), Path("a/t1.nii")]]) == ["t1.nii"]
+    assert study_names([Path("a/one"), Path("b/one")]) == ["a/one", "b/one"]

@@ -30,7 +30,7 @@ classes:
   lesion: {positive: [lesion, mass], negative: no lesion}
   blood: {positive: blood, negative: no blood}
   rare: {positive: rare, negative: not rare}
-metrics: [auc, balanced_accuracy, weighted_f1, precision, recall]
+metrics: [auc, balanced_accuracy, accuracy, weighted_f1, precision, recall]
 columns: {lesion: LESION}
 published: {source: somewhere, columns: [macro_auc, recall], rows: {other: [70.0, null]}}
 """
@@ -110,6 +110,15 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores_of(classes, embedding, Axes(["p", "q"])), logits / logits.sum(1, keepdims=True))
     with pytest.raises(ValueError, match="the embeddings have 2 numbers, the model's text tower gives 3"):
         evaluate(classes, table_of(embedding), {"u0": np.eye(2)[0]}, Axes(["p", "q", "r"]), allow_unmatched=True)
+
+
+def test_a_study_that_could_not_be_read_stops_nothing(tmp_path: Path) -> None:
+    table = table_of(np.eye(2))
+    table.facts["failed"] = [["lost", "damaged"]]
+    labels = {"u0": np.array([1, 0]), "u1": np.array([0, 1]), "lost": np.array([1, 0])}
+    classes = task_of(tmp_path, "classes: {x: p, y: q}\nmetrics: auc")
+    found = evaluate(classes, table, labels, Axes(["p", "q"]))
+    assert found.metrics["macro_auc"] == 1 and "1 studies that could not be read: lost" in found.notes[0]
 
 
 def test_scores_are_those_of_hlip_zeroshot(store: Store, tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
@@ -192,9 +201,9 @@ def test_the_command_on_a_store(
     assert 0 <= low < found["metrics"]["macro_auc"] < high <= 1
     with (out / "table.csv").open() as file:
         header, ours, other = csv.reader(file)
-    assert header == ["", "macro_auc", "balanced_accuracy", "weighted_f1", "precision", "recall"]
+    assert header == ["", "macro_auc", "balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall"]
     assert ours[1] == f"{100 * found['metrics']['macro_auc']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-    assert other == ["other", "70.0", "", "", "", ""]
+    assert other == ["other", "70.0", "", "", "", "", ""]
 
     first = (out / "scores.csv").read_bytes()
     assert run(*args) == 0  # finds its embeddings again

@@ -73,11 +73,11 @@ def test_threshold_by_hand() -> None:
     assert threshold == CUTS[30] == pytest.approx(30 / 99)
     assert at_threshold(labels, scores, threshold) == pytest.approx(
         # 3 true positives, 1 false, 3 true negatives: F1 of positives 6/7, of negatives 6/7
-        {"balanced_accuracy": (1 + 3 / 4) / 2, "weighted_f1": 6 / 7, "precision": 3 / 4, "recall": 1.0}
+        {"balanced_accuracy": (1 + 3 / 4) / 2, "accuracy": 6 / 7, "weighted_f1": 6 / 7, "precision": 3 / 4, "recall": 1}
     )
     nothing = at_threshold(labels, scores, 1.0)
     assert nothing == pytest.approx(
-        {"balanced_accuracy": 0.5, "weighted_f1": 4 / 7 * 8 / 11, "precision": 0, "recall": 0}
+        {"balanced_accuracy": 0.5, "accuracy": 4 / 7, "weighted_f1": 4 / 7 * 8 / 11, "precision": 0, "recall": 0}
     )
 
 
@@ -149,3 +149,15 @@ def test_the_interval_of_an_auc_has_the_width_that_theory_gives() -> None:
     low, high = bootstrap.interval(values) or (0.0, 0.0)
     assert low < auc < high
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+
+
+def test_missing_labels_take_no_part_at_a_threshold() -> None:
+    labels, scores = np.array([1, 0, -1, 0, 1]), np.array([0.9, 0.1, 0.99, 0.7, 0.8])
+    known = labels >= 0
+    assert at_threshold(labels, scores, 0.5) == at_threshold(labels[known], scores[known], 0.5)
+    assert roc_threshold(labels, scores) == roc_threshold(labels[known], scores[known])
+    for call in (lambda s: at_threshold(labels, s, 0.5), lambda s: roc_threshold(labels, s)):
+        with pytest.raises(ValueError, match="not a number"):
+            call(np.where(labels == 0, np.nan, scores))
+    with pytest.raises(ValueError, match="needs positives and negatives"):
+        roc_threshold(np.array([1, -1, 1]), np.ones(3))

@@ -277,6 +277,16 @@ def test_a_folder_of_studies_that_is_taken_for_one_gives_a_warning(
     assert caplog.text.count("taken as one study") == 2
 
 
+def test_folders_of_several_scans_in_one_study_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed in range(4):
+        nifti(tmp_path / f"p{seed % 2}" / f"s{seed}.nii", seed)
+    assert len(find_scans(tmp_path)) == 4
+    assert "taken as one study, with several scans in each of 2 folders" in caplog.text
+    caplog.clear()
+    (tmp_path / "p0" / "s0.nii").unlink()
+    assert len(find_scans(tmp_path)) == 3 and not caplog.text
+
+
 def test_broken_volumes_of_ct_rate_are_left_out(tmp_path: Path) -> None:
     for seed, name in enumerate(["train_1267_a_3", "train_1267_a_4", "train_11755_a_3", "train_11755_a_4"]):
         nifti(tmp_path / f"{name}.nii.gz", seed)

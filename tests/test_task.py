@@ -7,7 +7,7 @@ import yaml
 
 from hlip.tasks.task import FOLDER, list_tasks, load_task
 
-CHEST = ["macro_auc", "balanced_accuracy", "weighted_f1", "precision", "recall"]
+CHEST = ["macro_auc", "balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall"]
 BRAIN = ["stroke_detection", "glioma_detection", "meningioma_detection", "metastasis_detection",
          "tumor_classification", "disease_classification"]  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
     path.write_text("classes: {a: [x, y], b: z}\ntemplates: ['It is {}.', '{}!']\n")
     task = load_task(path)
     assert (task.name, task.kind, task.metrics, task.headline) == (
-        "mine", "multi-class", ("balanced_accuracy",), ["balanced_accuracy"],
+        "mine", "multi-class", ("balanced_accuracy", "auc"), ["balanced_accuracy", "macro_auc"],
     )  # fmt: skip
     assert task.sentences(task.positive) == {"a": ["It is x.", "x!", "It is y.", "y!"], "b": ["It is z.", "z!"]}
     path.write_text("like: rsna\ncolumns: {Any: any, Subdural: null}\n")
@@ -122,3 +122,18 @@ def test_unknown_tasks() -> None:
         load_task("pub-brain5")
     with pytest.raises(ValueError, match=r"none.yaml: not a readable task"):
         load_task("none.yaml")
+
+
+@pytest.mark.parametrize("name", list_tasks())
+def test_released_names_are_of_figures_that_there_are(name: str) -> None:
+    task = load_task(name)
+    known = {*task.headline, *(f"{each}_{metric}" for each in task.classes for metric in task.metrics)}
+    assert task.released and task.released.keys() <= known
+    assert len(set(task.released.values())) == len(task.released)
+
+
+def test_released_names_hold_the_class() -> None:
+    released = load_task("ct-rate").released
+    assert released["Emphysema_auc"] == "auc (ctrate_Emphysema)" and released["accuracy"] == "acc (ctrate)"
+    released = load_task("pub-brain-5").released
+    assert released["tumor_classification_balanced_accuracy"] == "balanced_acc (pubbrain5_tumor)"

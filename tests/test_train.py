@@ -217,7 +217,7 @@ def test_sharded_weights_train_as_whole_ones(demo: Path, tmp_path: Path, bert_fo
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"precision": "bf16", "grad_checkpointing": "true", "balance": "cost", "texts": "sentence", "workers": 1},
-    {"precision": "fp16", "unlocked_layers": 1, "epochs": 1, "max_scans": 1},
+    {"precision": "fp16", "unlocked_layers": 1, "steps": None, "epochs": 1, "max_scans": 1},
 ])  # fmt: skip
 def test_other_settings_train(changes: dict[str, object], demo: Path, tmp_path: Path, bert_folder: str) -> None:
     done = pretrain(command(demo, tmp_path / "run", bert_folder, **changes))

@@ -116,7 +116,8 @@ def _eval(args: argparse.Namespace) -> int:
     rest = (args.allow_unmatched, args.draws, args.seed)
     if isinstance(model, SliceEncoder):
         uids, similarities = table.of_studies()
-        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest)
+        failed = [uid for uid, _ in table.facts.get("failed", ())]
+        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest, failed)
     else:
         found = evaluate(task, table, labels, model, args.templates, *rest)
     facts = {

@@ -17,7 +17,7 @@ from ..tasks.baselines import PREFIX
 from ..tasks.embed import embed
 from ..tasks.processes import processes
 from ..tasks.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
-from ..tasks.texts import embed_texts
+from ..tasks.texts import check_lengths, embed_texts
 from .shared import (
     EMBEDDINGS,
     add_embedding,
@@ -112,6 +112,7 @@ def _retrieve(args: argparse.Namespace) -> int:
     if made is None:
         return 0
     bar = functools.partial(tqdm, disable=None)
+    check_lengths(model, args.query)
     pairs = Pairs.embed(model, store, made, progress=functools.partial(bar, desc="reports", unit="batch"))
     if absent := [uid for uid in args.study if uid not in pairs.uids]:
         raise ValueError(f"--study {absent[0]}: has no embedding")

@@ -21,7 +21,7 @@ from ..tasks.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
 from ..tasks.embed import MAX_TOKENS, Dtype, Options, parts_of
 from ..tasks.embeddings import Embeddings
 from ..tasks.encoders import model_digest
-from ..tasks.inputs import FileStudies, ListedStudies, StoreStudies, Studies
+from ..tasks.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
 from ..tasks.output import write_csv as write_csv
 from ..tasks.output import write_whole as write_whole
 
@@ -198,6 +198,6 @@ def study_paths(files: list[Path]) -> list[Path | list[Path]]:
 
 
 def load_studies(groups: list[Path | list[Path]], model: HLIPModel) -> Iterator[Study]:
-    for paths in tqdm(groups, "reading studies", unit="study", disable=len(groups) == 1 or None):
-        name = paths if isinstance(paths, Path) else min(paths)
-        yield load_study(paths, model.config.preprocess, uid=str(name))
+    names = zip(groups, study_names(groups), strict=True)
+    for paths, name in tqdm(names, "reading studies", len(groups), unit="study", disable=len(groups) == 1 or None):
+        yield load_study(paths, model.config.preprocess, uid=name)

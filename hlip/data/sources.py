@@ -204,6 +204,13 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
     studies = sorted({header.study for header in headers.values() if isinstance(header, Header)})
     if len(studies) > 1:
         raise ValueError(f"{given[0]}: DICOM files of {len(studies)} studies: {', '.join(studies[:3])}")
+    inside = Counter(Path(path).parent for path in names if kind_of(path) is not None and len(given) == 1)
+    if len(inside) > 1 and min(inside.values()) > 1:
+        logger.warning(
+            "%s: taken as one study, with several scans in each of %d folders; if these are studies, give each",
+            given[0],
+            len(inside),
+        )
     scans = _named(_scans(names, headers, "", []))
     if not scans:
         raise ValueError(f"{given[0]}: no scans ({_wanted()}) in this folder")

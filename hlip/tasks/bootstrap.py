@@ -68,6 +68,7 @@ def at_threshold(labels: np.ndarray, scores: np.ndarray, threshold: float, count
     with np.errstate(invalid="ignore", divide="ignore"):
         found = {
             "balanced_accuracy": (tp / p + tn / n) / 2,
+            "accuracy": (tp + tn) / (p + n),
             # The F1 of positives times their number, and that of negatives; 0 where there is neither.
             "weighted_f1": (p * _ratio(2 * tp, p + tp + fp) + n * _ratio(2 * tn, n + tn + fn)) / (p + n),
             "precision": _ratio(tp, tp + fp),

@@ -6,7 +6,7 @@ D draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,7 +71,8 @@ def evaluate(
     if texts.shape[1] != table.shape[1]:
         raise ValueError(f"the embeddings have {table.shape[1]} numbers, the model's text tower gives {texts.shape[1]}")
     scale = float(model.logit_scale.detach().exp())
-    return score(task, uids, table.astype(np.float64) @ texts.T, scale, labels, allow_unmatched, draws, seed)
+    failed = [uid for uid, _ in embeddings.facts.get("failed", ())]
+    return score(task, uids, table.astype(np.float64) @ texts.T, scale, labels, allow_unmatched, draws, seed, failed)
 
 
 def score(
@@ -83,14 +84,19 @@ def score(
     allow_unmatched: bool = False,
     draws: int = bootstrap.DRAWS,
     seed: int = 0,
+    failed: Collection[str] = (),
 ) -> Evaluation:
     """As `evaluate`, from similarities of studies to prompts, however they were had.
 
     Args:
         uids, similarities: (N) and (N, T), of the prompts of `task_prompts`.
         scale: the model's inverse temperature.
+        failed: studies that could not be read, whose labels are left out.
     """
+    labels = {uid: each for uid, each in labels.items() if uid not in set(failed)}
     notes = check_join(uids, labels, allow_unmatched)
+    if failed:
+        notes.append(f"left out {len(failed)} studies that could not be read: {', '.join(sorted(failed)[:SHOWN])}")
     kept = [i for i, uid in enumerate(uids) if uid in labels]
     uids = [uids[i] for i in kept]
     truth = np.stack([labels[uid] for uid in uids])

@@ -114,6 +114,13 @@ class OneScan:
         return hashlib.sha256(f"{self.studies.digest()} {self.seed}".encode()).hexdigest()
 
 
+def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
+    """Of each study its folder's name, or its first file's; as paths if names are not told apart by that."""
+    paths = [group if isinstance(group, Path) else min(group) for group in groups]
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
 class FileStudies:
     """Studies in files.
 
@@ -125,7 +132,7 @@ class FileStudies:
 
     def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe) -> None:
         self.groups, self.recipe = groups, recipe
-        self.uids: Sequence[str] = [str(group if isinstance(group, Path) else min(group)) for group in groups]
+        self.uids: Sequence[str] = study_names(groups)
         self.tokens = np.zeros(len(groups), dtype=np.int64)
 
     def read(self, i: int) -> Study:

@@ -12,7 +12,7 @@ import numpy as np
 from .labels import MISSING
 
 CUTS = np.linspace(0, 1, 100)  # where a threshold on probabilities is looked for
-AT_THRESHOLD = ("balanced_accuracy", "weighted_f1", "precision", "recall")
+AT_THRESHOLD = ("balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall")
 
 
 def need_sklearn() -> None:
@@ -79,9 +79,15 @@ def roc_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
     """Of 100 cut points from 0 to 1, that whose point of the ROC curve is nearest to (0, 1); the lowest of equals.
 
     Args:
-        labels: (n) of 0 and 1, both there.
+        labels: (n) of 0, 1 and -1; 0 and 1 must both be there.
         scores: (n) probabilities; above the cut is positive.
+
+    Raises:
+        ValueError: only one of 0 and 1; a score that is not a number.
     """
+    labels, scores = _known(labels, scores)
+    if len(set(labels.tolist())) < 2:
+        raise ValueError("a threshold needs positives and negatives")
     above = scores[:, None] > CUTS
     missed, alarms = 1 - above[labels == 1].mean(0), above[labels == 0].mean(0)
     return float(CUTS[np.argmin(missed**2 + alarms**2)])
@@ -94,15 +100,27 @@ def at_threshold(labels: np.ndarray, scores: np.ndarray, threshold: float) -> di
     recall and F1 are 0 where nothing is positive.
 
     Args:
-        labels: (n) of 0 and 1.
+        labels: (n) of 0, 1 and -1.
         scores: (n).
-    """
-    from sklearn.metrics import balanced_accuracy_score, f1_score, precision_score, recall_score
 
+    Raises:
+        ValueError: a score that is not a number.
+    """
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, precision_score, recall_score
+
+    labels, scores = _known(labels, scores)
     found = (scores > threshold).astype(int)
     return {
         "balanced_accuracy": float(balanced_accuracy_score(labels, found)),
+        "accuracy": float(accuracy_score(labels, found)),
         "weighted_f1": float(f1_score(labels, found, average="weighted", zero_division=0)),
         "precision": float(precision_score(labels, found, zero_division=0)),
         "recall": float(recall_score(labels, found, zero_division=0)),
     }
+
+
+def _known(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n) that are not missing, and their scores."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    check_scores(labels[:, None], scores[:, None])
+    return labels[labels != MISSING], scores[labels != MISSING]

@@ -31,6 +31,7 @@ from ..data.batch import PackedBatch, Study, pack
 from ..model.clip import HLIPModel
 from ..model.losses import at_least_float32
 from ..model.vit import Block, Stream
+from .texts import check_lengths
 
 Layers = Literal["last", "all"]
 Progress = Callable[[Sequence[int]], Iterable[int]]
@@ -82,8 +83,8 @@ def relevance(
             of image are much alike, and by itself the target's logit also speaks for what they have in common.
 
     Raises:
-        ValueError: a model without a prefix token that makes its embedding, an embedding of another size, or what
-            `pack` refuses.
+        ValueError: a model without a prefix token that makes its embedding, a text that is too long, an embedding of
+            another size, or what `pack` refuses.
     """
     config = model.config.vision
     if layers not in get_args(Layers):
@@ -105,6 +106,8 @@ def relevance(
 @torch.no_grad()
 def _embedding(model: HLIPModel, text: str | Tensor) -> Tensor:
     """(E), of unit length, on the model's device."""
+    if isinstance(text, str):
+        check_lengths(model, [text])
     embedding = model.encode_text([text])[0] if isinstance(text, str) else text.to(model.device)
     if embedding.shape != (model.config.embed_dim,):
         raise ValueError(

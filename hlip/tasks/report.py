@@ -22,7 +22,8 @@ def write_evaluation(found: Evaluation, folder: Path, facts: dict[str, Any]) -> 
     """Write the five files into `folder`.
 
     scores.csv: a row a study: `study`, each class' score, and each class' label as `CLASS_label`, empty if missing.
-    metrics.json: `facts`, metrics by result key (null where labels allow none), their intervals, classes, notes.
+    metrics.json: `facts`, metrics by result key (null where labels allow none), again by the names that the released
+        tools have for them, intervals, classes, notes.
     table.csv, table.md: the task's own figures in percent, beside published ones.
     plot.png: ROC curves, or a confusion matrix.
     """
@@ -49,10 +50,12 @@ def summary(found: Evaluation) -> dict[str, Any]:
         }
         for k, name in enumerate(found.task.classes)
     }
+    metrics = {key: None if math.isnan(value) else value for key, value in found.metrics.items()}
     return {
         "task": found.task.name,
         "studies": len(found.uids),
-        "metrics": {key: None if math.isnan(value) else value for key, value in found.metrics.items()},
+        "metrics": metrics,
+        "released": {name: metrics[key] for key, name in found.task.released.items() if key in metrics},
         "intervals": {key: None if each is None else list(each) for key, each in found.intervals.items()},
         "classes": classes,
         "notes": found.notes,

@@ -13,6 +13,7 @@
     metrics                  auc, and of pairs balanced_accuracy, weighted_f1, precision, recall; of multi-class
                              auc and balanced_accuracy
     subtasks                 name: classes, of multi-class: only their studies, and softmax over them alone
+    released                 result key: the same figure's name in the released tools' output; {} for each class
     published                source, columns (result keys), and rows: name: percentages
     like                     the name of a task that comes with the package, whose fields are taken where this has none
 """
@@ -57,6 +58,7 @@ class Task:
     templates: by name, by group.
     columns: of each class.
     subtasks: name to classes; of multi-class only.
+    released: result keys to what the released tools call them.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Task:
     columns: Mapping[str, str]
     metrics: tuple[str, ...]
     subtasks: Mapping[str, tuple[str, ...]]
+    released: Mapping[str, str]
     published: Published
 
     @property
@@ -144,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _build(name: str, content: dict[str, Any]) -> Task:
-    known = {"kind", "classes", "templates", "groups", "columns", "metrics", "subtasks", "published"}
+    known = {"kind", "classes", "templates", "groups", "columns", "metrics", "subtasks", "released", "published"}
     if unknown := sorted(str(key) for key in content.keys() - known):
         raise ValueError(f"unknown fields {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     kind = content.get("kind", "multi-class")
@@ -167,7 +170,7 @@ def _build(name: str, content: dict[str, Any]) -> Task:
         positive = {each: _texts(words, f"classes: {each}") for each, words in classes.items()}
         negative = {}
     groups = {each: str(group) for each, group in _within(content.get("groups", {}), given, "groups").items()}
-    metrics = _texts(content.get("metrics", list(METRICS[kind][:1])), "metrics")
+    metrics = _texts(content.get("metrics", list(METRICS[kind])), "metrics")
     if wrong := [metric for metric in metrics if metric not in METRICS[kind]]:
         raise ValueError(f"metrics: {wrong[0]!r} is none of kind {kind}: there are {', '.join(METRICS[kind])}")
     return Task(
@@ -180,6 +183,7 @@ def _build(name: str, content: dict[str, Any]) -> Task:
         {each: columns[each] for each in classes},
         metrics,
         _subtasks(content.get("subtasks", {}), classes, kind),
+        _released(content.get("released"), list(classes)),
         _published(content.get("published")),
     )
 
@@ -208,6 +212,16 @@ def _subtasks(value: Any, classes: Mapping[str, Any], kind: Kind) -> dict[str, t
     for name, members in found.items():
         if len(members) < 2 or len(set(members)) < len(members) or not classes.keys() >= set(members):
             raise ValueError(f"subtasks: {name}: expected at least two of the classes, got {list(members)}")
+    return found
+
+
+def _released(value: Any, classes: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, name in _mapping(value, "released").items() if value else ():
+        if not isinstance(name, str) or ("{}" in key) != ("{}" in name):
+            raise ValueError(f"released: {key}: expected a name, with {{}} where the key has it, got {name!r}")
+        each = classes if "{}" in key else [""]
+        found |= {key.replace("{}", k): name.replace("{}", k) for k in each}
     return found
 
 
