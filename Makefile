@@ -1,7 +1,7 @@
 # make demo   the main job: data, pre-training on two processes, zero-shot evaluation (about 6 minutes on 2 cores)
 # make test   lint, types, tests
 # make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
-# make bench  the quick benchmarks (about 15 minutes on 2 cores), into bench/results/ and docs/benchmarks.md
+# make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
 # All make their own virtual environment in .venv from PYTHON (3.10 or newer).
 PYTHON ?= python3
 VENV ?= .venv

@@ -237,9 +237,10 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str,
     memory: dict[Kind, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     for kind in tqdm(kinds, f"{case.name}: building", unit="model", disable=None):
+        if kind in lost:
+            rows.append({**kind._asdict(), "reason": "out of memory at a smaller size", **facts})
+            continue
         try:
-            if kind in lost:
-                raise NotImplementedError("out of memory at a smaller size")
             if "training" in args.modes and args.memory:
                 memory[kind] = in_a_fresh_process(kind, case, setting, args.threads, args.limit_gb)
             jobs[kind] = build(kind, case, setting)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from tqdm import tqdm
 from ..data.batch import Study
 from ..data.studies import load_study_on_grids
 from ..data.volume import Volume
+from ..model.checkpoint import replace_folder
 from ..model.clip import HLIPModel
 from ..tasks.embed import embed_studies
 from ..tasks.maps import as_arrays, montage, order_of, page, write_overlays
@@ -105,7 +103,7 @@ def _interpret(args: argparse.Namespace) -> None:
         ((_, image),) = embed_studies(model, [study])
         row = class_probabilities(model, image[None].to(texts), texts)[0].tolist()
         probabilities = dict(zip(names, row, strict=True))
-    _write(args.out, lambda folder: _fill(folder, args, model, study, found, grids, probabilities))
+    replace_folder(args.out, lambda folder: _fill(folder, args, model, study, found, grids, probabilities))
     width = max(map(len, found.names))
     print(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
     for name, p in sorted(probabilities.items(), key=lambda item: -item[1]):
@@ -199,20 +197,3 @@ def _check_out(folder: Path) -> None:
     strange = [each.name for each in folder.iterdir() if each.name not in OWN] if folder.exists() else []
     if strange:
         raise ValueError(f"--out {folder}: holds something else ({min(strange)}); choose a new folder")
-
-
-def _write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Replace `folder` by what `fill` writes, whole or not at all."""
-    folder = folder.resolve()  # of a link, what it points to
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    partial.mkdir(parents=True)
-    try:
-        fill(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)

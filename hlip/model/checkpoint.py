@@ -207,6 +207,11 @@ def _write(folder: Path, fill: Callable[[Path], Any], is_older: Callable[[Path],
     """Replace `folder` by what `fill` writes, whole or not at all, if it is new, empty, or `is_older` says so."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_older(folder))):
         raise ValueError(f"{folder} exists and is not a saved model: choose a new folder, or remove it")
+    replace_folder(folder, fill)
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
+    """Replace `folder` by what `fill` writes, whole or not at all."""
     folder = folder.resolve()  # of a link, what it points to
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
