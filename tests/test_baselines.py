@@ -21,7 +21,7 @@ import rank_job
 from conftest import random_study
 from hlip import cli
 from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
-from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, lesion_slices, read_slices, rescaled_slices
+from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, read_slices
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot_classifier
 from open_clip_beside import open_clip_imported
@@ -259,9 +259,12 @@ def test_evaluation_of_a_2d_model(folders: dict[str, Path], store: Store, tmp_pa
         np.testing.assert_allclose(row, expected.numpy(), rtol=1e-3)
     for name, column, labels in (("lesion", 0, [0, 1] * 3), ("blood", 1, [1, 1, 0, 0, 0, 0])):
         assert found["metrics"][f"{name}_auc"] == pytest.approx(roc_auc_score(labels, scores[:, column]))
-    # Of other slices the similarities that are there are not taken; of the same they are.
+    # The similarities that are there are not taken for those of other slices, nor lost.
     slices.write_text("{}")
     before = (out / "scores.csv").read_bytes()
+    assert run(*args, "--out", out) == 2
+    assert (out / "scores.csv").read_bytes() == before
+    (out / "similarities.npz").unlink()
     assert run(*args, "--out", out) == 0
     assert (out / "scores.csv").read_bytes() != before
     table = Embeddings.read(out / "similarities.npz")
@@ -371,7 +374,7 @@ def test_what_a_2d_model_cannot_do_is_said(
         (["embed", store.path, *two_d, *out, "--slices", lists["wrong"]], "s0, scan t1: has no slice 3"),
         (
             ["embed", store.path, *two_d, *out, "--slices", lists["good"], "--scans"],
-            "--slices does not go with --scans",
+            "--slices does not go with scans embedded by themselves",
         ),
         (["embed", store.path, *two_d, *out, "--slices", lists["good"], "--one_scan", 0], "not go with --one_scan"),
         (["eval", task, "--embeddings", made, "--labels", labels, *two_d, *out], "give --data"),
@@ -415,20 +418,6 @@ def test_the_extra_is_named_where_open_clip_is_missing(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"pip install 'hlip-kernels\[baselines\]'"):
         SliceEncoder.from_pretrained(tmp_path)
-
-
-def test_slices_of_masks() -> None:
-    mask = torch.zeros(6, 4, 4, dtype=torch.bool)
-    mask[2, 1, 1] = mask[5, 0, 3] = True
-    assert lesion_slices(mask) == [2, 5]
-    with pytest.raises(ValueError, match="must be"):
-        lesion_slices(mask[0])
-    assert rescaled_slices([0, 3], 4, 8) == [0, 1, 6, 7]
-    assert rescaled_slices([5], 12, 4) == [1]
-    assert rescaled_slices([0, 1, 2], 3, 3) == [0, 1, 2]
-    assert rescaled_slices([1], 3, 4) == [1, 2]
-    with pytest.raises(ValueError, match="slice 4 is not one of 4"):
-        rescaled_slices([4], 4, 8)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_prompts_missing(nifti_study: list[Path], model_folder: Path, capsys: py
 
 def test_embed_wants_npz(nifti_study: list[Path], model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("embed", *nifti_study, "--model", model_folder, "--out", "x.csv") == 2
-    assert "x.csv: expected a name that ends in .npz" in capsys.readouterr().err
+    assert "x.csv: expected the name of a file that ends in .npz" in capsys.readouterr().err
 
 
 def test_interrupt_leaves_nothing(

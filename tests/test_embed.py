@@ -69,7 +69,7 @@ def test_rows_of_scans_and_heads(store: Store) -> None:
     with torch.no_grad():
         heads = model.encode_image(hlip.pack([store.study(1)], PATCH))[0].numpy()
         scan = model.encode_image(hlip.pack([[store.scan(1, 2)]], PATCH))[0].numpy()
-    table = embed(model, StoreStudies(store, PATCH), Options(scans=True, max_tokens=48))
+    table = embed(model, StoreStudies(store, PATCH), Options(unit="both", max_tokens=48))
     assert table is not None
     count = len(heads)
     assert count == 2
@@ -79,7 +79,7 @@ def test_rows_of_scans_and_heads(store: Store) -> None:
     assert table.head[of_second].tolist() == [0, 1] * 4
     np.testing.assert_allclose(table.embedding[of_second][:2], heads, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(table.embedding[of_second][-2:], scan, rtol=1e-4, atol=1e-5)
-    assert table.of_studies()[0] == store.uids.tolist()
+    assert table.of_studies(0)[0] == store.uids.tolist()
     assert dict.fromkeys(table.study.tolist()) == dict.fromkeys(store.uids.tolist())
 
 
@@ -117,7 +117,7 @@ def test_one_scan_of_each_study(store: Store, tiny_model: hlip.HLIPModel) -> Non
             alone = tiny_model.encode_image(hlip.pack([[store.scan(i, places[3][i])]], PATCH))[0]
         np.testing.assert_allclose(embedding, alone.numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="not both"):
-        Options(scans=True, one_scan=0)
+        Options(unit="both", one_scan=0)
 
 
 def test_the_scan_that_is_shown_depends_on_its_study_alone(
@@ -229,9 +229,9 @@ def test_parts_of_another_job_or_run_are_refused(
     monkeypatch.undo()
     parts = parts_of(out)
     assert sorted(path.name for path in parts.glob("*.npz")) == ["000000.npz", "000001.npz"]
-    with pytest.raises(ValueError, match=r"e.npz.parts holds parts of another job \(max_tokens differ\)"):
+    with pytest.raises(ValueError, match=r"e.npz.parts holds parts of another job \(max_tokens differs\)"):
         embed(tiny_model, studies, Options(max_tokens=40), out)
-    with pytest.raises(ValueError, match=r"another job \(model differ\)"):
+    with pytest.raises(ValueError, match=r"another job \(model differs\)"):
         embed(hlip.HLIPModel(tiny_model.config).eval(), studies, Options(max_tokens=32), out)
     with (parts / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

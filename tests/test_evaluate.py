@@ -134,7 +134,7 @@ def test_scores_are_those_of_hlip_zeroshot(store: Store, tiny_model: hlip.HLIPMo
 def test_multi_class_by_hand(tmp_path: Path) -> None:
     task = task_of(
         tmp_path,
-        "classes: {n: p, s: q, g: r}\nmetrics: [balanced_accuracy, auc]\nsubtasks: {stroke: [n, s], all: [n, s, g]}\n",
+        "classes: {n: p, s: q, g: r}\nsubtasks: {stroke: [n, s], all: [n, s, g]}\n",
     )
     embedding = np.array([[3, 1, 0], [1, 2, 3], [0, 3, 1], [4, 1, 0], [0, 1, 2], [0, 0, 1]], dtype=float)
     true = [0, 0, 1, 1, 2, 2, 2]
@@ -143,6 +143,13 @@ def test_multi_class_by_hand(tmp_path: Path) -> None:
     # Likeliest of n and s: n s s n, of which 0 and 2 are right: half of each. Of all three: n g s n g g.
     assert found.metrics["stroke_balanced_accuracy"] == pytest.approx((1 / 2 + 1 / 2) / 2)
     assert found.metrics["all_balanced_accuracy"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+    # F1 of n and s: 2 / (2 + 2) both. Among all, s is found once, which is right, and g three times, of which two are.
+    assert found.metrics["stroke_weighted_f1"] == pytest.approx(1 / 2)
+    assert found.metrics["all_weighted_f1"] == pytest.approx((1 / 2 + 2 / 3 + 4 / 5) / 3)
+    first = 1 / (1 + np.exp(2 * (embedding[:4, 1] - embedding[:4, 0])))  # softmax over two prompts
+    assert found.metrics["stroke_auc"] == pytest.approx(sklearn_metrics.roc_auc_score([1, 1, 0, 0], first))
+    assert found.metrics["all_auc"] == found.metrics["macro_auc"]
+    assert found.intervals["stroke_auc"] is not None and found.intervals["all_weighted_f1"] is not None
     probabilities = np.exp(2 * embedding) / np.exp(2 * embedding).sum(1, keepdims=True)
     aucs = [sklearn_metrics.roc_auc_score(np.array(true[:6]) == k, probabilities[:, k]) for k in range(3)]
     assert [found.metrics[f"{name}_auc"] for name in "nsg"] == pytest.approx(aucs)
@@ -209,6 +216,8 @@ def test_the_command_on_a_store(
     assert run(*args) == 0  # finds its embeddings again
     assert "holds these embeddings already" in capsys.readouterr().err
     assert (out / "scores.csv").read_bytes() == first
+    assert run(*args, "--one_scan", 1) == 2  # what is there would be lost
+    assert "embeddings.npz is of another job (studies, one_scan differ): remove it, or" in capsys.readouterr().err
     again = ["--model", model_folder, "--out", tmp_path / "again", "--draws", 5]
     one = ["--one_scan", 4, "--out", tmp_path / "one", "--draws", 5]
     assert run(*args[:6], *one) == 0
@@ -217,6 +226,57 @@ def test_the_command_on_a_store(
     table = ["--labels", label_table(store, tmp_path / "labels.csv")]
     assert run("eval", pairs, "--embeddings", out / "embeddings.npz", *table, *again) == 0
     assert (tmp_path / "again" / "scores.csv").read_bytes() == first
+
+
+def test_scans_by_themselves(store: Store, model_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    pairs.write_text(f"{PAIRS}unit: scan\n")
+    args = ["--model", model_folder, "--draws", 30, "--workers", 0]
+    assert run("eval", pairs, "--data", store.path, "--out", tmp_path / "out", *args) == 0
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [(uid, name) for i, uid in enumerate(store.uids.tolist()) for name in store.study(i).names]
+    assert [(row["study"], row["scan"]) for row in rows] == names
+    assert len(names) > len(store.uids)
+    labels = dict(zip(store.uids.tolist(), store.labels[1][:, store.labels[0].index("LESION")], strict=True))
+    assert all(float(row["lesion_label"]) == labels[row["study"]] for row in rows)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (found["studies"], found["scans"]) == (40, len(names))
+
+    both = tmp_path / "both.npz"
+    table = ["--labels", label_table(store, tmp_path / "labels.csv")]
+    assert run("embed", store.path, "--model", model_folder, "--out", both, "--scans", "--workers", 0) == 0
+    assert run("eval", pairs, "--embeddings", both, *table, "--out", tmp_path / "again", *args) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["metrics"]["lesion_auc"] == pytest.approx(found["metrics"]["lesion_auc"], abs=0.01)
+
+
+def test_scans_are_drawn_with_their_study(tmp_path: Path) -> None:
+    """Ten studies of one scan, and of three that are the same: the same figure, and the same intervals."""
+    random = np.random.default_rng(0)
+    embedding = random.normal(size=(10, 2))
+    task = task_of(tmp_path, "kind: similarity\nunit: scan\nclasses: {x: p}")
+    labels = {f"u{i}": np.array([i % 2]) for i in range(10)}
+    found = []
+    for n in (1, 3):
+        uids, scans = [f"u{i}" for i in range(10) for _ in range(n)], [f"s{m}" for _ in range(10) for m in range(n)]
+        table = Embeddings(np.array(uids), np.array(scans), np.zeros(10 * n, np.int8), np.repeat(embedding, n, axis=0))
+        found.append(evaluate(task, table, labels, Axes(["p", "q"]), draws=100))
+    assert found[0].metrics == pytest.approx(found[1].metrics)
+    assert found[0].intervals["macro_auc"] == pytest.approx(found[1].intervals["macro_auc"])
+    whole = table_of(embedding)
+    with pytest.raises(ValueError, match=r"task task scores scans by themselves \(hlip embed --scans\): no embeddings"):
+        evaluate(task, whole, labels, Axes(["p", "q"]))
+
+
+def test_two_embeddings_of_a_study(tmp_path: Path) -> None:
+    table = table_of(np.array([[1.0, 0], [0, 1], [0, 1], [1, 0]]))
+    heads = Embeddings(np.repeat(["u0", "u1"], 2), table.scan, np.array([0, 1, 0, 1], np.int8), table.embedding)
+    task = task_of(tmp_path, "kind: similarity\nclasses: {x: p}")
+    labels = {"u0": np.array([1]), "u1": np.array([0])}
+    with pytest.raises(ValueError, match="gives 2 embeddings of a study: choose head 0 or 1"):
+        evaluate(task, heads, labels, Axes(["p", "q"]))
+    for head, auc in enumerate((1, 0)):
+        assert evaluate(task, heads, labels, Axes(["p", "q"]), head=head).metrics["macro_auc"] == auc
 
 
 def label_table(store: Store, path: Path, leave: int = 0, more: str = "") -> Path:
@@ -238,7 +298,11 @@ def test_labels_that_do_not_join_are_listed(
     told = capsys.readouterr().err
     assert "12 studies have no labels: s000, s001, s002, s003, s004, s005, s006, s007, s008, s009, ..." in told
     assert "1 labels have no study: zzz" in told
-    assert not (tmp_path / "out").exists()  # said before anything is embedded
+    listed = tmp_path / "out" / "unmatched.csv"
+    assert list((tmp_path / "out").iterdir()) == [listed]  # said before anything is embedded
+    assert f"all are in {listed}" in told
+    expected = [[f"s{i:03d}", "labels"] for i in range(12)] + [["zzz", "study"]]
+    assert list(csv.reader(listed.open()))[1:] == expected
     assert run(*args, "--labels", labels, "--allow_unmatched") == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["studies"] == 28
     labels.write_text("study,LESION,blood,rare\nx,1,0,0\n")
@@ -277,7 +341,9 @@ def test_bad_input_is_explained(
         evaluate(task, table_of(np.eye(2)), {"u0": np.array([-1]), "u1": np.array([-1])}, Axes(["p", "q"]))
     with pytest.raises(ValueError, match="no embeddings of whole studies of head 0"):
         heads = table_of(np.eye(2))
-        evaluate(task, Embeddings(heads.study, heads.scan, heads.head + 1, heads.embedding), {}, Axes(["p", "q"]))
+        evaluate(
+            task, Embeddings(heads.study, heads.scan, heads.head + 1, heads.embedding), {}, Axes(["p", "q"]), head=0
+        )
 
 
 SLOW_TO_IMPORT = ("transformers.models.bert.modeling_bert", "sklearn.metrics", "matplotlib.figure", "pyarrow")

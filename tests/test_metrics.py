@@ -105,6 +105,7 @@ def test_every_draw_is_what_scikit_learn_finds_on_its_studies() -> None:
     aucs = bootstrap.auc(labels, scores, counts)
     at = bootstrap.at_threshold(labels, scores, 0.5, counts)
     balanced = bootstrap.balanced_accuracy(classes, guesses, 3, counts)
+    weighted = bootstrap.weighted_f1(classes, guesses, 3, counts)
     for d in range(40):
         drawn = np.repeat(np.arange(n), counts[d].astype(int))
         known = drawn[labels[drawn] >= 0]
@@ -113,6 +114,8 @@ def test_every_draw_is_what_scikit_learn_finds_on_its_studies() -> None:
         assert {name: values[d] for name, values in at.items()} == pytest.approx(expected)
         inside = drawn[classes[drawn] >= 0]
         assert balanced[d] == pytest.approx(sklearn_metrics.balanced_accuracy_score(classes[inside], guesses[inside]))
+        f1 = sklearn_metrics.f1_score(classes[inside], guesses[inside], average="weighted", zero_division=0)
+        assert weighted[d] == pytest.approx(f1)
 
 
 def test_draws_without_a_class_have_no_value() -> None:
@@ -121,6 +124,7 @@ def test_draws_without_a_class_have_no_value() -> None:
     assert np.isnan(bootstrap.auc(labels, scores, counts)).tolist() == [True, True, False]
     assert np.isnan(bootstrap.at_threshold(labels, scores, 0.5, counts)["recall"]).tolist() == [True, True, False]
     assert np.isnan(bootstrap.balanced_accuracy(labels, labels, 2, counts)).tolist() == [True, True, False]
+    assert np.isnan(bootstrap.weighted_f1(labels, labels, 2, counts)).tolist() == [True, True, False]
     assert np.isnan(bootstrap.auc(labels * 0 - 1, scores, counts)).all()
     assert bootstrap.interval(np.array([np.nan, np.nan])) is None
     means = bootstrap.mean(np.array([[0.5, 1.0], [np.nan, 0.25], [np.nan, np.nan]]))

@@ -74,7 +74,8 @@ def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
     path.write_text("classes: {a: [x, y], b: z}\ntemplates: ['It is {}.', '{}!']\n")
     task = load_task(path)
     assert (task.name, task.kind, task.metrics, task.headline) == (
-        "mine", "multi-class", ("balanced_accuracy", "auc"), ["balanced_accuracy", "macro_auc"],
+        "mine", "multi-class", ("balanced_accuracy", "auc", "weighted_f1"),
+        ["balanced_accuracy", "macro_auc", "weighted_f1"],
     )  # fmt: skip
     assert task.sentences(task.positive) == {"a": ["It is x.", "x!", "It is y.", "y!"], "b": ["It is z.", "z!"]}
     path.write_text("like: rsna\ncolumns: {Any: any, Subdural: null}\n")
@@ -127,7 +128,8 @@ def test_unknown_tasks() -> None:
 @pytest.mark.parametrize("name", list_tasks())
 def test_released_names_are_of_figures_that_there_are(name: str) -> None:
     task = load_task(name)
-    known = {*task.headline, *(f"{each}_{metric}" for each in task.classes for metric in task.metrics)}
+    parts = [*task.classes, *task.subtasks]
+    known = {*task.headline, *(f"{part}_{metric}" for part in parts for metric in task.metrics)}
     assert task.released and task.released.keys() <= known
     assert len(set(task.released.values())) == len(task.released)
 

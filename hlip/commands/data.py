@@ -111,8 +111,18 @@ def add(commands: Any) -> None:
     stats = actions.add_parser("stats", help="count and plot scans per study, slices per scan, planes")
     stats.add_argument("--out", type=Path, metavar="FILE.png", help="picture; FILE.json is written beside it")
     stats.set_defaults(run=_stats)
+    slices = actions.add_parser(
+        "slices",
+        help="list the slices that show a lesion, for 2D models that are to see only these",
+        description="List the slices that show a lesion, for --slices of other commands. MASKS holds "
+        "STUDY/SCAN.nii.gz, named as in the store, on the voxels of the scan's own file.",
+    )
+    slices.add_argument("masks", type=Path, metavar="MASKS")
+    slices.add_argument("--out", required=True, type=Path, metavar="JSON")
+    slices.set_defaults(run=_slices)
     for action in (info, verify, split, stats):
         action.add_argument("store", type=Path, metavar="STORE")
+    slices.add_argument("--store", required=True, type=Path, metavar="STORE")
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -240,6 +250,19 @@ def _stats(args: argparse.Namespace) -> None:
         plot_stats(found, args.out)
         args.out.with_suffix(".json").write_text(text, encoding="utf-8")
     print(text, end="")
+
+
+def _slices(args: argparse.Namespace) -> None:
+    from ..data.masks import read_masks
+    from ..data.store import Store
+    from .shared import write_whole
+
+    found = read_masks(Store(args.store), args.masks, _bar("mask"))
+    if none := [uid for uid, scans in found.items() if not any(scans.values())]:
+        raise ValueError(f"{args.masks}: study {none[0]}: its masks are 0 everywhere; remove those of normal studies")
+    write_whole(args.out, lambda file: file.write(f"{json.dumps(found, indent=1)}\n".encode()))
+    shown = sum(len(rows) for scans in found.values() for rows in scans.values())
+    print(f"{args.out}: {shown} slices of {sum(map(len, found.values()))} scans, {len(found)} studies")
 
 
 def _bar(unit: str) -> Any:

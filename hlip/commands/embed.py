@@ -66,9 +66,9 @@ def add(commands: Any) -> None:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    if args.out.suffix not in SUFFIXES:
-        raise ValueError(f"{args.out}: expected a name that ends in {' or '.join(reversed(SUFFIXES))}")
-    options = embedding_options(args, args.scans)
+    if args.out.suffix not in SUFFIXES or args.out.is_dir():
+        raise ValueError(f"{args.out}: expected the name of a file that ends in {' or '.join(reversed(SUFFIXES))}")
+    options = embedding_options(args, "both" if args.scans else "study")
     with processes() as among, keeping_parts(args.out):
         model = load_encoder(args)
         table = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,33 @@ from ..tasks.baselines import PREFIX, SliceEncoder
 from ..tasks.bootstrap import DRAWS
 from ..tasks.embed import Options, embed, embed_similarities
 from ..tasks.embeddings import Embeddings
-from ..tasks.evaluate import check_join, check_prompts, evaluate, score, store_labels, task_prompts
+from ..tasks.evaluate import (
+    check_join,
+    check_prompts,
+    evaluate,
+    rows_of,
+    score,
+    store_labels,
+    task_prompts,
+    unjoined,
+)
+from ..tasks.inputs import StoreStudies
 from ..tasks.labels import read_labels
 from ..tasks.metrics import need_sklearn
 from ..tasks.output import new_figure
 from ..tasks.processes import Processes, processes
-from ..tasks.report import MARKDOWN, METRICS, PLOT, SCORES, TABLE, aligned, class_rows, table_rows, write_evaluation
+from ..tasks.report import (
+    MARKDOWN,
+    METRICS,
+    PLOT,
+    SCORES,
+    TABLE,
+    aligned,
+    class_rows,
+    sizes,
+    table_rows,
+    write_evaluation,
+)
 from ..tasks.task import Task, list_tasks, load_task
 from .shared import (
     EMBEDDINGS,
@@ -32,9 +53,11 @@ from .shared import (
     open_studies,
     read_embeddings,
     report_failed,
+    write_csv,
 )
 
 SIMILARITIES = "similarities.npz"
+UNMATCHED = "unmatched.csv"
 DESCRIPTION = """\
 Embed studies, compare them with a task's prompts, and compare what comes out with labels. Whatever ends the job, the
 same command goes on where it stopped."""
@@ -47,6 +70,7 @@ writes into FOLDER:
   {PLOT:17}  ROC curves, or the confusion matrix
   {EMBEDDINGS:17}  of the studies, which another task can read (--embeddings); of a 2D model instead
   {SIMILARITIES:17}  each study's similarities to the prompts
+  {UNMATCHED:17}  studies without labels and labels without a study, if there are any
 
 A task of your own is a YAML file:
   kind: multi-class                      # or pairs, or similarity
@@ -89,6 +113,9 @@ def add(commands: Any) -> None:
         "--draws", type=int, default=DRAWS, metavar="N", help="of studies, for intervals (default: %(default)s)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    command.add_argument(
+        "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
+    )
     add_model(command, of_slices=True)
     add_embedding(command)
     command.set_defaults(run=_eval)
@@ -105,7 +132,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise ValueError("--embeddings: a 2D model is scored by its slices; give --data")
     if args.embeddings is not None and args.one_scan is not None:
         raise ValueError("--one_scan: give it to hlip embed, or --data in place of --embeddings")
-    options = embedding_options(args)
+    options = embedding_options(args, task.unit)
     labels = _labels(args, task)
     with processes() as among:
         model = load_encoder(args)
@@ -115,11 +142,11 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     rest = (args.allow_unmatched, args.draws, args.seed)
     if isinstance(model, SliceEncoder):
-        uids, similarities = table.of_studies()
+        uids, scans, similarities = rows_of(task, table)
         failed = [uid for uid, _ in table.facts.get("failed", ())]
-        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest, failed)
+        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest, failed, scans)
     else:
-        found = evaluate(task, table, labels, model, args.templates, *rest)
+        found = evaluate(task, table, labels, model, args.templates, *rest, args.head)
     facts = {
         "model": args.model,
         "data": str(args.data or args.embeddings),
@@ -132,7 +159,7 @@ def _eval(args: argparse.Namespace) -> int:
         "left_out": table.facts.get("failed", []),
     }
     write_evaluation(found, args.out, facts)
-    print(f"{task.name}: {len(found.uids)} studies; percent, with 95% intervals")
+    print(f"{task.name}: {sizes(found)}; percent, with 95% intervals")
     print(aligned([list(column) for column in zip(*table_rows(found), strict=True)]))
     if len(rows := class_rows(found)) > 1 and len(rows[0]) > 3:
         print(f"\n{aligned(rows)}")
@@ -154,8 +181,22 @@ def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
     else:
         raise ValueError(f"--labels is needed: {args.data or args.embeddings} is no store, which could have labels")
     if store is not None:
-        check_join(store.uids.tolist(), labels, args.allow_unmatched)
+        _check_join(args, store.uids.tolist(), labels)
     return labels
+
+
+def _check_join(args: argparse.Namespace, uids: Sequence[str], labels: Mapping[str, np.ndarray]) -> None:
+    """As `check_join`, and leave the whole list in a file, as messages name only some."""
+    path = args.out / UNMATCHED
+    lacking, unused = unjoined(uids, labels)
+    if not lacking and not unused:
+        path.unlink(missing_ok=True)
+        return
+    write_csv(path, [["study", "has no"], *((uid, "labels") for uid in lacking), *((uid, "study") for uid in unused)])
+    try:
+        check_join(uids, labels, args.allow_unmatched)
+    except ValueError as error:
+        raise ValueError(f"{error}; all are in {path}") from error
 
 
 def _embeddings(
@@ -168,9 +209,14 @@ def _embeddings(
 ) -> Embeddings | None:
     """Of the studies; of a 2D model their similarities to the task's prompts. None on all processes but the first."""
     if args.embeddings is not None:
-        return read_embeddings(args.embeddings, model) if among.first else None
+        if not among.first:
+            return None
+        table = read_embeddings(args.embeddings, model)
+        _check_join(args, [*table.study.tolist(), *(uid for uid, _ in table.facts.get("failed", ()))], labels)
+        return table
     studies = open_studies([args.data], model)
-    check_join(studies.uids, labels, args.allow_unmatched)
+    if not isinstance(studies, StoreStudies):  # of a store it was said before the model was read
+        _check_join(args, [*studies.uids, *(uid for uid, _ in studies.lost)], labels)
     out = args.out / (SIMILARITIES if isinstance(model, SliceEncoder) else EMBEDDINGS)
     with keeping_parts(out):
         if isinstance(model, SliceEncoder):

@@ -84,7 +84,9 @@ def add(commands: Any) -> None:
         metavar="N",
         help="leave out classes with fewer positives or negatives in any part (default: 5)",
     )
-    probe.add_argument("--head", type=int, default=0, help="which of the model's embeddings (default: 0)")
+    probe.add_argument(
+        "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
+    )
     probe.add_argument("--c", nargs="+", type=float, metavar="C", help="inverse penalties to choose from")
     probe.add_argument("--as_is", action="store_true", help="do not standardise the embeddings")
     probe.add_argument(

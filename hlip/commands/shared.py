@@ -18,7 +18,7 @@ from ..data.store import Store
 from ..data.studies import load_study
 from ..model.clip import HLIPModel
 from ..tasks.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
-from ..tasks.embed import MAX_TOKENS, Dtype, Options, parts_of
+from ..tasks.embed import MAX_TOKENS, Dtype, Options, Unit, parts_of
 from ..tasks.embeddings import Embeddings
 from ..tasks.encoders import model_digest
 from ..tasks.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
@@ -130,7 +130,7 @@ def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Stud
     return FileStudies(study_paths(list(paths)), model.config.preprocess)
 
 
-def embedding_options(args: argparse.Namespace, scans: bool = False) -> Options:
+def embedding_options(args: argparse.Namespace, unit: Unit = "study") -> Options:
     """Of the arguments of `add_embedding`.
 
     Raises:
@@ -138,11 +138,13 @@ def embedding_options(args: argparse.Namespace, scans: bool = False) -> Options:
     """
     if args.workers < 0:
         raise ValueError(f"--workers: expected 0 or more, got {args.workers}")
-    if args.slices and (scans or args.one_scan is not None):
-        raise ValueError(f"--slices does not go with {'--scans' if scans else '--one_scan'}: it says what to see")
-    if scans and args.one_scan is not None:
+    if args.slices and args.one_scan is not None:
+        raise ValueError("--slices does not go with --one_scan: it says what to see")
+    if args.slices and unit != "study":
+        raise ValueError("--slices does not go with scans embedded by themselves: it says what to see of a study")
+    if unit == "both" and args.one_scan is not None:
         raise ValueError("--scans embeds every scan, --one_scan sees only one: give one of them")
-    return Options(scans, args.max_tokens, args.dtype, args.one_scan)
+    return Options(unit, args.max_tokens, args.dtype, args.one_scan)
 
 
 @contextlib.contextmanager

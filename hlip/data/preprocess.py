@@ -139,7 +139,7 @@ class Recipe:
             raise ScanError(
                 volume.path, f"{len(array)} slices, expected at least {self.rules.min_slices}", "few_slices"
             )
-        axes = self._axes(array.shape, spacing, volume.prepared)
+        axes = self.axes(array.shape, spacing, volume.prepared)
         side = max(max(axis.length + axis.black, axis.resized) for axis in axes[1:])
         if side > self.rules.max_side:
             reason = f"slices of {side} voxels a side before they are cut, expected at most {self.rules.max_side}"
@@ -168,12 +168,12 @@ class Recipe:
         """
         result = np.zeros(volume.array.shape, dtype=np.float32)
         array, spacing, _ = through_plane_first(replace(volume, array=result), axial=self.spacing is not None)
-        axes = self._axes(array.shape, spacing, volume.prepared)
+        axes = self.axes(array.shape, spacing, volume.prepared)
         depth, rows, columns = (axis.back(n) for axis, n in zip(axes, values.shape, strict=True))
         array[:] = np.einsum("id,dhw,jh,kw->ijk", depth, values.astype(np.float32), rows, columns, optimize=True)
         return result  # `array` is a view of it
 
-    def _axes(self, shape: tuple[int, ...], spacing: tuple[float, ...], prepared: bool) -> list[Axis]:
+    def axes(self, shape: tuple[int, ...], spacing: tuple[float, ...], prepared: bool) -> list[Axis]:
         """What becomes of each axis, D, H and W."""
         if prepared and (self.spacing or shape == self.shape):
             kept = self.shape or shape
@@ -245,6 +245,14 @@ class Axis:
         """Voxels before and after that are put around (cut off, if negative) after the resize."""
         before = -((self.resized - self.kept) // 2) if self.resized >= self.kept else (self.kept - self.resized) // 2
         return before, self.kept - self.resized - before
+
+    def forward(self, voxels: np.ndarray) -> list[int]:
+        """Where voxels of the source come to lie, wholly or in part: increasing; without what is cut off."""
+        scale = self.resized / (self.length + self.black)
+        first = (voxels + self.black // 2) * scale + self.margins[0]
+        rows = np.arange(self.kept)
+        # Half a millionth is no part of a voxel but rounding.
+        return rows[((first < rows[:, None] + 1 - 5e-7) & (first + scale > rows[:, None] + 5e-7)).any(1)].tolist()
 
     def back(self, parts: int) -> np.ndarray:
         """(length, parts) float32: what each voxel of the source takes of each of so many equal parts of the result,

@@ -10,7 +10,6 @@ Shapes: S slices of a study, K texts, E embedding.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -252,28 +251,6 @@ def _refuse_code(path: Path, name: str) -> None:
         raise ValueError(f"{name}: {CONFIG} is not readable ({error})") from error
     if "trust_remote_code" in text or "\\u" in text:  # an escaped letter could hide it
         raise ValueError(f"{name}: {CONFIG} asks for code to be run (trust_remote_code)")
-
-
-def lesion_slices(mask: Tensor) -> list[int]:
-    """The slices that a lesion shows in: (D, H, W) mask on the grid of a prepared scan to increasing indices."""
-    if mask.dim() != 3:
-        raise ValueError(f"a mask must be (D, H, W), got {tuple(mask.shape)}")
-    return torch.nonzero(mask.flatten(1).any(1))[:, 0].tolist()
-
-
-def rescaled_slices(slices: Sequence[int], source: int, prepared: int) -> list[int]:
-    """Where slices of a source fall in a scan whose depth was resampled as a whole, without crop: increasing indices.
-
-    Args:
-        slices: of `source` ones, ordered as the prepared scan's.
-    """
-    if bad := [index for index in slices if not 0 <= index < source]:
-        raise ValueError(f"slice {bad[0]} is not one of {source}")
-    found: set[int] = set()
-    for index in slices:
-        first = math.floor(index * prepared / source)
-        found.update(range(first, max(first + 1, math.ceil((index + 1) * prepared / source))))
-    return sorted(found)
 
 
 def read_slices(path: Path | str) -> dict[str, dict[str, list[int]]]:

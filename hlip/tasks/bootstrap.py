@@ -98,6 +98,24 @@ def balanced_accuracy(true: np.ndarray, found: np.ndarray, classes: int, counts:
     return np.mean(recalls, axis=0)
 
 
+def weighted_f1(true: np.ndarray, found: np.ndarray, classes: int, counts: np.ndarray) -> np.ndarray:
+    """The mean F1 of the classes, weighted by their studies, in each draw: (D).
+
+    Not-a-number where a class is not drawn.
+
+    Args:
+        as `balanced_accuracy`.
+    """
+    known = true >= 0
+    total = np.zeros(len(counts))
+    for k in range(classes):
+        size = counts[:, true == k].sum(1)
+        hits = counts[:, (true == k) & (found == k)].sum(1)
+        total += np.where(size > 0, size * _ratio(2 * hits, size + counts[:, known & (found == k)].sum(1)), np.nan)
+    with np.errstate(invalid="ignore"):
+        return total / counts[:, known].sum(1)
+
+
 def mean(values: np.ndarray) -> np.ndarray:
     """The mean over the classes that have a value in a draw: (D, K) to (D); not-a-number where none has."""
     known = ~np.isnan(values)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ MAX_TOKENS = 8192
 PARTS = 256  # that a job is cut into if it is large enough; what is lost when it is broken off, and how ranks share it
 LARGEST_PART = 32  # batches
 Dtype = Literal["auto", "fp32", "bf16"]
+Unit = Literal["study", "scan", "both"]
 Rows = list[tuple[str, str]]  # of a batch: uid, and the scan's name; empty if it is the whole study
 
 
@@ -66,19 +67,21 @@ def embed_studies(
 class Options:
     """What embeddings depend on beside model and studies.
 
-    scans: every scan is embedded as a study of its own, too.
+    unit: what an embedding is of: a whole study, a scan as if it were a study of its own, or both.
     max_tokens: of a batch, if it is not one study. Which studies share a batch changes the last bits.
     dtype: of products of matrices; "auto" is bf16 on GPUs and fp32 on CPUs.
     one_scan: of each study only one scan is seen, drawn with this seed; None for all. See `inputs.OneScan`.
     """
 
-    scans: bool = False
+    unit: Unit = "study"
     max_tokens: int = MAX_TOKENS
     dtype: Dtype = "auto"
     one_scan: int | None = None
 
     def __post_init__(self) -> None:
-        if self.scans and self.one_scan is not None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if self.unit == "both" and self.one_scan is not None:
             raise ValueError("one scan of each study, or every scan: not both")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {self.max_tokens}")
@@ -112,7 +115,7 @@ def embed(
         The embeddings on the first process, None on the others.
 
     Raises:
-        ValueError: no study could be embedded; or there are parts of another job.
+        ValueError: no study could be embedded; or `out` or its parts are there already, and of another job.
     """
     return _encode_all(Embedder.of(model), studies, options, out, workers, among)
 
@@ -177,10 +180,22 @@ def parts_of(out: Path) -> Path:
 
 
 def _holds(out: Path, job: dict[str, Any]) -> bool:
-    try:
-        return out.exists() and Embeddings.read(out).facts.get("job") == job
-    except ValueError:
+    """Whether a file is what the job would write.
+
+    Raises:
+        ValueError: it is something else, which is not to be lost.
+    """
+    if not out.exists():
         return False
+    known = Embeddings.read(out).facts.get("job")
+    if known != job:
+        raise ValueError(f"{out} is of another job ({_differ(known, job)}): remove it, or choose another name")
+    return True
+
+
+def _differ(known: Any, job: dict[str, Any]) -> str:
+    names = [key for key in job if not isinstance(known, dict) or known.get(key) != job[key]]
+    return f"{', '.join(names)} {'differs' if len(names) == 1 else 'differ'}"
 
 
 def job_of(model: Embedder, studies: Studies, options: Options) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def job_of(model: Embedder, studies: Studies, options: Options) -> dict[str, Any
 
 def _tokens(studies: Studies, i: int, options: Options) -> int:
     """What study `i` takes of a batch: all of it, if its size is not known."""
-    return int(studies.tokens[i]) * (2 if options.scans else 1) or options.max_tokens
+    return int(studies.tokens[i]) * (2 if options.unit == "both" else 1) or options.max_tokens
 
 
 @dataclass
@@ -232,9 +247,10 @@ class _Batches(Dataset):
             except Exception as error:  # damaged files can raise anything
                 loaded.failed.append((self.studies.uids[i], " ".join(str(error).split()) or type(error).__name__))
                 continue
-            views.append(study)
-            names.append("")
-            if self.options.scans:
+            if self.options.unit != "scan":
+                views.append(study)
+                names.append("")
+            if self.options.unit != "study":
                 of_scans = study.names or [str(m) for m in range(len(study.scans))]
                 views += [Study(study.uid, [scan], [name]) for scan, name in zip(study.scans, of_scans, strict=True)]
                 names += of_scans
@@ -424,8 +440,7 @@ def _check_job(path: Path, job: dict[str, Any]) -> None:
     except ValueError:
         known = None
     if known != job:
-        differ = [key for key in job if not isinstance(known, dict) or known.get(key) != job[key]]
         raise ValueError(
-            f"{path.parent} holds parts of another job ({', '.join(differ)} differ): go on with that, remove the "
-            "folder, or choose another name to write to"
+            f"{path.parent} holds parts of another job ({_differ(known, job)}): go on with that, remove the folder, or "
+            "choose another name to write to"
         )

@@ -45,19 +45,42 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.study)
 
-    def of_studies(self, head: int = 0) -> tuple[list[str], np.ndarray]:
+    def of_studies(self, head: int | None = None) -> tuple[list[str], np.ndarray]:
         """Uids and (B, E) embeddings of whole studies.
+
+        Args:
+            head: which of the model's embeddings; None if there is only one.
 
         Raises:
             ValueError: no such rows, or a study has several.
         """
-        rows = (self.scan == "") & (self.head == head)
+        rows = self._rows(self.scan == "", "whole studies", head)
         uids = self.study[rows].tolist()
-        if not uids:
-            raise ValueError(f"no embeddings of whole studies of head {head} (there are {len(self)} rows)")
         if len(set(uids)) < len(uids):
             raise ValueError(f"study {max(uids, key=uids.count)} has several embeddings")
         return uids, self.embedding[rows]
+
+    def of_scans(self, head: int | None = None) -> tuple[list[str], list[str], np.ndarray]:
+        """As `of_studies`, of every scan by itself: uids, the scans' names, and embeddings.
+
+        Raises:
+            ValueError: as `of_studies`.
+        """
+        rows = self._rows(self.scan != "", "single scans", head)
+        return self.study[rows].tolist(), self.scan[rows].tolist(), self.embedding[rows]
+
+    def _rows(self, kind: np.ndarray, what: str, head: int | None) -> np.ndarray:
+        heads = np.unique(self.head[kind]).tolist()
+        if head is None and len(heads) > 1:
+            raise ValueError(
+                f"the model gives {len(heads)} embeddings of a study: choose head {' or '.join(map(str, heads))} (0 is "
+                "for zero-shot classification)"
+            )
+        rows = kind if head is None else kind & (self.head == head)
+        if not rows.any():
+            of_head = "" if head is None else f" of head {head}"
+            raise ValueError(f"no embeddings of {what}{of_head} (there are {len(self)} rows)")
+        return rows
 
     def write(self, file: IO[bytes], suffix: str) -> None:
         """Write as `.parquet` or `.npz`, with the facts as JSON."""

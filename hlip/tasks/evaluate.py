@@ -1,13 +1,14 @@
 """Zero-shot evaluation: a task's scores from embeddings and prompts, and its figures with intervals.
 
-Shapes: N studies, K classes, T prompts (those of the classes; of a task of pairs then the negative ones), E embedding,
-D draws.
+Shapes: N studies, or scans where these are scored; K classes, T prompts (those of the classes; of a task of pairs then
+the negative ones), E embedding, D draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Evaluation:
     """What a task found.
 
     uids: (N).
+    scans: (N) names of scans, where each is scored by itself; none if the task scores whole studies.
     labels: (N, K) of 0, 1 and -1.
     scores: (N, K) - probabilities; of kind "similarity" the cosine to the prompt.
     metrics: result keys to values; not-a-number where labels allow none.
@@ -42,6 +44,7 @@ class Evaluation:
     intervals: dict[str, tuple[float, float] | None]
     thresholds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    scans: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -53,26 +56,44 @@ def evaluate(
     allow_unmatched: bool = False,
     draws: int = bootstrap.DRAWS,
     seed: int = 0,
+    head: int | None = None,
 ) -> Evaluation:
-    """Score the studies of `embeddings` (head 0) that have labels.
+    """Score the studies of `embeddings` that have labels, or their scans if that is the task's unit.
 
     Args:
         labels: uid to (K) of 0, 1 and -1, as `labels.read_labels` and `store_labels` give them.
         templates: which of the task's; its first if None.
         allow_unmatched: leave out studies without labels and labels without a study, instead of an error.
         draws, seed: of the intervals.
+        head: which of the model's embeddings; needed if it gives several.
 
     Raises:
         ValueError: labels and studies that do not join, which it lists; no class that can be scored; a prompt that is
-            too long; embeddings of another model.
+            too long; embeddings of another model, of several heads, or not of the task's unit.
     """
-    uids, table = embeddings.of_studies()
+    uids, scans, table = rows_of(task, embeddings, head)
     texts = embed_prompts(model, task_prompts(task, templates)).double().cpu().numpy()
     if texts.shape[1] != table.shape[1]:
         raise ValueError(f"the embeddings have {table.shape[1]} numbers, the model's text tower gives {texts.shape[1]}")
     scale = float(model.logit_scale.detach().exp())
     failed = [uid for uid, _ in embeddings.facts.get("failed", ())]
-    return score(task, uids, table.astype(np.float64) @ texts.T, scale, labels, allow_unmatched, draws, seed, failed)
+    similarities = table.astype(np.float64) @ texts.T
+    return score(task, uids, similarities, scale, labels, allow_unmatched, draws, seed, failed, scans)
+
+
+def rows_of(task: Task, embeddings: Embeddings, head: int | None = None) -> tuple[list[str], list[str], np.ndarray]:
+    """Uids, names of scans (none if the task's unit is the study) and embeddings of what the task scores.
+
+    Raises:
+        ValueError: no such rows.
+    """
+    if task.unit == "scan":
+        try:
+            return embeddings.of_scans(head)
+        except ValueError as error:
+            raise ValueError(f"task {task.name} scores scans by themselves (hlip embed --scans): {error}") from error
+    uids, table = embeddings.of_studies(head)
+    return uids, [], table
 
 
 def score(
@@ -85,6 +106,7 @@ def score(
     draws: int = bootstrap.DRAWS,
     seed: int = 0,
     failed: Collection[str] = (),
+    scans: Sequence[str] = (),
 ) -> Evaluation:
     """As `evaluate`, from similarities of studies to prompts, however they were had.
 
@@ -92,24 +114,27 @@ def score(
         uids, similarities: (N) and (N, T), of the prompts of `task_prompts`.
         scale: the model's inverse temperature.
         failed: studies that could not be read, whose labels are left out.
+        scans: (N) - which scan of its study a row is of, if the rows are scans.
     """
-    labels = {uid: each for uid, each in labels.items() if uid not in set(failed)}
+    gone = set(failed) - set(uids)  # of a study that could be read in part, the rest is scored
+    labels = {uid: each for uid, each in labels.items() if uid not in gone}
     notes = check_join(uids, labels, allow_unmatched)
-    if failed:
-        notes.append(f"left out {len(failed)} studies that could not be read: {', '.join(sorted(failed)[:SHOWN])}")
+    if gone:
+        notes.append(f"left out {len(gone)} studies that could not be read: {', '.join(sorted(gone)[:SHOWN])}")
     kept = [i for i, uid in enumerate(uids) if uid in labels]
-    uids = [uids[i] for i in kept]
+    uids, scans = [uids[i] for i in kept], [scans[i] for i in kept] if scans else []
     truth = np.stack([labels[uid] for uid in uids])
     scores = class_scores(task, similarities[kept], scale)
     known = (truth == 1).any(1) if task.kind == "multi-class" else (truth != MISSING).any(1)
     if not known.all():
         what = "of none of the classes" if task.kind == "multi-class" else "without any label"
-        notes.append(f"left out {int((~known).sum())} studies {what}")
-        uids, truth, scores = [uid for uid, keep in zip(uids, known, strict=True) if keep], truth[known], scores[known]
+        notes.append(f"left out {int((~known).sum())} {'scans' if scans else 'studies'} {what}")
+        truth, scores = truth[known], scores[known]
+        uids, scans = (list(itertools.compress(each, known)) for each in (uids, scans))
     if not uids:
         raise ValueError(f"task {task.name}: no study has a label")
     find = _multi_class if task.kind == "multi-class" else _multi_label
-    return find(task, uids, truth, scores, notes, draws, seed)
+    return replace(find(task, uids, truth, scores, notes, draws, seed), scans=scans)
 
 
 def store_labels(store: Store, task: Task) -> dict[str, np.ndarray]:
@@ -135,21 +160,25 @@ def store_labels(store: Store, task: Task) -> dict[str, np.ndarray]:
     return dict(zip(store.uids.tolist(), values.astype(np.int64), strict=True))
 
 
+def unjoined(uids: Sequence[str], labels: Mapping[str, np.ndarray]) -> tuple[list[str], list[str]]:
+    """The studies without labels, and the labels without a study, each in its order."""
+    studies = dict.fromkeys(uids)
+    return [uid for uid in studies if uid not in labels], [uid for uid in labels if uid not in studies]
+
+
 def check_join(uids: Sequence[str], labels: Mapping[str, np.ndarray], allow_unmatched: bool) -> list[str]:
     """Notes on the studies without labels and the labels without a study.
 
     Raises:
         ValueError: there are such, unless `allow_unmatched`; or nothing joins at all.
     """
-    present = set(uids)
-    lacking = [uid for uid in uids if uid not in labels]
-    unused = [uid for uid in labels if uid not in present]
+    what = ("studies have no labels", "labels have no study")
     notes = [
-        f"{len(lost)} {what}: {', '.join(lost[:SHOWN])}{', ...' if len(lost) > SHOWN else ''}"
-        for what, lost in (("studies have no labels", lacking), ("labels have no study", unused))
+        f"{len(lost)} {name}: {', '.join(lost[:SHOWN])}{', ...' if len(lost) > SHOWN else ''}"
+        for name, lost in zip(what, unjoined(uids, labels), strict=True)
         if lost
     ]
-    if len(lacking) == len(uids):
+    if not set(uids) & labels.keys():
         raise ValueError(f"no study has labels; {'; '.join(notes)}")
     if notes and not allow_unmatched:
         raise ValueError(f"labels and studies do not join: {'; '.join(notes)} (--allow_unmatched leaves them out)")
@@ -186,6 +215,14 @@ def class_scores(task: Task, similarities: np.ndarray, scale: float) -> np.ndarr
     return probabilities if task.kind == "multi-class" else probabilities[..., 0]
 
 
+def _draw(uids: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """As `bootstrap.draw`, but of rows: a study is drawn with all its scans."""
+    places = {uid: place for place, uid in enumerate(dict.fromkeys(uids))}
+    rows = np.array([places[uid] for uid in uids])
+    for counts in bootstrap.draw(len(places), draws, seed):
+        yield counts[:, rows]
+
+
 def _multi_label(
     task: Task, uids: list[str], labels: np.ndarray, scores: np.ndarray, notes: list[str], draws: int, seed: int
 ) -> Evaluation:
@@ -207,7 +244,7 @@ def _multi_label(
             for name in set(task.metrics) & set(found):
                 points[name][k] = found[name]
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in task.metrics}
-    for counts in bootstrap.draw(len(uids), draws, seed):
+    for counts in _draw(uids, draws, seed):
         columns: dict[str, list[np.ndarray]] = {name: [] for name in task.metrics}
         for k in range(len(task.classes)):
             # Of a class that cannot be scored, every draw is not-a-number, whatever the threshold.
@@ -240,56 +277,92 @@ def _multi_class(
     true = labels.argmax(1)
     one_hot = (true[:, None] == np.arange(len(task.classes))).astype(np.int64)
     check_scores(one_hot, scores, uids)
-    subtasks = {f"{name}_": members for name, members in task.subtasks.items()} or {"": tuple(task.classes)}
-    numbers = {name: [task.classes.index(each) for each in members] for name, members in subtasks.items()}
-    # A study's class among those of a subtask, and the likeliest; softmax over fewer classes has the same order.
-    truths = {name: _places(true, members) for name, members in numbers.items()}
-    guesses = {name: scores[:, members].argmax(1) for name, members in numbers.items()}
-    lacking = [name for k, name in enumerate(task.classes) if not one_hot[:, k].any()]
-    if lacking:
+    if lacking := [name for k, name in enumerate(task.classes) if not one_hot[:, k].any()]:
         notes = [*notes, f"no study of class {', '.join(lacking)}: what needs one has no value"]
+    subtasks = [_Subtask.of(f"{name}_", members, task, true, scores) for name, members in task.subtasks.items()]
+    whole = _Subtask.of("", task.classes, task, true, scores)
     metrics: dict[str, float] = {}
-    drawn: dict[str, list[np.ndarray]] = {}
-    if "balanced_accuracy" in task.metrics:
-        for name in subtasks:
-            metrics[f"{name}balanced_accuracy"] = _balanced_accuracy(truths[name], guesses[name], len(numbers[name]))
     if "auc" in task.metrics:
         aucs = class_aucs(one_hot, scores)
-        metrics["macro_auc"] = float(aucs.mean())
+        metrics |= {"macro_auc": float(aucs.mean())}
         metrics |= {f"{name}_auc": float(value) for name, value in zip(task.classes, aucs, strict=True)}
-    for counts in bootstrap.draw(len(uids), draws, seed):
+    for part in subtasks or [whole]:
+        metrics |= part.figures(task.metrics)
+    drawn: dict[str, list[np.ndarray]] = {key: [] for key in metrics}
+    for counts in _draw(uids, draws, seed):
         found: dict[str, np.ndarray] = {}
-        if "balanced_accuracy" in task.metrics:
-            for name in subtasks:
-                found[f"{name}balanced_accuracy"] = bootstrap.balanced_accuracy(
-                    truths[name], guesses[name], len(numbers[name]), counts
-                )
         if "auc" in task.metrics:
             columns = [bootstrap.auc(one_hot[:, k], scores[:, k], counts) for k in range(len(task.classes))]
-            found["macro_auc"] = bootstrap.mean(np.stack(columns, axis=1))
+            found |= {"macro_auc": bootstrap.mean(np.stack(columns, axis=1))}
             found |= {f"{name}_auc": column for name, column in zip(task.classes, columns, strict=True)}
+        for part in subtasks or [whole]:
+            found |= part.drawn(task.metrics, counts)
         for key, values in found.items():
-            drawn.setdefault(key, []).append(values)
+            drawn[key].append(values)
     if all(np.isnan(value) for value in metrics.values()):
         raise ValueError(f"task {task.name}: no figure can be had: {'; '.join(notes)}")
-    intervals = {key: bootstrap.interval(np.concatenate(drawn[key])) if drawn else None for key in metrics}
+    intervals = {key: bootstrap.interval(np.concatenate(each)) if each else None for key, each in drawn.items()}
     return Evaluation(task, uids, labels, scores, metrics, intervals, {}, notes)
 
 
-def _places(true: np.ndarray, members: Sequence[int]) -> np.ndarray:
-    """Where each study's class stands among `members`; -1 if it does not."""
-    places = np.full(len(true), MISSING)
-    for place, k in enumerate(members):
-        places[true == k] = place
-    return places
+@dataclass(frozen=True)
+class _Subtask:
+    """Some classes of a multi-class task: (n) of them.
 
+    prefix: of its result keys; empty if it is the whole task, whose AUC has another name.
+    true: (N) - each study's class, as its place among them; -1 of a study of none of them.
+    scores: (N, n) - softmax over them alone.
+    """
 
-def _balanced_accuracy(true: np.ndarray, found: np.ndarray, classes: int) -> float:
-    """Over the studies whose class is not -1; not-a-number where one of the classes does not occur."""
-    from sklearn.metrics import balanced_accuracy_score
+    prefix: str
+    true: np.ndarray
+    scores: np.ndarray
 
-    inside = true != MISSING
-    if len(set(true[inside].tolist())) < classes:
-        return float("nan")
-    # Only classes that occur are averaged over, and all do.
-    return float(balanced_accuracy_score(true[inside], found[inside]))
+    @classmethod
+    def of(cls, prefix: str, members: Sequence[str], task: Task, true: np.ndarray, scores: np.ndarray) -> _Subtask:
+        """Args: true, scores: of all the task's classes."""
+        numbers = [task.classes.index(name) for name in members]
+        places = np.full(len(task.classes), MISSING)
+        places[numbers] = np.arange(len(numbers))
+        chosen = scores[:, numbers]
+        return cls(prefix, places[true], chosen / chosen.sum(1, keepdims=True))
+
+    @property
+    def guess(self) -> np.ndarray:
+        return self.scores.argmax(1)
+
+    @property
+    def columns(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each class, labels of 0, 1 and -1, and scores."""
+        for k in range(self.scores.shape[1]):
+            yield np.where(self.true == MISSING, MISSING, self.true == k), self.scores[:, k]
+
+    def figures(self, names: Collection[str]) -> dict[str, float]:
+        """Not-a-number where one of the classes has no study."""
+        from sklearn.metrics import balanced_accuracy_score, f1_score
+
+        inside = self.true != MISSING
+        true, guess = self.true[inside], self.guess[inside]
+        whole = len(set(true.tolist())) == self.scores.shape[1]
+        found = {}
+        if "balanced_accuracy" in names:
+            found["balanced_accuracy"] = balanced_accuracy_score(true, guess) if whole else np.nan
+        if "weighted_f1" in names:
+            found["weighted_f1"] = f1_score(true, guess, average="weighted", zero_division=0) if whole else np.nan
+        if "auc" in names and self.prefix:
+            columns = [np.stack(each, 1) for each in zip(*self.columns, strict=True)]
+            found["auc"] = class_aucs(*columns).mean()
+        return {f"{self.prefix}{name}": float(value) for name, value in found.items()}
+
+    def drawn(self, names: Collection[str], counts: np.ndarray) -> dict[str, np.ndarray]:
+        """The same figures of draws, (D, N), each (D)."""
+        size = self.scores.shape[1]
+        found = {}
+        if "balanced_accuracy" in names:
+            found["balanced_accuracy"] = bootstrap.balanced_accuracy(self.true, self.guess, size, counts)
+        if "weighted_f1" in names:
+            found["weighted_f1"] = bootstrap.weighted_f1(self.true, self.guess, size, counts)
+        if "auc" in names and self.prefix:
+            aucs = [bootstrap.auc(labels, scores, counts) for labels, scores in self.columns]
+            found["auc"] = np.mean(aucs, axis=0)
+        return {f"{self.prefix}{name}": values for name, values in found.items()}

@@ -54,7 +54,7 @@ class ProbeData:
         seed: int = 0,
         patients: str | None = None,
         minimum: int = 5,
-        head: int = 0,
+        head: int | None = None,
     ) -> ProbeData:
         """Join labels and embeddings by study.
 
@@ -63,7 +63,7 @@ class ProbeData:
             fractions: of the studies, for training, validation and test; 0 for no validation.
             patients: column of the table that names patients: no patient is in two parts of a random split.
             minimum: a class with fewer positives or negatives in a part is left out.
-            head: which of a model's embeddings.
+            head: which of a model's embeddings; needed if it gives several.
 
         Raises:
             ValueError: nothing joins, a part is empty, or no class is left; says which.

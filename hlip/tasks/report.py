@@ -21,7 +21,8 @@ OURS = "this run"
 def write_evaluation(found: Evaluation, folder: Path, facts: dict[str, Any]) -> None:
     """Write the five files into `folder`.
 
-    scores.csv: a row a study: `study`, each class' score, and each class' label as `CLASS_label`, empty if missing.
+    scores.csv: a row a study, or a scan where these are scored: `study`, `scan`, each class' score, and each class'
+        label as `CLASS_label`, empty if missing.
     metrics.json: `facts`, metrics by result key (null where labels allow none), again by the names that the released
         tools have for them, intervals, classes, notes.
     table.csv, table.md: the task's own figures in percent, beside published ones.
@@ -53,7 +54,8 @@ def summary(found: Evaluation) -> dict[str, Any]:
     metrics = {key: None if math.isnan(value) else value for key, value in found.metrics.items()}
     return {
         "task": found.task.name,
-        "studies": len(found.uids),
+        "studies": len(set(found.uids)),
+        **({"scans": len(found.scans)} if found.scans else {}),
         "metrics": metrics,
         "released": {name: metrics[key] for key, name in found.task.released.items() if key in metrics},
         "intervals": {key: None if each is None else list(each) for key, each in found.intervals.items()},
@@ -84,6 +86,12 @@ def class_rows(found: Evaluation) -> list[list[str]]:
     return rows
 
 
+def sizes(found: Evaluation) -> str:
+    """How much was scored, in words."""
+    studies = f"{len(set(found.uids))} studies"
+    return f"{len(found.scans)} scans of {studies}" if found.scans else studies
+
+
 def _percent(found: Evaluation, key: str) -> str:
     value, interval = found.metrics[key], found.intervals[key]
     if math.isnan(value):
@@ -95,7 +103,7 @@ def markdown(rows: Sequence[Sequence[str]], found: Evaluation) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     source = f" Other rows: {found.task.published.source}." if found.task.published.rows else ""
-    text = f"Task {found.task.name}, {len(found.uids)} studies; in percent, with 95% intervals.{source}"
+    text = f"Task {found.task.name}, {sizes(found)}; in percent, with 95% intervals.{source}"
     return "\n".join([*lines, "", text, *(f"- {note}" for note in found.notes)]) + "\n"
 
 
@@ -109,9 +117,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def _scores(found: Evaluation) -> str:
     classes = found.task.classes
-    rows: list[list[Any]] = [["study", *classes, *(f"{name}_label" for name in classes)]]
-    for uid, scores, labels in zip(found.uids, found.scores.tolist(), found.labels.tolist(), strict=True):
-        rows.append([uid, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
+    scan = ["scan"] if found.scans else []
+    rows: list[list[Any]] = [["study", *scan, *classes, *(f"{name}_label" for name in classes)]]
+    names = zip(found.uids, found.scans, strict=True) if found.scans else zip(found.uids, strict=True)
+    for name, scores, labels in zip(names, found.scores.tolist(), found.labels.tolist(), strict=True):
+        rows.append([*name, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
     return csv_text(rows)
 
 

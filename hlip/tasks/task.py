@@ -10,9 +10,10 @@
                              where sentences may differ by the class' group, {group: sentences}
     groups                   class: group
     columns                  class: its column in the label table, if it is not the class' name; null leaves it out
-    metrics                  auc, and of pairs balanced_accuracy, weighted_f1, precision, recall; of multi-class
-                             auc and balanced_accuracy
+    metrics                  auc, and of pairs balanced_accuracy, accuracy, weighted_f1, precision, recall; of
+                             multi-class auc, balanced_accuracy and weighted_f1
     subtasks                 name: classes, of multi-class: only their studies, and softmax over them alone
+    unit                     study (the default), or scan: every scan is scored by itself, with its study's labels
     released                 result key: the same figure's name in the released tools' output; {} for each class
     published                source, columns (result keys), and rows: name: percentages
     like                     the name of a task that comes with the package, whose fields are taken where this has none
@@ -33,7 +34,7 @@ from .metrics import AT_THRESHOLD
 FOLDER = Path(__file__).with_name("benchmarks")
 Kind = Literal["multi-class", "pairs", "similarity"]
 METRICS: dict[str, tuple[str, ...]] = {
-    "multi-class": ("balanced_accuracy", "auc"),
+    "multi-class": ("balanced_accuracy", "auc", "weighted_f1"),
     "pairs": ("auc", *AT_THRESHOLD),
     "similarity": ("auc",),
 }
@@ -59,6 +60,7 @@ class Task:
     columns: of each class.
     subtasks: name to classes; of multi-class only.
     released: result keys to what the released tools call them.
+    unit: what is scored.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Task:
     subtasks: Mapping[str, tuple[str, ...]]
     released: Mapping[str, str]
     published: Published
+    unit: Literal["study", "scan"] = "study"
 
     @property
     def classes(self) -> list[str]:
@@ -80,10 +83,9 @@ class Task:
     @property
     def headline(self) -> list[str]:
         """Result keys of the whole task, in the order of the table."""
-        if self.kind != "multi-class":
+        if not self.subtasks:
             return ["macro_auc" if name == "auc" else name for name in self.metrics]
-        keys = [f"{name}_balanced_accuracy" for name in self.subtasks] or ["balanced_accuracy"]
-        keys = keys if "balanced_accuracy" in self.metrics else []
+        keys = [f"{name}_balanced_accuracy" for name in self.subtasks] if "balanced_accuracy" in self.metrics else []
         return keys + (["macro_auc"] if "auc" in self.metrics else [])
 
     def sentences(self, prompts: Mapping[str, Sequence[str]], choice: str | None = None) -> dict[str, list[str]]:
@@ -147,12 +149,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _build(name: str, content: dict[str, Any]) -> Task:
-    known = {"kind", "classes", "templates", "groups", "columns", "metrics", "subtasks", "released", "published"}
+    known = {
+        "kind",
+        "classes",
+        "templates",
+        "groups",
+        "columns",
+        "metrics",
+        "subtasks",
+        "released",
+        "published",
+        "unit",
+    }
     if unknown := sorted(str(key) for key in content.keys() - known):
         raise ValueError(f"unknown fields {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     kind = content.get("kind", "multi-class")
     if kind not in get_args(Kind):
         raise ValueError(f"kind: expected {', '.join(get_args(Kind))}, got {kind!r}")
+    if (unit := content.get("unit", "study")) not in ("study", "scan"):
+        raise ValueError(f"unit: expected study or scan, got {unit!r}")
     given = _mapping(content.get("classes"), "classes")
     columns = {each: each for each in given} | _within(content.get("columns", {}), given, "columns")
     if wrong := [each for each, column in columns.items() if column is not None and not isinstance(column, str)]:
@@ -185,6 +200,7 @@ def _build(name: str, content: dict[str, Any]) -> Task:
         _subtasks(content.get("subtasks", {}), classes, kind),
         _released(content.get("released"), list(classes)),
         _published(content.get("published")),
+        unit,
     )
 
 
