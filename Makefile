@@ -2,6 +2,7 @@
 # make test   lint, types, tests
 # make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
 # make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
+# make bench-compare BASE=REV   this folder beside another revision, in turns: what has become faster or slower
 # All make their own virtual environment in .venv from PYTHON (3.10 or newer).
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 MODULES := hlip_kernels hlip train bench tests setup.py
 
-.PHONY: demo test test-all bench lint format clean
+.PHONY: demo test test-all bench bench-compare lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
@@ -29,6 +30,10 @@ bench: $(VENV)/.installed
 		OMP_NUM_THREADS=1 $(BIN)/python bench/packing.py --mix $$mix --rounds 3 --results $(RESULTS)/packing.jsonl || exit 1; \
 	done
 	$(BIN)/python bench/plot.py
+
+bench-compare: $(VENV)/.installed
+	@test -n "$(BASE)" || { echo "which revision to compare with: make bench-compare BASE=REV" >&2; exit 2; }
+	$(BIN)/python bench/compare.py --base $(BASE)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(MODULES)
