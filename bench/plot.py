@@ -16,11 +16,37 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 REGROUP = ("published_forward_bytes", "ours_forward_bytes", "published_backward_bytes", "ours_backward_bytes")
-GREY, COLOURS = "#9a9a9a", {"hlip": "#1f6fb4", "packed": "#1f6fb4"}
+OURS, OTHERS = "#1f6fb4", "#9a9a9a"
+ATTENTION = """One call of attention within the groups of a level, forward alone and forward with backward (`training`).
+A case is named by its level and the rows of a group, patches and a prefix row: 197 are a slice of 14 x 14 patches, 1177
+a scan of six slices, 4705 a study of four scans. Cases of a mix hold studies of differing scan counts, `drop50` after
+half of the patches were dropped. GFLOP/s count the work itself, no padding, and stand beside a matrix product of the
+same run. MB kept is what a training step holds for its backward, or on a GPU the peak. Other libraries get their rows
+in the order of groups, which favours them: a packed model would pay a gather before the call and a scatter after."""
+WAYS = {
+    "hlip-native": "this library, its C++ kernels",
+    "hlip-cpu": "this library, PyTorch's dense attention on groups of like length",
+    "hlip-reference": "this library's plain formula",
+    "hlip-triton": "this library, its Triton kernels",
+    "hlip-varlen": "this library, by PyTorch's varlen attention",
+    "hlip-flash": "this library, by flash-attn",
+    "hlip-xformers": "this library, by xformers",
+    "sdpa": "PyTorch's `scaled_dot_product_attention`, one call for each group",
+    "sdpa-dense": "the same in one call, where all groups are of one length",
+    "published": "the same with the copies that the released code makes when the level changes",
+    "padded": "one call, all groups padded to the longest, a mask over the padding",
+    "block-mask": "one call over all rows with a block-diagonal mask",
+    "flex": "PyTorch's FlexAttention, compiled, with its block mask",
+    "nested": "PyTorch's nested tensors of jagged layout",
+    "varlen": "PyTorch's `torch.nn.attention.varlen`",
+    "flash-attn": "flash-attn's `flash_attn_varlen_qkvpacked_func`",
+    "xformers": "xformers' `memory_efficient_attention` with its block-diagonal mask",
+}
 
 
 def main() -> int:
@@ -92,55 +118,79 @@ def save(figure: Figure, path: Path) -> str:
     return f"![{path.stem}](figures/{path.name})"
 
 
-def bars(rows: Sequence[tuple[str, Sequence[float]]], title: str, path: Path) -> str:
-    """Horizontal bars of ratios to ours, with intervals."""
-    figure = Figure(figsize=(7, 0.9 + 0.28 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for i, (_, (median, low, high)) in enumerate(rows):
-        axes.barh(i, median, color=GREY if median > 1 else "#d08a3c", xerr=[[median - low], [high - median]])
-    axes.axvline(1, color=COLOURS["hlip"])
-    axes.set(yticks=range(len(rows)), yticklabels=[name for name, _ in rows], xlabel="times ours (right is slower)")
-    axes.set_xscale("log")
+def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, label: str) -> None:
+    """Horizontal bars, ours in blue."""
+    axes.barh(names, values, color=[OURS if name.startswith("hlip") else OTHERS for name in names])
+    axes.set_xlabel(label, fontsize=9)
     axes.set_title(title, fontsize=10)
     axes.invert_yaxis()
-    return save(figure, path)
+
+
+def not_run(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
+    """A list of what could not run, each with its reason and, if not all cases share it, the cases."""
+    rows = list(rows)
+    every = {row["case"] for row in rows}
+    cases: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if "reason" in row:
+            cases.setdefault((name(row), row["reason"]), set()).add(row["case"])
+    if not cases:
+        return ""
+    lines = [
+        f"- {way}: {reason}" + ("" if where == every else f" ({', '.join(sorted(where))})")
+        for (way, reason), where in cases.items()
+    ]
+    return "Not run here:\n\n" + "\n".join(lines)
 
 
 def attention(results: Path, figures: Path) -> str:
     rows = latest(read(results / "attention.jsonl"), lambda row: (row["case"], row["dtype"], row["device"]))
     if not rows:
         return ""
-    parts = [
-        "## Attention\n\nOne call of attention within the groups of a level, forward alone and forward with backward "
-        "(`training`). Other libraries get their rows in the order of groups, which favours them; `published` is a "
-        "dense call with the copy that a change of level costs, where groups are of one length.",
-        where(rows[-1]),
-    ]
-    for case in dict.fromkeys((row["case"], row["dtype"], row["device"]) for row in rows):
-        mine = [row for row in rows if (row["case"], row["dtype"], row["device"]) == case]
-        measured = [row for row in mine if "reason" not in row]
-        memory = "peak_bytes" if any("peak_bytes" in row for row in measured) else "saved_bytes"
-        parts.append(f"### {case[0]}, {case[1]}\n\n{mine[0]['groups']} groups of {mine[0]['shortest']} to "
-                     f"{mine[0]['longest']} rows.")  # fmt: skip
-        parts.append(
+    measured = [row for row in rows if "reason" not in row]
+    cases = list(dict.fromkeys((row["case"], row["dtype"], row["device"]) for row in measured))
+    modes = list(dict.fromkeys(row["mode"] for row in measured))
+    ways = dict.fromkeys(row["backend"] for row in measured)
+    figure = Figure(figsize=(3.6 * len(cases), 0.5 + (0.9 + 0.24 * len(ways)) * len(modes)), layout="constrained")
+    panels = figure.subplots(len(modes), len(cases), squeeze=False)
+    tables = []
+    for column, case in zip(panels.T, cases, strict=True):
+        mine = [row for row in measured if (row["case"], row["dtype"], row["device"]) == case]
+        for axes, mode in zip(column, modes, strict=True):
+            of_mode = [row for row in mine if row["mode"] == mode]
+            rates = [row["flop_per_s"] / 1e9 for row in of_mode]
+            bars(axes, [row["backend"] for row in of_mode], rates, f"{case[0]}\n{case[1]}, {mode}", "GFLOP/s")
+            axes.axvline(of_mode[0]["matmul_flop_per_s"] / 1e9, color="black", linestyle=":", linewidth=1)
+        first, memory = mine[0], "peak_bytes" if any("peak_bytes" in row for row in mine) else "saved_bytes"
+        lengths = " to ".join(str(n) for n in dict.fromkeys((first["shortest"], first["longest"])))
+        groups = f"{first['groups']} group{'s' * (first['groups'] > 1)} of {lengths} rows"
+        heads = f"{first['heads']} heads of {first['head_dim']}"
+        tables.append(f"### {case[0]}, {case[1]}\n\n{groups}, {heads}.")
+        tables.append(
             table(
-                ["way", "mode", "ms", "times ours", "GFLOP/s", "of a matrix product", "saved or peak MB"],
+                ["way", "mode", "ms", "times ours", "GFLOP/s", "of a matrix product", "MB kept"],
                 [
                     [
                         row["backend"], row["mode"], f"{1000 * row['p50_s']:.3g}", times(row["times_ours"]),
                         f"{row['flop_per_s'] / 1e9:.3g}", f"{row['of_matmul']:.0%}",
                         f"{row[memory] / 1e6:.3g}",
                     ]
-                    for row in measured
+                    for row in mine
                 ],
             )
         )  # fmt: skip
-        compared = [(f"{row['backend']}, {row['mode']}", row["times_ours"]) for row in measured if row["times_ours"]]
-        parts.append(bars(compared, f"{case[0]}, {case[1]}", figures / f"attention_{case[0]}_{case[1]}.png"))
-        reasons = dict.fromkeys(f"{row['backend']}: {row['reason']}" for row in mine if "reason" in row)
-        if reasons:
-            parts.append("Not run: " + "; ".join(reasons) + ".")
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        [
+            "## Attention\n\n" + ATTENTION,
+            where(rows[-1]),
+            save(figure, figures / "attention.png"),
+            "*Useful operations a second, longer is faster; ours in blue. A column for each case, forward above, "
+            "forward with backward below. The dotted line is what a matrix product reached in the same run.*",
+            table(["way", "what it is"], [[way, WAYS.get(way, "")] for way in ways]),
+            *tables,
+            not_run(rows, lambda row: row["backend"]),
+        ]
+    )
 
 
 def io(results: Path, figures: Path) -> str:
@@ -166,6 +216,7 @@ def io(results: Path, figures: Path) -> str:
         "paper's section 3.1, or of flash attention's N^2 D^2 / S.",
         where(rows[0]),
         save(figure, figures / "io.png"),
+        "*Bytes of a forward pass, on logarithmic axes, where a power is a straight line; its slope is in the legend.*",
         table(
             ["way", "pass", "level", "sweep", "of", "measured", "claimed"],
             [
@@ -235,11 +286,15 @@ def encoder(results: Path, figures: Path) -> str:
                 ],
             )
         )  # fmt: skip
-        compared = [(f"{named(row)}, {row['mode']}", row["times_first"]) for row in measured]
-        parts.append(bars(compared, f"{case[0]}, {case[2]}", figures / f"{case[0]}_{case[1]}_{case[2]}.png"))
-        reasons = dict.fromkeys(f"{named(row)}: {row['reason']}" for row in mine if "reason" in row)
-        if reasons:
-            parts.append("Not run: " + "; ".join(reasons) + ".")
+        modes = list(dict.fromkeys(row["mode"] for row in measured))
+        figure = Figure(figsize=(4.2 * len(modes), 3.2), layout="constrained")
+        for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+            of_mode = [row for row in measured if row["mode"] == mode]
+            rates = [row["vol_per_s"] for row in of_mode]
+            bars(axes, [named(row) for row in of_mode], rates, f"{case[0]}, {case[2]}, {mode}", "volumes a second")
+        parts.append(save(figure, figures / f"{case[0]}_{case[1]}_{case[2]}.png"))
+        parts.append("*Volumes a second, longer is faster; ours in blue.*")
+        parts.append(not_run(mine, named))
     return "\n\n".join(parts)
 
 
@@ -271,6 +326,7 @@ def scaling(results: Path, figures: Path) -> str:
         "## Growing studies\n\nA training step against scans of a study, slices of a scan, and studies of a batch.",
         where(rows[-1]),
         save(figure, figures / "scaling.png"),
+        "*Time left, memory right, on logarithmic axes; a line ends where a model ran out of memory.*",
     ]
     if lost:
         parts.append("Out of memory: " + "; ".join(lost) + ".")
@@ -281,11 +337,19 @@ def packing(results: Path, figures: Path) -> str:
     rows = latest(read(results / "packing.jsonl"), lambda row: (row["mix"], row["mode"], row["dtype"], row["device"]))
     if not rows:
         return ""
+    cases = list(dict.fromkeys((row["mix"], row["mode"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(3.6 * len(cases), 2.4), layout="constrained")
+    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        mine = [row for row in rows if (row["mix"], row["mode"], row["dtype"]) == case and row["studies_per_s"]]
+        names = ["hlip, packed" if row["policy"] == "packed" else row["policy"] for row in mine]
+        bars(axes, names, [row["studies_per_s"] for row in mine], ", ".join(case), "studies a second")
     parts = [
-        "## Packing\n\nStudies of different numbers of scans, in a training step (`bench/packing.py`): packed, "
-        "repeated or cropped to 10 scans as HLIP was trained, padded to the longest, and in one sequence with a block "
-        "mask.",
+        "## Packing\n\nStudies of different numbers of scans, as three collections have them, in a training step "
+        "(`bench/packing.py`): packed, repeated or cropped to 10 scans as HLIP was trained, padded to the longest, and "
+        "in one sequence with a block mask.",
         where(rows[-1]),
+        save(figure, figures / "packing.png"),
+        "*Studies a second, longer is faster; packing in blue.*",
         table(
             ["mix", "mode", "policy", "studies/s", "times packed", "tokens", "GFLOP"],
             [

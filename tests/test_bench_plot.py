@@ -43,12 +43,12 @@ def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
     done = program("plot.py", "--results", results, "--out", out)
     assert done.returncode == 0, done.stderr
     page = (out / "benchmarks.md").read_text()
-    for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "Not run: flash-attn: ",
+    for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "- flash-attn: ",
                   "## Growing studies", "## Packing", "| block_mask |"):  # fmt: skip
         assert words in page
     assert page.count("| sdpa-dense | forward |") == 1
     pictures = {path.name for path in (out / "figures").iterdir()}
-    assert pictures == {"attention_slice-197_fp32.png", "scaling.png"}
+    assert pictures == {"attention.png", "packing.png", "scaling.png"}
     assert all(f"figures/{name}" in page for name in pictures)
 
 
