@@ -3,6 +3,7 @@
 # make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
 # make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
 # make bench-compare BASE=REV   this folder beside another revision, in turns: what has become faster or slower
+# make gpu-check   are the kernels right on this GPU, and how fast: one report, gpu-check.md
 # All make their own virtual environment in .venv from PYTHON (3.10 or newer).
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 MODULES := hlip_kernels hlip train bench tests setup.py
 
-.PHONY: demo test test-all bench bench-compare lint format clean
+.PHONY: demo test test-all bench bench-compare gpu-check lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
@@ -34,6 +35,9 @@ bench: $(VENV)/.installed
 bench-compare: $(VENV)/.installed
 	@test -n "$(BASE)" || { echo "which revision to compare with: make bench-compare BASE=REV" >&2; exit 2; }
 	$(BIN)/python bench/compare.py --base $(BASE)
+
+gpu-check: $(VENV)/.installed
+	$(BIN)/python bench/check.py --out gpu-check.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(MODULES)
