@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 
@@ -29,11 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
+    except BrokenPipeError:  # whoever reads what is printed, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         print(f"hlip {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"hlip {args.command}: interrupted; {interrupt or 'nothing was written'}", file=sys.stderr)
+        print(f"hlip {args.command}: interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
 
 

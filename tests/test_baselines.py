@@ -23,6 +23,7 @@ from hlip import cli
 from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
 from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, read_slices
 from hlip.tasks.embeddings import Embeddings
+from hlip.tasks.texts import embed_prompts
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot_classifier
 from open_clip_beside import open_clip_imported
 from rank_job import free_port
@@ -157,6 +158,17 @@ def test_only_the_slices_of_a_lesion(folders: dict[str, Path], encoder: SliceEnc
     none = SliceEncoder.from_pretrained(folders["clip"], slices={"a": {"flair": []}})
     with pytest.raises(ValueError, match="a: has no slice to see"):
         list(none.encode_studies([study("a")]))
+
+
+def test_prompts_that_are_too_long_are_named(folders: dict[str, Path]) -> None:
+    """The tokenizers of open_clip would cut them without a word."""
+    for kind, most in (("clip", 20), ("biomed", 24)):
+        encoder = SliceEncoder.from_pretrained(folders[kind])
+        texts = ["brain", "", "a " * (most - 2), "a " * (most - 1), "a " * 300]
+        assert encoder.count_tokens(texts) == ([3, 2, most, most + 1, 302], most)
+        embed_prompts(encoder, [texts[:3]])
+        with pytest.raises(ValueError, match=f"has {most + 1} tokens, the model's text tower reads {most}"):
+            embed_prompts(encoder, [texts[:4]])
 
 
 def test_zero_shot_classification_takes_it_as_it_takes_ours(encoder: SliceEncoder) -> None:

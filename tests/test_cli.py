@@ -30,6 +30,31 @@ def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path,
     assert [p.name for p in out.parent.iterdir()] == ["emb.npz"]
 
 
+def test_interrupted_before_anything_is_written(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hlip.HLIPModel, "encode_image", interrupt)
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", tmp_path / "e.npz") == 130
+    assert "hlip embed: interrupted; nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("e*"))
+
+
+def test_output_is_tried_before_the_work(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(hlip.HLIPModel, "from_pretrained", None)  # nothing is read before
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", "/proc/x/e.npz") == 2
+    assert "/proc/x/e.npz: /proc cannot be written to" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", tmp_path / "e.parquet") == 2
+    assert "Parquet needs pyarrow" in capsys.readouterr().err
+
+
 def test_embed_folders_are_studies(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
     folder = nifti_study[0].parent
     other = tmp_path / "other"

@@ -305,6 +305,17 @@ def test_a_study_of_one_slice_of_patches(tiny_model: hlip.HLIPModel, tmp_path: P
     np.testing.assert_allclose(table.embedding[:1], alone.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_names_that_are_no_unicode(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/study\xff"))
+    folder.mkdir()
+    (folder / os.fsdecode(b"t1\xff.nii.gz")).write_bytes(nifti_study[0].read_bytes())
+    out = tmp_path / "e.npz"
+    for more in ([], ["--one_scan", 0]):
+        assert run("embed", folder, "--model", model_folder, "--out", out, "--workers", 0, *more) == 0
+        assert Embeddings.read(out).study.tolist() == ["study\\udcff"]
+        out.unlink()
+
+
 def test_names_of_studies_are_those_of_their_folders() -> None:
     assert study_names([Path("a/one"), Path("/b/two/")]) == ["one", "two"]
     assert study_names([[Path("a/t2.nii"), Path("a/t1.nii")]]) == ["t1.nii"]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,24 @@ def test_scans_are_drawn_with_their_study(tmp_path: Path) -> None:
     whole = table_of(embedding)
     with pytest.raises(ValueError, match=r"task task scores scans by themselves \(hlip embed --scans\): no embeddings"):
         evaluate(task, whole, labels, Axes(["p", "q"]))
+
+
+def test_the_head_is_asked_for_before_the_work(
+    store: Store, pairs: Path, bert_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+) -> None:  # fmt: skip
+    tiny = hlip.HLIPModel.from_pretrained(model_folder)
+    vision = replace(tiny.config.vision, num_prefix=2, head="dinotxt")
+    two = hlip.HLIPModel(replace(tiny.config, vision=vision, per_prefix=True))
+    two.text.tokenizer = tiny.text.tokenizer
+    two.save_pretrained(tmp_path / "two")
+    args = ["eval", pairs, "--data", store.path, "--out", tmp_path / "out", "--draws", 5, "--workers", 0, "--model"]
+    assert run(*args, tmp_path / "two") == 2
+    assert "gives 2 embeddings of a study: choose --head, 0 to 1" in capsys.readouterr().err
+    assert run(*args, model_folder, "--head", 3) == 2
+    assert "--head 3: the model gives 1 embedding of a study" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(*args, tmp_path / "two", "--head", 1) == 0
 
 
 def test_two_embeddings_of_a_study(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from conftest import random_study
 from hlip.data.preprocess import Recipe
 from hlip.data.studies import load_study_on_grids
 from hlip.tasks.maps import as_arrays, best_slice, file_names, montage, order_of, page, paint, write_overlays
+from hlip.tasks.output import label
 from hlip.tasks.relevance import Relevance
 
 EVIL = "</script><script>alert(1)</script>\"'&$x$"
@@ -209,3 +210,7 @@ def test_page_in_a_browser(study: hlip.Study, found: Relevance, tmp_path: Path) 
         clear = alpha > 100  # a canvas keeps colours multiplied by their alpha
         np.testing.assert_allclose(np.reshape(seen[name]["green"], (16, 24))[clear], expected[clear, 1] * 255, atol=3.0)
         assert clear.any()
+
+
+def test_letters_that_the_font_has_not_are_escaped() -> None:
+    assert label("Größe $x$ Мозг 研究") == r"Größe \$x\$ Мозг \u7814\u7a76"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 
 from hlip import cli
-from hlip.data.preprocess import Axis
+from hlip.data.masks import lesion_slices
+from hlip.data.preprocess import Axis, Recipe, Window
+from hlip.data.quality import Rules
 from hlip.data.store import Store
+from hlip.data.volume import Volume
 
 SHAPE, SPACING = (20, 24, 12), (1.0, 1.0, 4.0)
 LESION = slice(4, 6)  # of the twelve
@@ -76,7 +80,7 @@ def test_masks_that_do_not_fit_are_named(folder: Path, tmp_path: Path, capsys: p
         ("none/x.nii.gz", image, "the store has no study none"),
         ("ill/t9.nii.gz", image, "study ill has no scan of that name, only axial"),
         ("ill/axial.nii", image, "has 5 slices, the scan has 12"),
-        ("ill/axial.nii.gz", image * 0, "study ill: its masks are 0 everywhere"),
+        ("ill/axial.nii.gz", image * 0, "no mask has a lesion that a prepared slice shows"),
     ):
         masks = tmp_path / path.replace("/", "-")
         (masks / path).parent.mkdir(parents=True)
@@ -88,11 +92,27 @@ def test_masks_that_do_not_fit_are_named(folder: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "s.json").exists()
 
 
+def test_slices_thinned_out_show_what_is_listed() -> None:
+    """Whatever the depths, a slice is listed if most of it is lesion, and no other."""
+    recipe = Recipe(size=(8, 16, 16), crop=None, percentiles=None, windows=(Window(0, 100),), rules=Rules(min_slices=1))
+    affine = np.diag([1.0, 1.0, 5.0, 1.0])
+    for depth, first in itertools.product((6, 10, 13, 20, 31), range(5)):
+        array = np.zeros((16, 16, depth), np.int16)
+        array[4:12, 4:12, first : first + 2] = 100
+        array[0, 0, :] = 100  # so that there is contrast, away from what is looked at
+        mask = array.copy()
+        mask[0, 0, :] = 0
+        (scan,) = recipe(Volume(array, affine, Path("x")))
+        shown = np.flatnonzero(scan.image[:, 8, 8].numpy() > 127).tolist()
+        assert lesion_slices(Volume(mask, affine, Path("x")), recipe) == (shown, depth), (depth, first)
+
+
 @pytest.mark.parametrize(
     ("axis", "voxels", "expected"),
     [
         (Axis(4, 0, 8, 8, 1.0), [0, 3], [0, 1, 6, 7]),
-        (Axis(12, 0, 4, 4, 1.0), [5], [1]),
+        (Axis(12, 0, 4, 4, 1.0), [3, 4], [1]),
+        (Axis(12, 0, 4, 4, 1.0), [5, 6], []),  # between two that are seen
         (Axis(3, 0, 3, 3, 1.0), [0, 1, 2], [0, 1, 2]),
         (Axis(3, 0, 4, 4, 1.0), [1], [1, 2]),
         (Axis(10, 0, 10, 6, 1.0), [0, 1, 2, 9], [0]),  # two are cut off at either end

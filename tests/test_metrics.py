@@ -81,6 +81,13 @@ def test_threshold_by_hand() -> None:
     )
 
 
+def test_scores_must_be_finite_and_may_be_lists() -> None:
+    assert macro_auc([[1], [0]], [[0.3], [0.1]]) == 1
+    for value, what in ((np.inf, "infinite"), (np.nan, "not a number")):
+        with pytest.raises(ValueError, match=f"study 1: the score of class 0 is {what}"):
+            macro_auc([[1], [-1], [0]], [[0.3], [value], [0.1]])
+
+
 def test_the_threshold_is_the_nearest_of_all_cuts() -> None:
     for _ in range(20):
         labels = (RNG.random(50) < 0.4).astype(int)

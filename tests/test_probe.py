@@ -17,7 +17,7 @@ from hlip import cli
 from hlip.tasks import bootstrap
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.labels import LabelTable, read_label_table
-from hlip.tasks.probe import CS, PROTOCOLS, Probe, auc_intervals, draw_bars, fit_probe
+from hlip.tasks.probe import CS, PROTOCOLS, Probe, _strongest, auc_intervals, draw_bars, fit_probe
 from hlip.tasks.probe_data import ProbeData, read_split, split_at_random
 
 
@@ -140,6 +140,11 @@ def test_random_splits_are_disjoint_by_patient_and_repeat() -> None:
             split_at_random(uids, bad)
 
 
+def test_of_penalties_as_good_the_strongest() -> None:
+    scores = np.array([0.5, 0.9224598930481281, 0.9, 0.9224598930481284, np.nan])
+    assert _strongest({"mean_test_score": scores}) == 1
+
+
 def test_splits_from_columns_tables_and_lists(tmp_path: Path) -> None:
     words = {"a": {"set": "Train"}, "b": {"set": "validation"}, "c": {"set": "test"}, "d": {"set": ""}}
     table = table_of(list(words), np.zeros((4, 1), np.int8), words)
@@ -191,7 +196,7 @@ def test_join_and_classes_left_out() -> None:
         ProbeData.join(table_of(uids, labels), [first], minimum=50)
     with pytest.raises(ValueError, match="of head 1"):
         ProbeData.join(table_of(uids, labels), [first], head=1)
-    with pytest.raises(ValueError, match="study s000 has no q"):
+    with pytest.raises(ValueError, match="has no column q"):
         ProbeData.join(table_of(uids, labels, patients), [first], patients="q")
 
 

@@ -255,11 +255,14 @@ def _stats(args: argparse.Namespace) -> None:
 def _slices(args: argparse.Namespace) -> None:
     from ..data.masks import read_masks
     from ..data.store import Store
-    from .shared import write_whole
+    from .shared import report_unjoined, write_whole
 
     found = read_masks(Store(args.store), args.masks, _bar("mask"))
-    if none := [uid for uid, scans in found.items() if not any(scans.values())]:
-        raise ValueError(f"{args.masks}: study {none[0]}: its masks are 0 everywhere; remove those of normal studies")
+    unseen = [uid for uid, scans in found.items() if not any(scans.values())]
+    report_unjoined("whose lesions no prepared slice shows, to be seen whole", unseen)
+    found = {uid: scans for uid, scans in found.items() if uid not in unseen}
+    if not found:
+        raise ValueError(f"{args.masks}: no mask has a lesion that a prepared slice shows")
     write_whole(args.out, lambda file: file.write(f"{json.dumps(found, indent=1)}\n".encode()))
     shown = sum(len(rows) for scans in found.values() for rows in scans.values())
     print(f"{args.out}: {shown} slices of {sum(map(len, found.values()))} scans, {len(found)} studies")

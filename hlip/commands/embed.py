@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks.embed import embed
-from ..tasks.embeddings import SUFFIXES
+from ..tasks.embeddings import SUFFIXES, need_pyarrow
+from ..tasks.output import check_writable
 from ..tasks.processes import processes
 from .shared import (
     FILES_HELP,
@@ -68,6 +69,9 @@ def add(commands: Any) -> None:
 def _embed(args: argparse.Namespace) -> int:
     if args.out.suffix not in SUFFIXES or args.out.is_dir():
         raise ValueError(f"{args.out}: expected the name of a file that ends in {' or '.join(reversed(SUFFIXES))}")
+    check_writable(args.out)
+    if args.out.suffix == ".parquet":
+        need_pyarrow()  # said now, not after hours
     options = embedding_options(args, "both" if args.scans else "study")
     with processes() as among, keeping_parts(args.out):
         model = load_encoder(args)

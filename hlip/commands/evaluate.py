@@ -28,7 +28,7 @@ from ..tasks.evaluate import (
 from ..tasks.inputs import StoreStudies
 from ..tasks.labels import read_labels
 from ..tasks.metrics import need_sklearn
-from ..tasks.output import new_figure
+from ..tasks.output import check_folder, new_figure
 from ..tasks.processes import Processes, processes
 from ..tasks.report import (
     MARKDOWN,
@@ -124,6 +124,7 @@ def add(commands: Any) -> None:
 def _eval(args: argparse.Namespace) -> int:
     need_sklearn()  # said now, not after hours
     new_figure(1, 1)
+    check_folder(args.out)
     if args.draws < 1:
         raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
     task = load_task(args.task)
@@ -136,13 +137,14 @@ def _eval(args: argparse.Namespace) -> int:
     labels = _labels(args, task)
     with processes() as among:
         model = load_encoder(args)
+        _check_head(args.head, model)
         check_prompts(task, model, args.templates)
         table = _embeddings(args, task, model, labels, options, among)
     if table is None:
         return 0
     rest = (args.allow_unmatched, args.draws, args.seed)
     if isinstance(model, SliceEncoder):
-        uids, scans, similarities = rows_of(task, table)
+        uids, scans, similarities = rows_of(task, table, args.head)
         failed = [uid for uid, _ in table.facts.get("failed", ())]
         found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest, failed, scans)
     else:
@@ -167,6 +169,19 @@ def _eval(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
     return report_failed(table, "eval")
+
+
+def _check_head(head: int | None, model: HLIPModel | SliceEncoder) -> None:
+    """Raises ValueError where the model has no such embedding, or several and none is chosen."""
+    several = isinstance(model, HLIPModel) and model.config.per_prefix
+    count = model.config.vision.num_outputs if isinstance(model, HLIPModel) and several else 1
+    if head is None and count > 1:
+        raise ValueError(
+            f"the model gives {count} embeddings of a study: choose --head, 0 to {count - 1} (0 is for zero-shot "
+            "classification)"
+        )
+    if head is not None and not 0 <= head < count:
+        raise ValueError(f"--head {head}: the model gives {count} embedding{'s' * (count > 1)} of a study, from 0")
 
 
 def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:

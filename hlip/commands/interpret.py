@@ -18,6 +18,7 @@ from ..model.checkpoint import replace_folder
 from ..model.clip import HLIPModel
 from ..tasks.embed import embed_studies
 from ..tasks.maps import as_arrays, montage, order_of, page, write_overlays
+from ..tasks.output import check_folder, check_writable, new_figure
 from ..tasks.relevance import Relevance, relevance
 from ..tasks.texts import embed_prompts
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_probabilities
@@ -115,6 +116,8 @@ def _interpret(args: argparse.Namespace) -> None:
 
 def _prompts(args: argparse.Namespace) -> dict[str, list[str]]:
     """The classes by name, each with its sentences; target and --against among them."""
+    if not args.target.strip():
+        raise ValueError(f"--target {args.target!r}: expected words")
     if args.against == args.target:
         raise ValueError(f"--against {args.against!r}: the same as --target")
     if not args.prompts:
@@ -192,8 +195,9 @@ def _bar(description: str, unit: str) -> Any:
 
 
 def _check_out(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder}: not a folder")
+    new_figure(1, 1)  # needs matplotlib: said now, not after the work
+    check_folder(folder)
+    check_writable(folder.absolute().parent)  # a whole folder takes its place
     strange = [each.name for each in folder.iterdir() if each.name not in OWN] if folder.exists() else []
     if strange:
         raise ValueError(f"--out {folder}: holds something else ({min(strange)}); choose a new folder")

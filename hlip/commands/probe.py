@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..tasks.bootstrap import DRAWS, interval
 from ..tasks.embeddings import Embeddings
 from ..tasks.labels import LabelTable, read_label_table
+from ..tasks.output import check_folder, new_figure
 from ..tasks.probe import AUC, PROTOCOLS, SAME_CLASS, Probe, auc_intervals, draw_bars, fit_probe
 from ..tasks.probe_data import ProbeData, read_split
 from .shared import report_unjoined, write_csv, write_whole
@@ -98,8 +99,8 @@ def add(commands: Any) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"{args.out}: expected a folder")
+    new_figure(1, 1)  # needs matplotlib: said now, not after hours
+    check_folder(args.out)
     for name in ("minimum", "draws"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
@@ -275,10 +276,10 @@ def _write_figures(
         first, second = aucs.values()
         low, high = interval(first.macro_drawn - second.macro_drawn) or (math.nan, math.nan)
         content["difference"] = {"auc": first.macro - second.macro, "low": low, "high": high}
-    write_whole(out / "auc.png", lambda file: draw_bars(classes, aucs, file, "png"))
     write_csv(out / "auc.csv", rows)
     text = json.dumps(content, indent=1) + "\n"
     write_whole(out / "probe.json", lambda file: file.write(text.encode()))
+    write_whole(out / "auc.png", lambda file: draw_bars(classes, aucs, file, "png"))
 
     width = max(len("mean"), *map(len, classes))
     print(f"{'':{width}}  positives  " + "  ".join(f"{name:<21}" for name in aucs))

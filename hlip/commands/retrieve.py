@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..data.store import Store
 from ..tasks.baselines import PREFIX
 from ..tasks.embed import embed
+from ..tasks.output import check_folder, new_figure
 from ..tasks.processes import processes
 from ..tasks.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
 from ..tasks.texts import check_lengths, embed_texts
@@ -83,8 +84,8 @@ def add(commands: Any) -> None:
 
 
 def _retrieve(args: argparse.Namespace) -> int:
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"{args.out}: expected a folder")
+    new_figure(1, 1)  # needs matplotlib: said now, not after hours
+    check_folder(args.out)
     if args.top < 1 or min(args.k) < 1:
         raise ValueError(f"--k and --top must be positive, got {min(*args.k, args.top)}")
     if empty := [text for text in args.query if not text.strip()]:
@@ -103,6 +104,7 @@ def _retrieve(args: argparse.Namespace) -> int:
         raise ValueError(f"--study {absent[0]}: has no report")
     with processes() as among:
         model = load_encoder(args)
+        check_lengths(model, args.query)
         if args.embeddings is not None:
             made = read_embeddings(args.embeddings, model) if among.first else None
         else:
@@ -112,7 +114,6 @@ def _retrieve(args: argparse.Namespace) -> int:
     if made is None:
         return 0
     bar = functools.partial(tqdm, disable=None)
-    check_lengths(model, args.query)
     pairs = Pairs.embed(model, store, made, progress=functools.partial(bar, desc="reports", unit="batch"))
     if absent := [uid for uid in args.study if uid not in pairs.uids]:
         raise ValueError(f"--study {absent[0]}: has no embedding")

@@ -21,7 +21,10 @@ Slices = dict[str, dict[str, list[int]]]  # by study and scan
 
 
 def lesion_slices(mask: Volume, recipe: Recipe) -> tuple[list[int], int]:
-    """The slices of the prepared scan that lie in slices where the mask is not 0, increasing, and D of the source.
+    """The slices of the prepared scan that show those where the mask is not 0, increasing, and D of the source.
+
+    A slice between two of the source shows the nearer one. Where slices were thinned out, a small lesion may be in
+    none.
 
     Args:
         mask: on the voxels of the file that the scan was prepared from.
@@ -33,7 +36,7 @@ def lesion_slices(mask: Volume, recipe: Recipe) -> tuple[list[int], int]:
 
 
 def read_masks(store: Store, folder: Path | str, progress: Progress = iter) -> Slices:
-    """The lesions' slices of a store's scans; of scans whose mask is 0 everywhere, none.
+    """The lesions' slices of a store's scans; of scans whose mask is 0 everywhere, or in all slices shown, none.
 
     Args:
         folder: holds STUDY/SCAN for every scan with a mask, named as in the store, as `.nii` or `.nii.gz`. What

@@ -247,12 +247,17 @@ class Axis:
         return before, self.kept - self.resized - before
 
     def forward(self, voxels: np.ndarray) -> list[int]:
-        """Where voxels of the source come to lie, wholly or in part: increasing; without what is cut off."""
-        scale = self.resized / (self.length + self.black)
-        first = (voxels + self.black // 2) * scale + self.margins[0]
-        rows = np.arange(self.kept)
-        # Half a millionth is no part of a voxel but rounding.
-        return rows[((first < rows[:, None] + 1 - 5e-7) & (first + scale > rows[:, None] + 5e-7)).any(1)].tolist()
+        """Which voxels of the result show some of the source more than any other: increasing. There may be none, as
+        where several come to lie between two voxels of the result."""
+        rows, places = self.sampled()
+        return rows[np.isin(np.floor(places + 0.5), voxels)].tolist()
+
+    def sampled(self) -> tuple[np.ndarray, np.ndarray]:
+        """The voxels of the result that are not black, and the place in the source that each is interpolated at."""
+        first = max(0, -self.margins[0])  # of the resized voxels, the first that is kept
+        count = min(self.resized, self.kept)
+        places = (np.arange(first, first + count) + 0.5) * (self.length / self.resized) - 0.5
+        return max(0, self.margins[0]) + np.arange(count), places.clip(0, self.length - 1)
 
     def back(self, parts: int) -> np.ndarray:
         """(length, parts) float32: what each voxel of the source takes of each of so many equal parts of the result,
@@ -272,14 +277,11 @@ def _resample(array: np.ndarray, window: Window, axes: Sequence[Axis]) -> Tensor
     Goes through the result some slices at a time and reads only those that they lie between.
     """
     depth, rows, columns = axes
-    first = max(0, -depth.margins[0])  # of the resized slices, the first that is kept
-    target = max(0, depth.margins[0])  # where it goes
-    count = min(depth.resized, depth.kept)
-    places = ((np.arange(first, first + count) + 0.5) * (depth.length / depth.resized) - 0.5).clip(0, depth.length - 1)
+    slices, places = depth.sampled()
     below = places.astype(np.int64)
     weights = torch.from_numpy((places - below).astype(np.float32))[:, None, None]
     image = torch.zeros(tuple(axis.kept for axis in axes), dtype=torch.uint8)
-    for k in range(0, count, CHUNK):
+    for k in range(0, len(slices), CHUNK):
         low, weight = below[k : k + CHUNK], weights[k : k + CHUNK]
         high = np.minimum(low + 1, depth.length - 1)
         needed, index = np.unique(np.concatenate([low, high]), return_inverse=True)
@@ -287,7 +289,7 @@ def _resample(array: np.ndarray, window: Window, axes: Sequence[Axis]) -> Tensor
         slab.clamp_(window.low, window.high).sub_(window.low).div_(window.high - window.low)
         slab = _resize_slices(slab, rows, columns)
         part = torch.lerp(slab[index[: len(low)]], slab[index[len(low) :]], weight)
-        image[target + k : target + k + len(low)] = part.mul_(255).round_().to(torch.uint8)
+        image[slices[k] : slices[k] + len(low)] = part.mul_(255).round_().to(torch.uint8)
     return image
 
 

@@ -87,7 +87,7 @@ class SliceEncoder:
         self,
         model: Any,
         transform: Callable[[Any], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Callable[..., Tensor],
         pool: Pool = "mean",
         slices: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
         batch: int = 64,
@@ -214,6 +214,17 @@ class SliceEncoder:
             scans = [each.double() @ texts.T for each in self.encode_slices(study)]
             mean = torch.stack([each.mean(0) for each in scans]).mean(0)
             yield study.uid, (torch.cat(scans).amax(0) if self.pool == "max" else mean).float()
+
+    def count_tokens(self, texts: Sequence[str]) -> tuple[list[int], int]:
+        """Tokens of each text, and the most that the model reads; its tokenizer would cut what is longer in silence."""
+        most = self.tokenizer([""]).shape[1]
+        counts = []
+        for text in texts:
+            # No text has more tokens than bytes, so that the last of so many places is padding.
+            room = max(most, len(text.encode("utf-8", "surrogateescape")) + 8)
+            (row,) = self.tokenizer([text], context_length=room)
+            counts.append(room - int((row.flip(0) != row[-1]).int().argmax()))
+        return counts, most
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -89,7 +89,7 @@ class Embeddings:
             text = np.array(facts)
             np.savez(file, study=self.study, scan=self.scan, head=self.head, embedding=self.embedding, facts=text)
             return
-        pyarrow, parquet = _pyarrow()
+        pyarrow, parquet = need_pyarrow()
         flat = pyarrow.array(np.ascontiguousarray(self.embedding, dtype=np.float32).ravel())
         columns = {
             "study": pyarrow.array(self.study.tolist(), pyarrow.string()),
@@ -124,7 +124,7 @@ class Embeddings:
 
     @classmethod
     def _read_parquet(cls, path: Path) -> Embeddings:
-        _, parquet = _pyarrow()
+        _, parquet = need_pyarrow()
         table = parquet.read_table(path)
         column = table["embedding"].combine_chunks()
         embedding = column.flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
@@ -142,7 +142,8 @@ class Embeddings:
         return cls(study, scan, head, embedding, parts[0].facts)
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def need_pyarrow() -> tuple[Any, Any]:
+    """pyarrow and its module for Parquet. Raises ImportError where there is none; says how to install it."""
     try:
         import pyarrow
         from pyarrow import parquet

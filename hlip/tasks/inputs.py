@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from ..data.batch import Study
+from ..data.files import printable
 from ..data.preprocess import Recipe
 from ..data.sources import Found
 from ..data.store import Store
@@ -78,7 +79,7 @@ class StoreStudies:
         return self.store.study(i)
 
     def digest(self) -> str:
-        found = hashlib.sha256("\0".join(self.uids).encode())
+        found = hashlib.sha256(_bytes("\0".join(self.uids)))
         checksums = self.store.manifest.column("crc32").values.to_numpy()
         for array in (self.store.num_scans, self.store.shapes, checksums):
             found.update(np.ascontiguousarray(array).data)
@@ -102,7 +103,7 @@ class OneScan:
 
     def place(self, uid: str, num_scans: int) -> int:
         """Which of its scans a study is shown by."""
-        drawn = hashlib.sha256(f"{self.seed}\0{uid}".encode("utf-8", "surrogateescape")).digest()
+        drawn = hashlib.sha256(_bytes(f"{self.seed}\0{uid}")).digest()
         return int.from_bytes(drawn[:8], "big") % num_scans
 
     def read(self, i: int) -> Study:
@@ -117,8 +118,8 @@ class OneScan:
 def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
     """Of each study its folder's name, or its first file's; as paths if names are not told apart by that."""
     paths = [group if isinstance(group, Path) else min(group) for group in groups]
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [printable(path.resolve().name) for path in paths]
+    return names if len(set(names)) == len(names) else [printable(str(path)) for path in paths]
 
 
 class FileStudies:
@@ -176,11 +177,16 @@ def _files(group: Path | list[Path]) -> Iterator[Path]:
 
 def _digest(uids: Sequence[str], files: Iterator[Path], recipe: Recipe) -> str:
     """Of names, sizes and times, as reading every file first would take as long as the job."""
-    found = hashlib.sha256("\0".join([recipe.hash, *uids]).encode())
+    found = hashlib.sha256(_bytes("\0".join([recipe.hash, *uids])))
     for file in files:
         try:
             known = file.stat()
-            found.update(f"\0{file}\0{known.st_size}\0{known.st_mtime_ns}".encode())
+            found.update(_bytes(f"\0{file}\0{known.st_size}\0{known.st_mtime_ns}"))
         except OSError:
-            found.update(f"\0{file}".encode())
+            found.update(_bytes(f"\0{file}"))
     return found.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    """With those of names that are no UTF-8 as they are."""
+    return text.encode("utf-8", "surrogateescape")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..data.batch import Study
 from ..data.preprocess import Recipe
 from ..data.volume import Volume
-from .output import new_figure
+from .output import label, new_figure
 from .relevance import Progress, Relevance
 
 PAGE = Path(__file__).with_name("relevance.html")
@@ -79,15 +79,10 @@ def montage(
         axes.imshow(np.concatenate(list(pictures), axis=1))
         axes.set_axis_off()
         slices = ", ".join(str(z + 1) for z in places)
-        label = f"{found.names[m]}: {found.shares[m]:.0%} of all relevance; slices {slices} of {len(scan)}"
-        axes.set_title(_plain(label), fontsize=8, loc="left")
-    figure.suptitle(_plain(title), fontsize=10)
+        name = f"{found.names[m]}: {found.shares[m]:.0%} of all relevance; slices {slices} of {len(scan)}"
+        axes.set_title(label(name), fontsize=8, loc="left")
+    figure.suptitle(label(title), fontsize=10)
     figure.savefig(file, format="png", dpi=110)
-
-
-def _plain(text: str) -> str:
-    """matplotlib would read what stands between dollars as mathematics."""
-    return text.replace("$", r"\$")
 
 
 def write_overlays(found: Relevance, grids: Sequence[Volume], recipe: Recipe, folder: Path) -> list[str | None]:

@@ -24,14 +24,16 @@ def need_sklearn() -> None:
 
 
 def check_scores(labels: np.ndarray, scores: np.ndarray, uids: Sequence[str] | None = None) -> None:
-    """Raises ValueError where labels and scores do not belong together, or a score is no number; names the study."""
+    """Raises ValueError where labels and scores do not belong together, or a score is not finite, be its label missing
+    or not; names the study."""
     if labels.shape != scores.shape or labels.ndim != 2:
         raise ValueError(f"labels of shape {labels.shape} and scores of shape {scores.shape}: expected (N, K) both")
     if not np.isin(labels, (0, 1, MISSING)).all():
         raise ValueError(f"labels must be 0, 1 or -1, got {np.unique(labels).tolist()[:9]}")
-    if np.isnan(scores).any():
-        row, column = (int(i) for i in np.argwhere(np.isnan(scores))[0])
-        raise ValueError(f"study {row if uids is None else uids[row]}: the score of class {column} is not a number")
+    if not np.isfinite(scores).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(scores))[0])
+        what = "not a number" if np.isnan(scores[row, column]) else "infinite"
+        raise ValueError(f"study {row if uids is None else uids[row]}: the score of class {column} is {what}")
 
 
 def class_aucs(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -45,6 +47,7 @@ def class_aucs(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     need_sklearn()
     from sklearn.metrics import roc_auc_score
 
+    labels, scores = np.asarray(labels), np.asarray(scores)
     check_scores(labels, scores)
     aucs = np.full(labels.shape[1], np.nan)
     for k in np.flatnonzero(scorable(labels)):
@@ -68,6 +71,7 @@ def macro_auc(labels: np.ndarray, scores: np.ndarray) -> float:
     Raises:
         ValueError: a class without a positive or without a negative study; a score that is not a number.
     """
+    labels = np.asarray(labels)
     aucs = class_aucs(labels, scores)
     if np.isnan(aucs).any():
         counts = (labels == 1).sum(0).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,34 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where no file could be written at `path`, or into a folder of that name; leaves nothing."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: {nearest} cannot be written to ({error.strerror})") from error
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError where `path` is no folder that results could be written into, nor can be made one."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a folder")
+    check_writable(path)
+
+
+def label(text: str) -> str:
+    """A text as matplotlib draws it: dollars are no mathematics, and letters that its font has not are escaped."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    shown = "".join(
+        c if c.isspace() or font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text
+    )
+    return shown.replace("$", r"\$")
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from . import bootstrap
 from .labels import MISSING
 from .metrics import class_aucs, macro_auc, need_sklearn
-from .output import new_figure
+from .output import label, new_figure
 from .probe_data import ProbeData
 
 # Inverse strengths of the L2 penalty to choose from, for standardised embeddings. Values of a unit-length embedding
@@ -27,6 +27,7 @@ CS = tuple(10.0**n for n in range(-5, 3))
 CS_AS_IS = tuple(1e3 * c for c in CS)
 FOLDS = 5
 MAX_ITER = 2000
+EQUAL = 1e-9  # two AUCs, but for rounding
 # The classes that head CT models are probed for on public data, in the order of their papers' tables.
 PROTOCOLS = {
     "rsna": ("Any", "Intraparenchymal", "Intraventricular", "Subarachnoid", "Subdural"),
@@ -139,7 +140,9 @@ def fit_probe(
         steps = [StandardScaler()] if standardize else []
         pipeline = make_pipeline(*steps, LogisticRegression(max_iter=MAX_ITER))
         # The scaler is within the pipeline, so that a fold's mean is not taken over the studies it is scored on.
-        search = GridSearchCV(pipeline, {"logisticregression__C": candidates}, scoring="roc_auc", cv=cv, n_jobs=jobs)
+        search = GridSearchCV(
+            pipeline, {"logisticregression__C": candidates}, scoring="roc_auc", cv=cv, n_jobs=jobs, refit=_strongest
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             search.fit(x, y)
@@ -155,6 +158,12 @@ def fit_probe(
         "not_converged": unfinished,
     }
     return Probe(data.classes, weight, bias, c, facts)
+
+
+def _strongest(results: Mapping[str, Any]) -> int:
+    """The first, which has the strongest penalty, of those whose AUC differs from the best by no more than rounding."""
+    scores = results["mean_test_score"]
+    return int(np.argmax(scores >= np.nanmax(scores) - EQUAL))
 
 
 def _folded(pipeline: Any) -> tuple[np.ndarray, float]:
@@ -229,7 +238,7 @@ def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes]
             height,
             xerr=spread,
             color=f"C{m}",
-            label=f"{name} (mean {auc.macro:.3f})",
+            label=f"{label(name)} (mean {auc.macro:.3f})",
             error_kw={"elinewidth": 0.8, "ecolor": "black"},
         )
     axes.axvline(0.5, color="0.5", linewidth=0.8, linestyle="--")
@@ -238,6 +247,6 @@ def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes]
         ylim=(-0.7, len(order) - 0.3),
         xlabel="AUC, 95% interval",
     )
-    axes.set_yticks(range(len(order)), [classes[k] for k in order], fontsize=8)
+    axes.set_yticks(range(len(order)), [label(classes[k]) for k in order], fontsize=8)
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(file, format=kind, dpi=120)

@@ -81,6 +81,8 @@ class ProbeData:
             )
         labels = table.values[[rows[uid] for uid in uids]]
         if split is None:
+            if patients and patients not in set().union(*table.words.values()):
+                raise ValueError(f"{table.path}: has no column {patients} of words that are one for each study")
             names = [table.words[uid].get(patients, "") if patients else uid for uid in uids]
             if patients and not all(names):
                 raise ValueError(f"{table.path}: study {uids[names.index('')]} has no {patients}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .evaluate import Evaluation
 from .metrics import MISSING
-from .output import csv_text, new_figure, write_whole
+from .output import csv_text, label, new_figure, write_whole
 
 SCORES, METRICS, TABLE, MARKDOWN, PLOT = "scores.csv", "metrics.json", "table.csv", "table.md", "plot.png"
 OURS = "this run"
@@ -146,7 +146,7 @@ def _roc_curves(found: Evaluation, figure: Any, axes: Any) -> None:
             continue
         alarms, hits, _ = roc_curve(found.labels[known, k], found.scores[known, k])
         style = ("-", "--", ":")[k // 10 % 3]
-        axes.plot(alarms, hits, style, color=f"C{k % 10}", linewidth=1.2, label=f"{name} {100 * auc:.1f}")
+        axes.plot(alarms, hits, style, color=f"C{k % 10}", linewidth=1.2, label=f"{label(name)} {100 * auc:.1f}")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{found.task.name}: AUC in percent")
     axes.set_aspect("equal")
@@ -162,7 +162,8 @@ def _confusion(found: Evaluation, figure: Any, axes: Any) -> None:
     for i in range(size):
         for j in range(size):
             axes.text(j, i, str(table[i, j]), ha="center", va="center", color="white" if share[i, j] > 0.6 else "black")
-    axes.set_xticks(range(size), found.task.classes, rotation=40, ha="right")
-    axes.set_yticks(range(size), found.task.classes)
+    names = [label(name) for name in found.task.classes]
+    axes.set_xticks(range(size), names, rotation=40, ha="right")
+    axes.set_yticks(range(size), names)
     axes.set(xlabel="likeliest class", ylabel="true class", title=f"{found.task.name}: studies")
     figure.colorbar(image, label="share of the true class")

@@ -259,6 +259,8 @@ def _published(value: Any) -> Published:
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{where}: expected names with values, got {value!r}")
+    if wrong := [key for key in value if isinstance(key, bool)]:
+        raise ValueError(f"{where}: YAML reads yes, no, on and off as {wrong[0]}; put the name into quotes")
     return {str(key): each for key, each in value.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.clip import HLIPModel
+from .baselines import SliceEncoder
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -32,12 +33,18 @@ class TextEncoder(Protocol):
 
 def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:
     """Raises ValueError where a text is longer than what the model's text tower reads; names it and the counts."""
-    if not isinstance(model, HLIPModel) or not texts:
+    if isinstance(model, SliceEncoder):
+        counts, most = model.count_tokens(texts)
+    elif isinstance(model, HLIPModel):
+        counts = (
+            [len(tokens) for tokens in model.text.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
+        )
+        most = model.config.text.context_length
+    else:
         return
-    most = model.config.text.context_length
-    for text, tokens in zip(texts, model.text.tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
-        if len(tokens) > most:
-            raise ValueError(f"prompt {text!r} has {len(tokens)} tokens, the model's text tower reads {most}")
+    for text, count in zip(texts, counts, strict=True):
+        if count > most:
+            raise ValueError(f"prompt {text!r} has {count} tokens, the model's text tower reads {most}")
 
 
 @torch.no_grad()
