@@ -2,6 +2,7 @@
 # make test   lint, types, tests
 # make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
 # make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
+# make docs   the documentation as a site, into site/
 # make bench-compare BASE=REV   this folder beside another revision, in turns: what has become faster or slower
 # make gpu-check   are the kernels right on this GPU, and how fast: one report, gpu-check.md
 # All make their own virtual environment in .venv from PYTHON (3.10 or newer).
@@ -9,9 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-MODULES := hlip_kernels hlip train bench tests setup.py
+MODULES := hlip_kernels hlip train bench tests examples docs/draw.py docs/hooks.py setup.py
 
-.PHONY: demo test test-all bench bench-compare gpu-check lint format clean
+.PHONY: demo test test-all docs bench bench-compare gpu-check lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
@@ -20,6 +21,9 @@ test: lint $(VENV)/flash-attn $(VENV)/open-clip
 
 test-all: test
 	$(BIN)/python bench/attention.py --static
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 RESULTS := bench/results
 bench: $(VENV)/.installed
@@ -68,4 +72,4 @@ $(VENV)/open-clip: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ EXTRAS = {
     "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
     "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],  # both are built for one torch: take the release that fits yours
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings>=0.28", "mkdocstrings-python>=1.14"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -25,8 +26,8 @@ EXTRAS = {
         "xformers>=0.0.35; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
 }
-EXTRAS["dev"] += EXTRAS["scale"]
-NOT_IN_ALL = ("baselines", "dev", "gpu", "scale")
+EXTRAS["dev"] += EXTRAS["scale"] + EXTRAS["docs"]
+NOT_IN_ALL = ("baselines", "dev", "docs", "gpu", "scale")
 EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in NOT_IN_ALL for req in reqs})
 
 setup(
