@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from torch.nn import functional as F
 from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout
 from hlip_kernels.integrations import MonaiAttention, dense_attention, register_transformers
 
-README = Path(__file__).parents[1] / "README.md"
 SLICES: list[list[Grid]] = [[(2, 2, 2), (1, 2, 2)], [(3, 2, 2)]]  # six images of four patches
 STUDIES: dict[Level, list[list[int]]] = {  # the images of each group
     "slice": [[0], [1], [2], [3], [4], [5]],
@@ -444,22 +441,3 @@ def test_monai_errors(volumes: Tensor) -> None:
     model(volumes)
     with pytest.raises(ValueError, match=r"dropout .* \(it is 0.1\)"):
         model.train()(volumes)
-
-
-# ---- README
-
-
-def readme_examples() -> Iterator[str]:
-    section = README.read_text(encoding="utf-8").partition("### Inside your own model")[2].partition("\n## ")[0]
-    yield from re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-
-
-@pytest.mark.parametrize("example", list(readme_examples()))
-def test_readme_examples_run(example: str) -> None:
-    assert len(example.splitlines()) < 15
-    torch.manual_seed(0)
-    exec(example, {})
-
-
-def test_readme_examples_were_found() -> None:
-    assert len(list(readme_examples())) == 2
