@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-MODULES := hlip_kernels hlip train bench tests examples docs/draw.py docs/hooks.py setup.py
+MODULES := hlip_kernels hlip train bench tests examples docs/draw.py docs/fields.py docs/hooks.py setup.py
 
 .PHONY: demo test test-all docs bench bench-compare gpu-check lint format clean
 demo: $(VENV)/.installed

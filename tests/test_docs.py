@@ -17,10 +17,13 @@ import torch
 
 import doc_blocks
 from doc_blocks import ROOT, Block, blocks, check_command, check_python, commands, pages, run_blocks
-from hlip import HLIPModel
+from hlip import HLIPModel, load_recipe
+from hlip.data.reports import SectionRules
+from hlip.data.sources import find_studies
 from hlip.tasks.embed import embed
 from hlip.tasks.inputs import StoreStudies
 from hlip.tasks.task import load_task
+from hlip.tasks.zeroshot import Prompts
 from tiny_store import make_store
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -186,6 +189,29 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert targets
     assert [target for target in targets if not (ROOT / target.partition("#")[0]).exists()] == []
+
+
+def untitled(page: str, language: str) -> list[str]:
+    return [block.text for block in blocks(ROOT / "docs" / page) if block.language == language and not block.title]
+
+
+def test_files_that_pages_show_can_be_read(tmp_path: Path) -> None:
+    sections, recipe = untitled("input.md", "yaml")
+    (prompts,) = untitled("training.md", "yaml")
+    (studies,) = untitled("input.md", "json")
+    for name, text in {"s.yaml": sections, "r.yaml": recipe, "p.yaml": prompts, "l.json": studies}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert SectionRules.read(tmp_path / "s.yaml").impression == ("beurteilung",)
+    assert load_recipe(str(tmp_path / "r.yaml")).native == (8, 16, 16)
+    assert list(Prompts.read(tmp_path / "p.yaml").classes) == ["stroke", "normal"]
+    found = find_studies(tmp_path / "l.json")  # the list is understood; its files are not there
+    listed = {each.study for each in found.rejected} | {study.uid for study in found.studies}
+    assert listed == {"p7", "p8", "valid_1_a"}
+    shown = {(block.page.name, block.language) for block in every_block() if block.language in ("json", "yaml")}
+    assert shown == {
+        ("input.md", "json"),
+        *((f"{name}.md", "yaml") for name in ("input", "recipes", "training", "tutorial")),
+    }
 
 
 # ---- examples

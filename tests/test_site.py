@@ -40,6 +40,8 @@ def test_the_site_builds(tmp_path: Path) -> None:
         assert (tmp_path / f"{page}.html").exists()
     reference = (tmp_path / "reference" / "kernels" / "index.html").read_text(encoding="utf-8")
     assert 'id="hlip_kernels.hier_attention"' in reference and "its P prefix rows" in reference
+    models = (tmp_path / "reference" / "model" / "index.html").read_text(encoding="utf-8")
+    assert "<li><code>num_prefix</code>: prefix rows of a group" in models  # fields of docstrings are lists
     assert sorted(path.suffix for path in (tmp_path / "pictures").iterdir()) == [".svg"] * 4
     assert not list(tmp_path.rglob("*.py"))
 
