@@ -24,6 +24,7 @@ from hlip.tasks.embed import embed
 from hlip.tasks.inputs import StoreStudies
 from hlip.tasks.task import load_task
 from hlip.tasks.zeroshot import Prompts
+from released_files import seeded
 from tiny_store import make_store
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -49,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     import numpy as np
 
     folder = tmp_path_factory.mktemp("world")
-    for name in ("runs/demo/model", "runs/mine/model", "models/mine", "MODEL"):
+    for name in ("runs/demo/model", "runs/mine/model"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(model_folder)
     labels = [{name: float(i % len(CLASSES) == k) for k, name in enumerate(CLASSES)} for i in range(STUDIES)]
@@ -78,6 +79,11 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small
     """Current folder: a copy of the world, as links. Models as published, but narrow; what is compiled keeps its graph
     and is not made faster."""
     shutil.copytree(world, tmp_path / "here", symlinks=True)
+    name = "clip_vit_base_scan_study_token1176"  # a checkpoint of the released training code
+    state = {f"module.{key}": value for key, value in seeded(name).items()}
+    for path in ("epoch_20.pt", "logs/mine/checkpoints/epoch_20.pt"):
+        (tmp_path / "here" / path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"epoch": 20, "name": name, "state_dict": state}, tmp_path / "here" / path)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
