@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import dataclasses
 import functools
 import json
 import re
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import doc_blocks
 from doc_blocks import ROOT, Block, blocks, check_command, check_python, commands, pages, run_blocks
-from hlip import HLIPModel, load_recipe
+from hlip import HLIPModel, cli, load_recipe
 from hlip.data.reports import SectionRules
 from hlip.data.sources import find_studies
 from hlip.tasks.embed import embed
@@ -305,3 +307,59 @@ def test_a_message_that_nothing_says_is_found() -> None:
     assert is_said("...: not a store (it has no folder 'shards')", texts)
     assert not is_said("...: not a store (it has no folder 'pieces')", texts)
     assert not is_said("the flux capacitor is out of plutonium", texts)
+
+
+# ---- names in the text
+
+
+def spans() -> list[tuple[str, str]]:
+    """Inline code of all pages, each with its page."""
+    found = []
+    for page in pages():
+        text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        found += [(page_id(page), span) for span in re.findall(r"`([^`]+)`", text)]
+    return found
+
+
+FOREIGN = {
+    "--shutdown-timeout", "--max_restarts", "--nproc_per_node",  # torchrun
+    "--gpus-per-task", "--requeue", "--signal",  # Slurm
+    "--batch-size", "--accum-freq", "--save-frequency", "--num-scans",  # the released code, open_clip
+    "--no-build-isolation",  # pip
+}  # fmt: skip
+
+
+def test_flags_in_the_text_are_those_of_a_program() -> None:
+    sources = [path for top in ("hlip", "train", "bench", "examples") for path in (ROOT / top).rglob("*.py")]
+    known = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
+    config = runpy.run_path(str(ROOT / "train" / "config.py"))["TrainConfig"]
+    known |= {f"--{field.name}" for field in dataclasses.fields(config)} | {"--config", "--help"} | FOREIGN
+    named = [(page, flag) for page, span in spans() for flag in re.findall(r"(?<!\S)(--[A-Za-z][\w-]*)", span)]
+    assert len(named) > 80
+    assert [each for each in named if each[1] not in known] == []
+
+
+def test_commands_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    known = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE))
+    named = {(page, word) for page, span in spans() for word in re.findall(r"^hlip ([a-z]+)", span)}
+    assert len({word for _, word in named}) >= 8
+    assert [each for each in sorted(named) if each[1] not in known] == []
+
+
+def test_files_in_the_text_exist() -> None:
+    pattern = r"(?:tests|bench|train|hlip|hlip_kernels|docs|examples)/[\w./-]+\.(?:py|md|yaml|html|ipynb)"
+    made = {"docs/benchmarks.md"}
+    named = {(page, file) for page, span in spans() for file in re.findall(rf"(?<!\S){pattern}(?!\S)", span)}
+    assert len(named) > 30
+    assert [each for each in sorted(named) if not (ROOT / each[1]).exists() and each[1] not in made] == []
+
+
+def test_every_recipe_is_on_its_page_with_its_model() -> None:
+    lines = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    for path in (ROOT / "train" / "recipes").glob("*.yaml"):
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        (row,) = [row for row in rows if f"`{path.stem}`" in row]
+        assert f"`{model}`" in row, path.stem
