@@ -1,6 +1,69 @@
+"""How the packages are installed, and how the native library is built.
+
+The library is plain C++ with a C interface: no headers of Python or PyTorch, no link to an OpenMP runtime (the one that
+torch loads is used). It is optional: where it cannot be built, all else installs. Whether a build was tried and failed
+shows in `pip install -v`, and `python -m hlip_kernels.env` says if the library is there.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("hlip_kernels/native/src")
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+ISA_FLAGS = {  # by the end of a source's name; others are compiled for any processor
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+
+
+def native_sources() -> list[Path]:
+    """Of the instruction sets that this machine's kind has."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    if platform.machine() in ("x86_64", "AMD64"):
+        return sources
+    return [path for path in sources if path.stem.rpartition("_")[2] not in ISA_FLAGS]
+
+
+class BuildNative(build_ext):
+    """Compiles each source with the flags of its instruction set, and links without Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = []
+        for path in native_sources():
+            flags = [*FLAGS, *ISA_FLAGS.get(path.stem.rpartition("_")[2], [])]
+            self.announce(f"compiling {path}: {' '.join(flags)}", 2)
+            objects += self.compiler.compile(
+                [str(path)], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
+            )
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["m"])
+
+
+class AnyPython(bdist_wheel):
+    """The library serves every version of Python: a wheel is of a platform only."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+NATIVE = Extension(
+    "hlip_kernels.native.libhlip_native",
+    sources=[str(path) for path in native_sources()],
+    depends=[str(path) for path in SOURCES.glob("*.h")],
+    optional=True,
+)
 
 EXTRAS = {
     "io": ["nibabel>=5", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
@@ -39,7 +102,12 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["hlip_kernels*", "hlip*"]),
-    package_data={"hlip_kernels": ["py.typed"], "hlip": ["py.typed", "tasks/benchmarks/*.yaml", "tasks/*.html"]},
+    ext_modules=[NATIVE] if sys.platform == "linux" else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+    package_data={
+        "hlip_kernels": ["py.typed", "native/src/*"],
+        "hlip": ["py.typed", "tasks/benchmarks/*.yaml", "tasks/*.html"],
+    },
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

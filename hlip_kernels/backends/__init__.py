@@ -11,10 +11,11 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, flash, reference, torch_norm, triton, varlen, xformers
+from . import cpu, flash, native, reference, torch_norm, triton, varlen, xformers
 
 # In the order in which `auto` prefers them.
 BACKENDS: dict[str, ModuleType] = {
+    "native": native,
     "cpu": cpu,
     "triton": triton,
     "flash": flash,

@@ -1,0 +1,367 @@
+// Attention in float32 on vectors of whatever width this file is compiled for; bfloat16 tensors are widened in tiles.
+//
+// All products are one function, `multiply`: it reads its left matrix one element at a time with any strides, so that
+// transposed left matrices cost nothing, and its right matrix by vectors.
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace VECTOR_KERNELS {
+namespace {
+
+#if defined(__AVX512F__)
+const int WIDTH = 16, ROWS = 8;
+#elif defined(__AVX2__)
+const int WIDTH = 8, ROWS = 4;
+#else
+const int WIDTH = 4, ROWS = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+const int KEYS = 64;  // of a block
+const int QUERIES = 64;  // of a block
+const float LOG2E = 1.44269504f;
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
+inline vec fill(float x) { return vec{} + x; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// e^x to a unit in the last place or two; 0 below 2^-126.
+inline vec exponential(vec x) {
+    const vec magic = fill(12582912);  // 1.5 * 2^23: what is added to it is rounded to an integer
+    const vec least = fill(-87.3365f);
+    const vec bounded = larger(x, least), shifted = bounded * LOG2E + magic, n = shifted - magic;
+    const vec f = bounded - n * 0.693359375f + n * 2.12194440e-4f;  // n ln 2 in two parts, the first without rounding
+    vec p = fill(1.384365349e-03f);
+    p = p * f + 8.374155547e-03f;
+    p = p * f + 4.166800204e-02f;
+    p = p * f + 1.666643126e-01f;
+    p = p * f + 4.999999418e-01f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+    const vec result = (vec)((ivec)p + ((ivec)shifted << 23));
+    return x < least ? vec{} : result;
+}
+
+inline float sum_of(vec x) {
+    float sum = 0;
+    for (int i = 0; i < WIDTH; ++i) sum += x[i];
+    return sum;
+}
+
+inline float max_of(const float* row, int columns) {
+    vec most = load(row);
+    for (int j = WIDTH; j < columns; j += WIDTH) most = larger(most, load(row + j));
+    float result = most[0];
+    for (int i = 1; i < WIDTH; ++i) result = most[i] > result ? most[i] : result;
+    return result;
+}
+
+// A block of ROWS x (N * WIDTH) of c = a b, or c += a b.
+template <int N>
+inline void multiply_block(
+    const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c,
+    int64_t c_row, bool add
+) {
+    vec sum[ROWS][N];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < N; ++j) sum[i][j] = add ? load(c + i * c_row + j * WIDTH) : vec{};
+    for (int64_t k = 0; k < steps; ++k) {
+        vec right[N];
+        for (int j = 0; j < N; ++j) right[j] = load(b + k * b_step + j * WIDTH);
+        for (int i = 0; i < ROWS; ++i) {
+            const vec left = fill(a[i * a_row + k * a_step]);
+            for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < N; ++j) store(c + i * c_row + j * WIDTH, sum[i][j]);
+}
+
+// c = a b, or c += a b. Rows are rounded up to ROWS and columns to WIDTH: both c and a must have room.
+void multiply(
+    const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c,
+    int64_t c_row, int64_t rows, int64_t columns, bool add
+) {
+    for (int64_t j = 0; j < columns; j += 2 * WIDTH)
+        for (int64_t i = 0; i < rows; i += ROWS) {
+            float* to = c + i * c_row + j;
+            if (columns - j > WIDTH)
+                multiply_block<2>(a + i * a_row, a_row, a_step, b + j, b_step, steps, to, c_row, add);
+            else
+                multiply_block<1>(a + i * a_row, a_row, a_step, b + j, b_step, steps, to, c_row, add);
+        }
+}
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, uint16_t* to) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    *to = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// A row of D elements to one of padded D.
+template <typename T>
+inline void pack_row(const T* from, int64_t head_dim, int64_t padded, float* to) {
+    for (int64_t d = 0; d < head_dim; ++d) to[d] = widen(from[d]);
+    for (int64_t d = head_dim; d < padded; ++d) to[d] = 0;
+}
+
+// The same to a column of a block.
+template <typename T>
+inline void pack_column(const T* from, int64_t head_dim, int64_t padded, float* to) {
+    for (int64_t d = 0; d < head_dim; ++d) to[d * KEYS] = widen(from[d]);
+    for (int64_t d = head_dim; d < padded; ++d) to[d * KEYS] = 0;
+}
+
+void clear_columns(float* block, int64_t first, int64_t padded) {
+    for (int64_t d = 0; d < padded; ++d)
+        for (int64_t r = first; r < KEYS; ++r) block[d * KEYS + r] = 0;
+}
+
+// Matrices of a head, each (length rounded up to QUERIES, padded D), transposed ones in blocks (padded D, KEYS).
+struct Matrices {
+    int64_t matrix, rows, padded;
+
+    Matrices(const Attention& a, int64_t length)
+        : matrix(round_up(length, QUERIES) * padded_head_dim(a)), rows(round_up(length, QUERIES)),
+          padded(padded_head_dim(a)) {}
+};
+
+const int FORWARD_MATRICES = 3;  // q, k^T, v
+const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then lse and delta
+
+struct ForwardTiles {
+    float *q, *kt, *v;
+
+    ForwardTiles(const Attention& a, int64_t length, int head, char* tiles) {
+        const Matrices m(a, length);
+        q = reinterpret_cast<float*>(tiles) + head * FORWARD_MATRICES * m.matrix;
+        kt = q + m.matrix;
+        v = kt + m.matrix;
+    }
+};
+
+size_t forward_tile_bytes(const Attention& a, int64_t length) {
+    return a.heads * FORWARD_MATRICES * Matrices(a, length).matrix * sizeof(float);
+}
+
+size_t forward_local_bytes(const Attention& a) {
+    return QUERIES * (KEYS + padded_head_dim(a) + 1 + WIDTH) * sizeof(float);
+}
+
+template <typename T>
+void forward_pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, padded = padded_head_dim(a);
+    for (int64_t i = first; i < last; ++i) {
+        const T* row = static_cast<const T*>(a.qkv) + group.row(i) * 3 * a.heads * D;
+        for (int head = 0; head < a.heads; ++head) {
+            const ForwardTiles to(a, group.length, head, tiles);
+            pack_row(row + head * D, D, padded, to.q + i * padded);
+            pack_column(row + (a.heads + head) * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+            pack_row(row + (2 * a.heads + head) * D, D, padded, to.v + i * padded);
+        }
+    }
+    if (last % KEYS == 0) return;
+    const int64_t rest = round_up(last, QUERIES) - last;
+    for (int head = 0; head < a.heads; ++head) {
+        const ForwardTiles to(a, group.length, head, tiles);
+        clear_columns(to.kt + last / KEYS * KEYS * padded, last % KEYS, padded);
+        memset(to.q + last * padded, 0, rest * padded * sizeof(float));
+    }
+}
+
+// Scores of a row to weights, in place. Returns by which factor what was summed before shrinks.
+inline float softmax_row(float* row, int64_t keys, float scale, float* most, vec* sum) {
+    const int64_t columns = round_up(keys, WIDTH);
+    for (int64_t j = keys; j < columns; ++j) row[j] = -INFINITY;
+    const float found = max_of(row, columns);
+    float shrink = 1;
+    if (found > *most) {
+        shrink = exponential(fill((*most - found) * scale))[0];
+        *most = found;
+    }
+    vec total = *sum * shrink;
+    for (int64_t j = 0; j < columns; j += WIDTH) {
+        const vec weights = exponential((load(row + j) - *most) * scale);
+        store(row + j, weights);
+        total += weights;
+    }
+    *sum = total;
+    return shrink;
+}
+
+template <typename T>
+void forward_run(
+    const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns
+) {
+    const int64_t D = a.head_dim, padded = padded_head_dim(a), rows = last - first;
+    const ForwardTiles from(a, group.length, head, tiles);
+    float* scores = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
+    float* out = scores + QUERIES * KEYS;  // (QUERIES, padded)
+    float* most = out + QUERIES * padded;  // (QUERIES)
+    vec* sum = reinterpret_cast<vec*>(most + QUERIES);  // (QUERIES)
+    for (int64_t i = 0; i < rows; ++i) {
+        most[i] = -INFINITY;
+        sum[i] = vec{};
+    }
+    for (int64_t key = 0; key < group.length; key += KEYS) {
+        const int64_t keys = smaller(KEYS, group.length - key);
+        multiply(from.q + first * padded, padded, 1, from.kt + key * padded, KEYS, padded, scores, KEYS, rows, keys, false);
+        for (int64_t i = 0; i < rows; ++i) {
+            const float shrink = softmax_row(scores + i * KEYS, keys, a.softmax_scale, most + i, sum + i);
+            if (shrink != 1 && key != 0)
+                for (int64_t d = 0; d < padded; d += WIDTH)
+                    store(out + i * padded + d, load(out + i * padded + d) * shrink);
+        }
+        multiply(scores, KEYS, 1, from.v + key * padded, padded, keys, out, padded, rows, padded, key != 0);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = group.row(first + i);
+        const float total = sum_of(sum[i]), inverse = 1 / total;
+        T* to = static_cast<T*>(a.out) + (row * a.heads + head) * D;
+        for (int64_t d = 0; d < D; ++d) narrow(out[i * padded + d] * inverse, to + d);
+        a.lse[head * a.rows + row] = most[i] * a.softmax_scale + logf(total);
+    }
+}
+
+struct BackwardTiles {
+    float *q, *g, *k, *kt, *vt, *grad_q, *lse, *delta;
+
+    BackwardTiles(const Attention& a, int64_t length, int head, char* tiles) {
+        const Matrices m(a, length);
+        q = reinterpret_cast<float*>(tiles) + head * (BACKWARD_MATRICES * m.matrix + 2 * m.rows);
+        g = q + m.matrix;
+        k = g + m.matrix;
+        kt = k + m.matrix;
+        vt = kt + m.matrix;
+        grad_q = vt + m.matrix;
+        lse = grad_q + m.matrix;
+        delta = lse + m.rows;
+    }
+};
+
+size_t backward_tile_bytes(const Attention& a, int64_t length) {
+    const Matrices m(a, length);
+    return a.heads * (BACKWARD_MATRICES * m.matrix + 2 * m.rows) * sizeof(float);
+}
+
+size_t backward_local_bytes(const Attention& a) {
+    return (2 * QUERIES * KEYS + 2 * KEYS * padded_head_dim(a)) * sizeof(float);
+}
+
+template <typename T>
+void backward_pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, padded = padded_head_dim(a);
+    for (int64_t i = first; i < last; ++i) {
+        const int64_t r = group.row(i);
+        const T* row = static_cast<const T*>(a.qkv) + r * 3 * a.heads * D;
+        for (int head = 0; head < a.heads; ++head) {
+            const BackwardTiles to(a, group.length, head, tiles);
+            const T *q = row + head * D, *k = q + a.heads * D, *v = k + a.heads * D;
+            const T* g = static_cast<const T*>(a.grad_out) + (r * a.heads + head) * D;
+            const T* out = static_cast<const T*>(a.out) + (r * a.heads + head) * D;
+            pack_row(q, D, padded, to.q + i * padded);
+            pack_row(g, D, padded, to.g + i * padded);
+            pack_row(k, D, padded, to.k + i * padded);
+            pack_column(k, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+            pack_column(v, D, padded, to.vt + i / KEYS * KEYS * padded + i % KEYS);
+            to.lse[i] = a.lse[head * a.rows + r];
+            float delta = 0;
+            for (int64_t d = 0; d < D; ++d) delta += widen(g[d]) * widen(out[d]);
+            to.delta[i] = delta;
+        }
+    }
+    if (last % KEYS == 0) return;
+    const int64_t rest = round_up(last, QUERIES) - last;
+    for (int head = 0; head < a.heads; ++head) {
+        const BackwardTiles to(a, group.length, head, tiles);
+        clear_columns(to.kt + last / KEYS * KEYS * padded, last % KEYS, padded);
+        clear_columns(to.vt + last / KEYS * KEYS * padded, last % KEYS, padded);
+        memset(to.q + last * padded, 0, rest * padded * sizeof(float));
+        memset(to.g + last * padded, 0, rest * padded * sizeof(float));
+    }
+}
+
+// scores to weights, and grad_weights to the gradient of the scores without its factor softmax_scale; both in place.
+inline void softmax_gradient(
+    float* scores, float* grads, const float* lse, const float* delta, float scale, int64_t queries, int64_t keys
+) {
+    for (int64_t i = 0; i < queries; ++i)
+        for (int64_t j = 0; j < keys; j += WIDTH) {
+            const vec weights = exponential(load(scores + i * KEYS + j) * scale - lse[i]);
+            store(scores + i * KEYS + j, weights);
+            store(grads + i * KEYS + j, weights * (load(grads + i * KEYS + j) - delta[i]));
+        }
+}
+
+template <typename T>
+void backward_run(
+    const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns turns
+) {
+    const int64_t D = a.head_dim, padded = padded_head_dim(a), keys = last - first;
+    const BackwardTiles from(a, group.length, head, tiles);
+    float* weights = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
+    float* grads = weights + QUERIES * KEYS;  // (QUERIES, KEYS)
+    float* grad_k = grads + QUERIES * KEYS;  // (KEYS, padded)
+    float* grad_v = grad_k + KEYS * padded;  // (KEYS, padded)
+    const float *kt = from.kt + first * padded, *vt = from.vt + first * padded, *k = from.k + first * padded;
+    for (int64_t query = 0; query < group.length; query += QUERIES) {
+        const int64_t queries = smaller(QUERIES, group.length - query);
+        const float *q = from.q + query * padded, *g = from.g + query * padded;
+        multiply(q, padded, 1, kt, KEYS, padded, weights, KEYS, queries, keys, false);
+        multiply(g, padded, 1, vt, KEYS, padded, grads, KEYS, queries, keys, false);
+        softmax_gradient(weights, grads, from.lse + query, from.delta + query, a.softmax_scale, queries, keys);
+        multiply(weights, 1, KEYS, g, padded, queries, grad_v, padded, keys, padded, query != 0);
+        multiply(grads, 1, KEYS, q, padded, queries, grad_k, padded, keys, padded, query != 0);
+        turns.wait(query / QUERIES, first / KEYS);
+        multiply(grads, KEYS, 1, k, padded, keys, from.grad_q + query * padded, padded, queries, padded, first != 0);
+        turns.pass(query / QUERIES, first / KEYS);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+        T* to = static_cast<T*>(a.grad_qkv) + ((group.row(first + j) * 3 + 1) * a.heads + head) * D;
+        for (int64_t d = 0; d < D; ++d) narrow(grad_k[j * padded + d] * a.softmax_scale, to + d);
+        to += a.heads * D;
+        for (int64_t d = 0; d < D; ++d) narrow(grad_v[j * padded + d], to + d);
+    }
+}
+
+template <typename T>
+void backward_finish(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, padded = padded_head_dim(a);
+    for (int64_t i = first; i < last; ++i)
+        for (int head = 0; head < a.heads; ++head) {
+            const float* from = BackwardTiles(a, group.length, head, tiles).grad_q + i * padded;
+            T* to = static_cast<T*>(a.grad_qkv) + (group.row(i) * 3 * a.heads + head) * D;
+            for (int64_t d = 0; d < D; ++d) narrow(from[d] * a.softmax_scale, to + d);
+        }
+}
+
+template <typename T>
+constexpr Kernel forward_kernel() {
+    return {KEYS, QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T>, nullptr};
+}
+
+template <typename T>
+constexpr Kernel backward_kernel() {
+    return {
+        KEYS, KEYS, backward_tile_bytes, backward_local_bytes, backward_pack<T>, backward_run<T>, backward_finish<T>};
+}
+
+}  // namespace
+
+const Kernel forward[2] = {forward_kernel<float>(), forward_kernel<uint16_t>()};
+const Kernel backward[2] = {backward_kernel<float>(), backward_kernel<uint16_t>()};
+
+}  // namespace VECTOR_KERNELS
