@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("hlip_kernels/native/src")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
-FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {  # by the end of a source's name; others are compiled for any processor
     "avx2": ["-mavx2", "-mfma"],

@@ -15,8 +15,12 @@ static const int64_t LINE = 64;
 
 static const Kernel& kernel_of(const Attention& a, int32_t isa, int32_t backward) {
 #if defined(__x86_64__)
-    if (isa == HLIP_AVX512 || isa == HLIP_AMX) return backward ? avx512::backward[a.bfloat16] : avx512::forward[a.bfloat16];
+    const int64_t width = padded_head_dim(a) / HEAD_STEP - 1;
+    if (isa == HLIP_AMX && a.bfloat16 && !backward) return amx::forward[width];
+    if (isa >= HLIP_AVX512) return backward ? avx512::backward[a.bfloat16] : avx512::forward[a.bfloat16];
     if (isa == HLIP_AVX2) return backward ? avx2::backward[a.bfloat16] : avx2::forward[a.bfloat16];
+#else
+    (void)isa;
 #endif
     return backward ? generic::backward[a.bfloat16] : generic::forward[a.bfloat16];
 }

@@ -10,4 +10,8 @@
 DECLARE_KERNELS(generic)
 DECLARE_KERNELS(avx2)
 DECLARE_KERNELS(avx512)
-DECLARE_KERNELS(amx)
+
+// In bfloat16 only, by head dim / 32 - 1.
+namespace amx {
+extern const Kernel forward[4], backward[4];
+}

@@ -1,0 +1,306 @@
+// Forward attention in bfloat16 on AMX.
+//
+// A step is 16 queries x 32 keys. Three steps are under way at a time: the scores of one, the softmax of the one before
+// and the product with the values of the one before that; the tile unit and the vector units work side by side only if
+// their instructions alternate closely. The result of 16 queries stays in tile registers for up to 64 columns.
+//
+// Weights are 2^score without the maximum of the row taken off: floating point does not mind, as long as nothing
+// overflows or vanishes. The row sums tell, and if any is out of range, its block of queries is done again with the
+// maximum.
+#include "tiles_amx.h"
+
+namespace amx {
+namespace {
+
+const int UNIT = 32;  // keys of a step
+const int BLOCK = 256;  // queries of a task
+const int CHUNK = 4;  // steps whose keys and values stay in the first cache while the queries of a block pass
+const float LEAST_SUM = 0x1p-60f, MOST_SUM = 0x1p40f;
+const float SLACK = 8;  // by how many powers of two a score may exceed the maximum that is taken off
+
+// Tiles of a head, unit after unit of 32 rows: q plain, as 2 x K tiles; k paired and transposed, as K x 2 tiles; v
+// paired, as N tiles.
+template <int K>
+struct Packed {
+    static constexpr int N = 2 * K;  // tiles of 16 columns
+    static constexpr int64_t MATRIX = 2 * K * TILE;  // of a unit
+    char *q, *k, *v;
+
+    Packed(int64_t length, int head, char* tiles) {
+        const int64_t bytes = round_up(length, UNIT) / UNIT * MATRIX;
+        q = tiles + head * 3 * bytes;
+        k = q + bytes;
+        v = k + bytes;
+    }
+};
+
+size_t tile_bytes(const Attention& a, int64_t length) {
+    return a.heads * 3 * round_up(length, UNIT) * padded_head_dim(a) * sizeof(uint16_t);
+}
+
+template <int K>
+void pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, slot = a.heads * D;
+    for (int64_t at = first; at < last; at += UNIT) {
+        const uint16_t* rows[UNIT];
+        for (int i = 0; i < UNIT; ++i)
+            rows[i] = at + i < last ? static_cast<const uint16_t*>(a.qkv) + group.row(at + i) * 3 * slot : nullptr;
+        for (int head = 0; head < a.heads; ++head) {
+            const Packed<K> to(group.length, head, tiles);
+            const int64_t unit = at / UNIT * Packed<K>::MATRIX;
+            for (int c = 0; c < K; ++c) {
+                const int64_t column = head * D + c * 32, present = D - c * 32;
+                __m512i part[UNIT];
+                const auto fetch = [&](int64_t from) __attribute__((always_inline)) {
+                    for (int i = 0; i < UNIT; ++i)
+                        part[i] = rows[i] ? load_part(rows[i] + from, present) : _mm512_setzero_si512();
+                };
+                fetch(column);
+                pack_plain(part, to.q + unit + c * TILE);
+                pack_plain(part + ROWS, to.q + unit + (K + c) * TILE);
+                fetch(column + slot);
+                pack_transposed(part, to.k + unit + 2 * c * TILE);
+                pack_transposed(part + ROWS, to.k + unit + (2 * c + 1) * TILE);
+                fetch(column + 2 * slot);
+                for (int i = 0; i < ROWS; ++i)
+                    pack_pair(part[2 * i], part[2 * i + 1], to.v + unit + 2 * c * TILE + 64 * i);
+            }
+        }
+    }
+}
+
+// A thread's own memory.
+template <int K>
+struct Local {
+    alignas(64) float scores[2][2][ROWS * 16];  // of two steps, each two tiles of 16 keys
+    alignas(64) uint16_t weights[2][ROWS * 32];
+    float most[BLOCK];
+    alignas(64) float sum[BLOCK][16];
+    alignas(64) float out[BLOCK / ROWS][Packed<K>::N][ROWS * 16];
+};
+
+template <int K>
+size_t local_bytes(const Attention&) {
+    return sizeof(Local<K>);
+}
+
+// What a step works on.
+struct Step {
+    const char *q, *k, *v;
+    float *sum, *out;
+    __mmask16 low, high;  // which of its keys exist
+    bool load, store;  // whether the result goes into tile registers before, and out of them after it
+};
+
+template <int K>
+struct Pipeline {
+    static constexpr int N = Packed<K>::N;
+    static constexpr bool RESIDENT = N <= 4;
+    Local<K>& local;
+    const __m512 scale;
+
+    // Row r of the softmax of a step.
+    INLINE void soften(const Step& s, int parity, int r) const {
+        const float* scores = local.scores[parity][0] + 16 * r;
+        const __m512 x = exp2(_mm512_mul_ps(_mm512_load_ps(scores), scale), s.low);
+        const __m512 y = exp2(_mm512_mul_ps(_mm512_load_ps(scores + ROWS * 16), scale), s.high);
+        _mm512_store_ps(s.sum + 16 * r, _mm512_add_ps(_mm512_load_ps(s.sum + 16 * r), _mm512_add_ps(x, y)));
+        _mm512_store_si512(local.weights[parity] + 32 * r, narrow(x, y));
+    }
+
+    // Tile i of 2 K: a product for the scores.
+    template <int I>
+    INLINE void score(const Step& s) const {
+        if constexpr (I == 0) {
+            tile_zero<4>();
+            tile_zero<5>();
+        }
+        if constexpr (I % 2 == 0) tile_load<6>(s.q + I / 2 * TILE);
+        tile_load<7>(s.k + I * TILE);
+        tile_multiply<4 + I % 2, 6, 7>();
+    }
+
+    // Tile i of N: a product for the result.
+    template <int I>
+    INLINE void sum_up(const Step& s, int parity) const {
+        if constexpr (I == 0) tile_load<6>(local.weights[parity]);
+        if constexpr (!RESIDENT) tile_load<I % 4>(s.out + I * ROWS * 16);
+        tile_load<7>(s.v + I * TILE);
+        tile_multiply<I % 4, 6, 7>();
+        if constexpr (!RESIDENT) tile_store<I % 4>(s.out + I * ROWS * 16);
+    }
+
+    // The scores of one step, the softmax of a second and the product with the values of a third.
+    template <bool SCORE, bool SOFTEN, bool SUM>
+    INLINE void turn(const Step& a, const Step& b, const Step& c, int parity) const {
+        constexpr int PRODUCTS = N + 2 * K;
+        if constexpr (SUM && RESIDENT)
+            if (c.load) repeat<N>([&](auto i) { tile_load<i.value>(c.out + i.value * ROWS * 16); });
+        repeat<PRODUCTS>([&](auto i) {
+            constexpr int I = i.value;
+            if constexpr (I < N) {
+                if constexpr (SUM) sum_up<I>(c, parity);
+            } else {
+                if constexpr (SCORE) score<I - N>(a);
+            }
+            if constexpr (SOFTEN)
+                for (int r = ROWS * I / PRODUCTS; r < ROWS * (I + 1) / PRODUCTS; ++r) soften(b, parity ^ 1, r);
+        });
+        if constexpr (SCORE) {
+            tile_store<4>(local.scores[parity][0]);
+            tile_store<5>(local.scores[parity][1]);
+        }
+        if constexpr (SUM && RESIDENT)
+            if (c.store) repeat<N>([&](auto i) { tile_store<i.value>(c.out + i.value * ROWS * 16); });
+    }
+};
+
+// The steps of a block of queries: chunk by chunk of keys, in each all tiles of queries.
+template <int K>
+struct Steps {
+    const Packed<K> from;
+    Local<K>& local;
+    int64_t first, tiles, length, units;
+    int64_t chunk = 0, tile = 0, unit = 0;
+
+    Step next() {
+        const int64_t query = first / ROWS + tile, left = length - unit * UNIT;
+        const int64_t end = smaller(chunk + CHUNK, units);
+        const Step s = {
+            from.q + query * K * TILE, from.k + unit * Packed<K>::MATRIX, from.v + unit * Packed<K>::MATRIX,
+            local.sum[tile * ROWS], local.out[tile][0], first_lanes(left), first_lanes(left - 16),
+            unit == chunk, unit + 1 == end,
+        };
+        if (++unit == end) {
+            if (++tile == tiles) {
+                tile = 0;
+                chunk = end;
+            }
+            unit = chunk;
+        }
+        return s;
+    }
+};
+
+template <int K>
+void run_fast(Steps<K> steps, float scale) {
+    Local<K>& local = steps.local;
+    const Pipeline<K> pipeline = {local, _mm512_set1_ps(scale)};
+    const int64_t count = steps.tiles * steps.units;
+    Step a = steps.next(), b = a, c = a;
+    pipeline.template turn<true, false, false>(a, b, c, 0);
+    if (count > 1) {
+        b = a;
+        a = steps.next();
+        pipeline.template turn<true, true, false>(a, b, c, 1);
+    } else {
+        pipeline.template turn<false, true, false>(a, b = a, c, 1);
+    }
+    for (int64_t t = 2; t < count; ++t) {
+        c = b;
+        b = a;
+        a = steps.next();
+        pipeline.template turn<true, true, true>(a, b, c, t & 1);
+    }
+    if (count > 1) pipeline.template turn<false, true, true>(a, a, b, count & 1);
+    pipeline.template turn<false, false, true>(a, a, a, (count + 1) & 1);
+}
+
+// The same one step at a time, less the running maximum of each row.
+template <int K>
+void run_safe(Steps<K> steps, float scale) {
+    Local<K>& local = steps.local;
+    const Pipeline<K> pipeline = {local, _mm512_set1_ps(scale)};
+    for (int64_t t = 0; t < steps.tiles * steps.units; ++t) {
+        const Step s = steps.next();
+        float *most = local.most + (s.sum - local.sum[0]) / 16, *out = s.out;
+        pipeline.template turn<true, false, false>(s, s, s, 0);
+        for (int r = 0; r < ROWS; ++r) {
+            float *low = local.scores[0][0] + 16 * r, *high = low + ROWS * 16, *sum = s.sum + 16 * r;
+            const __m512 none = _mm512_set1_ps(-INFINITY);
+            const __m512 x = _mm512_mask_mul_ps(none, s.low, _mm512_load_ps(low), pipeline.scale);
+            const __m512 y = _mm512_mask_mul_ps(none, s.high, _mm512_load_ps(high), pipeline.scale);
+            const float found = _mm512_reduce_max_ps(_mm512_max_ps(x, y));
+            if (found > most[r] + SLACK) {
+                const __m512 shrink = _mm512_set1_ps(exp2f(most[r] - found));
+                most[r] = found;
+                _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrink));
+                for (int i = 0; i < Packed<K>::N; ++i) {
+                    float* part = out + (i * ROWS + r) * 16;
+                    _mm512_store_ps(part, _mm512_mul_ps(_mm512_load_ps(part), shrink));
+                }
+            }
+            const __m512 p = exp2(_mm512_sub_ps(x, _mm512_set1_ps(most[r])), s.low);
+            const __m512 q = exp2(_mm512_sub_ps(y, _mm512_set1_ps(most[r])), s.high);
+            _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_add_ps(p, q)));
+            _mm512_store_si512(local.weights[0] + 32 * r, narrow(p, q));
+        }
+        Step alone = s;
+        alone.load = alone.store = true;
+        pipeline.template turn<false, false, true>(s, s, alone, 0);
+    }
+}
+
+// Whether all sums are such that nothing overflowed, and nothing that counts vanished.
+template <int K>
+bool in_range(const Local<K>& local, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(local.sum[i]));
+        if (!(sum > LEAST_SUM && sum < MOST_SUM)) return false;
+    }
+    return true;
+}
+
+template <int K>
+void clear(Local<K>& local, int64_t rows) {
+    memset(local.sum, 0, rows * sizeof local.sum[0]);
+    memset(local.out, 0, rows / ROWS * sizeof local.out[0]);
+}
+
+// The result of a row: its sums over its weights.
+template <int K>
+void write_row(const Attention& a, const Local<K>& local, int64_t i, int64_t row, int head) {
+    const float total = _mm512_reduce_add_ps(_mm512_load_ps(local.sum[i]));
+    const __m512 inverse = _mm512_set1_ps(1 / total);
+    uint16_t* to = static_cast<uint16_t*>(a.out) + (row * a.heads + head) * a.head_dim;
+    for (int c = 0; c < K; ++c) {
+        const float* from = local.out[i / ROWS][2 * c] + i % ROWS * 16;
+        const __m512 low = _mm512_load_ps(from), high = _mm512_load_ps(from + ROWS * 16);
+        const int64_t present = a.head_dim - 32 * c;
+        const __mmask32 mask = present >= 32 ? ~__mmask32(0) : (__mmask32(1) << present) - 1;
+        _mm512_mask_storeu_epi16(
+            to + 32 * c, mask, narrow(_mm512_mul_ps(low, inverse), _mm512_mul_ps(high, inverse))
+        );
+    }
+    a.lse[head * a.rows + row] = local.most[i] * LN2 + logf(total);
+}
+
+template <int K>
+void run(
+    const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* memory, Turns
+) {
+    Local<K>& local = *reinterpret_cast<Local<K>*>(memory);
+    const TilesInUse in_use;
+    const int64_t rows = last - first, padded = round_up(rows, ROWS), units = round_up(group.length, UNIT) / UNIT;
+    const Steps<K> steps = {{group.length, head, tiles}, local, first, padded / ROWS, group.length, units};
+    memset(local.most, 0, sizeof local.most);
+    clear(local, padded);
+    run_fast(steps, a.softmax_scale * LOG2E);
+    if (!in_range(local, rows)) {
+        for (float& most : local.most) most = -INFINITY;
+        clear(local, padded);
+        run_safe(steps, a.softmax_scale * LOG2E);
+    }
+    for (int64_t i = 0; i < rows; ++i) write_row(a, local, i, group.row(first + i), head);
+}
+
+template <int K>
+constexpr Kernel kernel() {
+    return {UNIT, BLOCK, tile_bytes, local_bytes<K>, pack<K>, run<K>, nullptr};
+}
+
+}  // namespace
+
+const Kernel forward[4] = {kernel<1>(), kernel<2>(), kernel<3>(), kernel<4>()};
+
+}  // namespace amx
