@@ -10,13 +10,13 @@
 
 #include "kernels.h"
 
-static const int64_t CACHE = 1536 << 10;  // bytes of tiles that one thread keeps near it
+static const int64_t CACHE = 4 << 20;  // bytes of tiles of a group that one thread works through by itself
 static const int64_t LINE = 64;
 
 static const Kernel& kernel_of(const Attention& a, int32_t isa, int32_t backward) {
 #if defined(__x86_64__)
     const int64_t width = padded_head_dim(a) / HEAD_STEP - 1;
-    if (isa == HLIP_AMX && a.bfloat16 && !backward) return amx::forward[width];
+    if (isa == HLIP_AMX && a.bfloat16) return backward ? amx::backward[width] : amx::forward[width];
     if (isa >= HLIP_AVX512) return backward ? avx512::backward[a.bfloat16] : avx512::forward[a.bfloat16];
     if (isa == HLIP_AVX2) return backward ? avx2::backward[a.bfloat16] : avx2::forward[a.bfloat16];
 #else

@@ -1,6 +1,6 @@
 // Forward attention in bfloat16 on AMX.
 //
-// A step is 16 queries x 32 keys. Three steps are under way at a time: the scores of one, the softmax of the one before
+// A step is 16 queries x 32 keys, a unit. Three steps are under way at a time: the scores of one, the softmax of the one before
 // and the product with the values of the one before that; the tile unit and the vector units work side by side only if
 // their instructions alternate closely. The result of 16 queries stays in tile registers for up to 64 columns.
 //
@@ -12,7 +12,6 @@
 namespace amx {
 namespace {
 
-const int UNIT = 32;  // keys of a step
 const int BLOCK = 256;  // queries of a task
 const int CHUNK = 4;  // steps whose keys and values stay in the first cache while the queries of a block pass
 const float LEAST_SUM = 0x1p-60f, MOST_SUM = 0x1p40f;
@@ -38,32 +37,33 @@ size_t tile_bytes(const Attention& a, int64_t length) {
     return a.heads * 3 * round_up(length, UNIT) * padded_head_dim(a) * sizeof(uint16_t);
 }
 
+// Row by row through all heads: rows lie pages apart, and a head's part of them is short.
 template <int K>
 void pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, slot = a.heads * D;
     for (int64_t at = first; at < last; at += UNIT) {
-        const uint16_t* rows[UNIT];
-        for (int i = 0; i < UNIT; ++i)
-            rows[i] = at + i < last ? static_cast<const uint16_t*>(a.qkv) + group.row(at + i) * 3 * slot : nullptr;
+        const Rows<UNIT> rows(a.qkv, group, at, last, 3 * slot);
         for (int head = 0; head < a.heads; ++head) {
-            const Packed<K> to(group.length, head, tiles);
-            const int64_t unit = at / UNIT * Packed<K>::MATRIX;
+            char* to = Packed<K>(group.length, head, tiles).q + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
-                const int64_t column = head * D + c * 32, present = D - c * 32;
-                __m512i part[UNIT];
-                const auto fetch = [&](int64_t from) __attribute__((always_inline)) {
-                    for (int i = 0; i < UNIT; ++i)
-                        part[i] = rows[i] ? load_part(rows[i] + from, present) : _mm512_setzero_si512();
-                };
-                fetch(column);
-                pack_plain(part, to.q + unit + c * TILE);
-                pack_plain(part + ROWS, to.q + unit + (K + c) * TILE);
-                fetch(column + slot);
-                pack_transposed(part, to.k + unit + 2 * c * TILE);
-                pack_transposed(part + ROWS, to.k + unit + (2 * c + 1) * TILE);
-                fetch(column + 2 * slot);
-                for (int i = 0; i < ROWS; ++i)
-                    pack_pair(part[2 * i], part[2 * i + 1], to.v + unit + 2 * c * TILE + 64 * i);
+                rows.load(head * D + c * 32, D - c * 32);
+                pack_plain(rows.part, to + c * TILE);
+                pack_plain(rows.part + ROWS, to + (K + c) * TILE);
+            }
+        }
+        for (int head = 0; head < a.heads; ++head) {
+            char* to = Packed<K>(group.length, head, tiles).k + at / UNIT * Packed<K>::MATRIX;
+            for (int c = 0; c < K; ++c) {
+                rows.load(slot + head * D + c * 32, D - c * 32);
+                pack_transposed(rows.part, to + 2 * c * TILE);
+                pack_transposed(rows.part + ROWS, to + (2 * c + 1) * TILE);
+            }
+        }
+        for (int head = 0; head < a.heads; ++head) {
+            char* to = Packed<K>(group.length, head, tiles).v + at / UNIT * Packed<K>::MATRIX;
+            for (int c = 0; c < K; ++c) {
+                rows.load(2 * slot + head * D + c * 32, D - c * 32);
+                pack_pairs(rows.part, to + 2 * c * TILE);
             }
         }
     }
@@ -89,7 +89,7 @@ struct Step {
     const char *q, *k, *v;
     float *sum, *out;
     __mmask16 low, high;  // which of its keys exist
-    bool load, store;  // whether the result goes into tile registers before, and out of them after it
+    bool zero, load, store;  // whether the result begins, or goes into tile registers before, or out of them after it
 };
 
 template <int K>
@@ -120,11 +120,20 @@ struct Pipeline {
         tile_multiply<4 + I % 2, 6, 7>();
     }
 
+    // Tile i of the result into its register.
+    template <int I>
+    INLINE void begin(const Step& s) const {
+        if (s.zero)
+            tile_zero<I % 4>();
+        else
+            tile_load<I % 4>(s.out + I * ROWS * 16);
+    }
+
     // Tile i of N: a product for the result.
     template <int I>
     INLINE void sum_up(const Step& s, int parity) const {
         if constexpr (I == 0) tile_load<6>(local.weights[parity]);
-        if constexpr (!RESIDENT) tile_load<I % 4>(s.out + I * ROWS * 16);
+        if constexpr (!RESIDENT) begin<I>(s);
         tile_load<7>(s.v + I * TILE);
         tile_multiply<I % 4, 6, 7>();
         if constexpr (!RESIDENT) tile_store<I % 4>(s.out + I * ROWS * 16);
@@ -135,7 +144,7 @@ struct Pipeline {
     INLINE void turn(const Step& a, const Step& b, const Step& c, int parity) const {
         constexpr int PRODUCTS = N + 2 * K;
         if constexpr (SUM && RESIDENT)
-            if (c.load) repeat<N>([&](auto i) { tile_load<i.value>(c.out + i.value * ROWS * 16); });
+            if (c.zero || c.load) repeat<N>([&](auto i) { begin<i.value>(c); });
         repeat<PRODUCTS>([&](auto i) {
             constexpr int I = i.value;
             if constexpr (I < N) {
@@ -169,7 +178,7 @@ struct Steps {
         const Step s = {
             from.q + query * K * TILE, from.k + unit * Packed<K>::MATRIX, from.v + unit * Packed<K>::MATRIX,
             local.sum[tile * ROWS], local.out[tile][0], first_lanes(left), first_lanes(left - 16),
-            unit == chunk, unit + 1 == end,
+            unit == 0, unit == chunk, unit + 1 == end,
         };
         if (++unit == end) {
             if (++tile == tiles) {
@@ -236,43 +245,54 @@ void run_safe(Steps<K> steps, float scale) {
             _mm512_store_si512(local.weights[0] + 32 * r, narrow(p, q));
         }
         Step alone = s;
+        alone.zero = false;
         alone.load = alone.store = true;
         pipeline.template turn<false, false, true>(s, s, alone, 0);
     }
 }
 
-// Whether all sums are such that nothing overflowed, and nothing that counts vanished.
-template <int K>
-bool in_range(const Local<K>& local, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(local.sum[i]));
-        if (!(sum > LEAST_SUM && sum < MOST_SUM)) return false;
-    }
-    return true;
+// Whether the sums of 16 rows, of which so many exist, are such that nothing overflowed and nothing that counts vanished.
+INLINE bool in_range(__m512 sums, int64_t rows) {
+    const __mmask16 enough = _mm512_cmp_ps_mask(sums, _mm512_set1_ps(LEAST_SUM), _CMP_GT_OQ);
+    const __mmask16 right = _mm512_mask_cmp_ps_mask(enough, sums, _mm512_set1_ps(MOST_SUM), _CMP_LT_OQ);
+    return (~right & first_lanes(rows)) == 0;
 }
 
+// Results of 16 rows over their sums, in the place of their queries, and the logarithms of the sums.
 template <int K>
-void clear(Local<K>& local, int64_t rows) {
-    memset(local.sum, 0, rows * sizeof local.sum[0]);
-    memset(local.out, 0, rows / ROWS * sizeof local.out[0]);
+void conclude(
+    const Attention& a, const Group& group, const Local<K>& local, const Packed<K>& to, int head, int64_t first,
+    int64_t tile
+) {
+    const __m512 sums = totals(local.sum[tile * ROWS]);
+    alignas(64) float inverse[ROWS], lse[ROWS];
+    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1), sums));
+    _mm512_store_ps(lse, _mm512_fmadd_ps(_mm512_load_ps(local.most + tile * ROWS), _mm512_set1_ps(LN2), log(sums)));
+    const int64_t query = first + tile * ROWS, rows = smaller(ROWS, group.length - query);
+    for (int r = 0; r < rows; ++r) a.lse[head * a.rows + group.row(query + r)] = lse[r];
+    for (int c = 0; c < K; ++c)
+        for (int r = 0; r < ROWS; ++r) {
+            const float* from = local.out[tile][2 * c] + 16 * r;
+            const __m512 factor = _mm512_set1_ps(inverse[r]);
+            const __m512 low = _mm512_load_ps(from), high = _mm512_load_ps(from + ROWS * 16);
+            _mm512_store_si512(
+                to.q + (query / ROWS * K + c) * TILE + 64 * r,
+                narrow(_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor))
+            );
+        }
 }
 
-// The result of a row: its sums over its weights.
+// Results from the place of their queries, again row by row.
 template <int K>
-void write_row(const Attention& a, const Local<K>& local, int64_t i, int64_t row, int head) {
-    const float total = _mm512_reduce_add_ps(_mm512_load_ps(local.sum[i]));
-    const __m512 inverse = _mm512_set1_ps(1 / total);
-    uint16_t* to = static_cast<uint16_t*>(a.out) + (row * a.heads + head) * a.head_dim;
-    for (int c = 0; c < K; ++c) {
-        const float* from = local.out[i / ROWS][2 * c] + i % ROWS * 16;
-        const __m512 low = _mm512_load_ps(from), high = _mm512_load_ps(from + ROWS * 16);
-        const int64_t present = a.head_dim - 32 * c;
-        const __mmask32 mask = present >= 32 ? ~__mmask32(0) : (__mmask32(1) << present) - 1;
-        _mm512_mask_storeu_epi16(
-            to + 32 * c, mask, narrow(_mm512_mul_ps(low, inverse), _mm512_mul_ps(high, inverse))
-        );
+void finish(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    for (int64_t i = first; i < last; ++i) {
+        uint16_t* row = static_cast<uint16_t*>(a.out) + group.row(i) * a.heads * a.head_dim;
+        for (int head = 0; head < a.heads; ++head) {
+            const char* from = Packed<K>(group.length, head, tiles).q + i / ROWS * K * TILE + i % ROWS * 64;
+            for (int c = 0; c < K; ++c)
+                store_part(row + head * a.head_dim + 32 * c, _mm512_load_si512(from + c * TILE), a.head_dim - 32 * c);
+        }
     }
-    a.lse[head * a.rows + row] = local.most[i] * LN2 + logf(total);
 }
 
 template <int K>
@@ -283,20 +303,24 @@ void run(
     const TilesInUse in_use;
     const int64_t rows = last - first, padded = round_up(rows, ROWS), units = round_up(group.length, UNIT) / UNIT;
     const Steps<K> steps = {{group.length, head, tiles}, local, first, padded / ROWS, group.length, units};
+    const int64_t tiles_used = steps.tiles;
     memset(local.most, 0, sizeof local.most);
-    clear(local, padded);
+    memset(local.sum, 0, padded * sizeof local.sum[0]);
     run_fast(steps, a.softmax_scale * LOG2E);
-    if (!in_range(local, rows)) {
+    bool good = true;
+    for (int64_t t = 0; t < tiles_used; ++t) good &= in_range(totals(local.sum[t * ROWS]), rows - t * ROWS);
+    if (!good) {
         for (float& most : local.most) most = -INFINITY;
-        clear(local, padded);
+        memset(local.sum, 0, padded * sizeof local.sum[0]);
+        memset(local.out, 0, tiles_used * sizeof local.out[0]);
         run_safe(steps, a.softmax_scale * LOG2E);
     }
-    for (int64_t i = 0; i < rows; ++i) write_row(a, local, i, group.row(first + i), head);
+    for (int64_t t = 0; t < tiles_used; ++t) conclude(a, group, local, steps.from, head, first, t);
 }
 
 template <int K>
 constexpr Kernel kernel() {
-    return {UNIT, BLOCK, tile_bytes, local_bytes<K>, pack<K>, run<K>, nullptr};
+    return {UNIT, BLOCK, tile_bytes, local_bytes<K>, pack<K>, run<K>, finish<K>};
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ namespace {
 
 const int ROWS = 16;  // of a tile
 const int64_t TILE = 1024;  // bytes
+const int UNIT = 32;  // rows that are packed together
 const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 // The memory clobbers keep what the vector units do to the same memory, and do meanwhile, in its place.
@@ -83,6 +84,44 @@ INLINE __m512i load_part(const uint16_t* from, int64_t present) {
     return _mm512_maskz_loadu_epi16(present <= 0 ? 0 : (1u << present) - 1, from);
 }
 
+INLINE void store_part(uint16_t* to, __m512i x, int64_t present) {
+    if (present >= 32) return _mm512_storeu_si512(to, x);
+    _mm512_mask_storeu_epi16(to, present <= 0 ? 0 : (1u << present) - 1, x);
+}
+
+// ln x to about 1e-7, for positive normal numbers.
+INLINE __m512 log(__m512 x) {
+    const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+    const __m512 e = _mm512_getexp_ps(_mm512_div_ps(x, m));
+    // ln m = 2 artanh s
+    const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, _mm512_set1_ps(1)), _mm512_add_ps(m, _mm512_set1_ps(1)));
+    const __m512 square = _mm512_mul_ps(s, s);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(2.0f / 9), square, _mm512_set1_ps(2.0f / 7));
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f / 5));
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2.0f / 3));
+    p = _mm512_fmadd_ps(p, square, _mm512_set1_ps(2));
+    return _mm512_fmadd_ps(e, _mm512_set1_ps(LN2), _mm512_mul_ps(p, s));
+}
+
+// N rows of a group, and 32 of their columns at a time; rows beyond `last` are zero.
+template <int N>
+struct Rows {
+    const uint16_t* at[N];
+    alignas(64) mutable __m512i part[N];
+
+    Rows(const void* tensor, const Group& group, int64_t first, int64_t last, int64_t stride) {
+        for (int i = 0; i < N; ++i)
+            at[i] = first + i < last ? static_cast<const uint16_t*>(tensor) + group.row(first + i) * stride : nullptr;
+    }
+    INLINE void load(int64_t column, int64_t present) const {
+        const int64_t AHEAD = 256;  // elements, of which the hardware would not know with so many rows
+        for (int i = 0; i < N; ++i) {
+            part[i] = at[i] ? load_part(at[i] + column, present) : _mm512_setzero_si512();
+            if (at[i]) _mm_prefetch(at[i] + column + AHEAD, _MM_HINT_T0);
+        }
+    }
+};
+
 // (16, 16) of 32-bit words, transposed.
 INLINE void transpose(const __m512i* in, __m512i* out) {
     __m512i a[16], b[16];
@@ -105,6 +144,27 @@ INLINE void transpose(const __m512i* in, __m512i* out) {
     }
 }
 
+// A tile of 32-bit words, in place.
+INLINE void transpose_tile(char* tile) {
+    __m512i rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(tile + 64 * i);
+    transpose(rows, rows);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * i, rows[i]);
+}
+
+// Sums of 16 rows over their lanes.
+INLINE __m512 totals(const float* sums) {
+    __m512i lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = _mm512_load_si512(sums + 16 * i);
+    transpose(lanes, lanes);
+    for (int step = 8; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i)
+            lanes[i] = _mm512_castps_si512(
+                _mm512_add_ps(_mm512_castsi512_ps(lanes[i]), _mm512_castsi512_ps(lanes[i + step]))
+            );
+    return _mm512_castsi512_ps(lanes[0]);
+}
+
 // 32 elements of each of 16 rows: the rows as they are, and transposed, which is the paired form of their transpose.
 INLINE void pack_transposed(const __m512i* rows, char* to) {
     __m512i columns[16];
@@ -123,6 +183,11 @@ INLINE void pack_pair(__m512i even, __m512i odd, char* to) {
     const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     _mm512_store_si512(to, _mm512_permutex2var_epi16(even, first, odd));
     _mm512_store_si512(to + TILE, _mm512_permutex2var_epi16(even, second, odd));
+}
+
+// 32 elements of each of 32 rows to two paired tiles.
+INLINE void pack_pairs(const __m512i* rows, char* to) {
+    for (int i = 0; i < ROWS; ++i) pack_pair(rows[2 * i], rows[2 * i + 1], to + 64 * i);
 }
 
 }  // namespace

@@ -1,0 +1,441 @@
+// Backward attention in bfloat16 on AMX.
+//
+// Everything is transposed: rows of tiles are keys, columns are queries. Then the weights and the gradients of scores are
+// left matrices for grad_v and grad_k as they come, and what belongs to a query - its lse and delta - is a vector.
+// A step is 32 keys x 32 queries. The products of steps before and after it run between the rows of its softmax.
+#include "tiles_amx.h"
+
+namespace amx {
+namespace {
+
+const int UNITS = 4;  // of keys and of queries in a block
+const int BLOCK = UNITS * UNIT;
+
+// Tiles of a head: seven matrices in units of 32 rows, then sums for grad_q, lse and delta. Later, grad_k and grad_v
+// take the place of k and v.
+template <int K>
+struct Packed {
+    static constexpr int N = 2 * K;  // tiles of 16 columns
+    static constexpr int64_t MATRIX = 2 * K * TILE;  // of a unit
+    char *k, *v;  // plain, for the scores and the gradients of weights
+    char *k_columns;  // transposed, plain: for grad_q
+    char *q_columns, *g_columns;  // transposed, paired: for the scores and the gradients of weights
+    char *q, *g;  // paired: for grad_k and grad_v
+    float *grad_q;  // transposed
+    float *lse, *delta;
+
+    static int64_t bytes(int64_t length) {
+        const int64_t units = round_up(length, UNIT) / UNIT;
+        return units * (9 * MATRIX + 2 * UNIT * sizeof(float));
+    }
+    Packed(int64_t length, int head, char* tiles) {
+        const int64_t units = round_up(length, UNIT) / UNIT, matrix = units * MATRIX;
+        k = tiles + head * bytes(length);
+        v = k + matrix;
+        k_columns = v + matrix;
+        q_columns = k_columns + matrix;
+        g_columns = q_columns + matrix;
+        q = g_columns + matrix;
+        g = q + matrix;
+        grad_q = reinterpret_cast<float*>(g + matrix);
+        lse = grad_q + units * UNIT * 32 * K;
+        delta = lse + units * UNIT;
+    }
+};
+
+template <int K>
+size_t tile_bytes(const Attention& a, int64_t length) {
+    return a.heads * Packed<K>::bytes(length);
+}
+
+// lse and delta, the product of out and its gradient, of a unit. A query that does not exist has weights of 0.
+template <int K>
+void pack_rows(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const Rows<UNIT> out(a.out, group, first, last, a.heads * a.head_dim);
+    const Rows<UNIT> grad(a.grad_out, group, first, last, a.heads * a.head_dim);
+    for (int head = 0; head < a.heads; ++head) {
+        const Packed<K> to(group.length, head, tiles);
+        const int64_t unit = first / UNIT * Packed<K>::MATRIX;
+        alignas(64) float sums[UNIT][16] = {};
+        for (int c = 0; c < K; ++c) {
+            out.load(head * a.head_dim + 32 * c, a.head_dim - 32 * c);
+            grad.load(head * a.head_dim + 32 * c, a.head_dim - 32 * c);
+            for (int i = 0; i < UNIT; ++i) {
+                const __m512 sum = _mm512_load_ps(sums[i]);
+                _mm512_store_ps(sums[i], _mm512_dpbf16_ps(sum, (__m512bh)out.part[i], (__m512bh)grad.part[i]));
+            }
+            pack_transposed(grad.part, to.g_columns + unit + 2 * c * TILE);
+            pack_transposed(grad.part + ROWS, to.g_columns + unit + (2 * c + 1) * TILE);
+            pack_pairs(grad.part, to.g + unit + 2 * c * TILE);
+        }
+        _mm512_store_ps(to.delta + first, totals(sums[0]));
+        _mm512_store_ps(to.delta + first + ROWS, totals(sums[ROWS]));
+        for (int i = 0; i < UNIT; ++i)
+            to.lse[first + i] = first + i < last ? a.lse[head * a.rows + group.row(first + i)] * LOG2E : 1e30f;
+    }
+}
+
+template <int K>
+void pack_unit(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, slot = a.heads * D, unit = first / UNIT * Packed<K>::MATRIX;
+    const Rows<UNIT> rows(a.qkv, group, first, last, 3 * slot);
+    for (int head = 0; head < a.heads; ++head) {
+        const Packed<K> to(group.length, head, tiles);
+        for (int c = 0; c < K; ++c) {
+            rows.load(head * D + c * 32, D - c * 32);
+            pack_transposed(rows.part, to.q_columns + unit + 2 * c * TILE);
+            pack_transposed(rows.part + ROWS, to.q_columns + unit + (2 * c + 1) * TILE);
+            pack_pairs(rows.part, to.q + unit + 2 * c * TILE);
+        }
+    }
+    for (int head = 0; head < a.heads; ++head) {
+        const Packed<K> to(group.length, head, tiles);
+        for (int c = 0; c < K; ++c) {
+            rows.load(slot + head * D + c * 32, D - c * 32);
+            pack_plain(rows.part, to.k + unit + c * TILE);
+            pack_plain(rows.part + ROWS, to.k + unit + (K + c) * TILE);
+            char* columns = to.k_columns + unit + 2 * c * TILE;
+            pack_pairs(rows.part, columns);
+            transpose_tile(columns);
+            transpose_tile(columns + TILE);
+        }
+    }
+    for (int head = 0; head < a.heads; ++head) {
+        const Packed<K> to(group.length, head, tiles);
+        for (int c = 0; c < K; ++c) {
+            rows.load(2 * slot + head * D + c * 32, D - c * 32);
+            pack_plain(rows.part, to.v + unit + c * TILE);
+            pack_plain(rows.part + ROWS, to.v + unit + (K + c) * TILE);
+        }
+    }
+}
+
+template <int K>
+void pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    for (int64_t at = first; at < last; at += UNIT) {
+        pack_unit<K>(a, group, at, last, tiles);
+        pack_rows<K>(a, group, at, last, tiles);
+    }
+}
+
+const int QUAD = 4 * ROWS * 16;  // floats of two by two tiles
+
+// A thread's own memory.
+template <int K>
+struct Local {
+    alignas(64) float scores[2][QUAD], grads[2][QUAD];  // of two steps: [tile of keys][tile of queries]
+    // Weights and gradients of scores of two units of keys, plain: [unit of queries][tile of keys]
+    alignas(64) char weights[2][UNITS][2 * TILE], score_grads[2][UNITS][2 * TILE];
+    alignas(64) char paired[UNITS][UNITS][2 * TILE];  // gradients of scores: [unit of keys][unit of queries]
+    alignas(64) float grad_k[UNITS][K][QUAD], grad_v[UNITS][K][QUAD];
+};
+
+template <int K>
+size_t local_bytes(const Attention&) {
+    return sizeof(Local<K>);
+}
+
+// A product of two by two tiles, sums of so many steps: where the operands' tiles are, in bytes from one to the next.
+struct Job {
+    const char* a;
+    int64_t a_row, a_step;
+    const char* b;
+    int64_t b_column, b_step;
+    int64_t steps;
+    float* c;
+    bool zero;  // whether c begins, and is not added to
+};
+
+// The softmax of a step and its gradient, some rows at a time.
+struct Softmax {
+    int row;
+    const float *scores, *grads, *lse, *delta;
+    __m512 scale;
+    char *weights, *score_grads, *paired;
+
+    // Row r: 32 queries of a key.
+    INLINE __m512i soften(int r) const {
+        const int at = r / ROWS * 2 * ROWS * 16 + r % ROWS * 16;
+        __m512 p[2], ds[2];
+        for (int j = 0; j < 2; ++j) {
+            const __m512 s = _mm512_load_ps(scores + at + j * ROWS * 16);
+            const __m512 dp = _mm512_load_ps(grads + at + j * ROWS * 16);
+            p[j] = exp2(_mm512_fmsub_ps(s, scale, _mm512_load_ps(lse + 16 * j)), 0xffff);
+            ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(dp, _mm512_load_ps(delta + 16 * j)));
+        }
+        const __m512i narrowed = narrow(ds[0], ds[1]);
+        _mm512_store_si512(weights + 64 * r, narrow(p[0], p[1]));
+        _mm512_store_si512(score_grads + 64 * r, narrowed);
+        return narrowed;
+    }
+    INLINE void advance(int rows) {
+        for (int end = row + rows < UNIT ? row + rows : UNIT; row < end; row += 2) {
+            const __m512i even = soften(row), odd = soften(row + 1);
+            pack_pair(even, odd, paired + 32 * row);
+        }
+    }
+};
+
+// Runs jobs between the rows of a softmax. What a job has summed up is stored when the next one begins: the tile unit
+// would have nothing to do while it waits.
+class Machine {
+  public:
+    Softmax softmax = {UNIT, {}, {}, {}, {}, {}, {}, {}, {}};
+
+    void run(const Job& job) {
+        const char *a = job.a, *b = job.b;
+        tile_load<4>(a);
+        tile_load<6>(b);
+        begin<0>(job);
+        tile_multiply<0, 4, 6>();
+        tile_load<7>(b + job.b_column);
+        begin<1>(job);
+        tile_multiply<1, 4, 7>();
+        tile_load<5>(a + job.a_row);
+        begin<2>(job);
+        tile_multiply<2, 5, 6>();
+        begin<3>(job);
+        tile_multiply<3, 5, 7>();
+        softmax.advance(4);
+        for (int64_t k = 1; k < job.steps; ++k) {
+            a += job.a_step;
+            b += job.b_step;
+            tile_load<4>(a);
+            tile_load<6>(b);
+            tile_multiply<0, 4, 6>();
+            tile_load<7>(b + job.b_column);
+            tile_multiply<1, 4, 7>();
+            tile_load<5>(a + job.a_row);
+            tile_multiply<2, 5, 6>();
+            tile_multiply<3, 5, 7>();
+            softmax.advance(4);
+        }
+        unstored_ = job.c;
+    }
+    void store() {
+        if (unstored_) repeat<4>([&](auto i) { tile_store<i.value>(unstored_ + i.value * ROWS * 16); });
+        unstored_ = nullptr;
+    }
+
+  private:
+    float* unstored_ = nullptr;
+
+    template <int I>
+    INLINE void begin(const Job& job) const {
+        if (unstored_) tile_store<I>(unstored_ + I * ROWS * 16);
+        if (job.zero)
+            tile_zero<I>();
+        else
+            tile_load<I>(job.c + I * ROWS * 16);
+    }
+};
+
+// One block of keys of one head against all queries.
+template <int K>
+class Block {
+  public:
+    Block(const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* memory, Turns turns)
+        : from_(group.length, head, tiles), local_(*reinterpret_cast<Local<K>*>(memory)), turns_(turns),
+          scale_(a.softmax_scale), first_(first / UNIT), keys_(round_up(last - first, UNIT) / UNIT),
+          units_(round_up(group.length, UNIT) / UNIT), absent_(round_up(last, UNIT) - last) {}
+
+    void run() {
+        const int64_t blocks = (units_ + UNITS - 1) / UNITS;
+        score({0, 0, 0}, 0);
+        int64_t t = 0;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t queries = queries_of(block);
+            for (int64_t i = 0; i < keys_; ++i) {
+                for (int64_t j = 0; j < queries; ++j, ++t) step({block, i, j}, t & 1, blocks);
+                owed_ = {true, block, i};
+            }
+        }
+        pay_key_sums(1, 1);
+        pay_query_sums();
+        machine_.store();
+        write_keys();
+    }
+
+  private:
+    struct Place {
+        int64_t block, key, query;  // a block of queries; a unit of keys, and of queries in their blocks
+    };
+    struct Owed {
+        bool any;
+        int64_t block, key;
+    };
+
+    const Packed<K> from_;
+    Local<K>& local_;
+    const Turns turns_;
+    const float scale_;
+    const int64_t first_, keys_, units_, absent_;
+    Machine machine_;
+    Owed owed_ = {};  // products for grad_k and grad_v of a unit of keys with a block of queries,
+    int64_t paid_ = 0;  // and how many of their jobs are done
+    Place query_owed_ = {-1, 0, 0};  // products for grad_q of a unit of queries with all keys of the block
+
+    int64_t queries_of(int64_t block) const { return smaller(UNITS, units_ - block * UNITS); }
+    static constexpr int64_t MATRIX = Packed<K>::MATRIX;
+
+    void score(Place p, int parity) {
+        const int64_t key = (first_ + p.key) * MATRIX, query = (p.block * UNITS + p.query) * MATRIX;
+        machine_.run({from_.k + key, K * TILE, TILE, from_.q_columns + query, TILE, 2 * TILE, K, local_.scores[parity], true});
+        machine_.run({from_.v + key, K * TILE, TILE, from_.g_columns + query, TILE, 2 * TILE, K, local_.grads[parity], true});
+    }
+
+    void step(Place p, int parity, int64_t blocks) {
+        const int64_t queries = queries_of(p.block), query = (p.block * UNITS + p.query) * UNIT;
+        Place next = {p.block, p.key, p.query + 1};
+        if (next.query == queries) next = {p.block, p.key + 1, 0};
+        if (next.key == keys_) next = {p.block + 1, 0, 0};
+        if (next.block == blocks) machine_.store();
+        machine_.softmax = {
+            0, local_.scores[parity], local_.grads[parity], from_.lse + query, from_.delta + query,
+            _mm512_set1_ps(scale_ * LOG2E), local_.weights[buffer_of(p)][p.query],
+            local_.score_grads[buffer_of(p)][p.query], local_.paired[p.key][p.query],
+        };
+        if (next.block < blocks) score(next, parity ^ 1);
+        pay_key_sums(p.query + 1, queries);
+        pay_query_sums();
+        machine_.softmax.advance(UNIT);
+        if (p.key == keys_ - 1) {
+            if (absent_) clear_absent(p);
+            query_owed_ = p;
+        }
+    }
+
+    // Units of keys take turns with the two buffers, also from one block of queries to the next.
+    int buffer_of(Place p) const { return (p.block * keys_ + p.key) & 1; }
+
+    // The part of the jobs for grad_v and grad_k that should be done after `part` of `parts`.
+    void pay_key_sums(int64_t part, int64_t parts) {
+        if (!owed_.any) return;
+        const int64_t key = owed_.key, queries = queries_of(owed_.block);
+        const int buffer = buffer_of({owed_.block, key, 0});
+        const int64_t unit = owed_.block * UNITS * MATRIX;
+        for (const int64_t end = (2 * K * part + parts - 1) / parts; paid_ < end; ++paid_) {
+            const int64_t m = paid_ % K;
+            const bool of_v = paid_ < K;
+            const char* left = of_v ? local_.weights[buffer][0] : local_.score_grads[buffer][0];
+            const char* right = (of_v ? from_.g : from_.q) + unit + 2 * m * TILE;
+            float* sums = of_v ? local_.grad_v[key][m] : local_.grad_k[key][m];
+            machine_.run({left, TILE, 2 * TILE, right, TILE, MATRIX, queries, sums, owed_.block == 0});
+        }
+        if (part == parts) {
+            owed_.any = false;
+            paid_ = 0;
+        }
+    }
+
+    void pay_query_sums() {
+        if (query_owed_.block < 0) return;
+        const Place p = query_owed_;
+        const int64_t turn = first_ / UNITS, unit = p.block * UNITS + p.query;
+        if (p.query == 0) turns_.wait(p.block, turn);
+        for (int64_t m = 0; m < K; ++m) {
+            const char* left = from_.k_columns + first_ * MATRIX + 2 * m * TILE;
+            float* sums = from_.grad_q + (unit * K + m) * QUAD;
+            machine_.run(
+                {left, TILE, MATRIX, local_.paired[0][p.query], TILE, sizeof local_.paired[0], keys_, sums, turn == 0}
+            );
+        }
+        if (p.query == queries_of(p.block) - 1) {
+            machine_.store();
+            turns_.pass(p.block, turn);
+        }
+        query_owed_.block = -1;
+    }
+
+    // Keys that do not exist have scores of 0, and any weights: they must not count for grad_q.
+    void clear_absent(Place p) {
+        uint16_t* paired = reinterpret_cast<uint16_t*>(local_.paired[p.key][p.query]);
+        for (int64_t key = UNIT - absent_; key < UNIT; ++key)
+            for (int n = 0; n < 16; ++n)
+                for (int tile = 0; tile < 2; ++tile) paired[tile * TILE / 2 + key / 2 * 32 + 2 * n + key % 2] = 0;
+    }
+
+    void write_keys() {
+        for (int64_t i = 0; i < keys_; ++i)
+            for (int m = 0; m < K; ++m) {
+                const int64_t at = (first_ + i) * MATRIX + m * TILE;
+                write_unit(local_.grad_k[i][m], scale_, from_.k + at);
+                write_unit(local_.grad_v[i][m], 1, from_.v + at);
+            }
+    }
+
+    static void write_unit(const float* sums, float factor, char* to) {
+        const __m512 f = _mm512_set1_ps(factor);
+        for (int r = 0; r < UNIT; ++r) {
+            const float* from = sums + r / ROWS * 2 * ROWS * 16 + r % ROWS * 16;
+            const __m512 low = _mm512_mul_ps(_mm512_load_ps(from), f);
+            const __m512 high = _mm512_mul_ps(_mm512_load_ps(from + ROWS * 16), f);
+            _mm512_store_si512(to + r / ROWS * K * TILE + r % ROWS * 64, narrow(low, high));
+        }
+    }
+};
+
+template <int K>
+void run(
+    const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* memory, Turns turns
+) {
+    const TilesInUse in_use;
+    Block<K>(a, group, head, first, last, tiles, memory, turns).run();
+}
+
+// 32 columns of grad_q of 16 queries, from two tiles of 16 columns x 16 queries.
+INLINE void write_queries(const float* columns, float scale, uint16_t* const* rows, int64_t at, int64_t present) {
+    __m512i low[16], high[16];
+    for (int d = 0; d < 16; ++d) {
+        low[d] = _mm512_load_si512(columns + 16 * d);
+        high[d] = _mm512_load_si512(columns + 2 * ROWS * 16 + 16 * d);
+    }
+    transpose(low, low);
+    transpose(high, high);
+    const __m512 f = _mm512_set1_ps(scale);
+    for (int r = 0; r < ROWS; ++r)
+        if (rows[r])
+            store_part(
+                rows[r] + at,
+                narrow(_mm512_mul_ps(_mm512_castsi512_ps(low[r]), f), _mm512_mul_ps(_mm512_castsi512_ps(high[r]), f)),
+                present
+            );
+}
+
+template <int K>
+void finish(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, slot = a.heads * D;
+    for (int64_t at = first; at < last; at += ROWS) {
+        uint16_t* rows[ROWS];
+        for (int r = 0; r < ROWS; ++r)
+            rows[r] = at + r < last ? static_cast<uint16_t*>(a.grad_qkv) + group.row(at + r) * 3 * slot : nullptr;
+        const int64_t unit = at / UNIT, half = at / ROWS % 2;
+        for (int head = 0; head < a.heads; ++head) {
+            const float* sums = Packed<K>(group.length, head, tiles).grad_q + unit * K * QUAD + half * ROWS * 16;
+            for (int c = 0; c < K; ++c)
+                write_queries(sums + c * QUAD, a.softmax_scale, rows, head * D + 32 * c, D - 32 * c);
+        }
+        for (int r = 0; r < ROWS && rows[r]; ++r)
+            for (int matrix = 1; matrix < 3; ++matrix)
+                for (int head = 0; head < a.heads; ++head) {
+                    const Packed<K> packed(group.length, head, tiles);
+                    const char* from = matrix == 1 ? packed.k : packed.v;
+                    from += unit * Packed<K>::MATRIX + half * K * TILE + 64 * r;
+                    for (int c = 0; c < K; ++c)
+                        store_part(
+                            rows[r] + matrix * slot + head * D + 32 * c, _mm512_load_si512(from + c * TILE), D - 32 * c
+                        );
+                }
+    }
+}
+
+template <int K>
+constexpr Kernel kernel() {
+    return {UNIT, BLOCK, tile_bytes<K>, local_bytes<K>, pack<K>, run<K>, finish<K>};
+}
+
+}  // namespace
+
+const Kernel backward[4] = {kernel<1>(), kernel<2>(), kernel<3>(), kernel<4>()};
+
+}  // namespace amx
