@@ -1,16 +1,19 @@
 // The C interface and the driver: which thread does what, in which order.
 //
-// A group whose tiles fit the cache of a core is packed and worked through by one thread. A longer one is the work of
-// all threads: they pack its units, then take tasks of (head, block of rows). No sum depends on who computes it.
+// A short group is packed and worked through by one thread, some heads at a time. A long one is the work of all threads:
+// they pack its units, then take tasks of (head, block of rows). No sum depends on who computes it.
 #include "attention.h"
 
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "kernels.h"
 
-static const int64_t CACHE = 4 << 20;  // bytes of tiles of a group that one thread works through by itself
+static const int64_t SHORT = 4 << 20;  // bytes of a short group's tiles, of all heads
+static const int64_t CACHED = 1 << 20;  // bytes of tiles that a thread keeps near it, unless one head needs more
+static const int64_t SHARED = 256 << 20;  // bytes of tiles of a long group, unless one head needs more
 static const int64_t LINE = 64;
 
 static const Kernel& kernel_of(const Attention& a, int32_t isa, int32_t backward) {
@@ -42,20 +45,31 @@ static int64_t longest(const Attention& a) {
     return most;
 }
 
-// How the scratch of a call is divided: the order of groups, turns, a part for each thread, tiles of a long group.
+// How many heads are worked on at a time, so that their tiles fit into so many bytes.
+static int heads_at_once(const Attention& a, int64_t head_bytes, int64_t bytes) {
+    if (head_bytes * a.heads <= bytes) return a.heads;
+    return head_bytes >= bytes ? 1 : bytes / head_bytes;
+}
+
+static bool is_short(const Attention& a, const Kernel& k, int64_t length) {
+    return int64_t(k.tile_bytes(a, length)) * a.heads <= SHORT;
+}
+
+// How the scratch of a call is divided, in bytes: the order of groups, turns, a part for each thread, tiles of a long
+// group.
 struct Scratch {
-    int64_t order, turns, part, tiles, local, shared, total;
+    int64_t turns = 0, part, local, own_turns, part_bytes, shared, total;
 
     Scratch(const Attention& a, const Kernel& k) {
-        const int64_t most = longest(a), tiles_bytes = k.tile_bytes(a, most);
-        order = 0;
+        const int64_t most = longest(a), head = k.tile_bytes(a, most);
+        const int64_t all_turns = round_up(a.heads * (most / k.block + 1) * sizeof(int32_t), LINE);
         turns = round_up(a.groups * 2 * sizeof(int64_t), LINE);
-        part = round_up(turns + a.heads * (most / k.block + 1) * sizeof(int32_t), LINE);
-        tiles = round_up(smaller(tiles_bytes, CACHE), LINE);
-        const int64_t own_turns = round_up((most / k.block + 1) * sizeof(int32_t), LINE);
-        local = tiles + own_turns + round_up(k.local_bytes(a), LINE);
-        shared = round_up(part + a.threads * local, 2 << 20);
-        total = shared + (tiles_bytes > CACHE ? tiles_bytes : 0);
+        part = turns + all_turns;
+        local = smaller(head * a.heads, SHORT);  // after a thread's tiles
+        own_turns = local + round_up(k.local_bytes(a), LINE);
+        part_bytes = own_turns + all_turns;
+        shared = round_up(part + a.threads * part_bytes, 2 << 20);
+        total = shared + (is_short(a, k, most) ? 0 : head * heads_at_once(a, head, SHARED));
     }
 };
 
@@ -73,44 +87,61 @@ static int longer_first(const void* x, const void* y) {
 static void run_alone(const Attention& a, const Kernel& k, int64_t g, char* tiles, char* local, Turns turns) {
     const Group group = group_of(a, g);
     if (group.length == 0) return;
-    const int64_t blocks = (group.length + k.block - 1) / k.block;
-    k.pack(a, group, 0, group.length, tiles);
-    for (int head = 0; head < a.heads; ++head) {
-        memset(turns.done, 0, blocks * sizeof(int32_t));
-        for (int64_t first = 0; first < group.length; first += k.block)
-            k.run(a, group, head, first, smaller(first + k.block, group.length), tiles, local, turns);
+    const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
+    const int count = heads_at_once(a, head_bytes, CACHED);
+    for (int begin = 0; begin < a.heads; begin += count) {
+        const Heads heads = {begin, int(smaller(begin + count, a.heads))};
+        k.pack(a, group, heads, 0, group.length, tiles);
+        for (int head = heads.first; head < heads.last; ++head) {
+            char* own = tiles + (head - heads.first) * head_bytes;
+            memset(turns.done, 0, blocks * sizeof(int32_t));
+            for (int64_t first = 0; first < group.length; first += k.block)
+                k.run(a, group, head, first, smaller(first + k.block, group.length), own, local, turns);
+        }
+        if (k.finish) k.finish(a, group, heads, 0, group.length, tiles);
     }
-    if (k.finish) k.finish(a, group, 0, group.length, tiles);
 }
 
-// A share of a group that all threads work on; each calls this.
+// A share of some heads of a group that all threads work on; each calls this. `next` counts tasks.
 static void run_together(
-    const Attention& a, const Kernel& k, int64_t g, char* tiles, char* local, Turns turns, int64_t* next
+    const Attention& a, const Kernel& k, const Group& group, Heads heads, char* tiles, char* local, Turns turns,
+    int64_t* next
 ) {
-    const Group group = group_of(a, g);
-    const int64_t blocks = (group.length + k.block - 1) / k.block;
+    const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
+    const int64_t tasks = (heads.last - heads.first) * blocks;
 #pragma omp single
     {
-        memset(turns.done, 0, a.heads * blocks * sizeof(int32_t));
+        memset(turns.done, 0, tasks * sizeof(int32_t));
         *next = 0;
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < group.length; first += k.unit)
-        k.pack(a, group, first, smaller(first + k.unit, group.length), tiles);
+        k.pack(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
     // Numbers are drawn in order, so that whoever waits for a turn waits for a task that runs.
     for (;;) {
         const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        if (task >= a.heads * blocks) break;
-        const int head = task / blocks;
-        const int64_t first = task % blocks * k.block;
+        if (task >= tasks) break;
+        const int64_t head = task / blocks, first = task % blocks * k.block;
         const Turns own = {turns.done + head * blocks};
-        k.run(a, group, head, first, smaller(first + k.block, group.length), tiles, local, own);
+        const int64_t last = smaller(first + k.block, group.length);
+        k.run(a, group, heads.first + head, first, last, tiles + head * head_bytes, local, own);
     }
 #pragma omp barrier
     if (!k.finish) return;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < group.length; first += k.unit)
-        k.finish(a, group, first, smaller(first + k.unit, group.length), tiles);
+        k.finish(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
+}
+
+// Large results are fresh memory at every call: in huge pages it is cleared at a fraction of the cost.
+static void advise(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const int64_t PAGE = 2 << 20, begin = round_up(reinterpret_cast<int64_t>(memory), PAGE);
+    const int64_t end = (reinterpret_cast<int64_t>(memory) + bytes) / PAGE * PAGE;
+    if (end - begin >= 2 * PAGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 extern "C" __attribute__((visibility("default"))) int64_t hlip_attention_scratch(
@@ -125,21 +156,29 @@ extern "C" __attribute__((visibility("default"))) void hlip_attention(
     const Attention& a = *arguments;
     const Kernel& k = kernel_of(a, isa, backward);
     const Scratch scratch(a, k);
+    const int64_t row_bytes = int64_t(a.heads) * a.head_dim * (a.bfloat16 ? 2 : 4);
+    advise(backward ? a.grad_qkv : a.out, a.rows * row_bytes * (backward ? 3 : 1));
     char* memory = static_cast<char*>(a.scratch);
-    Place* order = reinterpret_cast<Place*>(memory + scratch.order);
+    Place* order = reinterpret_cast<Place*>(memory);
     for (int64_t g = 0; g < a.groups; ++g) order[g] = {length_of(a, g), g};
     qsort(order, a.groups, sizeof(Place), longer_first);
     int64_t long_groups = 0, next = 0;
-    while (long_groups < a.groups && int64_t(k.tile_bytes(a, order[long_groups].length)) > CACHE) ++long_groups;
+    while (long_groups < a.groups && !is_short(a, k, order[long_groups].length)) ++long_groups;
 
 #pragma omp parallel num_threads(a.threads)
     {
-        char* tiles = memory + scratch.part + omp_get_thread_num() * scratch.local;
-        Turns own = {reinterpret_cast<int32_t*>(tiles + scratch.tiles)};
-        char* local = tiles + scratch.local - round_up(k.local_bytes(a), LINE);
+        char* tiles = memory + scratch.part + omp_get_thread_num() * scratch.part_bytes;
+        char* local = tiles + scratch.local;
+        const Turns own = {reinterpret_cast<int32_t*>(tiles + scratch.own_turns)};
         const Turns turns = {reinterpret_cast<int32_t*>(memory + scratch.turns)};
-        for (int64_t i = 0; i < long_groups; ++i)
-            run_together(a, k, order[i].group, memory + scratch.shared, local, turns, &next);
+        for (int64_t i = 0; i < long_groups; ++i) {
+            const Group group = group_of(a, order[i].group);
+            const int count = heads_at_once(a, k.tile_bytes(a, group.length), SHARED);
+            for (int head = 0; head < a.heads; head += count) {
+                const Heads heads = {head, int(smaller(head + count, a.heads))};
+                run_together(a, k, group, heads, memory + scratch.shared, local, turns, &next);
+            }
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = long_groups; i < a.groups; ++i) run_alone(a, k, order[i].group, tiles, local, own);
     }

@@ -31,6 +31,11 @@ struct Group {
     int64_t row(int64_t i) const { return (i < num_prefix ? prefix : patches) + i; }
 };
 
+// A run of heads, whose tiles lie side by side.
+struct Heads {
+    int first, last;
+};
+
 // For each block of queries, how many blocks of keys have added to its dq: they add in order, so that sums are the same
 // whoever computes them.
 struct Turns {
@@ -46,19 +51,20 @@ struct Turns {
     void pass(int64_t block, int32_t turn) const { __atomic_store_n(&done[block], turn + 1, __ATOMIC_RELEASE); }
 };
 
-// One direction of attention on one ISA. `tiles` is memory of a group, shared by the threads that work on it; `local` is
-// a thread's own.
+// One direction of attention on one ISA. `tiles` is memory of some heads of a group, shared by the threads that work on
+// them; `local` is a thread's own.
 struct Kernel {
     int32_t unit;  // rows that are packed together
     int32_t block;  // rows of a task: queries in forward, keys in backward
-    size_t (*tile_bytes)(const Attention&, int64_t length);
+    size_t (*tile_bytes)(const Attention&, int64_t length);  // of a head
     size_t (*local_bytes)(const Attention&);
-    // Rows first to last of all heads into tiles; first is a multiple of `unit`.
-    void (*pack)(const Attention&, const Group&, int64_t first, int64_t last, char* tiles);
-    // Rows first to last of one head, all of the group against them. Tasks of a head begin in the order of their rows.
+    // Rows first to last into tiles; first is a multiple of `unit`.
+    void (*pack)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
+    // Rows first to last of one head, whose tiles are given, against all rows of the group. Tasks of a head begin in the
+    // order of their rows.
     void (*run)(const Attention&, const Group&, int head, int64_t first, int64_t last, char* tiles, char* local, Turns);
-    // Rows first to last of all heads from tiles to the result, when all tasks have ended. May be null.
-    void (*finish)(const Attention&, const Group&, int64_t first, int64_t last, char* tiles);
+    // Rows first to last from tiles to the result, when all tasks have ended. May be null.
+    void (*finish)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
 };
 
 extern "C" {

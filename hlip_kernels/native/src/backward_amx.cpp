@@ -44,17 +44,17 @@ struct Packed {
 };
 
 template <int K>
-size_t tile_bytes(const Attention& a, int64_t length) {
-    return a.heads * Packed<K>::bytes(length);
+size_t tile_bytes(const Attention&, int64_t length) {
+    return Packed<K>::bytes(length);
 }
 
 // lse and delta, the product of out and its gradient, of a unit. A query that does not exist has weights of 0.
 template <int K>
-void pack_rows(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void pack_rows(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const Rows<UNIT> out(a.out, group, first, last, a.heads * a.head_dim);
     const Rows<UNIT> grad(a.grad_out, group, first, last, a.heads * a.head_dim);
-    for (int head = 0; head < a.heads; ++head) {
-        const Packed<K> to(group.length, head, tiles);
+    for (int head = heads.first; head < heads.last; ++head) {
+        const Packed<K> to(group.length, head - heads.first, tiles);
         const int64_t unit = first / UNIT * Packed<K>::MATRIX;
         alignas(64) float sums[UNIT][16] = {};
         for (int c = 0; c < K; ++c) {
@@ -76,11 +76,11 @@ void pack_rows(const Attention& a, const Group& group, int64_t first, int64_t la
 }
 
 template <int K>
-void pack_unit(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void pack_unit(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, slot = a.heads * D, unit = first / UNIT * Packed<K>::MATRIX;
     const Rows<UNIT> rows(a.qkv, group, first, last, 3 * slot);
-    for (int head = 0; head < a.heads; ++head) {
-        const Packed<K> to(group.length, head, tiles);
+    for (int head = heads.first; head < heads.last; ++head) {
+        const Packed<K> to(group.length, head - heads.first, tiles);
         for (int c = 0; c < K; ++c) {
             rows.load(head * D + c * 32, D - c * 32);
             pack_transposed(rows.part, to.q_columns + unit + 2 * c * TILE);
@@ -88,8 +88,8 @@ void pack_unit(const Attention& a, const Group& group, int64_t first, int64_t la
             pack_pairs(rows.part, to.q + unit + 2 * c * TILE);
         }
     }
-    for (int head = 0; head < a.heads; ++head) {
-        const Packed<K> to(group.length, head, tiles);
+    for (int head = heads.first; head < heads.last; ++head) {
+        const Packed<K> to(group.length, head - heads.first, tiles);
         for (int c = 0; c < K; ++c) {
             rows.load(slot + head * D + c * 32, D - c * 32);
             pack_plain(rows.part, to.k + unit + c * TILE);
@@ -100,8 +100,8 @@ void pack_unit(const Attention& a, const Group& group, int64_t first, int64_t la
             transpose_tile(columns + TILE);
         }
     }
-    for (int head = 0; head < a.heads; ++head) {
-        const Packed<K> to(group.length, head, tiles);
+    for (int head = heads.first; head < heads.last; ++head) {
+        const Packed<K> to(group.length, head - heads.first, tiles);
         for (int c = 0; c < K; ++c) {
             rows.load(2 * slot + head * D + c * 32, D - c * 32);
             pack_plain(rows.part, to.v + unit + c * TILE);
@@ -111,10 +111,10 @@ void pack_unit(const Attention& a, const Group& group, int64_t first, int64_t la
 }
 
 template <int K>
-void pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     for (int64_t at = first; at < last; at += UNIT) {
-        pack_unit<K>(a, group, at, last, tiles);
-        pack_rows<K>(a, group, at, last, tiles);
+        pack_unit<K>(a, group, heads, at, last, tiles);
+        pack_rows<K>(a, group, heads, at, last, tiles);
     }
 }
 
@@ -234,8 +234,8 @@ class Machine {
 template <int K>
 class Block {
   public:
-    Block(const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* memory, Turns turns)
-        : from_(group.length, head, tiles), local_(*reinterpret_cast<Local<K>*>(memory)), turns_(turns),
+    Block(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles, char* memory, Turns turns)
+        : from_(group.length, 0, tiles), local_(*reinterpret_cast<Local<K>*>(memory)), turns_(turns),
           scale_(a.softmax_scale), first_(first / UNIT), keys_(round_up(last - first, UNIT) / UNIT),
           units_(round_up(group.length, UNIT) / UNIT), absent_(round_up(last, UNIT) - last) {}
 
@@ -377,10 +377,10 @@ class Block {
 
 template <int K>
 void run(
-    const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* memory, Turns turns
+    const Attention& a, const Group& group, int, int64_t first, int64_t last, char* tiles, char* memory, Turns turns
 ) {
     const TilesInUse in_use;
-    Block<K>(a, group, head, first, last, tiles, memory, turns).run();
+    Block<K>(a, group, first, last, tiles, memory, turns).run();
 }
 
 // 32 columns of grad_q of 16 queries, from two tiles of 16 columns x 16 queries.
@@ -403,22 +403,22 @@ INLINE void write_queries(const float* columns, float scale, uint16_t* const* ro
 }
 
 template <int K>
-void finish(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void finish(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, slot = a.heads * D;
     for (int64_t at = first; at < last; at += ROWS) {
         uint16_t* rows[ROWS];
         for (int r = 0; r < ROWS; ++r)
             rows[r] = at + r < last ? static_cast<uint16_t*>(a.grad_qkv) + group.row(at + r) * 3 * slot : nullptr;
         const int64_t unit = at / UNIT, half = at / ROWS % 2;
-        for (int head = 0; head < a.heads; ++head) {
-            const float* sums = Packed<K>(group.length, head, tiles).grad_q + unit * K * QUAD + half * ROWS * 16;
+        for (int head = heads.first; head < heads.last; ++head) {
+            const float* sums = Packed<K>(group.length, head - heads.first, tiles).grad_q + unit * K * QUAD + half * ROWS * 16;
             for (int c = 0; c < K; ++c)
                 write_queries(sums + c * QUAD, a.softmax_scale, rows, head * D + 32 * c, D - 32 * c);
         }
         for (int r = 0; r < ROWS && rows[r]; ++r)
             for (int matrix = 1; matrix < 3; ++matrix)
-                for (int head = 0; head < a.heads; ++head) {
-                    const Packed<K> packed(group.length, head, tiles);
+                for (int head = heads.first; head < heads.last; ++head) {
+                    const Packed<K> packed(group.length, head - heads.first, tiles);
                     const char* from = matrix == 1 ? packed.k : packed.v;
                     from += unit * Packed<K>::MATRIX + half * K * TILE + 64 * r;
                     for (int c = 0; c < K; ++c)

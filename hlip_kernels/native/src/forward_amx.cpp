@@ -34,33 +34,33 @@ struct Packed {
 };
 
 size_t tile_bytes(const Attention& a, int64_t length) {
-    return a.heads * 3 * round_up(length, UNIT) * padded_head_dim(a) * sizeof(uint16_t);
+    return 3 * round_up(length, UNIT) * padded_head_dim(a) * sizeof(uint16_t);
 }
 
 // Row by row through all heads: rows lie pages apart, and a head's part of them is short.
 template <int K>
-void pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, slot = a.heads * D;
     for (int64_t at = first; at < last; at += UNIT) {
         const Rows<UNIT> rows(a.qkv, group, at, last, 3 * slot);
-        for (int head = 0; head < a.heads; ++head) {
-            char* to = Packed<K>(group.length, head, tiles).q + at / UNIT * Packed<K>::MATRIX;
+        for (int head = heads.first; head < heads.last; ++head) {
+            char* to = Packed<K>(group.length, head - heads.first, tiles).q + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 rows.load(head * D + c * 32, D - c * 32);
                 pack_plain(rows.part, to + c * TILE);
                 pack_plain(rows.part + ROWS, to + (K + c) * TILE);
             }
         }
-        for (int head = 0; head < a.heads; ++head) {
-            char* to = Packed<K>(group.length, head, tiles).k + at / UNIT * Packed<K>::MATRIX;
+        for (int head = heads.first; head < heads.last; ++head) {
+            char* to = Packed<K>(group.length, head - heads.first, tiles).k + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 rows.load(slot + head * D + c * 32, D - c * 32);
                 pack_transposed(rows.part, to + 2 * c * TILE);
                 pack_transposed(rows.part + ROWS, to + (2 * c + 1) * TILE);
             }
         }
-        for (int head = 0; head < a.heads; ++head) {
-            char* to = Packed<K>(group.length, head, tiles).v + at / UNIT * Packed<K>::MATRIX;
+        for (int head = heads.first; head < heads.last; ++head) {
+            char* to = Packed<K>(group.length, head - heads.first, tiles).v + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 rows.load(2 * slot + head * D + c * 32, D - c * 32);
                 pack_pairs(rows.part, to + 2 * c * TILE);
@@ -284,11 +284,11 @@ void conclude(
 
 // Results from the place of their queries, again row by row.
 template <int K>
-void finish(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void finish(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     for (int64_t i = first; i < last; ++i) {
         uint16_t* row = static_cast<uint16_t*>(a.out) + group.row(i) * a.heads * a.head_dim;
-        for (int head = 0; head < a.heads; ++head) {
-            const char* from = Packed<K>(group.length, head, tiles).q + i / ROWS * K * TILE + i % ROWS * 64;
+        for (int head = heads.first; head < heads.last; ++head) {
+            const char* from = Packed<K>(group.length, head - heads.first, tiles).q + i / ROWS * K * TILE + i % ROWS * 64;
             for (int c = 0; c < K; ++c)
                 store_part(row + head * a.head_dim + 32 * c, _mm512_load_si512(from + c * TILE), a.head_dim - 32 * c);
         }
@@ -302,7 +302,7 @@ void run(
     Local<K>& local = *reinterpret_cast<Local<K>*>(memory);
     const TilesInUse in_use;
     const int64_t rows = last - first, padded = round_up(rows, ROWS), units = round_up(group.length, UNIT) / UNIT;
-    const Steps<K> steps = {{group.length, head, tiles}, local, first, padded / ROWS, group.length, units};
+    const Steps<K> steps = {{group.length, 0, tiles}, local, first, padded / ROWS, group.length, units};
     const int64_t tiles_used = steps.tiles;
     memset(local.most, 0, sizeof local.most);
     memset(local.sum, 0, padded * sizeof local.sum[0]);

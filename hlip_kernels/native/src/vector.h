@@ -154,7 +154,7 @@ struct ForwardTiles {
 };
 
 size_t forward_tile_bytes(const Attention& a, int64_t length) {
-    return a.heads * FORWARD_MATRICES * Matrices(a, length).matrix * sizeof(float);
+    return FORWARD_MATRICES * Matrices(a, length).matrix * sizeof(float);
 }
 
 size_t forward_local_bytes(const Attention& a) {
@@ -162,12 +162,12 @@ size_t forward_local_bytes(const Attention& a) {
 }
 
 template <typename T>
-void forward_pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a);
     for (int64_t i = first; i < last; ++i) {
         const T* row = static_cast<const T*>(a.qkv) + group.row(i) * 3 * a.heads * D;
-        for (int head = 0; head < a.heads; ++head) {
-            const ForwardTiles to(a, group.length, head, tiles);
+        for (int head = heads.first; head < heads.last; ++head) {
+            const ForwardTiles to(a, group.length, head - heads.first, tiles);
             pack_row(row + head * D, D, padded, to.q + i * padded);
             pack_column(row + (a.heads + head) * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
             pack_row(row + (2 * a.heads + head) * D, D, padded, to.v + i * padded);
@@ -175,8 +175,8 @@ void forward_pack(const Attention& a, const Group& group, int64_t first, int64_t
     }
     if (last % KEYS == 0) return;
     const int64_t rest = round_up(last, QUERIES) - last;
-    for (int head = 0; head < a.heads; ++head) {
-        const ForwardTiles to(a, group.length, head, tiles);
+    for (int head = heads.first; head < heads.last; ++head) {
+        const ForwardTiles to(a, group.length, head - heads.first, tiles);
         clear_columns(to.kt + last / KEYS * KEYS * padded, last % KEYS, padded);
         memset(to.q + last * padded, 0, rest * padded * sizeof(float));
     }
@@ -207,7 +207,7 @@ void forward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns
 ) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a), rows = last - first;
-    const ForwardTiles from(a, group.length, head, tiles);
+    const ForwardTiles from(a, group.length, 0, tiles);
     float* scores = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
     float* out = scores + QUERIES * KEYS;  // (QUERIES, padded)
     float* most = out + QUERIES * padded;  // (QUERIES)
@@ -254,7 +254,7 @@ struct BackwardTiles {
 
 size_t backward_tile_bytes(const Attention& a, int64_t length) {
     const Matrices m(a, length);
-    return a.heads * (BACKWARD_MATRICES * m.matrix + 2 * m.rows) * sizeof(float);
+    return (BACKWARD_MATRICES * m.matrix + 2 * m.rows) * sizeof(float);
 }
 
 size_t backward_local_bytes(const Attention& a) {
@@ -262,13 +262,13 @@ size_t backward_local_bytes(const Attention& a) {
 }
 
 template <typename T>
-void backward_pack(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a);
     for (int64_t i = first; i < last; ++i) {
         const int64_t r = group.row(i);
         const T* row = static_cast<const T*>(a.qkv) + r * 3 * a.heads * D;
-        for (int head = 0; head < a.heads; ++head) {
-            const BackwardTiles to(a, group.length, head, tiles);
+        for (int head = heads.first; head < heads.last; ++head) {
+            const BackwardTiles to(a, group.length, head - heads.first, tiles);
             const T *q = row + head * D, *k = q + a.heads * D, *v = k + a.heads * D;
             const T* g = static_cast<const T*>(a.grad_out) + (r * a.heads + head) * D;
             const T* out = static_cast<const T*>(a.out) + (r * a.heads + head) * D;
@@ -285,8 +285,8 @@ void backward_pack(const Attention& a, const Group& group, int64_t first, int64_
     }
     if (last % KEYS == 0) return;
     const int64_t rest = round_up(last, QUERIES) - last;
-    for (int head = 0; head < a.heads; ++head) {
-        const BackwardTiles to(a, group.length, head, tiles);
+    for (int head = heads.first; head < heads.last; ++head) {
+        const BackwardTiles to(a, group.length, head - heads.first, tiles);
         clear_columns(to.kt + last / KEYS * KEYS * padded, last % KEYS, padded);
         clear_columns(to.vt + last / KEYS * KEYS * padded, last % KEYS, padded);
         memset(to.q + last * padded, 0, rest * padded * sizeof(float));
@@ -311,7 +311,7 @@ void backward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns turns
 ) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a), keys = last - first;
-    const BackwardTiles from(a, group.length, head, tiles);
+    const BackwardTiles from(a, group.length, 0, tiles);
     float* weights = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
     float* grads = weights + QUERIES * KEYS;  // (QUERIES, KEYS)
     float* grad_k = grads + QUERIES * KEYS;  // (KEYS, padded)
@@ -338,11 +338,11 @@ void backward_run(
 }
 
 template <typename T>
-void backward_finish(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles) {
+void backward_finish(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a);
     for (int64_t i = first; i < last; ++i)
-        for (int head = 0; head < a.heads; ++head) {
-            const float* from = BackwardTiles(a, group.length, head, tiles).grad_q + i * padded;
+        for (int head = heads.first; head < heads.last; ++head) {
+            const float* from = BackwardTiles(a, group.length, head - heads.first, tiles).grad_q + i * padded;
             T* to = static_cast<T*>(a.grad_qkv) + (group.row(i) * 3 * a.heads + head) * D;
             for (int64_t d = 0; d < D; ++d) narrow(from[d] * a.softmax_scale, to + d);
         }
