@@ -184,14 +184,14 @@ class Machine {
 
     void run(const Job& job) {
         const char *a = job.a, *b = job.b;
-        tile_load<4>(a);
-        tile_load<6>(b);
+        tile_stream<4>(a);
+        tile_stream<6>(b);
         begin<0>(job);
         tile_multiply<0, 4, 6>();
-        tile_load<7>(b + job.b_column);
+        tile_stream<7>(b + job.b_column);
         begin<1>(job);
         tile_multiply<1, 4, 7>();
-        tile_load<5>(a + job.a_row);
+        tile_stream<5>(a + job.a_row);
         begin<2>(job);
         tile_multiply<2, 5, 6>();
         begin<3>(job);
@@ -200,12 +200,12 @@ class Machine {
         for (int64_t k = 1; k < job.steps; ++k) {
             a += job.a_step;
             b += job.b_step;
-            tile_load<4>(a);
-            tile_load<6>(b);
+            tile_stream<4>(a);
+            tile_stream<6>(b);
             tile_multiply<0, 4, 6>();
-            tile_load<7>(b + job.b_column);
+            tile_stream<7>(b + job.b_column);
             tile_multiply<1, 4, 7>();
-            tile_load<5>(a + job.a_row);
+            tile_stream<5>(a + job.a_row);
             tile_multiply<2, 5, 6>();
             tile_multiply<3, 5, 7>();
             softmax.advance(4);

@@ -26,6 +26,10 @@ INLINE void tile_load(const void* from) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(64)), "i"(T) : "memory");
 }
 template <int T>
+INLINE void tile_stream(const void* from) {  // for what is not soon used again
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(64)), "i"(T) : "memory");
+}
+template <int T>
 INLINE void tile_store(void* to) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(64)), "i"(T) : "memory");
 }
