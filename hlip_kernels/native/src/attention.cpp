@@ -1,6 +1,6 @@
 // The C interface and the driver: which thread does what, in which order.
 //
-// A short group is packed and worked through by one thread, some heads at a time. A long one is the work of all threads:
+// A short group is packed and worked through by one thread. A long one is the work of all threads, some heads at a time:
 // they pack its units, then take tasks of (head, block of rows). No sum depends on who computes it.
 #include "attention.h"
 
@@ -12,7 +12,6 @@
 #include "kernels.h"
 
 static const int64_t SHORT = 4 << 20;  // bytes of a short group's tiles, of all heads
-static const int64_t CACHED = 1 << 20;  // bytes of tiles that a thread keeps near it, unless one head needs more
 static const int64_t SHARED = 256 << 20;  // bytes of tiles of a long group, unless one head needs more
 static const int64_t LINE = 64;
 
@@ -88,18 +87,16 @@ static void run_alone(const Attention& a, const Kernel& k, int64_t g, char* tile
     const Group group = group_of(a, g);
     if (group.length == 0) return;
     const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
-    const int count = heads_at_once(a, head_bytes, CACHED);
-    for (int begin = 0; begin < a.heads; begin += count) {
-        const Heads heads = {begin, int(smaller(begin + count, a.heads))};
-        k.pack(a, group, heads, 0, group.length, tiles);
-        for (int head = heads.first; head < heads.last; ++head) {
-            char* own = tiles + (head - heads.first) * head_bytes;
-            memset(turns.done, 0, blocks * sizeof(int32_t));
-            for (int64_t first = 0; first < group.length; first += k.block)
-                k.run(a, group, head, first, smaller(first + k.block, group.length), own, local, turns);
+    const Heads all = {0, a.heads};
+    k.pack(a, group, all, 0, group.length, tiles);
+    for (int head = 0; head < a.heads; ++head) {
+        memset(turns.done, 0, blocks * sizeof(int32_t));
+        for (int64_t first = 0; first < group.length; first += k.block) {
+            const int64_t last = smaller(first + k.block, group.length);
+            k.run(a, group, head, first, last, tiles + head * head_bytes, local, turns);
         }
-        if (k.finish) k.finish(a, group, heads, 0, group.length, tiles);
     }
+    if (k.finish) k.finish(a, group, all, 0, group.length, tiles);
 }
 
 // A share of some heads of a group that all threads work on; each calls this. `next` counts tasks.

@@ -118,7 +118,7 @@ struct Rows {
             at[i] = first + i < last ? static_cast<const uint16_t*>(tensor) + group.row(first + i) * stride : nullptr;
     }
     INLINE void load(int64_t column, int64_t present) const {
-        const int64_t AHEAD = 256;  // elements, of which the hardware would not know with so many rows
+        const int64_t AHEAD = 64;  // elements, of which the hardware would not know with so many rows
         for (int i = 0; i < N; ++i) {
             part[i] = at[i] ? load_part(at[i] + column, present) : _mm512_setzero_si512();
             if (at[i]) _mm_prefetch(at[i] + column + AHEAD, _MM_HINT_T0);
