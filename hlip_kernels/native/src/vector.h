@@ -27,7 +27,7 @@ const float LOG2E = 1.44269504f;
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-inline vec fill(float x) { return vec{} + x; }
+inline vec fill(float x) { return x - vec{}; }  // x + 0 would be an addition: it is not x for x = -0
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
 // e^x to a unit in the last place or two; 0 below 2^-126.
@@ -47,18 +47,29 @@ inline vec exponential(vec x) {
     return x < least ? vec{} : result;
 }
 
+// Lanes in another order: lane i is that of i ^ H.
+template <int H>
+inline vec swap(vec x) {
+    ivec from;
+    for (int i = 0; i < WIDTH; ++i) from[i] = i ^ H;
+    return __builtin_shuffle(x, from);
+}
+
 inline float sum_of(vec x) {
-    float sum = 0;
-    for (int i = 0; i < WIDTH; ++i) sum += x[i];
-    return sum;
+    if (WIDTH > 8) x += swap<8 % WIDTH>(x);
+    if (WIDTH > 4) x += swap<4 % WIDTH>(x);
+    x += swap<2>(x);
+    x += swap<1>(x);
+    return x[0];
 }
 
 inline float max_of(const float* row, int columns) {
     vec most = load(row);
     for (int j = WIDTH; j < columns; j += WIDTH) most = larger(most, load(row + j));
-    float result = most[0];
-    for (int i = 1; i < WIDTH; ++i) result = most[i] > result ? most[i] : result;
-    return result;
+    if (WIDTH > 8) most = larger(most, swap<8 % WIDTH>(most));
+    if (WIDTH > 4) most = larger(most, swap<4 % WIDTH>(most));
+    most = larger(most, swap<2>(most));
+    return larger(most, swap<1>(most))[0];
 }
 
 // A block of ROWS x (N * WIDTH) of c = a b, or c += a b.
@@ -74,7 +85,7 @@ inline void multiply_block(
         vec right[N];
         for (int j = 0; j < N; ++j) right[j] = load(b + k * b_step + j * WIDTH);
         for (int i = 0; i < ROWS; ++i) {
-            const vec left = fill(a[i * a_row + k * a_step]);
+            const float left = a[i * a_row + k * a_step];
             for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
         }
     }
