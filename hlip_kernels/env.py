@@ -9,6 +9,7 @@ import torch
 
 from .backends import BACKENDS, choose_backend, not_supported_reasons
 from .configs import table_path, user_tiles
+from .native import native
 
 
 def report() -> str:
@@ -17,10 +18,12 @@ def report() -> str:
     lines = [f"{'python':<14}{platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<14}{_version(name)}" for name in packages]
     lines.append(f"{'cpu':<14}{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    lines.append(f"{'native':<14}{native().reason or native().isa}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"{'gpu':<14}{', '.join(gpus) or 'none'}")
     lines.append(f"{'tiles':<14}{_tiles()}")
-    for device, dtype in [("cpu", torch.float32), *([("cuda", torch.bfloat16)] if gpus else [])]:
+    kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16), *([("cuda", torch.bfloat16)] if gpus else [])]
+    for device, dtype in kinds:
         lines.append("\n" + describe_backends(device, dtype, 64))
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import torch
 
 from . import cpu, flash, native, reference, torch_norm, triton, varlen, xformers
 
-# In the order in which `auto` prefers them.
+# In the order in which `auto` prefers them; see `_preferred`.
 BACKENDS: dict[str, ModuleType] = {
     "native": native,
     "cpu": cpu,
@@ -37,7 +37,7 @@ def not_supported_reasons(backend: str, device: str, dtype: torch.dtype, head_di
 
 def available_backends(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> list[str]:
     """The backends that can run on tensors of this device type, dtype and head dim, preferred first."""
-    return [name for name in BACKENDS if not not_supported_reasons(name, device, dtype, head_dim)]
+    return [name for name in _preferred() if not not_supported_reasons(name, device, dtype, head_dim)]
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
         ValueError: no such backend, or it cannot run, with all reasons.
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if not not_supported_reasons(name, device, dtype, head_dim))
+        return available_backends(device, dtype, head_dim)[0]
     return _confirm(backend, not_supported_reasons(backend, device, dtype, head_dim))
 
 
@@ -58,6 +58,11 @@ def choose_norm_backend(backend: str, device: str, dtype: torch.dtype) -> str:
     if backend == "auto":
         backend = "torch" if device == "cpu" or triton.norm_not_supported_reasons(device, dtype) else "triton"
     return _confirm(backend, _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype))
+
+
+def _preferred() -> list[str]:
+    """All backends in the order of `auto`. Native code for any processor is slower than PyTorch's for this one."""
+    return sorted(BACKENDS, key=lambda name: name == "native") if native.portable() else list(BACKENDS)
 
 
 def _find(backends: dict[str, ModuleType], backend: str) -> ModuleType:

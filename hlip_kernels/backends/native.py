@@ -38,6 +38,11 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
     return reasons
 
 
+def portable() -> bool:
+    """Whether there is nothing but code for any processor."""
+    return native().isa == ISAS[0]
+
+
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
     out = torch.empty((qkv.shape[0], *qkv.shape[2:]), dtype=qkv.dtype)
     lse = torch.empty((qkv.shape[2], qkv.shape[0]), dtype=torch.float32)
@@ -75,8 +80,7 @@ def _run(
         threads=torch.get_num_threads(),
         softmax_scale=softmax_scale,
     )
-    chosen, backward = ISAS.index(isa), grad_qkv is not None
-    library.hlip_attention_scratch.restype = ctypes.c_int64
-    call.scratch, memory = scratch(library.hlip_attention_scratch(ctypes.byref(call), chosen, backward))
-    library.hlip_attention(ctypes.byref(call), chosen, backward)
+    settings = ctypes.byref(call), ISAS.index(isa), int(grad_qkv is not None)
+    call.scratch, memory = scratch(library.hlip_attention_scratch(*settings))
+    library.hlip_attention(*settings)
     del memory  # not before

@@ -40,11 +40,12 @@ def native() -> Native:
         ValueError: HLIP_NATIVE_ISA, which the tests set, names something that is not here.
     """
     if not PATH.exists():
-        return Native(None, "", f"the native library was not built ({PATH} is missing); see hlip_kernels/native")
+        return Native(None, "", "the native library is not built (install g++, then reinstall with pip install -v)")
     try:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
         return Native(None, "", f"the native library cannot be loaded: {error}")
+    library.hlip_attention_scratch.restype = ctypes.c_int64
     best = library.hlip_isa()
     asked = os.environ.get("HLIP_NATIVE_ISA", ISAS[best])
     if asked not in ISAS[: best + 1]:

@@ -16,15 +16,15 @@ static const int64_t SHARED = 256 << 20;  // bytes of tiles of a long group, unl
 static const int64_t LINE = 64;
 
 static const Kernel& kernel_of(const Attention& a, int32_t isa, int32_t backward) {
-#if defined(__x86_64__)
     const int64_t width = padded_head_dim(a) / HEAD_STEP - 1;
-    if (isa == HLIP_AMX && a.bfloat16) return backward ? amx::backward[width] : amx::forward[width];
-    if (isa >= HLIP_AVX512) return backward ? avx512::backward[a.bfloat16] : avx512::forward[a.bfloat16];
-    if (isa == HLIP_AVX2) return backward ? avx2::backward[a.bfloat16] : avx2::forward[a.bfloat16];
+#if defined(__x86_64__)
+    if (isa == HLIP_AMX && a.bfloat16) return (backward ? amx::backward : amx::forward)[width];
+    if (isa >= HLIP_AVX512) return (backward ? avx512::backward : avx512::forward)[a.bfloat16][width];
+    if (isa == HLIP_AVX2) return (backward ? avx2::backward : avx2::forward)[a.bfloat16][width];
 #else
     (void)isa;
 #endif
-    return backward ? generic::backward[a.bfloat16] : generic::forward[a.bfloat16];
+    return (backward ? generic::backward : generic::forward)[a.bfloat16][width];
 }
 
 static Group group_of(const Attention& a, int64_t g) {

@@ -1,7 +1,7 @@
 // Attention in float32 on vectors of whatever width this file is compiled for; bfloat16 tensors are widened in tiles.
 //
-// All products are one function, `multiply`: it reads its left matrix one element at a time with any strides, so that
-// transposed left matrices cost nothing, and its right matrix by vectors.
+// All products are one template, `Product`: it reads its left matrix one element at a time, so that a transposed left
+// matrix costs nothing, and its right matrix by vectors.
 #include <math.h>
 #include <string.h>
 
@@ -72,41 +72,42 @@ inline float max_of(const float* row, int columns) {
     return larger(most, swap<1>(most))[0];
 }
 
-// A block of ROWS x (N * WIDTH) of c = a b, or c += a b.
-template <int N>
-inline void multiply_block(
-    const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c,
-    int64_t c_row, bool add
-) {
-    vec sum[ROWS][N];
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < N; ++j) sum[i][j] = add ? load(c + i * c_row + j * WIDTH) : vec{};
-    for (int64_t k = 0; k < steps; ++k) {
-        vec right[N];
-        for (int j = 0; j < N; ++j) right[j] = load(b + k * b_step + j * WIDTH);
-        for (int i = 0; i < ROWS; ++i) {
-            const float left = a[i * a_row + k * a_step];
-            for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
+// A product of matrices whose rows and steps (along the dimension that is summed over) are so many floats apart: known
+// when compiling, or the addresses would take more instructions than the sums.
+template <int A_ROW, int A_STEP, int B_STEP, int C_ROW>
+struct Product {
+    // A block of ROWS x (N * WIDTH) of c = a b, or c += a b.
+    template <int N>
+    static inline void block(const float* a, const float* b, int64_t steps, float* c, bool add) {
+        vec sum[ROWS][N] = {};
+        for (int64_t k = 0; k < steps; ++k) {
+            vec right[N];
+            for (int j = 0; j < N; ++j) right[j] = load(b + k * B_STEP + j * WIDTH);
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; ++i) {
+                const float left = a[i * A_ROW + k * A_STEP];
+                for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
+            }
         }
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < N; ++j) {
+                float* to = c + i * C_ROW + j * WIDTH;
+                store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+            }
     }
-    for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < N; ++j) store(c + i * c_row + j * WIDTH, sum[i][j]);
-}
 
-// c = a b, or c += a b. Rows are rounded up to ROWS and columns to WIDTH: both c and a must have room.
-void multiply(
-    const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps, float* c,
-    int64_t c_row, int64_t rows, int64_t columns, bool add
-) {
-    for (int64_t j = 0; j < columns; j += 2 * WIDTH)
-        for (int64_t i = 0; i < rows; i += ROWS) {
-            float* to = c + i * c_row + j;
-            if (columns - j > WIDTH)
-                multiply_block<2>(a + i * a_row, a_row, a_step, b + j, b_step, steps, to, c_row, add);
-            else
-                multiply_block<1>(a + i * a_row, a_row, a_step, b + j, b_step, steps, to, c_row, add);
-        }
-}
+    // Rows are rounded up to ROWS and columns to WIDTH: both c and a must have room.
+    static void run(const float* a, const float* b, int64_t steps, float* c, int64_t rows, int64_t columns, bool add) {
+        for (int64_t j = 0; j < columns; j += 2 * WIDTH)
+            for (int64_t i = 0; i < rows; i += ROWS)
+                if (columns - j > WIDTH)
+                    block<2>(a + i * A_ROW, b + j, steps, c + i * C_ROW + j, add);
+                else
+                    block<1>(a + i * A_ROW, b + j, steps, c + i * C_ROW + j, add);
+    }
+};
 
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) {
@@ -134,6 +135,15 @@ template <typename T>
 inline void pack_column(const T* from, int64_t head_dim, int64_t padded, float* to) {
     for (int64_t d = 0; d < head_dim; ++d) to[d * KEYS] = widen(from[d]);
     for (int64_t d = head_dim; d < padded; ++d) to[d * KEYS] = 0;
+}
+
+// f(head, row), head after head for a few rows: a line of a transposed block is filled while it is at hand, and rows, which
+// lie pages apart, are few at a time.
+template <typename F>
+inline void for_each_row(Heads heads, int64_t first, int64_t last, F f) {
+    for (int64_t at = first; at < last; at += 16)
+        for (int head = heads.first; head < heads.last; ++head)
+            for (int64_t i = at; i < at + 16 && i < last; ++i) f(head, i);
 }
 
 void clear_columns(float* block, int64_t first, int64_t padded) {
@@ -175,15 +185,13 @@ size_t forward_local_bytes(const Attention& a) {
 template <typename T>
 void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a);
-    for (int64_t i = first; i < last; ++i) {
+    for_each_row(heads, first, last, [&](int head, int64_t i) {
         const T* row = static_cast<const T*>(a.qkv) + group.row(i) * 3 * a.heads * D;
-        for (int head = heads.first; head < heads.last; ++head) {
-            const ForwardTiles to(a, group.length, head - heads.first, tiles);
-            pack_row(row + head * D, D, padded, to.q + i * padded);
-            pack_column(row + (a.heads + head) * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
-            pack_row(row + (2 * a.heads + head) * D, D, padded, to.v + i * padded);
-        }
-    }
+        const ForwardTiles to(a, group.length, head - heads.first, tiles);
+        pack_row(row + head * D, D, padded, to.q + i * padded);
+        pack_column(row + (a.heads + head) * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+        pack_row(row + (2 * a.heads + head) * D, D, padded, to.v + i * padded);
+    });
     if (last % KEYS == 0) return;
     const int64_t rest = round_up(last, QUERIES) - last;
     for (int head = heads.first; head < heads.last; ++head) {
@@ -213,11 +221,13 @@ inline float softmax_row(float* row, int64_t keys, float scale, float* most, vec
     return shrink;
 }
 
-template <typename T>
+template <typename T, int padded>
 void forward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns
 ) {
-    const int64_t D = a.head_dim, padded = padded_head_dim(a), rows = last - first;
+    using Scores = Product<padded, 1, KEYS, KEYS>;  // of rows with columns
+    using Rows = Product<KEYS, 1, padded, padded>;  // of rows of a block with rows
+    const int64_t D = a.head_dim, rows = last - first;
     const ForwardTiles from(a, group.length, 0, tiles);
     float* scores = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
     float* out = scores + QUERIES * KEYS;  // (QUERIES, padded)
@@ -229,14 +239,14 @@ void forward_run(
     }
     for (int64_t key = 0; key < group.length; key += KEYS) {
         const int64_t keys = smaller(KEYS, group.length - key);
-        multiply(from.q + first * padded, padded, 1, from.kt + key * padded, KEYS, padded, scores, KEYS, rows, keys, false);
+        Scores::run(from.q + first * padded, from.kt + key * padded, padded, scores, rows, keys, false);
         for (int64_t i = 0; i < rows; ++i) {
             const float shrink = softmax_row(scores + i * KEYS, keys, a.softmax_scale, most + i, sum + i);
             if (shrink != 1 && key != 0)
                 for (int64_t d = 0; d < padded; d += WIDTH)
                     store(out + i * padded + d, load(out + i * padded + d) * shrink);
         }
-        multiply(scores, KEYS, 1, from.v + key * padded, padded, keys, out, padded, rows, padded, key != 0);
+        Rows::run(scores, from.v + key * padded, keys, out, rows, padded, key != 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = group.row(first + i);
@@ -275,25 +285,23 @@ size_t backward_local_bytes(const Attention& a) {
 template <typename T>
 void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, padded = padded_head_dim(a);
-    for (int64_t i = first; i < last; ++i) {
+    for_each_row(heads, first, last, [&](int head, int64_t i) {
         const int64_t r = group.row(i);
-        const T* row = static_cast<const T*>(a.qkv) + r * 3 * a.heads * D;
-        for (int head = heads.first; head < heads.last; ++head) {
-            const BackwardTiles to(a, group.length, head - heads.first, tiles);
-            const T *q = row + head * D, *k = q + a.heads * D, *v = k + a.heads * D;
-            const T* g = static_cast<const T*>(a.grad_out) + (r * a.heads + head) * D;
-            const T* out = static_cast<const T*>(a.out) + (r * a.heads + head) * D;
-            pack_row(q, D, padded, to.q + i * padded);
-            pack_row(g, D, padded, to.g + i * padded);
-            pack_row(k, D, padded, to.k + i * padded);
-            pack_column(k, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
-            pack_column(v, D, padded, to.vt + i / KEYS * KEYS * padded + i % KEYS);
-            to.lse[i] = a.lse[head * a.rows + r];
-            float delta = 0;
-            for (int64_t d = 0; d < D; ++d) delta += widen(g[d]) * widen(out[d]);
-            to.delta[i] = delta;
-        }
-    }
+        const BackwardTiles to(a, group.length, head - heads.first, tiles);
+        const T* q = static_cast<const T*>(a.qkv) + (r * 3 * a.heads + head) * D;
+        const T *k = q + a.heads * D, *v = k + a.heads * D;
+        const T* g = static_cast<const T*>(a.grad_out) + (r * a.heads + head) * D;
+        const T* out = static_cast<const T*>(a.out) + (r * a.heads + head) * D;
+        pack_row(q, D, padded, to.q + i * padded);
+        pack_row(g, D, padded, to.g + i * padded);
+        pack_row(k, D, padded, to.k + i * padded);
+        pack_column(k, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+        pack_column(v, D, padded, to.vt + i / KEYS * KEYS * padded + i % KEYS);
+        to.lse[i] = a.lse[head * a.rows + r];
+        float delta = 0;
+        for (int64_t d = 0; d < D; ++d) delta += widen(g[d]) * widen(out[d]);
+        to.delta[i] = delta;
+    });
     if (last % KEYS == 0) return;
     const int64_t rest = round_up(last, QUERIES) - last;
     for (int head = heads.first; head < heads.last; ++head) {
@@ -317,11 +325,14 @@ inline void softmax_gradient(
         }
 }
 
-template <typename T>
+template <typename T, int padded>
 void backward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns turns
 ) {
-    const int64_t D = a.head_dim, padded = padded_head_dim(a), keys = last - first;
+    using Scores = Product<padded, 1, KEYS, KEYS>;  // of rows with columns
+    using Rows = Product<KEYS, 1, padded, padded>;  // of rows of a block with rows
+    using Columns = Product<1, KEYS, padded, padded>;  // of columns of a block with rows
+    const int64_t D = a.head_dim, keys = last - first;
     const BackwardTiles from(a, group.length, 0, tiles);
     float* weights = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
     float* grads = weights + QUERIES * KEYS;  // (QUERIES, KEYS)
@@ -331,13 +342,13 @@ void backward_run(
     for (int64_t query = 0; query < group.length; query += QUERIES) {
         const int64_t queries = smaller(QUERIES, group.length - query);
         const float *q = from.q + query * padded, *g = from.g + query * padded;
-        multiply(q, padded, 1, kt, KEYS, padded, weights, KEYS, queries, keys, false);
-        multiply(g, padded, 1, vt, KEYS, padded, grads, KEYS, queries, keys, false);
+        Scores::run(q, kt, padded, weights, queries, keys, false);
+        Scores::run(g, vt, padded, grads, queries, keys, false);
         softmax_gradient(weights, grads, from.lse + query, from.delta + query, a.softmax_scale, queries, keys);
-        multiply(weights, 1, KEYS, g, padded, queries, grad_v, padded, keys, padded, query != 0);
-        multiply(grads, 1, KEYS, q, padded, queries, grad_k, padded, keys, padded, query != 0);
+        Columns::run(weights, g, queries, grad_v, keys, padded, query != 0);
+        Columns::run(grads, q, queries, grad_k, keys, padded, query != 0);
         turns.wait(query / QUERIES, first / KEYS);
-        multiply(grads, KEYS, 1, k, padded, keys, from.grad_q + query * padded, padded, queries, padded, first != 0);
+        Rows::run(grads, k, keys, from.grad_q + query * padded, queries, padded, first != 0);
         turns.pass(query / QUERIES, first / KEYS);
     }
     for (int64_t j = 0; j < keys; ++j) {
@@ -359,20 +370,23 @@ void backward_finish(const Attention& a, const Group& group, Heads heads, int64_
         }
 }
 
-template <typename T>
+template <typename T, int padded>
 constexpr Kernel forward_kernel() {
-    return {KEYS, QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T>, nullptr};
+    return {KEYS, QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T, padded>, nullptr};
 }
 
-template <typename T>
+template <typename T, int padded>
 constexpr Kernel backward_kernel() {
-    return {
-        KEYS, KEYS, backward_tile_bytes, backward_local_bytes, backward_pack<T>, backward_run<T>, backward_finish<T>};
+    return {KEYS, KEYS, backward_tile_bytes, backward_local_bytes, backward_pack<T>, backward_run<T, padded>,
+            backward_finish<T>};
 }
+
+#define KERNELS(direction, T) \
+    {direction<T, 32>(), direction<T, 64>(), direction<T, 96>(), direction<T, 128>()}
 
 }  // namespace
 
-const Kernel forward[2] = {forward_kernel<float>(), forward_kernel<uint16_t>()};
-const Kernel backward[2] = {backward_kernel<float>(), backward_kernel<uint16_t>()};
+const Kernel forward[2][4] = {KERNELS(forward_kernel, float), KERNELS(forward_kernel, uint16_t)};
+const Kernel backward[2][4] = {KERNELS(backward_kernel, float), KERNELS(backward_kernel, uint16_t)};
 
 }  // namespace VECTOR_KERNELS
