@@ -1,0 +1,291 @@
+"""The native backend: every instruction set that this processor has, against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import plain_groups
+from hlip_kernels import StudyLayout, available_backends, hier_attention
+from hlip_kernels import native as library
+from hlip_kernels.backends import choose_backend, reference
+from hlip_kernels.backends import native as backend
+from hlip_kernels.native import ISAS, native
+from test_attention import RAGGED, assert_like_eager, out_and_grad, random_qkv
+
+ROOT = Path(__file__).parents[1]
+HERE = ISAS[: ISAS.index(native().isa) + 1] if native().library else ()
+DTYPES = [torch.float32, torch.bfloat16]
+needs_library = pytest.mark.skipif(not HERE, reason=native().reason)
+
+
+@pytest.fixture(params=HERE)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    force(monkeypatch, request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def force(patch: pytest.MonkeyPatch, isa: str) -> None:
+    patch.setattr(backend, "native", lambda: native()._replace(isa=isa))
+
+
+def results(way: object, qkv: Tensor, lengths: Sequence[int], num_prefix: int, scale: float) -> tuple[Tensor, ...]:
+    """out, lse, and the gradient of qkv."""
+    groups = plain_groups(lengths, num_prefix)
+    grad_out = torch.randn(qkv.shape[0], *qkv.shape[2:], generator=torch.Generator().manual_seed(1)).to(qkv.dtype)
+    out, lse = way.forward(qkv, groups, scale)  # type: ignore[attr-defined]
+    return out, lse, way.backward(grad_out, qkv, out, lse, groups, scale)  # type: ignore[attr-defined]
+
+
+def check(
+    lengths: Sequence[int], num_prefix: int, heads: int, head_dim: int, dtype: torch.dtype, spread: float = 1
+) -> None:
+    """Like eager PyTorch in the same dtype; `spread` widens the scores."""
+    torch.manual_seed(0)
+    rows = len(lengths) * num_prefix + sum(lengths)
+    qkv = torch.randn(rows, 3, heads, head_dim)
+    qkv[:, 0] *= spread
+    qkv = qkv.to(dtype)
+    grad_out = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype).double()
+    groups, scale = plain_groups(lengths, num_prefix), head_dim**-0.5
+    exact_out, exact_lse = reference.forward(qkv.double(), groups, scale)
+    exact_grad = reference.backward(grad_out, qkv.double(), exact_out, exact_lse, groups, scale)
+    out, lse, grad = results(backend, qkv, lengths, num_prefix, scale)
+    eager_out, eager_lse, eager_grad = results(reference, qkv, lengths, num_prefix, scale)
+    if rows:
+        assert_like_eager(out, eager_out, exact_out, factor=2)
+        assert_like_eager(grad, eager_grad, exact_grad, factor=3)
+        off = (lse.double() - exact_lse).abs().max()
+        assert off <= 2 * (eager_lse.double() - exact_lse).abs().max() + (1e-4 if dtype == torch.bfloat16 else 1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_prefix", [0, 1, 5, 32])
+def test_lengths(isa: str, num_prefix: int, dtype: torch.dtype) -> None:
+    check((0, 1, 15, 16, 17, 63, 64, 65, 0, 128, 197, 260), num_prefix, 2, 64, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128])
+def test_head_dims(isa: str, head_dim: int, dtype: torch.dtype) -> None:
+    check((70, 33), 1, 3, head_dim, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_that_all_threads_share(isa: str, dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    check((1200, 3), 1, 12, 64, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [8, 200])
+def test_scores_of_any_size(isa: str, spread: float, dtype: torch.dtype) -> None:
+    """Weights that overflow without the maximum taken off, and rows whose weights all vanish without it."""
+    check((100, 300), 1, 2, 64, dtype, spread)
+
+
+@needs_library
+@pytest.mark.parametrize("offset", [-3072.0, 3072.0])
+def test_scores_far_from_zero(isa: str, offset: float) -> None:
+    """A row's softmax is that of its scores less any number."""
+    torch.manual_seed(0)
+    qkv = torch.randn(90, 3, 2, 32)
+    qkv[:, 0, :, 0], qkv[:, 1, :, 0] = 64, 0
+    shifted = qkv.clone()
+    shifted[:, 1, :, 0] = offset / 64
+    for dtype in DTYPES:
+        near, far = (results(backend, x.to(dtype), (90,), 0, 1.0) for x in (qkv, shifted))
+        exact = results(reference, qkv.to(dtype).double(), (90,), 0, 1.0)
+        assert far[0].isfinite().all()
+        assert far[2].isfinite().all()
+        slack = 0.02 if dtype == torch.bfloat16 else 2e-3  # the sums round at the size of the offset
+        torch.testing.assert_close(far[0].double(), exact[0], atol=slack, rtol=0)
+        torch.testing.assert_close(far[1].double() - offset, near[1].double(), atol=slack, rtol=0)
+
+
+@needs_library
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=6),
+    num_prefix=st.integers(0, 32),
+    head_dim=st.integers(1, 8).map(lambda n: 16 * n),
+    heads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(HERE or ("none",)),
+    threads=st.integers(1, 3),
+)
+def test_any_layout(
+    lengths: list[int], num_prefix: int, head_dim: int, heads: int, dtype: torch.dtype, isa: str, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, isa)
+        check(lengths, num_prefix, heads, head_dim, dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_with_any_number_of_threads(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lengths, heads = (800, 40, 197, 300), 14  # of which the first is shared
+    qkv = torch.randn(sum(lengths) + 4, 3, heads, 64).to(dtype)
+    found = []
+    for threads in (1, 2, 5, 1):
+        torch.set_num_threads(threads)
+        found.append(results(backend, qkv, lengths, 1, 0.125))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_group_alone_has_the_same_bits(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lengths = (300, 20, 130)
+    qkv = torch.randn(sum(lengths), 3, 2, 48).to(dtype)
+    grads = torch.randn(sum(lengths), 2, 48).to(dtype)
+    groups = plain_groups(lengths, 0)
+    out, lse = backend.forward(qkv, groups, 0.2)
+    grad = backend.backward(grads, qkv, out, lse, groups, 0.2)
+    for part in (slice(0, 300), slice(300, 320), slice(320, 450)):
+        alone = plain_groups((part.stop - part.start,), 0)
+        own_out, own_lse = backend.forward(qkv[part], alone, 0.2)
+        assert torch.equal(own_out, out[part])
+        assert torch.equal(own_lse, lse[:, part])
+        assert torch.equal(backend.backward(grads[part], qkv[part], own_out, own_lse, alone, 0.2), grad[part])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_in_any_order(isa: str, dtype: torch.dtype) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
+    qkv = random_qkv(layout, "scan", 16, dtype)
+    shifted = torch.cat([qkv.new_zeros(1), qkv.flatten()])[1:].view(qkv.shape)  # aligned to one element only
+    for other in (qkv.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1), shifted):
+        for got, expected in zip(
+            out_and_grad(other, layout, "scan", "native"), out_and_grad(qkv, layout, "scan", "native"), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
+    qkv = random_qkv(layout, "scan", 16, dtype)
+    rest = (*plain_groups(layout.seqlens("scan").tolist(), 2), 0.25, "native")
+    torch.library.opcheck(torch.ops.hlip_kernels.hier_attention.default, (qkv.clone().requires_grad_(), *rest))
+    out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *rest)
+    arguments = (torch.ones_like(out), qkv, out, lse, *rest)
+    torch.library.opcheck(torch.ops.hlip_kernels.hier_attention_backward.default, arguments)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [
+        (torch.float16, 64, "needs bfloat16 or float32, got float16"),
+        (torch.float64, 64, "needs bfloat16 or float32, got float64"),
+        (torch.float32, 24, "needs a head dim that is a multiple of 16 and at most 128, got 24"),
+        (torch.float32, 144, "needs a head dim that is a multiple of 16 and at most 128, got 144"),
+    ],
+)
+def test_refuses(dtype: torch.dtype, head_dim: int, message: str) -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    qkv = random_qkv(layout, "scan", head_dim, dtype)
+    with pytest.raises(ValueError, match=message):
+        hier_attention(qkv, layout, "scan", backend="native")
+    assert available_backends("cpu", dtype, head_dim)[0] == "cpu"
+
+
+@needs_library
+def test_auto_leaves_code_for_any_processor_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, ISAS[-1])
+    assert available_backends()[:2] == ["native", "cpu"]
+    force(monkeypatch, "scalar")
+    assert available_backends()[0] == "cpu"
+    assert "native" in available_backends()
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "PATH", tmp_path / "missing.so")
+    missing = library.native.__wrapped__()
+    monkeypatch.setattr(backend, "native", lambda: missing)
+    choose_backend.cache_clear()
+    assert "native" not in available_backends()
+    assert choose_backend("auto", "cpu", torch.float32, 64) == "cpu"
+    with pytest.raises(ValueError, match="the native library is not built"):
+        choose_backend("native", "cpu", torch.float32, 64)
+    choose_backend.cache_clear()
+
+
+def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(library, "PATH", tmp_path / "broken.so")
+    assert "cannot be loaded" in library.native.__wrapped__().reason
+
+
+@needs_library
+def test_an_isa_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HLIP_NATIVE_ISA", "scalar")
+    assert library.native.__wrapped__().isa == "scalar"
+    monkeypatch.setenv("HLIP_NATIVE_ISA", "neon")
+    with pytest.raises(ValueError, match=r"this processor has scalar.*got 'neon'"):
+        library.native.__wrapped__()
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_second_openmp_runtime() -> None:
+    hier_attention(torch.zeros(34, 3, 2, 16), StudyLayout.from_grids(RAGGED), "scan", backend="native")
+    maps = Path("/proc/self/maps").read_text()
+    assert len({line.split()[-1] for line in maps.splitlines() if "omp" in line and "torch" not in line}) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++")
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """The library with AddressSanitizer and UndefinedBehaviorSanitizer, built by setup.py, run without Python."""
+    flags = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "obj"]
+    env = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags}
+    subprocess.run(build, cwd=ROOT, env=env, check=True, capture_output=True)
+    (built,) = (tmp_path / "lib").rglob("*.so")
+    assert b"__asan" in built.read_bytes()
+    driver = tmp_path / "driver"
+    compile_driver = ["g++", "-std=c++17", *flags.split(), "-fopenmp", ROOT / "tests/native_driver.cpp", "-o", driver]
+    subprocess.run([*compile_driver, "-ldl"], check=True)
+    # the OpenMP runtime keeps its threads' memory to the end
+    run = subprocess.run(
+        [driver, built], capture_output=True, text=True, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("isa") == 10 * len(HERE)
