@@ -7,7 +7,9 @@ shows in `pip install -v`, and `python -m hlip_kernels.env` says if the library 
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("hlip_kernels/native/src")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CALLERS = shlex.split(os.environ.get("CXXFLAGS", ""))  # after ours, to prevail
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {  # by the end of a source's name; others are compiled for any processor
     "avx2": ["-mavx2", "-mfma"],
@@ -43,7 +46,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         objects = []
         for path in native_sources():
-            flags = [*FLAGS, *ISA_FLAGS.get(path.stem.rpartition("_")[2], [])]
+            flags = [*FLAGS, *ISA_FLAGS.get(path.stem.rpartition("_")[2], []), *CALLERS]
             self.announce(f"compiling {path}: {' '.join(flags)}", 2)
             objects += self.compiler.compile(
                 [str(path)], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends

@@ -276,12 +276,12 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """The library with AddressSanitizer and UndefinedBehaviorSanitizer, built by setup.py, run without Python."""
     flags = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "obj"]
-    env = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags}
+    env = {**os.environ, "CXXFLAGS": flags, "LDFLAGS": flags}
     subprocess.run(build, cwd=ROOT, env=env, check=True, capture_output=True)
     (built,) = (tmp_path / "lib").rglob("*.so")
     assert b"__asan" in built.read_bytes()
     driver = tmp_path / "driver"
-    compile_driver = ["g++", "-std=c++17", *flags.split(), "-fopenmp", ROOT / "tests/native_driver.cpp", "-o", driver]
+    compile_driver = ["g++", "-std=c++17", "-fopenmp", *flags.split(), ROOT / "tests/native_driver.cpp", "-o", driver]
     subprocess.run([*compile_driver, "-ldl"], check=True)
     # the OpenMP runtime keeps its threads' memory to the end
     run = subprocess.run(
