@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .backends import BACKENDS
 from .functional import hier_attention
 from .layout import Level, StudyLayout
+from .linear import Linear, is_plain, linear
 
 
 class HierarchicalAttention(nn.Module):
@@ -66,7 +67,11 @@ class HierarchicalAttention(nn.Module):
             # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
-        return self.proj(hier_attention(qkv, layout, level, backend=self.backend).flatten(1))
+        out = hier_attention(qkv, layout, level, backend=self.backend).flatten(1)
+        if not is_plain(self.proj):
+            return self.proj(out)
+        apply = Linear.apply if torch.is_grad_enabled() else linear
+        return apply(out, self.proj.weight, self.proj.bias)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, backend={self.backend!r}"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hlip_kernels import linear as kernels
+
 
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
@@ -27,22 +29,23 @@ class Mlp(nn.Module):
 
 def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     """linear(y), where y = norm(x): (R, C) to (R, D). Keeps x, to which no gradient goes from here, in place of y."""
-    if not _plain(linear):
+    if not kernels.is_plain(linear):
         return linear(y)
+    if not torch.is_grad_enabled():
+        return kernels.linear(y, linear.weight, linear.bias)
     return _LinearOfNorm.apply(y, x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
 
 
-def linear_of_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(gelu(x)): (R, C) to (R, D). Keeps x alone."""
-    if not _plain(linear):
-        return linear(F.gelu(x))
-    return _LinearOfGelu.apply(x, linear.weight, linear.bias)
-
-
-def _plain(linear: nn.Module) -> bool:
-    """Whether backward may be ours: a layer put in its place, or a hook on it, must see its input."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
-    return torch.is_grad_enabled() and type(linear) is nn.Linear and linear.bias is not None and not hooks
+def mlp_of_norm(mlp: Mlp, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
+    """mlp(y), where y = norm(x): (R, C) to (R, C). Keeps x and the hidden rows before the GELU alone."""
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    if not (kernels.is_plain(fc1) and kernels.is_plain(fc2)):
+        return mlp(y)
+    if not torch.is_grad_enabled():
+        return kernels.mlp(y, fc1, fc2)
+    return _MlpOfNorm.apply(
+        y, x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    )  # fmt: skip
 
 
 class _LinearOfNorm(torch.autograd.Function):
@@ -52,36 +55,51 @@ class _LinearOfNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         ctx.eps = eps
-        return F.linear(y, weight, bias)
+        return kernels.linear(y, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        gradient = kernels.input_gradient(grad, weight)
         if not any(ctx.needs_input_grad[5:]):
-            return _gradient(grad, weight), *[None] * 6
-        y = F.layer_norm(x, x.shape[1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), ctx.eps)
-        return _gradient(grad, weight), None, None, None, None, *_parameter_gradients(grad, y, weight)
+            return gradient, *[None] * 6
+        sums = kernels.Gradients(weight)
+        for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
+            sums.add(grad[run], _normalised(x[run], norm_weight, norm_bias, ctx.eps))
+        return gradient, None, None, None, None, *sums.total()
 
 
-class _LinearOfGelu(torch.autograd.Function):
+class _MlpOfNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+        weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+    ) -> Tensor:  # fmt: skip
+        hidden = kernels.linear(y, weight1, bias1)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
+        ctx.eps = eps
+        parts = [kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        gradients: tuple[Tensor | None, ...] = (None, None)
-        if any(ctx.needs_input_grad[1:]):
-            gradients = _parameter_gradients(grad, F.gelu(x), weight)
-        return torch.ops.aten.gelu_backward(_gradient(grad, weight), x), *gradients
+        x, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
+        sums1, sums2 = (kernels.Gradients(weight) for weight in (weight1, weight2))
+        weight1, weight2 = (weight.to(grad.dtype) for weight in (weight1, weight2))
+        parts = []
+        for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
+            if any(ctx.needs_input_grad[7:]):
+                sums2.add(grad[run], F.gelu(hidden[run]))
+            inner = torch.ops.aten.gelu_backward(kernels.input_gradient(grad[run], weight2), hidden[run])
+            if any(ctx.needs_input_grad[5:7]):
+                sums1.add(inner, _normalised(x[run], norm_weight, norm_bias, ctx.eps))
+            parts.append(kernels.input_gradient(inner, weight1))
+        parameters = [
+            sums.total() if any(ctx.needs_input_grad[i : i + 2]) else (None, None) for i, sums in ((5, sums1), (7, sums2))
+        ]
+        gradient = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return gradient, None, None, None, None, *parameters[0], *parameters[1]
 
 
-def _gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad @ weight.to(grad.dtype)
-
-
-def _parameter_gradients(grad: Tensor, given: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of weight and bias. Under autocast grad is of 16 bits, and so are the products."""
-    return (grad.T @ given.to(grad.dtype)).to(weight.dtype), grad.sum(0).to(weight.dtype)
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), eps)

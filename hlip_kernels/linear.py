@@ -1,0 +1,153 @@
+"""Linear layers, GELU and their gradients, in the forms that are fast on CPUs; elsewhere, PyTorch's own.
+
+Shapes: R rows, C and D widths.
+
+On a CPU, run eagerly in float32 or bfloat16:
+- bias and GELU are part of oneDNN's product, and the GELU's input is not rounded to 16 bits before it;
+- wide hidden rows are made some rows at a time, so that they stay in the cache and in memory that the process holds:
+  the allocator returns a tensor of more than 32 MiB to the system, and every page of the next one is a fault;
+- the gradient of a weight multiplies a transposed copy of the narrower factor: oneDNN's bfloat16 product takes a first
+  factor by rows more than twice as fast as one by columns. Sums over runs of rows are kept in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 1024  # of hidden rows made at once: 6 MiB of 3072 bfloat16 values
+ROWS_BACKWARD = 2048  # more, as every run adds to the gradients of the weights
+
+_held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = contextvars.ContextVar(
+    "held", default=None
+)
+
+
+@contextlib.contextmanager
+def hold_weights() -> Iterator[None]:
+    """Within it, without gradients, `linear` converts and packs every weight once. Weights must not change meanwhile."""
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` may stand for calling the layer: one put in its place, or a hook on it, must see its input."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is not None and not hooks
+
+
+def on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the forms for CPUs serve products of `dtype`. A compiler does better with PyTorch's own."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.backends.mkldnn.enabled or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast multiplies x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x.dtype
+
+
+def runs(x: Tensor, rows: int = ROWS) -> list[slice]:
+    """The rows of x (R, C) in runs of about `rows`; in one where it is not for a CPU."""
+    if not on_cpu(x, product_dtype(x)) or len(x) <= rows:
+        return [slice(0, len(x))]
+    count = -(-len(x) // rows)
+    bounds = [len(x) * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    """x @ weight.T + bias, and its exact GELU if `gelu`: (R, C) to (R, D), in the dtype of `product_dtype`."""
+    dtype = product_dtype(x)
+    if not on_cpu(x, dtype):
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if gelu else y
+    weight = _converted(weight, dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias.to(dtype), "gelu" if gelu else "none", [], "none")
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    held = _held.get()
+    if held is None or torch.is_grad_enabled():
+        return weight.to(dtype)
+    key = (weight, dtype)  # a tensor is hashed as what it is, not by its values
+    if key not in held:
+        held[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), ROWS)
+    return held[key]
+
+
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """fc2(gelu(fc1(x))) without a graph: (R, C) to (R, C)."""
+    parts = [linear(linear(x[run], fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias) for run in runs(x)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Of x in x @ weight.T, from that of the product: (R, D) to (R, C)."""
+    return grad @ weight.to(grad.dtype)
+
+
+class Gradients:
+    """Of a layer's weight (D, C) and bias (D), summed over runs of rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.transposed = False
+
+    def add(self, grad: Tensor, given: Tensor) -> None:
+        """A run: its product's gradient (r, D), and what the layer was given, (r, C)."""
+        given = given.to(grad.dtype)
+        if not on_cpu(grad, grad.dtype) or grad.dtype == torch.float32:
+            weight = grad.T @ given
+        else:
+            self.transposed = given.shape[1] < grad.shape[1]
+            narrow, wide = (given, grad) if self.transposed else (grad, given)
+            weight = narrow.T.contiguous() @ wide
+        bias = grad.sum(0)
+        if self.weight is None or self.bias is None:
+            self.weight, self.bias = weight.to(self.dtype), bias.to(self.dtype)
+        else:
+            self.weight += weight
+            self.bias += bias
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """Of weight and bias, in their dtype."""
+        assert self.weight is not None and self.bias is not None
+        return (self.weight.T.contiguous() if self.transposed else self.weight), self.bias
+
+
+class Linear(torch.autograd.Function):
+    """A linear layer whose backward is that of this module."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        given = x.to(product_dtype(x))
+        ctx.save_for_backward(given, weight)
+        ctx.dtype = x.dtype
+        return linear(given, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        sums = Gradients(weight)
+        parameters: tuple[Tensor | None, ...] = (None, None)
+        if any(ctx.needs_input_grad[1:]):
+            for run in runs(grad, ROWS_BACKWARD):
+                sums.add(grad[run], x[run])
+            parameters = sums.total()
+        return input_gradient(grad, weight).to(ctx.dtype), *parameters
