@@ -91,7 +91,7 @@ def add_regroup_norm(
         weight, bias: (C) - of the LayerNorm.
         path_scale: (G_src) - stochastic depth: a constant factor for all rows of a group; 1 if None.
         layer_scale: (C) - a learned factor for each channel; 1 if None.
-        backend: "auto", "triton" or "torch"; a name never falls back.
+        backend: "auto", "native", "triton" or "torch"; a name never falls back.
 
     Returns:
         (G_dst * P + T, C) the new residual in the dtype of `residual`, and its normalised rows in that of `update`.

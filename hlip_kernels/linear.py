@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .backends import native_rows
+from .native import native
+
 ROWS = 1024  # of hidden rows made at once: 6 MiB of 3072 bfloat16 values
 ROWS_BACKWARD = 2048  # more, as every run adds to the gradients of the weights
 
@@ -93,6 +96,22 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     """fc2(gelu(fc1(x))) without a graph: (R, C) to (R, C)."""
     parts = [linear(linear(x[run], fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias) for run in runs(x)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU."""
+    return native_rows.gelu(x) if _native(x) else F.gelu(x)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(x) once more, and the gradient of x from that of gelu(x), whose memory it may take."""
+    if _native(x) and grad.dtype == x.dtype and grad.is_contiguous():
+        return native_rows.gelu_backward_(grad, x), grad
+    return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
+
+
+def _native(x: Tensor) -> bool:
+    return type(x) is Tensor and on_cpu(x, x.dtype) and x.is_contiguous() and not native().reason
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:

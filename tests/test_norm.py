@@ -117,24 +117,31 @@ def test_torch_equals_the_formula(src: Level, dst: Level, num_prefix: int, scale
         torch.testing.assert_close(ours[name], value, msg=name)
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"),
-                                    ("float16", "float16")])  # fmt: skip
+MIXED = [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+KERNELS = [
+    *(("triton", *dtypes) for dtypes in [*MIXED, ("float16", "float16")]),
+    *(("native", *dtypes) for dtypes in [*MIXED, ("bfloat16", "float32"), ("float32", "float16")]),
+]
+
+
+@pytest.mark.parametrize(("backend", "residual", "update"), KERNELS)
 @pytest.mark.parametrize("scales", ["none", "both"])
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
-def test_triton_is_as_exact_as_eager(src: Level, dst: Level, scales: str, dtypes: tuple[str, str]) -> None:
+def test_kernels_are_as_exact_as_eager(
+    src: Level, dst: Level, scales: str, backend: str, residual: str, update: str
+) -> None:
     layout = StudyLayout.from_grids(RAGGED, 2)
-    dtype, update = (getattr(torch, name) for name in dtypes)
-    inputs = cast(make_inputs(layout, src, scales), dtype, update)
+    inputs = cast(make_inputs(layout, src, scales), getattr(torch, residual), getattr(torch, update))
     exact = {name: x.double() for name, x in inputs.items()}
     assert_close_to_oracle(
-        run(inputs, layout, src, dst, "triton", RAGGED),
+        run(inputs, layout, src, dst, backend, RAGGED),
         run(inputs, layout, src, dst, "torch", RAGGED),
         run(exact, layout, src, dst, None, RAGGED),
     )
 
 
 @pytest.mark.parametrize("use", ["x", "y"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 @pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("scan", "scan"), ("study", "scan")])
 def test_gradients_through_one_of_the_results(src: Level, dst: Level, backend: str, use: str) -> None:
     layout = StudyLayout.from_grids(RAGGED, 1)
@@ -156,20 +163,23 @@ GRIDS = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
-@given(GRIDS, st.sampled_from(PAIRS), st.integers(0, 4), st.sampled_from(SCALES), st.integers(24, 70))
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(["triton", "native"]), GRIDS, st.sampled_from(PAIRS), st.integers(0, 4), st.sampled_from(SCALES),
+    st.integers(24, 70),
+)  # fmt: skip
 def test_random_layouts(
-    grids: list[list[Grid]], levels: tuple[Level, Level], num_prefix: int, scales: str, width: int
+    backend: str, grids: list[list[Grid]], levels: tuple[Level, Level], num_prefix: int, scales: str, width: int
 ) -> None:
     layout = StudyLayout.from_grids(grids, num_prefix)
     inputs = make_inputs(layout, levels[0], scales, width=width)
     exact = run(inputs, layout, *levels, None, grids)
     single = cast(inputs, torch.float32)
-    ours, eager = (run(single, layout, *levels, backend, grids) for backend in ("triton", "torch"))
+    ours, eager = (run(single, layout, *levels, name, grids) for name in (backend, "torch"))
     assert_close_to_oracle(ours, eager, exact)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 @pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("study", "slice"), ("scan", "scan")])
 def test_a_study_alone_is_bitwise_the_study_in_a_batch(src: Level, dst: Level, backend: str) -> None:
     batch = StudyLayout.from_grids(RAGGED, 2)
@@ -234,7 +244,7 @@ def op_arguments(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
     [("slice", "study", torch.bfloat16, "both"), ("scan", "scan", torch.float32, "none"),
      ("study", "scan", torch.float32, "path")],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
 def test_opcheck(backend: str, src: Level, dst: Level, update: torch.dtype, scales: str) -> None:
     layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)], [(1, 1, 2)]], 1)
     inputs = cast(make_inputs(layout, src, scales), torch.float32, update)
@@ -270,7 +280,7 @@ def test_a_group_of_nan_leaves_the_others_exact() -> None:
     groups = layout.num_groups("slice")
     rows = [0, 1, *range(groups, groups + 18)]  # the first scan: two slices of nine patches
     spoiled["update"][rows] = float("nan")
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "triton", "native"):
         clean, dirty = (
             add_regroup_norm(**values, layout=layout, src="slice", dst="scan", backend=backend)
             for values in (inputs, spoiled)
@@ -301,7 +311,7 @@ def bad(name: str, value: Tensor | None = None, message: str = "") -> object:
         bad("path_scale", torch.zeros(3), r"path_scale: expected floating-point \(5,\)"),
         bad("src", "patch", "level must be one of slice, scan, study, got 'patch'"),
         bad("dst", "patch", "level must be one of slice, scan, study, got 'patch'"),
-        bad("backend", "flash", "unknown backend 'flash'; there are triton, torch"),
+        bad("backend", "flash", "unknown backend 'flash'; there are native, triton, torch"),
     ],
 )
 def test_bad_input(name: str, value: object, message: str) -> None:

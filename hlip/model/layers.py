@@ -78,7 +78,7 @@ class _MlpOfNorm(torch.autograd.Function):
         hidden = kernels.linear(y, weight1, bias1)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps = eps
-        parts = [kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)]
+        parts = [kernels.linear(kernels.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
@@ -88,9 +88,9 @@ class _MlpOfNorm(torch.autograd.Function):
         weight1, weight2 = (weight.to(grad.dtype) for weight in (weight1, weight2))
         parts = []
         for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
+            active, inner = kernels.gelu_backward(kernels.input_gradient(grad[run], weight2), hidden[run])
             if any(ctx.needs_input_grad[7:]):
-                sums2.add(grad[run], F.gelu(hidden[run]))
-            inner = torch.ops.aten.gelu_backward(kernels.input_gradient(grad[run], weight2), hidden[run])
+                sums2.add(grad[run], active)
             if any(ctx.needs_input_grad[5:7]):
                 sums1.add(inner, _normalised(x[run], norm_weight, norm_bias, ctx.eps))
             parts.append(kernels.input_gradient(inner, weight1))

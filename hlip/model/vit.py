@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
 
 
 # The norm's backend by that of attention; libraries of attention alone leave the choice open.
-NORM_BACKEND = {"triton": "triton", "cpu": "torch", "reference": "torch"}
+NORM_BACKEND = {"native": "native", "triton": "triton", "cpu": "torch", "reference": "torch"}
 
 
 class Stream(NamedTuple):

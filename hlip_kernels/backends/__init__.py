@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, flash, native, reference, torch_norm, triton, varlen, xformers
+from . import cpu, flash, native, native_rows, reference, torch_norm, triton, varlen, xformers
 
 # In the order in which `auto` prefers them; see `_preferred`.
 BACKENDS: dict[str, ModuleType] = {
@@ -23,7 +23,7 @@ BACKENDS: dict[str, ModuleType] = {
     "xformers": xformers,
     "reference": reference,
 }
-NORM_BACKENDS: dict[str, ModuleType] = {"triton": triton, "torch": torch_norm}
+NORM_BACKENDS: dict[str, ModuleType] = {"native": native_rows, "triton": triton, "torch": torch_norm}
 
 
 def not_supported_reasons(backend: str, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -56,7 +56,9 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
 def choose_norm_backend(backend: str, device: str, dtype: torch.dtype) -> str:
     """The same for the backends of `add_regroup_norm`. On the CPU, `auto` is never Triton's interpreter."""
     if backend == "auto":
-        backend = "torch" if device == "cpu" or triton.norm_not_supported_reasons(device, dtype) else "triton"
+        backend = "native" if device == "cpu" else "triton"
+        if _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype):
+            backend = "torch"
     return _confirm(backend, _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype))
 
 

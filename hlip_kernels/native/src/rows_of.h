@@ -1,6 +1,7 @@
 // Norms and GELU on vectors of whatever width this file is compiled for. All sums are of float32, in an order that the
 // shapes alone decide.
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -93,9 +94,9 @@ struct Buffer {
     float own[MOST];
     float* row;
 
-    explicit Buffer(int64_t columns) : row(columns <= MOST - WIDTH ? own : new float[columns + WIDTH]) {}
+    explicit Buffer(int64_t columns) : row(columns <= MOST - WIDTH ? own : static_cast<float*>(malloc((columns + WIDTH) * sizeof(float)))) {}
     ~Buffer() {
-        if (row != own) delete[] row;
+        if (row != own) free(row);
     }
     Buffer(const Buffer&) = delete;
 };
@@ -357,7 +358,8 @@ inline vec reciprocal(vec x) {  // to a unit in the last place or two
 // With a = |x|, Phi(-a) e^(a^2 / 2) is a polynomial in 1 / (1 + 0.3 a) whose relative error is below 6e-8 up to a = 14,
 // beyond which e^(-a^2 / 2) is zero in float32. Both tails are thus exact to rounding.
 inline vec normal(vec x, vec* bell) {
-    const vec a = (vec)((ivec)x & 0x7fffffff), t = reciprocal(1.0f + 0.3f * a);
+    const vec size = (vec)((ivec)x & 0x7fffffff), a = size < 14.0f ? size : fill(14);
+    const vec t = reciprocal(1.0f + 0.3f * a);
     const vec e = exponential(-0.5f * x * x);
     vec q = fill(3.83787884e-02f);
     q = q * t - 1.69168419e-01f;

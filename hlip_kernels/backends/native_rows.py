@@ -1,0 +1,192 @@
+"""Residual add, regroup and LayerNorm, and GELU, on CPUs by the native library (`hlip_kernels.native`).
+
+Shapes: R rows, C width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ..native import ISAS, native
+from .groups import Regroup
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Norm(ctypes.Structure):
+    """`struct Norm` of rows.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "residual", "update", "path_scale", "layer_scale", "weight", "bias", "cu_seqlens", "children",
+                "x", "y", "mean", "rstd", "grad_x", "grad_y", "grad_residual", "grad_update", "partial", "sums",
+            )
+        ),
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("src_groups", "dst_groups", "num_prefix", "width")),
+        *((name, ctypes.c_int32) for name in ("bfloat16_x", "bfloat16_y", "threads")),
+        ("eps", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _Gelu(ctypes.Structure):
+    """`struct Gelu` of rows.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "grad")),
+        ("size", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "threads")),
+    )
+
+
+def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
+    reasons = []
+    if device != "cpu":
+        reasons.append(f"needs CPU tensors, got {device}")
+    if reason := native().reason:
+        reasons.append(reason)
+    if dtype not in DTYPES:
+        reasons.append(f"needs bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def norm_forward(
+    residual: Tensor,
+    update: Tensor,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    regroup: Regroup,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
+    tokens = residual.shape[0] - src
+    x = residual.new_empty(dst + tokens, residual.shape[1])
+    y = x.new_empty(x.shape, dtype=_known(update.dtype))
+    mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+    _run(
+        regroup,
+        tokens,
+        eps,
+        residual=residual,
+        update=update.to(y.dtype),
+        path_scale=_single(path_scale),
+        layer_scale=_single(layer_scale),
+        weight=_single(weight),
+        bias=_single(bias),
+        x=x,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+    )
+    return x, y.to(update.dtype), mean, rstd
+
+
+def norm_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    update: Tensor | None,
+    path_scale: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    regroup: Regroup,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
+    tokens = x.shape[0] - dst
+    dtype = _known(grad_y.dtype)
+    grad_residual = x.new_empty(src + tokens, x.shape[1])
+    shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
+    grad_update = grad_y.new_empty(0) if shared else grad_residual.new_empty(grad_residual.shape, dtype=dtype)
+    sums = x.new_empty(3, x.shape[1], dtype=torch.float32)
+    _run(
+        regroup,
+        tokens,
+        0.0,
+        update=None if update is None else update.to(dtype),
+        path_scale=_single(path_scale),
+        layer_scale=_single(layer_scale),
+        weight=_single(weight),
+        x=x,
+        mean=mean,
+        rstd=rstd,
+        grad_x=grad_x,
+        grad_y=grad_y.to(dtype),
+        grad_residual=grad_residual,
+        grad_update=None if shared else grad_update,
+        sums=sums,
+    )
+    grad_weight, grad_bias, grad_scale = sums
+    return (  # results of an op may not share memory
+        grad_residual,
+        grad_update.to(grad_y.dtype),
+        weight.new_empty(0) if layer_scale is None else grad_scale.to(layer_scale.dtype, copy=True),
+        grad_weight.to(weight.dtype, copy=True),
+        grad_bias.to(weight.dtype, copy=True),
+    )
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, of bfloat16 or float32."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _gelu(x, y, None)
+    return y
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """Make the gradient of gelu(x) that of x, in its place, and return gelu(x)."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _gelu(x, y, grad)
+    return y
+
+
+def _gelu(x: Tensor, y: Tensor, grad: Tensor | None) -> None:
+    library, isa, _ = native()
+    assert library is not None and x.is_contiguous() and (grad is None or grad.is_contiguous())
+    pointers = (None if t is None else t.data_ptr() for t in (x, y, grad))
+    call = _Gelu(*pointers, x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads())
+    library.hlip_gelu(ctypes.byref(call), ISAS.index(isa))
+
+
+def _run(regroup: Regroup, tokens: int, eps: float, **tensors: Tensor | None) -> None:
+    library, isa, _ = native()
+    assert library is not None
+    children = None if regroup.children is None else regroup.children.contiguous()
+    tensors |= {"cu_seqlens": regroup.cu_seqlens.contiguous(), "children": children}
+    kept = {name: None if t is None else t.contiguous() for name, t in tensors.items()}  # alive until the call is over
+    x, y = kept["x"], kept.get("y", kept.get("grad_y"))
+    assert x is not None and y is not None
+    call = _Norm(
+        **{name: None if t is None else t.data_ptr() for name, t in kept.items()},
+        tokens=tokens,
+        src_groups=regroup.src_groups,
+        dst_groups=regroup.dst_groups,
+        num_prefix=regroup.num_prefix,
+        width=x.shape[1],
+        bfloat16_x=x.dtype == torch.bfloat16,
+        bfloat16_y=y.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        eps=eps,
+    )
+    backward = kept.get("grad_residual") is not None
+    if backward:
+        library.hlip_norm_blocks.restype = ctypes.c_int64
+        partial = torch.empty(library.hlip_norm_blocks(ctypes.byref(call)), 3, x.shape[1])
+        call.partial = partial.data_ptr()
+    library.hlip_norm(ctypes.byref(call), ISAS.index(isa), backward)
+
+
+def _known(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in DTYPES else torch.float32
+
+
+def _single(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32)
