@@ -64,8 +64,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def runs(x: Tensor, rows: int = ROWS) -> list[slice]:
-    """The rows of x (R, C) in runs of about `rows`; in one where it is not for a CPU."""
-    if not on_cpu(x, product_dtype(x)) or len(x) <= rows:
+    """The rows of x (R, C) in runs of at most `rows`, and in one where they need not be."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= rows:
         return [slice(0, len(x))]
     count = -(-len(x) // rows)
     bounds = [len(x) * i // count for i in range(count + 1)]
@@ -98,20 +98,12 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU."""
-    return native_rows.gelu(x) if _native(x) else F.gelu(x)
-
-
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(x) once more, and the gradient of x from that of gelu(x), whose memory it may take."""
-    if _native(x) and grad.dtype == x.dtype and grad.is_contiguous():
+    known = on_cpu(x, x.dtype) and grad.dtype == x.dtype and x.is_contiguous() and grad.is_contiguous()
+    if known and type(x) is Tensor and not native().reason:
         return native_rows.gelu_backward_(grad, x), grad
     return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
-
-
-def _native(x: Tensor) -> bool:
-    return type(x) is Tensor and on_cpu(x, x.dtype) and x.is_contiguous() and not native().reason
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:

@@ -387,8 +387,9 @@ def test_a_change_of_level_takes_no_pass_over_the_stream(drop_path: float) -> No
     assert backwards[0] == backwards[1]
     for name in ("sub_.Tensor", "mul_.Tensor", "_to_copy.default"):  # of pixels, before there is a stream
         del forwards[0][f"aten.{name}"]
+    products = [forwards[0].pop(name, 0) for name in ("aten.addmm.default", "mkldnn._linear_pointwise.default")]
+    assert sum(products) == 1 + 4 * 6
     assert forwards[0] == {
-        "aten.addmm.default": 1 + 4 * 6,
         "aten._embedding_bag_forward_only.default": 1,
         "aten.add.Tensor": 1,  # of positions
         "aten.cat.default": 1,  # the first prefix rows
@@ -427,8 +428,8 @@ def test_compiles_as_one_graph_for_all_mixes_of_studies() -> None:
             encoder.zero_grad()
             out.square().sum().backward()
             results.append([out.detach(), *[p.grad.clone() for p in encoder.parameters()]])
-        for ours, expected in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected)
+        for ours, expected in zip(*results, strict=True):  # eagerly, products and norms are others' than a compiler's
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
 
 

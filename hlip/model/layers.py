@@ -48,6 +48,40 @@ def mlp_of_norm(mlp: Mlp, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def linear_of_pixels(patches: Tensor, zero: float, unit: float, weight: Tensor, bias: Tensor) -> Tensor:
+    """linear((patches - zero) / unit), of uint8 patches: (T, V) to (T, C). Keeps the patches as they are.
+
+    `zero` is a whole number and `unit` a power of two: the difference is exact in every dtype.
+    """
+    return _LinearOfPixels.apply(patches, zero, unit, weight, bias)
+
+
+class _LinearOfPixels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, zero: float, unit: float, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(patches, weight)
+        ctx.scale = (zero, unit)
+        dtype = kernels.product_dtype(weight)
+        parts = [
+            kernels.linear(_pixels(patches[run], zero, unit, dtype), weight, bias) for run in kernels.runs(patches)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        patches, weight = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[3:]):
+            return (None,) * 5
+        sums = kernels.Gradients(weight)
+        for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
+            sums.add(grad[run], _pixels(patches[run], *ctx.scale, grad.dtype))
+        return None, None, None, *sums.total()
+
+
+def _pixels(patches: Tensor, zero: float, unit: float, dtype: torch.dtype) -> Tensor:
+    return patches.to(dtype).sub_(zero).mul_(1 / unit)
+
+
 class _LinearOfNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -78,7 +112,7 @@ class _MlpOfNorm(torch.autograd.Function):
         hidden = kernels.linear(y, weight1, bias1)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps = eps
-        parts = [kernels.linear(kernels.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)]
+        parts = [kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod

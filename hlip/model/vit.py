@@ -19,7 +19,7 @@ from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, add_re
 from ..data.batch import PackedBatch
 from .config import VisionConfig
 from .heads import AttentionPool, WeightedAverage
-from .layers import Mlp, linear_of_norm, mlp_of_norm
+from .layers import Mlp, linear_of_norm, linear_of_pixels, mlp_of_norm
 from .plan import TokenBatch, plan
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
@@ -41,8 +41,7 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight.flatten(1)
         assert self.proj.bias is not None
         bias = self.proj.bias + weight.sum(1) * ((PIXEL_ZERO / 255 - PIXEL_MEAN) / PIXEL_STD)
-        pixels = patches.to(weight.dtype).sub_(PIXEL_ZERO).mul_(1 / PIXEL_UNIT)
-        return F.linear(pixels, weight * (PIXEL_UNIT / (255 * PIXEL_STD)), bias)
+        return linear_of_pixels(patches, PIXEL_ZERO, PIXEL_UNIT, weight * (PIXEL_UNIT / (255 * PIXEL_STD)), bias)
 
 
 # The norm's backend by that of attention; libraries of attention alone leave the choice open.

@@ -1,4 +1,4 @@
-"""Residual add, regroup and LayerNorm, and GELU, on CPUs by the native library (`hlip_kernels.native`).
+"""Residual add, regroup and LayerNorm, and the gradient of GELU, on CPUs by the native library (`hlip_kernels.native`).
 
 Shapes: R rows, C width.
 """
@@ -134,26 +134,19 @@ def norm_backward(
     )
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, of bfloat16 or float32."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _gelu(x, y, None)
-    return y
-
-
 def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """Make the gradient of gelu(x) that of x, in its place, and return gelu(x)."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _gelu(x, y, grad)
-    return y
+    """Make the gradient of gelu(x) that of x, in its place, and return gelu(x). Both contiguous, of one of `DTYPES`.
 
-
-def _gelu(x: Tensor, y: Tensor, grad: Tensor | None) -> None:
+    The relative error of the normal distribution's two tails is that of rounding to float32.
+    """
     library, isa, _ = native()
-    assert library is not None and x.is_contiguous() and (grad is None or grad.is_contiguous())
-    pointers = (None if t is None else t.data_ptr() for t in (x, y, grad))
-    call = _Gelu(*pointers, x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads())
+    assert library is not None
+    y = torch.empty(x.shape, dtype=x.dtype)
+    call = _Gelu(
+        x.data_ptr(), y.data_ptr(), grad.data_ptr(), x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads()
+    )
     library.hlip_gelu(ctypes.byref(call), ISAS.index(isa))
+    return y
 
 
 def _run(regroup: Regroup, tokens: int, eps: float, **tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-// What is done to rows and elements between the products of a block: LayerNorm and GELU, forward and backward.
+// What is done to rows and elements between the products of a block: LayerNorm, and GELU in backward.
 #pragma once
 
 #include <stdint.h>
@@ -34,7 +34,7 @@ struct Norm {
 struct Gelu {
     const void* x;  // (n)
     void* y;  // (n), gelu(x)
-    void* grad;  // (n), of y, and then of x; null in forward
+    void* grad;  // (n), of y, and then of x
     int64_t size;
     int32_t bfloat16;
     int32_t threads;
@@ -44,7 +44,7 @@ extern "C" {
 // Blocks of rows whose sums are kept apart in backward.
 int64_t hlip_norm_blocks(const Norm*);
 void hlip_norm(const Norm*, int32_t isa, int32_t backward);
-// y = gelu(x); with `grad`, that is made the gradient of x too.
+// y = gelu(x), and the gradient of y is made that of x.
 void hlip_gelu(const Gelu*, int32_t isa);
 }
 

@@ -390,7 +390,7 @@ void gelu_of(const Gelu& g) {
                 vec bell;
                 const vec value = get(x + i, count), phi = normal(value, &bell);
                 put(y + i, count, value * phi);
-                if (grad) put(grad + i, count, get(grad + i, count) * (phi + value * bell * 0.398942280f));
+                put(grad + i, count, get(grad + i, count) * (phi + value * bell * 0.398942280f));
             }
         );
 }
