@@ -39,6 +39,7 @@ from config import TrainConfig, from_published_flags
 from engine import MicroBatch, World, backward, reduce_scalars, start, wrap
 from evaluation import HeldOut
 from hlip.data.store import Store
+from hlip.memory import keep_memory, release_memory
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import ModelConfig, preset
 from hlip_kernels.env import describe_backends
@@ -120,6 +121,8 @@ def train(config: TrainConfig) -> None:
     if config.fsdp and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         raise ValueError("fsdp needs processes: start this with torchrun or srun")
     device, world = start(config.device)
+    if device.type == "cpu":
+        keep_memory()
     checkpoints = Checkpoints(config, world)
     resuming = str(config.resume).lower()
     resume = resuming == "true" or (resuming == "auto" and bool(checkpoints.all()))
@@ -257,6 +260,7 @@ def check_agreement(world: World, first_step: int, checkpoints: Checkpoints) -> 
 def outlive_sigterm(worker: int) -> None:
     """Clusters send SIGTERM to all processes, those that read data too, which are needed until the step is done.
     A second one ends them."""
+    release_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def _embed(args: argparse.Namespace) -> int:
     options = embedding_options(args, "both" if args.scans else "study")
     with processes() as among, keeping_parts(args.out):
         model = load_encoder(args)
+        if among.first:
+            dtype = options.on(model.device).dtype
+            print(f"hlip embed: on {model.device}, products in {dtype}", file=sys.stderr)
         table = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)
     if table is None:
         return 0

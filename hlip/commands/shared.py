@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data.batch import Study
 from ..data.store import Store
 from ..data.studies import load_study
+from ..memory import keep_memory
 from ..model.clip import HLIPModel
 from ..tasks.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
 from ..tasks.embed import MAX_TOKENS, Dtype, Options, Unit, parts_of
@@ -72,6 +73,8 @@ def load_encoder(args: argparse.Namespace) -> HLIPModel | SliceEncoder:
 def _on_device(model: Model, device: str) -> Model:
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cpu"):
+        keep_memory()
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -92,7 +95,7 @@ def add_embedding(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=get_args(Dtype),
         default="auto",
-        help="of products of matrices (default: bf16 on GPUs, fp32 on CPUs)",
+        help="of products of matrices (default: bf16 on GPUs, and on CPUs with instructions for it; otherwise fp32)",
     )
     command.add_argument(
         "--workers",

@@ -129,7 +129,8 @@ class _MlpOfNorm(torch.autograd.Function):
                 sums1.add(inner, _normalised(x[run], norm_weight, norm_bias, ctx.eps))
             parts.append(kernels.input_gradient(inner, weight1))
         parameters = [
-            sums.total() if any(ctx.needs_input_grad[i : i + 2]) else (None, None) for i, sums in ((5, sums1), (7, sums2))
+            sums.total() if any(ctx.needs_input_grad[i : i + 2]) else (None, None)
+            for i, sums in ((5, sums1), (7, sums2))
         ]
         gradient = parts[0] if len(parts) == 1 else torch.cat(parts)
         return gradient, None, None, None, None, *parameters[0], *parameters[1]

@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from hlip_kernels.linear import hold_weights, multiplies_bfloat16
+
 from ..data.batch import Study
 from ..data.store import cut
+from ..memory import release_memory
 from ..model.clip import HLIPModel
 from ..model.plan import TokenBatch
 from .baselines import Encoder
@@ -69,7 +72,7 @@ class Options:
 
     unit: what an embedding is of: a whole study, a scan as if it were a study of its own, or both.
     max_tokens: of a batch, if it is not one study. Which studies share a batch changes the last bits.
-    dtype: of products of matrices; "auto" is bf16 on GPUs and fp32 on CPUs.
+    dtype: of products of matrices; "auto" is bf16 on GPUs, and on CPUs that have instructions for it, otherwise fp32.
     one_scan: of each study only one scan is seen, drawn with this seed; None for all. See `inputs.OneScan`.
     """
 
@@ -88,7 +91,7 @@ class Options:
 
     def on(self, device: torch.device) -> Options:
         """With "auto" resolved."""
-        auto: Dtype = "bf16" if device.type == "cuda" else "fp32"
+        auto: Dtype = "bf16" if device.type == "cuda" or multiplies_bfloat16() else "fp32"
         return replace(self, dtype=auto if self.dtype == "auto" else self.dtype)
 
 
@@ -278,6 +281,7 @@ def _embedded(
         _Batches(studies, batches, model.batches, options),
         batch_size=None,
         num_workers=min(workers, max(0, len(batches) - 1)),
+        worker_init_fn=release_memory,
         pin_memory=model.device.type == "cuda",
     )
     whose = f" (process 0 of {among.size})" if among.size > 1 else ""
@@ -315,7 +319,7 @@ def _evaluating(model: Embedder, options: Options) -> Iterator[None]:
     model.module.eval()
     cast = torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
     try:
-        with torch.no_grad(), cast:
+        with torch.no_grad(), cast, hold_weights():
             yield
     finally:
         model.module.train(training)
