@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ _held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] =
 
 @contextlib.contextmanager
 def hold_weights() -> Iterator[None]:
-    """Within it, without gradients, `linear` converts and packs every weight once. Weights must not change meanwhile."""
+    """Within it, without gradients, `linear` converts and packs every parameter once. None may change meanwhile."""
     token = _held.set({})
     try:
         yield
@@ -75,34 +76,52 @@ def runs(x: Tensor, rows: int = ROWS) -> list[slice]:
         return [slice(0, len(x))]
     count = -(-len(x) // rows)
     bounds = [len(x) * i // count for i in range(count + 1)]
-    return [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """x @ weight.T + bias, and its exact GELU if `gelu`: (R, C) to (R, D), in the dtype of `product_dtype`."""
+    """x @ weight.T + bias, and its exact GELU if `gelu`: (R, C) to (R, D), in the dtype of `product_dtype`.
+
+    The weight may be one that `converted` gave.
+    """
     dtype = product_dtype(x)
     if not on_cpu(x, dtype):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
-    weight = _converted(weight, dtype)
+    operation = "gelu" if gelu else "none"
     return torch.ops.mkldnn._linear_pointwise(
-        x.to(dtype), weight, bias.to(dtype), "gelu" if gelu else "none", [], "none"
-    )
+        x.to(dtype), converted(weight, x), bias.to(dtype), operation, [], "none"
+    )  # fmt: skip
 
 
-def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor:
+    """The weight as `linear` multiplies x with it; `packed` as oneDNN lays it out, which is for several products."""
+    dtype = product_dtype(x)
+    if weight.is_mkldnn or not on_cpu(x, dtype):
+        return weight
     held = _held.get()
-    if held is None or torch.is_grad_enabled():
-        return weight.to(dtype)
+    if held is None or torch.is_grad_enabled() or not isinstance(weight, nn.Parameter):
+        return _packed(weight, dtype) if packed and not torch.is_grad_enabled() else weight.to(dtype)
     key = (weight, dtype)  # a tensor is hashed as what it is, not by its values
     if key not in held:
-        held[key] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), ROWS)
+        held[key] = _packed(weight, dtype)
     return held[key]
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.detach().to(dtype).contiguous()
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if dtype == torch.bfloat16 else weight
 
 
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     """fc2(gelu(fc1(x))) without a graph: (R, C) to (R, C)."""
-    parts = [linear(linear(x[run], fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias) for run in runs(x)]
+    parts = runs(x)
+    weight1, weight2 = (converted(layer.weight, x, packed=len(parts) > 1) for layer in (fc1, fc2))
+    return join([linear(linear(x[run], weight1, fc1.bias, gelu=True), weight2, fc2.bias) for run in parts])
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """What was made for `runs`."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -340,14 +340,14 @@ def test_embeddings_of_a_2d_model(
     for pool in ("mean", "max"):
         encoder = SliceEncoder.from_pretrained(folders["clip"], pool)  # type: ignore[arg-type]
         out = tmp_path / f"{pool}.npz"
-        assert run("embed", store.path, *model, "--pool", pool, "--out", out) == 0
+        assert run("embed", store.path, *model, "--pool", pool, "--out", out, "--dtype", "fp32") == 0
         table = Embeddings.read(out)
         expected = torch.stack([row for _, row in encoder.encode_studies(study(f"s{i}", i) for i in range(6))])
         np.testing.assert_allclose(table.embedding, expected.numpy(), rtol=1e-4, atol=1e-5)
         assert table.facts["job"]["model"] == encoder.digest()
         digests.add(encoder.digest())
     assert len(digests) == 2
-    assert run("embed", store.path, *model, "--scans", "--out", tmp_path / "scans.npz") == 0
+    assert run("embed", store.path, *model, "--scans", "--out", tmp_path / "scans.npz", "--dtype", "fp32") == 0
     table = Embeddings.read(tmp_path / "scans.npz")
     assert table.scan.tolist() == ["", "flair", "t1"] * 6
     _, alone = next(

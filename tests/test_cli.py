@@ -19,7 +19,7 @@ def run(*args: object) -> int:
 
 def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "emb.npz"
-    assert run("embed", *nifti_study, "--model", model_folder, "--out", out) == 0
+    assert run("embed", *nifti_study, "--model", model_folder, "--out", out, "--dtype", "fp32") == 0
     saved = np.load(out, allow_pickle=False)
     assert saved["study"].tolist() == [nifti_study[0].name]
     model = hlip.HLIPModel.from_pretrained(model_folder)

@@ -31,6 +31,22 @@ def run(*args: object) -> int:
     return cli.main([str(arg) for arg in args])
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_bf16_by_default_where_there_are_instructions_for_it(
+    store: Store, tiny_model: hlip.HLIPModel, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], able: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    out, dtype = tmp_path / "e.npz", "bf16" if able else "fp32"
+    assert run("embed", store.path, "--model", model_folder, "--out", out) == 0
+    assert f"on cpu, products in {dtype}" in capsys.readouterr().err
+    table = Embeddings.read(out)
+    assert table.facts["job"]["dtype"] == dtype
+    named = embed(tiny_model, StoreStudies(store, PATCH), Options(dtype=dtype))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(table.embedding, named.embedding)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("embed") / "store", [1, 3, 2, 1, 5, 2, 1, 1, 4, 2, 1, 1])
@@ -50,7 +66,8 @@ def test_a_store_by_the_command(
     store: Store, tiny_model: hlip.HLIPModel, model_folder: Path, tmp_path: Path, suffix: str
 ) -> None:
     out = tmp_path / f"e{suffix}"
-    assert run("embed", store.path, "--model", model_folder, "--out", out, "--max_tokens", 32, "--workers", 2) == 0
+    args = ["embed", store.path, "--model", model_folder, "--out", out, "--dtype", "fp32"]
+    assert run(*args, "--max_tokens", 32, "--workers", 2) == 0
     table = Embeddings.read(out)
     assert table.study.tolist() == store.uids.tolist()
     assert set(table.scan.tolist()) == {""}
@@ -69,7 +86,7 @@ def test_rows_of_scans_and_heads(store: Store) -> None:
     with torch.no_grad():
         heads = model.encode_image(hlip.pack([store.study(1)], PATCH))[0].numpy()
         scan = model.encode_image(hlip.pack([[store.scan(1, 2)]], PATCH))[0].numpy()
-    table = embed(model, StoreStudies(store, PATCH), Options(unit="both", max_tokens=48))
+    table = embed(model, StoreStudies(store, PATCH), Options(unit="both", max_tokens=48, dtype="fp32"))
     assert table is not None
     count = len(heads)
     assert count == 2
@@ -85,8 +102,8 @@ def test_rows_of_scans_and_heads(store: Store) -> None:
 
 def test_workers_and_modes_change_nothing(store: Store, tiny_model: hlip.HLIPModel) -> None:
     studies = StoreStudies(store, PATCH)
-    plain = embed(tiny_model, studies, Options(max_tokens=32))
-    with_workers = embed(tiny_model.train(), studies, Options(max_tokens=32), workers=2)
+    plain = embed(tiny_model, studies, Options(max_tokens=32, dtype="fp32"))
+    with_workers = embed(tiny_model.train(), studies, Options(max_tokens=32, dtype="fp32"), workers=2)
     assert tiny_model.training
     tiny_model.eval()
     np.testing.assert_array_equal(plain.embedding, with_workers.embedding)
@@ -109,7 +126,7 @@ def test_one_scan_of_each_study(store: Store, tiny_model: hlip.HLIPModel) -> Non
     for i, n in enumerate(store.num_scans):
         assert set(drawn[:, i]) == set(range(n))  # every scan of a study has its turn
     assert len({each.digest() for each in found.values()} | {studies.digest()}) == 41
-    table = embed(tiny_model, studies, Options(max_tokens=24, one_scan=3))
+    table = embed(tiny_model, studies, Options(max_tokens=24, one_scan=3, dtype="fp32"))
     assert table.facts["job"]["one_scan"] == 3
     assert table.study.tolist() == store.uids.tolist()
     for i, embedding in enumerate(table.embedding):
@@ -299,7 +316,7 @@ def test_a_killed_job_goes_on(
 
 def test_a_study_of_one_slice_of_patches(tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [1, 2], size=(4, 16, 16))
-    table = embed(tiny_model, StoreStudies(store, PATCH))
+    table = embed(tiny_model, StoreStudies(store, PATCH), Options(dtype="fp32"))
     with torch.no_grad():
         alone = tiny_model.encode_image(hlip.pack([random_study([(4, 16, 16)], 0)], PATCH))
     np.testing.assert_allclose(table.embedding[:1], alone.numpy(), rtol=1e-4, atol=1e-5)

@@ -61,20 +61,20 @@ class _LinearOfPixels(torch.autograd.Function):
     def forward(ctx: Any, patches: Tensor, zero: float, unit: float, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(patches, weight)
         ctx.scale = (zero, unit)
-        dtype = kernels.product_dtype(weight)
-        parts = [
-            kernels.linear(_pixels(patches[run], zero, unit, dtype), weight, bias) for run in kernels.runs(patches)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        dtype, weight = kernels.product_dtype(weight), kernels.converted(weight, weight)
+        return kernels.join(
+            [kernels.linear(_pixels(patches[run], zero, unit, dtype), weight, bias) for run in kernels.runs(patches)]
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         patches, weight = ctx.saved_tensors
         if not any(ctx.needs_input_grad[3:]):
             return (None,) * 5
+        zero, unit = ctx.scale
         sums = kernels.Gradients(weight)
         for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
-            sums.add(grad[run], _pixels(patches[run], *ctx.scale, grad.dtype))
+            sums.add(grad[run], _pixels(patches[run], zero, unit, grad.dtype))
         return None, None, None, *sums.total()
 
 
@@ -112,8 +112,8 @@ class _MlpOfNorm(torch.autograd.Function):
         hidden = kernels.linear(y, weight1, bias1)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps = eps
-        parts = [kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        weight2 = kernels.converted(weight2, hidden)
+        return kernels.join([kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,12 +128,10 @@ class _MlpOfNorm(torch.autograd.Function):
             if any(ctx.needs_input_grad[5:7]):
                 sums1.add(inner, _normalised(x[run], norm_weight, norm_bias, ctx.eps))
             parts.append(kernels.input_gradient(inner, weight1))
-        parameters = [
-            sums.total() if any(ctx.needs_input_grad[i : i + 2]) else (None, None)
-            for i, sums in ((5, sums1), (7, sums2))
-        ]
-        gradient = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return gradient, None, None, None, None, *parameters[0], *parameters[1]
+        parameters: list[Tensor | None] = []
+        for sums, wanted in ((sums1, ctx.needs_input_grad[5:7]), (sums2, ctx.needs_input_grad[7:])):
+            parameters += sums.total() if any(wanted) else (None, None)
+        return kernels.join(parts), None, None, None, None, *parameters
 
 
 def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
