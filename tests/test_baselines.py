@@ -246,7 +246,7 @@ def test_evaluation_of_a_2d_model(folders: dict[str, Path], store: Store, tmp_pa
     seen = {"s1": {"flair": [1, 4]}}
     slices.write_text(json.dumps(seen))
     args = ["eval", task, "--data", store.path, "--model", f"open_clip:{folders['clip']}", "--draws", 5]
-    args += ["--pool", pool, "--slices", slices]
+    args += ["--pool", pool, "--slices", slices, "--dtype", "fp32"]
     assert run(*args, "--out", out) == 0
     found, scores = evaluated(out)
     assert (found["pool"], found["one_scan"], found["left_out"]) == (pool, None, [])
