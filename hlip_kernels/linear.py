@@ -35,7 +35,7 @@ _held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] =
 
 @contextlib.contextmanager
 def hold_weights() -> Iterator[None]:
-    """Within it, without gradients, `linear` converts and packs every parameter once. None may change meanwhile."""
+    """Within it, `linear` converts and packs every parameter once. None may change meanwhile."""
     token = _held.set({})
     try:
         yield
@@ -100,8 +100,8 @@ def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor:
     if weight.is_mkldnn or not on_cpu(x, dtype):
         return weight
     held = _held.get()
-    if held is None or torch.is_grad_enabled() or not isinstance(weight, nn.Parameter):
-        return _packed(weight, dtype) if packed and not torch.is_grad_enabled() else weight.to(dtype)
+    if held is None or not isinstance(weight, nn.Parameter):
+        return _packed(weight, dtype) if packed else weight.to(dtype)
     key = (weight, dtype)  # a tensor is hashed as what it is, not by its values
     if key not in held:
         held[key] = _packed(weight, dtype)

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 
 from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
+from hlip_kernels.backends import native_rows
 from hlip_kernels.backends.groups import Regroup
 from hlip_kernels.layout import LEVELS
+from hlip_kernels.native import ISAS, Native, native
 
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(native().reason), reason=native().reason))
 forward_op = torch.ops.hlip_kernels.add_regroup_norm.default
 backward_op = torch.ops.hlip_kernels.add_regroup_norm_backward.default
 
@@ -120,7 +123,10 @@ def test_torch_equals_the_formula(src: Level, dst: Level, num_prefix: int, scale
 MIXED = [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
 KERNELS = [
     *(("triton", *dtypes) for dtypes in [*MIXED, ("float16", "float16")]),
-    *(("native", *dtypes) for dtypes in [*MIXED, ("bfloat16", "float32"), ("float32", "float16")]),
+    *(
+        pytest.param(*NATIVE.values, *dtypes, marks=NATIVE.marks)
+        for dtypes in [*MIXED, ("bfloat16", "float32"), ("float32", "float16")]
+    ),
 ]
 
 
@@ -141,7 +147,7 @@ def test_kernels_are_as_exact_as_eager(
 
 
 @pytest.mark.parametrize("use", ["x", "y"])
-@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
+@pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 @pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("scan", "scan"), ("study", "scan")])
 def test_gradients_through_one_of_the_results(src: Level, dst: Level, backend: str, use: str) -> None:
     layout = StudyLayout.from_grids(RAGGED, 1)
@@ -165,7 +171,7 @@ GRIDS = st.lists(
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.sampled_from(["triton", "native"]), GRIDS, st.sampled_from(PAIRS), st.integers(0, 4), st.sampled_from(SCALES),
+    st.sampled_from(["triton", "torch" if native().reason else "native"]), GRIDS, st.sampled_from(PAIRS), st.integers(0, 4), st.sampled_from(SCALES),
     st.integers(24, 70),
 )  # fmt: skip
 def test_random_layouts(
@@ -179,7 +185,7 @@ def test_random_layouts(
     assert_close_to_oracle(ours, eager, exact)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
+@pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 @pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("study", "slice"), ("scan", "scan")])
 def test_a_study_alone_is_bitwise_the_study_in_a_batch(src: Level, dst: Level, backend: str) -> None:
     batch = StudyLayout.from_grids(RAGGED, 2)
@@ -210,6 +216,31 @@ def test_a_study_alone_is_bitwise_the_study_in_a_batch(src: Level, dst: Level, b
     for a, b, c, level in zip(together, by_itself, again, (dst, dst, src, src), strict=True):
         assert torch.equal(a[last(level)], b)
         assert torch.equal(a, c)
+
+
+@pytest.mark.skipif(bool(native().reason), reason=native().reason)
+@pytest.mark.parametrize("isa", ISAS[: ISAS.index(native().isa) + 1] if native().isa else ())
+@pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("study", "slice"), ("scan", "scan")])
+@pytest.mark.parametrize("width", [7, 40, 5000])
+def test_every_instruction_set_is_as_exact_and_repeatable_for_any_number_of_threads(
+    width: int, src: Level, dst: Level, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Native(native().library, isa, "")
+    monkeypatch.setattr(native_rows, "native", lambda: found)
+    layout = StudyLayout.from_grids(RAGGED, 2)
+    inputs = make_inputs(layout, src, "both", width=width)
+    exact = run(inputs, layout, src, dst, None, RAGGED)
+    mixed = cast(inputs, torch.float32, torch.bfloat16)
+    ours, eager = (run(mixed, layout, src, dst, backend, RAGGED) for backend in ("native", "torch"))
+    assert_close_to_oracle(ours, eager, exact)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 5):
+            torch.set_num_threads(count)
+            again = run(mixed, layout, src, dst, "native", RAGGED)
+            assert all(torch.equal(value, again[name]) for name, value in ours.items())
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_strided_vectors() -> None:
@@ -244,7 +275,7 @@ def op_arguments(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
     [("slice", "study", torch.bfloat16, "both"), ("scan", "scan", torch.float32, "none"),
      ("study", "scan", torch.float32, "path")],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["torch", "triton", "native"])
+@pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
 def test_opcheck(backend: str, src: Level, dst: Level, update: torch.dtype, scales: str) -> None:
     layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)], [(1, 1, 2)]], 1)
     inputs = cast(make_inputs(layout, src, scales), torch.float32, update)
@@ -280,7 +311,7 @@ def test_a_group_of_nan_leaves_the_others_exact() -> None:
     groups = layout.num_groups("slice")
     rows = [0, 1, *range(groups, groups + 18)]  # the first scan: two slices of nine patches
     spoiled["update"][rows] = float("nan")
-    for backend in ("torch", "triton", "native"):
+    for backend in ("torch", "triton", *([] if native().reason else ["native"])):
         clean, dirty = (
             add_regroup_norm(**values, layout=layout, src="slice", dst="scan", backend=backend)
             for values in (inputs, spoiled)

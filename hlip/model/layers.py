@@ -112,8 +112,9 @@ class _MlpOfNorm(torch.autograd.Function):
         hidden = kernels.linear(y, weight1, bias1)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps = eps
-        weight2 = kernels.converted(weight2, hidden)
-        return kernels.join([kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in kernels.runs(hidden)])
+        parts = kernels.runs(hidden)
+        weight2 = kernels.converted(weight2, hidden, packed=len(parts) > 1)
+        return kernels.join([kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,259 @@
+"""Linear layers, GELU and the MLP in their forms for CPUs, against the plain layers in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hlip.model.layers import Mlp, linear_of_norm, linear_of_pixels, mlp_of_norm
+from hlip_kernels import linear as kernels
+from hlip_kernels.backends import native_rows
+from hlip_kernels.native import ISAS, Native, native
+
+WIDTH, HIDDEN = 24, 72
+DTYPES = [torch.float32, torch.bfloat16]
+LENGTHS = [1, 15, kernels.ROWS, kernels.ROWS_BACKWARD + 17]  # the last in several runs of rows in both directions
+needs_library = pytest.mark.skipif(bool(native().reason), reason=native().reason)
+
+
+@pytest.fixture(autouse=True)
+def _fill_new_memory_with_nan() -> object:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_as_exact(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Error at most 2x (results) or 3x (gradients) that of eager PyTorch, plus one rounding."""
+    assert ours.keys() == eager.keys()
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype
+        errors = [float((x.double() - exact[name]).abs().max()) for x in (value, eager[name])]
+        rounding = torch.finfo(value.dtype).eps * float(exact[name].abs().max())
+        assert errors[0] <= (3 if name.startswith("d") else 2) * errors[1] + rounding, (name, errors, rounding)
+
+
+class Layers(nn.Module):
+    """What a block does to its rows, but for attention: with our functions, or with PyTorch's modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 2 * WIDTH)
+        self.proj = nn.Linear(2 * WIDTH, WIDTH)
+        self.mlp = Mlp(WIDTH, HIDDEN)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor, plain: bool) -> Tensor:
+        y = self.norm(x)
+        if plain:
+            return self.proj(self.qkv(y)) + self.mlp(y)
+        wide = linear_of_norm(self.qkv, self.norm, x, y)
+        if torch.is_grad_enabled():
+            update = kernels.Linear.apply(wide, self.proj.weight, self.proj.bias)
+        else:
+            update = kernels.linear(wide, self.proj.weight, self.proj.bias)
+        return update + mlp_of_norm(self.mlp, self.norm, x, y)
+
+
+def results(layers: Layers, x: Tensor, plain: bool, autocast: bool) -> dict[str, Tensor]:
+    """The output, and the gradients of all parameters and of the input."""
+    layers.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layers(x, plain)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out.double() * weights).sum().backward()
+    assert x.grad is not None
+    grads = {f"d{name}": p.grad.clone() for name, p in layers.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "dx": x.grad, **grads}
+
+
+def rows(length: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(length, WIDTH, generator=torch.Generator().manual_seed(length), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_layers_are_as_exact_as_plain_ones(length: int, kind: str) -> None:
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    layers = Layers().to(dtype)
+    x = rows(length, dtype)
+    ours, eager = (results(layers, x, plain, kind == "autocast") for plain in (False, True))
+    exact = results(layers.double(), x.double(), True, False)
+    assert_as_exact(ours, eager, exact)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inference_is_as_exact_as_plain_layers(autocast: bool) -> None:
+    layers, x = Layers(), rows(LENGTHS[-1], torch.float32)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ours, eager = ({"out": layers(x, plain)} for plain in (False, True))
+            with kernels.hold_weights():
+                held = [{"out": layers(x, False)} for _ in range(2)]
+        exact = {"out": layers.double()(x.double(), True)}
+    for each in (ours, *held):
+        assert_as_exact(each, eager, exact)
+    assert torch.equal(held[0]["out"], held[1]["out"])
+
+
+@pytest.mark.parametrize("frozen", ["qkv", "mlp.fc1", "mlp.fc2", "proj"])
+def test_frozen_layers_get_no_gradient_and_pass_it_on(frozen: str) -> None:
+    layers, x = Layers(), rows(LENGTHS[-1], torch.float32)
+    whole = results(layers, x, False, False)
+    layers.get_submodule(frozen).requires_grad_(False)
+    part = results(layers, x, False, False)
+    assert part.keys() == {name for name in whole if not name.startswith(f"d{frozen}.")}
+    assert all(torch.equal(value, whole[name]) for name, value in part.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pixels_are_projected_as_exactly_as_by_a_plain_layer(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randint(0, 256, (LENGTHS[-1], 64), dtype=torch.uint8, generator=generator)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, kind in (("ours", dtype), ("eager", dtype), ("exact", torch.float64)):
+        layer = Layers().qkv
+        layer = nn.Linear(64, WIDTH).to(kind)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(WIDTH, 64, generator=torch.Generator().manual_seed(1)).to(dtype))
+            layer.bias.fill_(0.5)
+        if name == "ours":
+            out = linear_of_pixels(patches, 115, 64, layer.weight, layer.bias)
+        else:
+            out = layer((patches.to(kind) - 115) / 64)
+        out.backward(torch.ones_like(out))
+        assert layer.weight.grad is not None and layer.bias.grad is not None
+        found[name] = {"out": out.detach(), "dweight": layer.weight.grad, "dbias": layer.bias.grad}
+    assert_as_exact(**found)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of an op."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func) == self.name
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_converted_once_while_they_are_held_and_anew_after() -> None:
+    layers, x = Layers(), rows(8, torch.float32)
+    name = "mkldnn._reorder_linear_weight.default"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with kernels.hold_weights(), Calls(name) as calls:
+            for _ in range(3):
+                before = layers(x, False)
+        assert calls.count == (4 if kernels.on_cpu(x, torch.bfloat16) else 0)
+        for parameter in layers.parameters():
+            parameter.mul_(2)
+        after = layers(x, False)
+        with kernels.hold_weights():
+            torch.testing.assert_close(layers(x, False), after, rtol=2e-2, atol=2e-2)
+    assert (after - before).norm() > before.norm()
+
+
+def isas() -> list[str]:
+    return list(ISAS[: ISAS.index(native().isa) + 1]) if native().isa else []
+
+
+def on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what follows on these instructions."""
+    found = Native(native().library, isa, "")
+    monkeypatch.setattr(native_rows, "native", lambda: found)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_gelu(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(isa, monkeypatch)
+    x = torch.cat(
+        [torch.linspace(-15, 15, 100_003), torch.tensor([0.0, -0.0, 40.0, -40.0, float("inf"), float("nan")])]
+    )
+    x = x.to(dtype)
+    grad = torch.randn(len(x), generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = x.double().requires_grad_()
+    y = wide * torch.special.erfc(-wide * 0.5**0.5) / 2
+    exact = {"y": y, "dx": torch.autograd.grad(y, wide, grad.double())[0]}
+    eager = {"y": F.gelu(x), "dx": torch.ops.aten.gelu_backward(grad, x)}
+    ours = {"y": native_rows.gelu_backward_(grad, x), "dx": grad}
+    finite = slice(0, -2)
+    assert_as_exact(*({name: t[finite].detach() for name, t in each.items()} for each in (ours, eager, exact)))
+    assert ours["y"][-2] == float("inf")
+    assert ours["y"][-1].isnan() and ours["dx"][-1].isnan()
+    tail = (x >= -12) & (x < 0)  # relatively exact, too, where PyTorch's differences of nearly equal numbers are not
+    wrong = (ours["y"].double() / exact["y"].detach() - 1).abs()[tail]
+    assert float(wrong.max()) <= (4e-6 if dtype == torch.float32 else 4e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [0, 1, 15, 63, 64, 65, 4095, 4097])
+def test_gelu_of_any_length_writes_no_more(length: int, dtype: torch.dtype) -> None:
+    x, grad = torch.randn(length + 8).to(dtype), torch.ones(length + 8).to(dtype)
+    expected = torch.ops.aten.gelu_backward(grad, x)
+    y = native_rows.gelu_backward_(grad[:length], x[:length])
+    torch.testing.assert_close(y, F.gelu(x[:length]))
+    torch.testing.assert_close(grad, torch.cat([expected[:length], torch.ones(8).to(dtype)]))
+
+
+@needs_library
+def test_any_number_of_threads_gives_the_same_bits(many_threads: Callable[[int], None]) -> None:
+    found = []
+    for threads in (1, 2, 5):
+        many_threads(threads)
+        grad, x = (rows(3000, torch.float32) for _ in range(2))
+        found.append([native_rows.gelu_backward_(grad, x), grad])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.fixture
+def many_threads() -> object:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+FAULTS = """
+import resource, torch
+from hlip.memory import memory_kept
+
+def faults(rounds):
+    '''In each of the rounds, of tensors of more than the 32 MiB from which memory is mapped.'''
+    counts = [0] * (rounds + 1)
+    for i in range(rounds + 1):
+        counts[i] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        a = torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
+        b = torch.empty(48 << 20, dtype=torch.uint8).fill_(1)
+        del a, b
+    return [after - before for before, after in zip(counts, counts[1:])]
+
+print(faults(3)[-1])
+with memory_kept():
+    print(faults(10)[-1])
+print(faults(3)[-1])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of glibc")
+def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, run.stdout.split())
+    assert kept <= before / 10
+    assert after > before / 10  # and given back
