@@ -26,7 +26,7 @@ from .backends import native_rows
 from .native import native
 
 ROWS = 1024  # of hidden rows made at once: 6 MiB of 3072 bfloat16 values
-ROWS_BACKWARD = 2048  # more, as every run adds to the gradients of the weights
+ROWS_BACKWARD = 4096  # more, as every run adds to the gradients of the weights
 
 _held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = contextvars.ContextVar(
     "held", default=None

@@ -171,8 +171,8 @@ GRIDS = st.lists(
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.sampled_from(["triton", "torch" if native().reason else "native"]), GRIDS, st.sampled_from(PAIRS), st.integers(0, 4), st.sampled_from(SCALES),
-    st.integers(24, 70),
+    st.sampled_from(["triton", "torch" if native().reason else "native"]), GRIDS, st.sampled_from(PAIRS),
+    st.integers(0, 4), st.sampled_from(SCALES), st.integers(24, 70),
 )  # fmt: skip
 def test_random_layouts(
     backend: str, grids: list[list[Grid]], levels: tuple[Level, Level], num_prefix: int, scales: str, width: int
