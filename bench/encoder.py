@@ -22,12 +22,16 @@ of the products; training is forward and backward with autocast and weights in f
 Memory of training: on a GPU what PyTorch allocates at most beyond weights and input. On a CPU `saved_gb`, what autograd
 keeps for backward, and `memory_gb`, by how much the largest resident size of a fresh process grows in one step.
 
+`share` is that of the rate at which PyTorch multiplies two matrices, as large as those of an MLP, in the same run: all
+products of the model by the time of all that it does.
+
 The paper's column was measured by its authors on an A40 and is printed beside for comparison.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import resource
 import sys
@@ -37,6 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -96,8 +101,8 @@ def table9(studies: int) -> Case:
     return Case("table9", studies, 1, (224, 224, 224), (16, 16, 16), "slice+scan")
 
 
-def figure1b(studies: int) -> Case:
-    return Case("figure1b", studies, 8, (48, 224, 224), (8, 16, 16), "scan+study")
+def figure1b(studies: int, scans: int = 8) -> Case:
+    return Case("figure1b", studies, scans, (48, 224, 224), (8, 16, 16), "scan+study")
 
 
 SIZES = {"scans": (1, 2, 4, 8, 16, 32, 64, 162), "slices": (1, 2, 4, 8, 16, 32), "batch": (1, 2, 4, 8, 16)}
@@ -138,8 +143,7 @@ def build(kind: Kind, case: Case, setting: Setting) -> Job:
         net = net.to(setting.device)
         scaled = (volumes.to(setting.device)[:, None] / 255).sub_(0.449).div_(0.226)
         return Job(net, lambda: net(scaled.to(next(net.parameters()).dtype)))
-    plain: tuple[Level, ...] = tuple("study" for _ in range(setting.depth))
-    levels = plain if model == "vit" else level_pattern(case.levels, setting.depth, setting.depth // 3)
+    levels = levels_of(model, case, setting.depth)
     d, h, w = (n // p for n, p in zip(case.shape, case.patch, strict=True))
     config = VisionConfig(
         setting.width, setting.width // 64, patch_size=case.patch, grid=(d, h, w), levels=levels, init_std=0.05,
@@ -222,7 +226,7 @@ def main() -> int:
 def cases(args: argparse.Namespace) -> list[Case]:
     if args.scaling:
         return [scaling(args.scaling, size, args.device == "cuda") for size in args.sizes or SIZES[args.scaling]]
-    return [(table9 if args.table9 else figure1b)(studies) for studies in args.studies]
+    return [table9(studies) if args.table9 else figure1b(studies, args.scans) for studies in args.studies]
 
 
 def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str, Any]]:
@@ -256,6 +260,33 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str,
     return rows
 
 
+def levels_of(model: str, case: Case, depth: int) -> tuple[Level, ...]:
+    plain: tuple[Level, ...] = tuple("study" for _ in range(depth))
+    return plain if model == "vit" else level_pattern(case.levels, depth, depth // 3)
+
+
+def operations(case: Case, setting: Setting, model: str) -> float:
+    """Floating-point operations of the products of a forward pass; a training step has three times as many."""
+    d, h, w = (n // p for n, p in zip(case.shape, case.patch, strict=True))
+    of_scan, width = d * h * w, setting.width
+    total = 2.0 * case.volumes * of_scan * math.prod(case.patch) * width
+    for level in levels_of(model, case, setting.depth):
+        groups, length = {
+            "slice": (case.volumes * d, h * w), "scan": (case.volumes, of_scan),
+            "study": (case.studies, of_scan * case.scans),
+        }[level]  # fmt: skip
+        total += groups * (length + 1) * width * (24.0 * width + 4.0 * (length + 1))
+    return total
+
+
+def one_product(case: Case, setting: Setting) -> tuple[Callable[[], Tensor], float]:
+    """A product of matrices as large as the first of an MLP, into memory that is there, and its operations."""
+    rows = case.volumes * math.prod(n // p for n, p in zip(case.shape, case.patch, strict=True))
+    make = partial(torch.randn, dtype=DTYPES[setting.dtype], device=setting.device)
+    x, weight, out = make(rows, setting.width), make(setting.width, 4 * setting.width), make(rows, 4 * setting.width)
+    return partial(torch.mm, x, weight, out=out), 8.0 * rows * setting.width**2
+
+
 def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for every model in inference or training."""
     ways: dict[Kind, Callable[[], Tensor]] = {}
@@ -269,10 +300,16 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         except torch.OutOfMemoryError:
             yield {**kind._asdict(), "mode": mode, "reason": "out of memory"}
     errors = compare(outputs, setting.dtype)
-    seconds = in_turns(ways, rounds)
+    product, rows = one_product(case, setting)
+    seconds = in_turns({**ways, None: product}, rounds)
+    rate = rows / float(np.median(seconds.pop(None)))
     first = next(iter(seconds.values()), [])
     for kind, mine in seconds.items():
+        assert kind is not None
         row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_first": ratio(mine, first)}
+        if kind.model in ("hlip", "published", "vit"):
+            work = operations(case, setting, kind.model) * (3 if mode == "training" else 1)
+            row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / rate}
         row |= {"vol_per_s": case.volumes / row["p50_s"], "studies_per_s": case.studies / row["p50_s"]}
         yield row | {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
 
@@ -310,7 +347,7 @@ def in_a_fresh_process(
 
 
 def show(rows: list[dict[str, Any]], case: Case) -> None:
-    header = ["model", "flash", "mode", "M parameters", "vol/s", "times the first", "GB", "GB saved", "error"]
+    header = ["model", "flash", "mode", "M parameters", "vol/s", "times the first", "share", "GB", "GB saved", "error"]
     lines: list[list[object]] = []
     for row in rows:
         line: list[object] = [row["model"], row["flash"], row.get("mode")]
@@ -319,7 +356,8 @@ def show(rows: list[dict[str, Any]], case: Case) -> None:
             continue
         theirs = PUBLISHED_A40.get((row["model"], row["flash"])) if case.name == "table9" else None
         memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
-        line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_first"], *memory]
+        line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_first"]]
+        line += [f"{row['share']:.0%}" if "share" in row else None, *memory]
         line += [None if row["error"] is None else f"{row['error']:.1g}"]
         line += [theirs and (f"{theirs[1]} vol/s" if row["mode"] == "inference" else f"{theirs[2]} GB")]
         lines.append(line)
@@ -331,7 +369,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
-    what.add_argument("--figure1b", action="store_true", help="studies of 8 scans of 48 x 224 x 224 voxels")
+    what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")
     what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
     parser.add_argument("--sizes", nargs="+", type=int, help="of --scaling, increasing")
     parser.add_argument("--limit-gb", type=float, help="of a training step, GiB (default: 8 with --scaling, else none)")
@@ -341,6 +379,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flash", choices=("true", "false"), help="only with or without (default: both)")
     parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
     parser.add_argument("--studies", nargs="+", type=int, default=[1], help="in a batch; a run for each (default: 1)")
+    parser.add_argument("--scans", type=int, default=8, help="of a study of Figure 1b (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each model (default: %(default)s)")
     parser.add_argument(
@@ -359,7 +398,7 @@ def parse() -> argparse.Namespace:
     args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
     args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
     args.limit_gb = args.limit_gb or (8.0 if args.scaling else None)
-    if args.width % 64 or args.depth % 3 or min(args.rounds, args.threads, *args.studies) < 1:
+    if args.width % 64 or args.depth % 3 or min(args.rounds, args.threads, args.scans, *args.studies) < 1:
         parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
     return args
 

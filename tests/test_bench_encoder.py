@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_study, tiny_vision
 from hlip.data.batch import Study, pack
@@ -117,3 +118,13 @@ def test_rounds_go_both_ways() -> None:
     seconds = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
     assert calls == ["b", "a", "a", "b", "b", "a"]
     assert all(len(each) == 3 for each in seconds.values())
+
+
+@pytest.mark.parametrize("model", ["hlip", "vit"])
+def test_operations_are_those_that_pytorch_counts(model: str) -> None:
+    plain = bench.build(bench.Kind("published" if model == "hlip" else model, False), SMALL, SETTING)
+    # Of oneDNN's own ops it knows nothing.
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        bench.inference(plain)
+    ours = bench.operations(SMALL, SETTING, model)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
