@@ -2,7 +2,9 @@
 
 from .backends import available_backends
 from .functional import add_regroup_norm, hier_attention, regroup_prefix
+from .layers import linear_of_norm, linear_of_pixels, mlp_of_norm
 from .layout import Grid, Level, StudyLayout
+from .linear import hold_weights, multiplies_bfloat16
 from .modules import HierarchicalAttention
 
 __all__ = [
@@ -13,5 +15,10 @@ __all__ = [
     "add_regroup_norm",
     "available_backends",
     "hier_attention",
+    "hold_weights",
+    "linear_of_norm",
+    "linear_of_pixels",
+    "mlp_of_norm",
+    "multiplies_bfloat16",
     "regroup_prefix",
 ]

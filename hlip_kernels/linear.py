@@ -100,6 +100,8 @@ def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor:
     if weight.is_mkldnn or not on_cpu(x, dtype):
         return weight
     held = _held.get()
+    if type(x) is not Tensor and type(x) is not nn.Parameter:  # a fake one: oneDNN's layout cannot be pretended
+        return weight.to(dtype)
     if held is None or not isinstance(weight, nn.Parameter):
         return _packed(weight, dtype) if packed else weight.to(dtype)
     key = (weight, dtype)  # a tensor is hashed as what it is, not by its values

@@ -39,9 +39,9 @@ from config import TrainConfig, from_published_flags
 from engine import MicroBatch, World, backward, reduce_scalars, start, wrap
 from evaluation import HeldOut
 from hlip.data.store import Store
-from hlip.memory import keep_memory, release_memory
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import ModelConfig, preset
+from hlip.model.memory import keep_memory, release_memory
 from hlip_kernels.env import describe_backends
 from loading import MicroBatches, open_store, scan_tokens
 from log import Log, Watch, check_wandb, memory_gb

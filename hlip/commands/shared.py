@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ..data.batch import Study
 from ..data.store import Store
 from ..data.studies import load_study
-from ..memory import keep_memory
 from ..model.clip import HLIPModel
+from ..model.memory import keep_memory
 from ..tasks.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
 from ..tasks.embed import MAX_TOKENS, Dtype, Options, Unit, parts_of
 from ..tasks.embeddings import Embeddings

@@ -14,12 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout, add_regroup_norm, regroup_prefix
+from hlip_kernels import (
+    Grid,
+    HierarchicalAttention,
+    Level,
+    StudyLayout,
+    add_regroup_norm,
+    linear_of_norm,
+    linear_of_pixels,
+    mlp_of_norm,
+    regroup_prefix,
+)
 
 from ..data.batch import PackedBatch
 from .config import VisionConfig
 from .heads import AttentionPool, WeightedAverage
-from .layers import Mlp, linear_of_norm, linear_of_pixels, mlp_of_norm
+from .layers import Mlp
 from .plan import TokenBatch, plan
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
@@ -81,7 +91,7 @@ class Block(nn.Module):
         x, y = self._norm(stream, layout, previous, level, self.norm1)
         update = attn.attend(linear_of_norm(attn.qkv, self.norm1, x, y), layout, level)
         x, y = self._norm(Stream(x, update, self._path_scale(x, layout, level)), layout, level, level, self.norm2)
-        update = mlp_of_norm(mlp, self.norm2, x, y)
+        update = mlp_of_norm(mlp.fc1, mlp.fc2, self.norm2, x, y)
         return Stream(x, update, self._path_scale(x, layout, level))
 
     def _norm(

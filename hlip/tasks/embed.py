@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from hlip_kernels.linear import hold_weights, multiplies_bfloat16
+from hlip_kernels import hold_weights, multiplies_bfloat16
 
 from ..data.batch import Study
 from ..data.store import cut
-from ..memory import release_memory
 from ..model.clip import HLIPModel
+from ..model.memory import release_memory
 from ..model.plan import TokenBatch
 from .baselines import Encoder
 from .embeddings import Embeddings

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 # Of glibc's malloc.h.
@@ -29,16 +27,6 @@ def release_memory(_: int = 0) -> None:
     _set(DEFAULTS)
     if (trim := _libc("malloc_trim")) is not None:
         trim(0)
-
-
-@contextlib.contextmanager
-def memory_kept() -> Iterator[None]:
-    """`keep_memory`, and `release_memory` at the end."""
-    keep_memory()
-    try:
-        yield
-    finally:
-        release_memory()
 
 
 def _set(values: dict[int, int]) -> None:
