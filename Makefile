@@ -52,7 +52,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(MODULES)
 	$(BIN)/ruff format $(MODULES)
 
-$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt $(wildcard hlip_kernels/native/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hlip-kernels needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all,dev]"
