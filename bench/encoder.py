@@ -17,7 +17,8 @@ attention is one op that keeps no weights of attention, or writes them to memory
 
 All models run in one process, in turns, on the same input. Outputs of `hlip` and `published`, and those of a model
 with and without flash, are compared before anything is timed. Inference is without gradients, with weights of the type
-of the products; training is forward and backward with autocast and weights in fp32.
+of the products; training is forward and backward with autocast and weights in fp32. On a CPU the process keeps the
+memory that tensors leave, as this library's programs do, which serves all models.
 
 Memory of training: on a GPU what PyTorch allocates at most beyond weights and input. On a CPU `saved_gb`, what autograd
 keeps for backward, and `memory_gb`, by how much the largest resident size of a fresh process grows in one step.
@@ -31,6 +32,7 @@ The paper's column was measured by its authors on an A40 and is printed beside f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import multiprocessing
 import resource
@@ -49,8 +51,9 @@ from tqdm import tqdm
 from baselines import NaViT, Swin, flash, published, unfused
 from hlip.data.batch import Study, pack
 from hlip.model.config import Pattern, VisionConfig, level_pattern
+from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
-from hlip_kernels import Level
+from hlip_kernels import Level, hold_weights
 from report import append_rows, print_table, provenance, write_json
 from timing import in_turns, percentiles, ratio
 
@@ -176,6 +179,7 @@ def training_step(job: Job, setting: Setting) -> Tensor:
 def training_memory(kind: Kind, case: Case, setting: Setting, threads: int, limit_gb: float | None) -> dict[str, float]:
     """GB that one training step takes; run in a fresh process. Raises RuntimeError beyond the limit."""
     torch.set_num_threads(threads)
+    keep_memory()
     job = build(kind, case, setting)
     if limit_gb is not None and setting.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 2**30 / torch.cuda.mem_get_info()[1]))
@@ -210,6 +214,7 @@ def process_gb(line: str) -> float:
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
+    keep_memory()
     rows: list[dict[str, Any]] = []
     lost: set[Kind] = set()  # what ran out of memory at a smaller size
     for case in cases(args):
@@ -254,7 +259,9 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str,
         except (NotImplementedError, ImportError) as error:
             rows.append({**kind._asdict(), "reason": str(error), **facts})
     for mode in args.modes:
-        for row in measure(jobs, mode, case, setting, args.rounds):
+        with hold_weights() if mode == "inference" else contextlib.nullcontext():
+            found = list(measure(jobs, mode, case, setting, args.rounds))
+        for row in found:
             more = memory.get(Kind(row["model"], row["flash"]), {}) if mode == "training" else {}
             rows.append(row | more | facts)
     return rows

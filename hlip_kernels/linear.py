@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .backends import native_rows
 from .native import native
 
-ROWS = 1024  # of hidden rows made at once: 6 MiB of 3072 bfloat16 values
+ROWS = 1024  # of hidden rows that a thread makes at once: 6 MiB of 3072 bfloat16 values
 ROWS_BACKWARD = 4096  # more, as every run adds to the gradients of the weights
 
 _held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = contextvars.ContextVar(
@@ -70,11 +70,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x.dtype
 
 
-def runs(x: Tensor, rows: int = ROWS) -> list[slice]:
-    """The rows of x (R, C) in runs of at most `rows`, and in one where they need not be."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= rows:
+def runs(x: Tensor, rows: int | None = None) -> list[slice]:
+    """The rows of x (R, C) in runs of at most `rows`, or ROWS for each thread; in one where they need not be."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(0, len(x))]
-    count = -(-len(x) // rows)
+    # Of fewer rows oneDNN makes products on one thread alone.
+    rows = ROWS * torch.get_num_threads() if rows is None else rows
+    count = max(1, -(-len(x) // rows))
     bounds = [len(x) * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in pairwise(bounds)]
 
