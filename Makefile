@@ -27,12 +27,15 @@ docs: $(VENV)/.installed
 
 RESULTS := bench/results
 bench: $(VENV)/.installed
-	$(BIN)/python bench/attention.py --quick --rounds 3 --results $(RESULTS)/attention.jsonl
+	$(BIN)/python bench/attention.py --quick --results $(RESULTS)/attention.jsonl
 	$(BIN)/python bench/attention.py --io --json $(RESULTS)/io.json
-	$(BIN)/python bench/encoder.py --table9 --rounds 3 --results $(RESULTS)/encoder.jsonl
-	$(BIN)/python bench/encoder.py --scaling scans --sizes 1 4 16 --rounds 3 --results $(RESULTS)/encoder.jsonl
+	$(BIN)/python bench/encoder.py --table9 --rounds 2 --results $(RESULTS)/encoder.jsonl
+	$(BIN)/python bench/encoder.py --scaling scans --sizes 1 4 16 64 --rounds 2 --results $(RESULTS)/encoder.jsonl
+	$(BIN)/python bench/encoder.py --scaling slices --sizes 2 8 32 --rounds 2 --results $(RESULTS)/encoder.jsonl
+	$(BIN)/python bench/encoder.py --scaling batch --sizes 1 4 16 --rounds 2 --results $(RESULTS)/encoder.jsonl
+	$(BIN)/python bench/packing.py --mix pub_brain_5 --dtype bf16 --rounds 2 --results $(RESULTS)/packing.jsonl
 	for mix in pub_brain_5 brain_mri head_ct; do \
-		OMP_NUM_THREADS=1 $(BIN)/python bench/packing.py --mix $$mix --rounds 3 --results $(RESULTS)/packing.jsonl || exit 1; \
+		$(BIN)/python bench/packing.py --mix $$mix --studies 4 --rounds 2 --results $(RESULTS)/packing.jsonl || exit 1; \
 	done
 	$(BIN)/python bench/plot.py
 

@@ -351,10 +351,10 @@ def packing(results: Path, figures: Path) -> str:
         save(figure, figures / "packing.png"),
         "*Studies a second, longer is faster; packing in blue.*",
         table(
-            ["mix", "mode", "policy", "studies/s", "times packed", "tokens", "GFLOP"],
+            ["mix", "mode", "type", "policy", "studies/s", "times packed", "tokens", "GFLOP"],
             [
                 [
-                    row["mix"], row["mode"], row["policy"],
+                    row["mix"], row["mode"], row["dtype"], row["policy"],
                     row["studies_per_s"] and f"{row['studies_per_s']:.3g}",
                     row["packed_over_this"] and f"{row['packed_over_this']:.2f}",
                     row["tokens"], round(row["flops"] / 1e9),

@@ -440,6 +440,6 @@ def test_xformers_is_asked(fake_cuda: Call) -> None:
 
 
 def test_order_of_preference(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(BACKENDS) == ["cpu", "triton", "flash", "varlen", "xformers", "reference"]
+    assert list(BACKENDS) == ["native", "cpu", "triton", "flash", "varlen", "xformers", "reference"]
     without_packages(monkeypatch)
     assert choose_backend.__wrapped__("auto", "cuda", torch.bfloat16, 64) == "reference"  # past the cache

@@ -129,7 +129,7 @@ def test_module_refuses_a_width_its_heads_do_not_divide() -> None:
         HierarchicalAttention(10, num_heads=3)
     with pytest.raises(ValueError, match="multiple of num_heads, got 16 and 0"):
         HierarchicalAttention(16, num_heads=0)
-    with pytest.raises(ValueError, match="unknown backend 'fastest'; there are auto, cpu"):
+    with pytest.raises(ValueError, match="unknown backend 'fastest'; there are auto, native, cpu"):
         HierarchicalAttention(16, backend="fastest")
     with pytest.raises(ValueError, match=r"x: expected \(rows, 16\), got \(3, 8\)"):
         HierarchicalAttention(16)(torch.zeros(3, 8), StudyLayout.from_grids([[(1, 1, 2)]]), "scan")

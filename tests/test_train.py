@@ -23,6 +23,7 @@ from hlip.data.prepare import prepare
 from hlip.data.preprocess import Recipe
 from hlip.data.sources import Found, find_studies
 from hlip.model.config import preset
+from hlip_kernels import available_backends
 
 TRAIN = Path(__file__).parents[1] / "train"
 sys.path.insert(0, str(TRAIN))
@@ -87,7 +88,7 @@ def test_two_processes_train_evaluate_and_leave_a_model(demo: Path, tmp_path: Pa
     done = pretrain(command(demo, out, bert_folder, eval_every=2, **held_out), processes=2)
     assert done.returncode == 0, without_bars(done.stderr)
     assert "4 steps of 4 studies on 2 processes" in done.stdout
-    assert "attention on cpu in float32 (auto: cpu)" in done.stdout
+    assert f"attention on cpu in float32 (auto: {available_backends()[0]})" in done.stdout
     log = read_log(out)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in log if "auc" in line] == [2, 4]
