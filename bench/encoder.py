@@ -23,7 +23,7 @@ memory that tensors leave, as this library's programs do, which serves all model
 Memory of training: on a GPU what PyTorch allocates at most beyond weights and input. On a CPU `saved_gb`, what autograd
 keeps for backward, and `memory_gb`, by how much the largest resident size of a fresh process grows in one step.
 
-`share` is that of the rate at which PyTorch multiplies two matrices, as large as those of an MLP, in the same run: all
+`share` is that of the rate at which PyTorch multiplies two large matrices in the same run (`ceilings.py`): all
 products of the model by the time of all that it does.
 
 The paper's column was measured by its authors on an A40 and is printed beside for comparison.
@@ -43,11 +43,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import ceilings
 from baselines import NaViT, Swin, flash, published, unfused
 from hlip.data.batch import Study, pack
 from hlip.model.config import Pattern, VisionConfig, level_pattern
@@ -286,14 +286,6 @@ def operations(case: Case, setting: Setting, model: str) -> float:
     return total
 
 
-def one_product(case: Case, setting: Setting) -> tuple[Callable[[], Tensor], float]:
-    """A product of matrices as large as the first of an MLP, into memory that is there, and its operations."""
-    rows = case.volumes * math.prod(n // p for n, p in zip(case.shape, case.patch, strict=True))
-    make = partial(torch.randn, dtype=DTYPES[setting.dtype], device=setting.device)
-    x, weight, out = make(rows, setting.width), make(setting.width, 4 * setting.width), make(rows, 4 * setting.width)
-    return partial(torch.mm, x, weight, out=out), 8.0 * rows * setting.width**2
-
-
 def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for every model in inference or training."""
     ways: dict[Kind, Callable[[], Tensor]] = {}
@@ -307,12 +299,10 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         except torch.OutOfMemoryError:
             yield {**kind._asdict(), "mode": mode, "reason": "out of memory"}
     errors = compare(outputs, setting.dtype)
-    product, rows = one_product(case, setting)
-    seconds = in_turns({**ways, None: product}, rounds)
-    rate = rows / float(np.median(seconds.pop(None)))
+    seconds = in_turns(ways, rounds)
+    rate = ceilings.measure(setting.device, DTYPES[setting.dtype]).flops
     first = next(iter(seconds.values()), [])
     for kind, mine in seconds.items():
-        assert kind is not None
         row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_first": ratio(mine, first)}
         if kind.model in ("hlip", "published", "vit"):
             work = operations(case, setting, kind.model) * (3 if mode == "training" else 1)

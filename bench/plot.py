@@ -319,7 +319,10 @@ def scaling(results: Path, figures: Path) -> str:
             right.loglog(x, [row["memory_gb"] for row in steps], "o-", label=model)
             ends = [row for row in mine if named(row) == model and "out of memory" in row.get("reason", "")]
             lost += [f"{model} at {ends[0][axis_of[case]]} {axis_of[case]} ({ends[0]['reason']})"] if ends else []
+        sizes = sorted({row[axis_of[case]] for row in mine})
         for axes, what in ((left, "seconds of a training step"), (right, "GB of a training step")):
+            axes.set_xticks(sizes, sizes)
+            axes.minorticks_off()
             axes.set(xlabel=axis_of[case], ylabel=what)
             axes.legend(fontsize=8)
     parts = [

@@ -4,6 +4,7 @@
 // copies of a function could hand AVX-512 code to a processor without it.
 #pragma once
 
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -41,11 +42,13 @@ struct Heads {
 struct Turns {
     int32_t* done;
 
+    // Turns are short, but where there are more threads than cores, the one that is waited for may not be running.
     void wait(int64_t block, int32_t turn) const {
-        while (__atomic_load_n(&done[block], __ATOMIC_ACQUIRE) != turn) {
+        for (int spins = 1; __atomic_load_n(&done[block], __ATOMIC_ACQUIRE) != turn; ++spins) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
+            if (spins % 1024 == 0) sched_yield();
         }
     }
     void pass(int64_t block, int32_t turn) const { __atomic_store_n(&done[block], turn + 1, __ATOMIC_RELEASE); }
