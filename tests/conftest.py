@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -10,6 +11,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may wait for a network; read when the hub is imported
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; read when they are decorated
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, from which the tests' programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # would have it, too: some are to be interrupted
 
 import pytest
 import torch
