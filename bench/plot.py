@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ a scan of six slices, 4705 a study of four scans. Cases of a mix hold studies of
 half of the patches were dropped. GFLOP/s count the work itself, no padding, and stand beside a matrix product of the
 same run. MB kept is what a training step holds for its backward, or on a GPU the peak. Other libraries get their rows
 in the order of groups, which favours them: a packed model would pay a gather before the call and a scatter after."""
+ENCODERS = """The paper's Table 9: one volume of 224 x 224 x 224 voxels in patches of 16, of Swin 4; and its Figure 1b,
+where it was run: studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder, `vit` a plain vision
+transformer, `swin` and `navit` are MONAI's. `published` is the weights of `hlip` computed as the released code does, with
+reshaped copies at every change of level and a dense call; it has contiguous inputs, inference mode, and autocast in
+training. Without flash, attention writes its weights to memory. On CPUs PyTorch's flash backward can be the slower one,
+so of a model the faster row is to be compared with; MONAI's Swin takes flash attention in inference alone, and its two
+rows of training differ by noise. On a CPU, GB is by how much the largest resident size of a fresh process grows in a
+training step, and saved GB what autograd keeps."""
+GROWING = """A training step against scans of a study, slices of a scan, and studies of a batch. On a CPU the model is
+small (width 128, three layers, scans of 294 tokens, four of them where slices or studies grow), and small inputs show
+what a call costs at least, where we lose."""
 WAYS = {
     "hlip-native": "this library, its C++ kernels",
     "hlip-cpu": "this library, PyTorch's dense attention on groups of like length",
@@ -69,9 +81,10 @@ def main() -> int:
 INTRODUCTION = """# Benchmarks
 
 Made by `make bench` and `python bench/plot.py` from the rows in `bench/results/`; every row names its hardware,
-versions, commit and time. All ways of a table ran in one process, in turns, on the same data, after their results had
-been compared. A ratio is the median of the rounds' ratios, with its 95% interval; above 1 is slower than ours. Where we
-lose, the row stays."""
+versions, commit and time. All ways of a table ran in one process, in turns, on the same data. Before that, attention
+was compared with float64, and encoders that should agree with each other. A ratio is the median of the rounds' ratios,
+with its 95% interval, which of two or three rounds is their range; above 1 is slower than ours. Where we lose, the row
+stays."""
 
 
 def read(path: Path) -> list[Row]:
@@ -156,12 +169,12 @@ def attention(results: Path, figures: Path) -> str:
     tables = []
     for column, case in zip(panels.T, cases, strict=True):
         mine = [row for row in measured if (row["case"], row["dtype"], row["device"]) == case]
+        first, memory = mine[0], "peak_bytes" if any("peak_bytes" in row for row in mine) else "saved_bytes"
         for axes, mode in zip(column, modes, strict=True):
             of_mode = [row for row in mine if row["mode"] == mode]
             rates = [row["flop_per_s"] / 1e9 for row in of_mode]
             bars(axes, [row["backend"] for row in of_mode], rates, f"{case[0]}\n{case[1]}, {mode}", "GFLOP/s")
-            axes.axvline(of_mode[0]["matmul_flop_per_s"] / 1e9, color="black", linestyle=":", linewidth=1)
-        first, memory = mine[0], "peak_bytes" if any("peak_bytes" in row for row in mine) else "saved_bytes"
+            axes.axvline(first["matmul_flop_per_s"] / 1e9, color="black", linestyle=":", linewidth=1)
         lengths = " to ".join(str(n) for n in dict.fromkeys((first["shortest"], first["longest"])))
         groups = f"{first['groups']} group{'s' * (first['groups'] > 1)} of {lengths} rows"
         heads = f"{first['heads']} heads of {first['head_dim']}"
@@ -264,10 +277,7 @@ def encoder(results: Path, figures: Path) -> str:
     if not rows:
         return ""
     parts = [
-        "## Whole encoders\n\nThe paper's Table 9 (one volume of 224 x 224 x 224 voxels, patches of 16) and Figure 1b "
-        "(studies of 8 scans of 48 x 224 x 224). `hlip` is this library's encoder, `published` the same weights "
-        "computed as the released code does; `bench/baselines.py` says how. On a CPU, GB is by how much the largest "
-        "resident size of a fresh process grows in a training step, and saved GB what autograd keeps.",
+        "## Whole encoders\n\n" + ENCODERS,
         where(rows[-1]),
     ]
     for case in dict.fromkeys((row["case"], row["studies"], row["dtype"]) for row in rows):
@@ -313,10 +323,10 @@ def scaling(results: Path, figures: Path) -> str:
     for (left, right), case in zip(panels, cases, strict=True):
         mine = [{**row, "slices": row["shape"][0] // row["patch"][0]} for row in rows if row["case"] == case]
         for model in dict.fromkeys(map(named, mine)):
-            steps = [row for row in mine if named(row) == model and row.get("mode") == "training"]
+            steps = [row for row in mine if named(row) == model and row.get("mode") == "training" and "p50_s" in row]
             x = [row[axis_of[case]] for row in steps]
             left.loglog(x, [row["p50_s"] for row in steps], "o-", label=model)
-            right.loglog(x, [row["memory_gb"] for row in steps], "o-", label=model)
+            right.loglog(x, [row.get("memory_gb", nan) for row in steps], "o-", label=model)
             ends = [row for row in mine if named(row) == model and "out of memory" in row.get("reason", "")]
             lost += [f"{model} at {ends[0][axis_of[case]]} {axis_of[case]} ({ends[0]['reason']})"] if ends else []
         sizes = sorted({row[axis_of[case]] for row in mine})
@@ -326,7 +336,7 @@ def scaling(results: Path, figures: Path) -> str:
             axes.set(xlabel=axis_of[case], ylabel=what)
             axes.legend(fontsize=8)
     parts = [
-        "## Growing studies\n\nA training step against scans of a study, slices of a scan, and studies of a batch.",
+        "## Growing studies\n\n" + GROWING,
         where(rows[-1]),
         save(figure, figures / "scaling.png"),
         "*Time left, memory right, on logarithmic axes; a line ends where a model ran out of memory.*",
