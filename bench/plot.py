@@ -32,8 +32,8 @@ in the order of groups, which favours them: a packed model would pay a gather be
 ENCODERS = """The paper's Table 9: one volume of 224 x 224 x 224 voxels in patches of 16, of Swin 4; and its Figure 1b,
 where it was run: studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder, `vit` a plain vision
 transformer, `swin` and `navit` are MONAI's. `published` is the weights of `hlip` computed as the released code does,
-with reshaped copies at every change of level and a dense call; it has contiguous inputs, inference mode, and in training
-autocast. Without flash, attention writes its weights to memory. On CPUs PyTorch's flash backward can be the slower one,
+with reshaped copies at every change of level and a dense call; it has contiguous inputs, inference mode, and autocast
+when training. Without flash, attention writes its weights to memory. On CPUs PyTorch's flash backward can be the slower one,
 so of a model the faster row is to be compared with; MONAI's Swin takes flash attention in inference alone, and its two
 rows of training differ by noise. On a CPU, GB is by how much the largest resident size of a fresh process grows in a
 training step, and saved GB what autograd keeps."""
