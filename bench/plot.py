@@ -31,12 +31,12 @@ same run. MB kept is what a training step holds for its backward, or on a GPU th
 in the order of groups, which favours them: a packed model would pay a gather before the call and a scatter after."""
 ENCODERS = """The paper's Table 9: one volume of 224 x 224 x 224 voxels in patches of 16, of Swin 4; and its Figure 1b,
 where it was run: studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder, `vit` a plain vision
-transformer, `swin` and `navit` are MONAI's. `published` is the weights of `hlip` computed as the released code does,
-with reshaped copies at every change of level and a dense call; it has contiguous inputs, inference mode, and autocast
-when training. Without flash, attention writes its weights to memory. On CPUs PyTorch's flash backward can be the slower one,
-so of a model the faster row is to be compared with; MONAI's Swin takes flash attention in inference alone, and its two
-rows of training differ by noise. On a CPU, GB is by how much the largest resident size of a fresh process grows in a
-training step, and saved GB what autograd keeps."""
+transformer, `swin` and `navit` are MONAI's. `published` is the weights of `hlip` computed as the released
+code does, with reshaped copies at every change of level and a dense call; it has contiguous inputs, inference
+mode, and autocast when training. Without flash, attention writes its weights to memory. On CPUs PyTorch's
+flash backward can be the slower one, so of a model the faster row is to be compared with; MONAI's Swin takes
+flash attention in inference alone, and its two rows of training differ by noise. On a CPU, GB is by how much
+the largest resident size of a fresh process grows in a training step, and saved GB what autograd keeps."""
 GROWING = """A training step against scans of a study, slices of a scan, and studies of a batch. On a CPU the model is
 small (width 128, three layers, scans of 294 tokens, four of them where slices or studies grow), and small inputs show
 what a call costs at least, where we lose."""
