@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -422,14 +423,17 @@ def test_compiles_as_one_graph_for_all_mixes_of_studies() -> None:
         torch.manual_seed(seed)
         tokens = encoder.plan(batch)
         results = []
-        for run in (compiled, encoder):
+        double = copy.deepcopy(encoder).double()
+        for run, module in ((compiled, encoder), (encoder, encoder), (double, double)):
             torch.manual_seed(seed)
             out = run(tokens)
-            encoder.zero_grad()
+            module.zero_grad()
             out.square().sum().backward()
-            results.append([out.detach(), *[p.grad.clone() for p in encoder.parameters()]])
-        for ours, expected in zip(*results, strict=True):  # eagerly, products and norms are others' than a compiler's
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+            results.append([out.detach(), *[p.grad.clone() for p in module.parameters()]])
+        for ours, eager, exact in zip(*results, strict=True):
+            errors = [float((x.double() - exact).abs().max()) for x in (ours, eager)]
+            rounding = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+            assert errors[0] <= 2 * errors[1] + rounding, (errors, rounding)
     assert counters["stats"]["unique_graphs"] == 1
 
 
