@@ -47,7 +47,8 @@ from peers import PEERS
 from report import print_table, write_json
 
 GPU_CALLS = 10  # in a row, so that the host's time for a call does not show
-CPU_MEMORY, GPU_MEMORY = 4 * 2**30, 0.8  # what a way may need: bytes, and of the GPU's memory
+CPU_MEMORY, QUICK_CPU_MEMORY = 4.0, 0.4  # GiB that a way may need; what needs more is slow, too
+GPU_MEMORY = 0.8  # of what the GPU has
 
 
 def main() -> int:
@@ -69,7 +70,7 @@ def main() -> int:
 def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     torch.set_num_threads(args.threads)
     gpu = args.device == "cuda"
-    memory = args.memory_limit * 2**30 if args.memory_limit else CPU_MEMORY
+    memory = (args.memory_limit or (QUICK_CPU_MEMORY if args.quick else CPU_MEMORY)) * 2**30
     if gpu and not args.memory_limit:
         memory = GPU_MEMORY * torch.cuda.get_device_properties(0).total_memory
     batch = args.batch or (8 if gpu else 1)
@@ -78,13 +79,11 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         cases = kernels.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
     except ValueError as error:
         parser.error(str(error))
-    left_out = kernels.SLOW if args.quick and not gpu else ()
-    backends = args.backends or [name for name in PEERS if name not in left_out]
     rounds = args.rounds or (kernels.QUICK_ROUNDS if args.quick else kernels.ROUNDS)
     calls = GPU_CALLS if gpu else 1
     settings = [
         kernels.Settings(
-            dtype, args.heads, head_dim, args.device, rounds, calls, memory, backends, args.modes,
+            dtype, args.heads, head_dim, args.device, rounds, calls, memory, args.backends or list(PEERS), args.modes,
         )
         for dtype, head_dim in product(args.dtype or ["bf16"], args.head_dim or [64])
     ]  # fmt: skip
@@ -122,8 +121,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     timing = parser.add_argument_group("without a mode")
     timing.add_argument(
         "--quick", action="store_true",
-        help=f"only {', '.join(kernels.QUICK)}, in {kernels.QUICK_ROUNDS} rounds, on a CPU without "
-        f"{' and '.join(kernels.SLOW)}",
+        help=f"only {', '.join(kernels.QUICK)}, in {kernels.QUICK_ROUNDS} rounds",
     )  # fmt: skip
     timing.add_argument("--cases", nargs="+", metavar="NAME", help="patterns of names such as 'scan-*' (default: all)")
     timing.add_argument(
@@ -140,7 +138,8 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     )
     timing.add_argument(
         "--memory-limit", type=float, metavar="GIB",
-        help="leave out what would need more (default: 4, of a GPU 0.8 of what it has)",
+        help=f"leave out what would need more (default: {CPU_MEMORY:g}, with --quick {QUICK_CPU_MEMORY:g}, of a GPU "
+        f"{GPU_MEMORY:g} of what it has)",
     )  # fmt: skip
     timing.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     timing.add_argument("--results", type=Path, metavar="JSONL", help="also append the rows to this file")

@@ -43,8 +43,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # of norms; gradients twice
 MODES = ("forward", "training")  # training is forward and backward
 QUICK_ROUNDS, ROUNDS = 3, 5
-SLOW = ("hlip-reference", "nested")  # on a CPU: they write all weights of attention to memory
-QUICK = ("slice-197", "scan-1177", "study-4705", "pub_brain_5-study-drop50")
+QUICK = (
+    "slice-197", "scan-1177", "study-4705", "pub_brain_5-slice-drop50", "pub_brain_5-study", "brain_mri-scan-drop25",
+    "head_ct-study-drop50",
+)  # fmt: skip
 CHECKED = {"cpu": 2.5e7, "cuda": 1e11}  # pairs of a query and a key, in float64
 ORACLE_ELEMENTS = 2**24  # of a matrix of scores
 BEFORE: dict[Level, Level] = {"slice": "scan", "scan": "study", "study": "scan"}

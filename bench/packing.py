@@ -47,7 +47,18 @@ from timing import in_turns, percentiles, ratio
 
 REPEAT = 10  # scans of every study in the published training
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of norms
-COLUMNS = ("policy", "studies_per_s", "packed_over_this", "tokens", "gflop", "p20_s", "p50_s", "p80_s", "error")
+COLUMNS = (
+    "policy",
+    "studies_per_s",
+    "packed_over_this",
+    "interval",
+    "tokens",
+    "gflop",
+    "p20_s",
+    "p50_s",
+    "p80_s",
+    "error",
+)
 Studies = list[list[Tensor]]
 
 
@@ -267,8 +278,8 @@ def measure(
     """Check every job once, which also warms it up, then time all of them in turns.
 
     Returns:
-        A row for each: seconds of its rounds, and the median of their ratios to packed's of the same round; nothing of
-        a job that ran out of memory.
+        A row for each: seconds of its rounds, and the median of their ratios to packed's of the same round with its
+        95% interval (`timing.ratio`); nothing of a job that ran out of memory.
 
     Raises:
         SystemExit: a job's results differ from its reference's.
@@ -290,9 +301,13 @@ def measure(
     )
     rows: list[dict[str, Any]] = []
     for name, found_error in errors.items():
-        row: dict[str, Any] = dict.fromkeys(("p20_s", "p50_s", "p80_s", "studies_per_s", "packed_over_this"))
+        row: dict[str, Any] = dict.fromkeys(
+            ("p20_s", "p50_s", "p80_s", "studies_per_s", "packed_over_this", "interval")
+        )
         if name in times:
-            row |= percentiles(times[name]) | {"packed_over_this": ratio(times[name], times["packed"]).median}
+            times_packed = ratio(times[name], times["packed"])
+            row |= percentiles(times[name])
+            row |= {"packed_over_this": times_packed.median, "interval": [times_packed.low, times_packed.high]}
         rows.append({"policy": name, **row, "error": found_error})
     return rows
 
@@ -300,6 +315,8 @@ def measure(
 def shown(row: dict[str, Any], column: str) -> object:
     if column == "gflop":
         return round(row["flops"] / 1e9)
+    if column == "interval":
+        return row[column] and "{:.3g}-{:.3g}".format(*row[column])
     return f"{row[column]:.3g}" if isinstance(row[column], float) else row[column]
 
 
