@@ -64,12 +64,6 @@ from timing import in_turns, percentiles, ratio
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
 GRADIENTS = 2  # times that, of all gradients in training: they pass every layer twice
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-# HLIP (arXiv 2505.21862), Table 9: parameters in millions, and on an A40 volumes per second and GB in training.
-PUBLISHED_A40 = {
-    ("vit", False): (88.2, 9.0, 6.6), ("vit", True): (88.2, 44.4, 1.5),
-    ("swin", False): (87.9, 9.9, 8.0), ("swin", True): (87.9, 9.9, 9.0),
-    ("published", False): (88.2, 17.5, 4.1), ("published", True): (88.2, 47.6, 1.5),
-}  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -84,6 +78,13 @@ KINDS = (
     Kind("published", False), Kind("vit", False), Kind("swin", False), Kind("navit", False),
 )  # fmt: skip
 NOT_RUN = {(Kind("swin", True), "training"): "MONAI's Swin takes flash attention only without gradients"}
+# HLIP (arXiv 2505.21862), Table 9: parameters in millions, and on an A40 volumes per second and GB in training.
+PUBLISHED_A40 = {
+    Kind("vit", False): (88.2, 9.0, 6.6), Kind("vit", True): (88.2, 44.4, 1.5),
+    Kind("swin", False): (87.9, 9.9, 8.0), Kind("swin", True): (87.9, 9.9, 9.0),
+    Kind("published", False): (88.2, 17.5, 4.1), Kind("published", True): (88.2, 47.6, 1.5),
+}  # fmt: skip
+A40_UNITS = {"a40_vol_per_s": "vol/s", "a40_memory_gb": "GB"}
 MODELS = tuple(dict.fromkeys(kind.model for kind in KINDS))
 
 
@@ -345,6 +346,9 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         if kind.model in ("hlip", "published", "vit"):
             work = operations(case, setting, kind.model) * (3 if mode == "training" else 1)
             row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / rate}
+        if case.name == "table9" and kind in PUBLISHED_A40:
+            _, rate_a40, memory_a40 = PUBLISHED_A40[kind]
+            row |= {"a40_vol_per_s": rate_a40} if mode == "inference" else {"a40_memory_gb": memory_a40}
         row |= {"vol_per_s": case.volumes / row["p50_s"], "studies_per_s": case.studies / row["p50_s"]}
         yield row | {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
 
@@ -385,12 +389,11 @@ def show(rows: list[dict[str, Any]], case: Case) -> None:
         if "reason" in row:
             lines.append([*line, row["reason"], *[None] * (len(header) - len(line))])
             continue
-        theirs = PUBLISHED_A40.get((row["model"], row["flash"])) if case.name == "table9" else None
         memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
         line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_first"]]
         line += [f"{row['share']:.0%}" if "share" in row else None, *memory]
         line += [None if row["error"] is None else f"{row['error']:.1g}"]
-        line += [theirs and (f"{theirs[1]} vol/s" if row["mode"] == "inference" else f"{theirs[2]} GB")]
+        line += [f"{row[key]} {unit}" for key, unit in A40_UNITS.items() if key in row] or [None]
         lines.append(line)
     print(f"{case.name}: {case.studies} x {case.scans} x {case.shape}, {rows[0]['dtype']}, {rows[0]['device']}")
     print_table([*header, "the paper's A40"], lines)

@@ -3,43 +3,45 @@
     python bench/plot.py
     python bench/plot.py --results bench/results --out docs
 
-Reads `attention.jsonl`, `encoder.jsonl`, `packing.jsonl` and `io.json`, as far as they are there, and shows the latest
-run of every case. Nothing is measured here; what is slower than something else is shown like all the rest.
+Reads `attention.jsonl`, `encoder.jsonl`, `packing.jsonl` and `io.json`, as far as they are there. Of every case the
+latest of its fullest runs is shown, so that a later run of a few models does not take the place of a run of all; to be
+rid of an old run, delete its rows. Machines, and numbers of threads, have sections of their own. Nothing is measured
+here; what is slower than something else is shown like all the rest, and listed where we lose.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-Row = dict[str, Any]
-REGROUP = ("published_forward_bytes", "ours_forward_bytes", "published_backward_bytes", "ours_backward_bytes")
-OURS, OTHERS = "#1f6fb4", "#9a9a9a"
-ATTENTION = """One call of attention within the groups of a level, forward alone and forward with backward (`training`).
-A case is named by its level and the rows of a group, patches and a prefix row: 197 are a slice of 14 x 14 patches, 1177
-a scan of six slices, 4705 a study of four scans. Cases of a mix hold studies of differing scan counts, `drop50` after
-half of the patches were dropped. GFLOP/s count the work itself, no padding, and stand beside a matrix product of the
-same run. MB kept is what a training step holds for its backward, or on a GPU the peak. Other libraries get their rows
-in the order of groups, which favours them: a packed model would pay a gather before the call and a scatter after."""
-ENCODERS = """The paper's Table 9: one volume of 224 x 224 x 224 voxels in patches of 16, of Swin 4; and its Figure 1b,
-where it was run: studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder, `vit` a plain vision
-transformer, `swin` and `navit` are MONAI's. `published` is the weights of `hlip` computed as the released
-code does, with reshaped copies at every change of level and a dense call; it has contiguous inputs, inference
-mode, and autocast when training. Without flash, attention writes its weights to memory. On CPUs PyTorch's
-flash backward can be the slower one, so of a model the faster row is to be compared with; MONAI's Swin takes
-flash attention in inference alone, and its two rows of training differ by noise. On a CPU, GB is by how much
-the largest resident size of a fresh process grows in a training step, and saved GB what autograd keeps."""
-GROWING = """A training step against scans of a study, slices of a scan, and studies of a batch. On a CPU the model is
-small (width 128, three layers, scans of 294 tokens, four of them where slices or studies grow), and small inputs show
-what a call costs at least, where we lose."""
+from page import (
+    OURS,
+    Row,
+    bars,
+    file_name,
+    heading,
+    latest,
+    losses,
+    not_run,
+    number,
+    of_machines,
+    plain_numbers,
+    read,
+    save,
+    table,
+    times,
+    where,
+    wrapped,
+)
+
+MARKERS = "ovs^Dp<>*Xhd"
 WAYS = {
     "hlip-native": "this library, its C++ kernels",
     "hlip-cpu": "this library, PyTorch's dense attention on groups of like length",
@@ -59,6 +61,51 @@ WAYS = {
     "flash-attn": "flash-attn's `flash_attn_varlen_qkvpacked_func`",
     "xformers": "xformers' `memory_efficient_attention` with its block-diagonal mask",
 }
+INTRODUCTION = """# Benchmarks
+
+Made by `make bench` and `python bench/plot.py` from the rows in `bench/results/`; every row names its hardware,
+versions, commit and time. All ways of a table ran in one process, in turns, on the same data. `times ours` is how many
+times as long a way takes as this library: the median of the rounds' ratios, and in brackets its 95% interval, which of
+up to five rounds is about their range. Above 1 we are faster; where we are not, the row stays, and is listed under its
+table. `error` is the relative distance, in norms, from a result that another computation gives."""
+ENCODERS = """How many volumes a second does a whole encoder take? The paper's Table 9 encodes one volume of 224 x 224 x
+224 voxels in patches of 16; its Figure 1b studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder,
+`published` the same weights computed as the released code does: a dense tensor of groups, reshaped and copied with
+averaged or repeated cls rows at every change of level, and PyTorch's attention. It gets its fastest settings:
+contiguous inputs, inference mode, weights in bf16, and in training autocast; its embeddings and all its gradients, and
+ours, are compared with the same computation in float32. `vit` is a plain vision transformer. `swin` and `navit` are
+MONAI's: Swin-B's widths and depths, windows of 7 and patches of 4 voxels (MONAI's class ends in one more merging of
+patches, 17 M parameters that the paper's 87.9 M do not have), and NaViT of the same width and depth. Without flash,
+attention writes its weights to memory; on a CPU that can be the faster way to train, so of a model the faster row is
+the one to compare with. GB is by how much the largest resident size of a fresh process grows in a training step (on a
+GPU, what PyTorch allocates), saved GB what autograd keeps. The last column is what the paper's authors published for
+one A40, where `published` is their HLIP: another machine, not measured here."""
+ALLOCATORS = {
+    "kept": "The process keeps the memory that tensors leave, as this library's programs do: a favour to all models.",
+    "default": """The same with the C library's allocator as it is, which is what a program gets that does nothing
+about it: large results go back to the system, and every page is cleared again at the next call.""",
+}
+PACKING = """How many studies a second does a training step take, if studies have as many scans as they happen to have?
+Packed; repeated or cropped to 10 scans, as HLIP was trained; padded to the longest of the batch; and in one sequence
+with a block mask. Scan counts are those of three collections; the same studies and weights for all, embeddings and
+gradients compared. `tokens` are those encoded, repeats and padding among them."""
+GROWING = """A step against scans of a study, slices of a scan, and studies of a batch. On a CPU the model is small
+(width 128, three layers, scans of 294 tokens, four of them where slices or studies grow), and small inputs show what a
+call costs at least, where we lose. A model runs out of memory when a training step in a process of its own would map
+more than 8 GiB beyond what it started with (on a GPU: allocate)."""
+ATTENTION = """How long does one call of attention within the groups of a level take, forward alone (`forward`), and
+forward with backward (`training`)? A case is named by its level and the rows of a group, patches and a prefix row: 197
+are a slice of 14 x 14 patches, 1177 a scan of six slices, 4705 a study of four scans; or by a mix, in which studies
+have differing scan counts, with `drop50` after half of the patches were dropped. GFLOP/s count the work itself, no
+padding; `of a product` is the share of what a large matrix product reached in the same run. MB kept is what a training
+step holds for its backward, or on a GPU the peak. `prepare` is paid once a batch, for all layers, and is not in the
+ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run. Other
+libraries get their rows in the order of groups, which favours them: a packed model would pay a gather before the call
+and a scatter after. Results are compared with the formula in float64 before anything is timed."""
+BYTES = """Counted, not timed: every byte that the Triton kernels request, seen by Triton's interpreter, and what
+attention that writes its weights to memory would move (`standard`). Does it grow as theory says? The claims are those
+of the paper's section 3.1 and, for flash attention, N^2 D^2 / S: N tokens, M scans, d slices of a scan, D head dim, S
+fast memory, for which the rows of a tile stand."""
 
 
 def main() -> int:
@@ -66,7 +113,16 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
     args = parser.parse_args()
-    sections = [section(args.results, args.out / "figures") for section in (attention, io, encoder, scaling, packing)]
+    encoders = read(args.results / "encoder.jsonl")
+    whole = [row for row in encoders if not row["case"].startswith("scaling_")]
+    growing = [row for row in encoders if row["case"].startswith("scaling_")]
+    sections = [
+        *of_machines(encoder, whole, args.out / "figures"),
+        *of_machines(packing, read(args.results / "packing.jsonl"), args.out / "figures"),
+        *of_machines(scaling, growing, args.out / "figures"),
+        *of_machines(attention, read(args.results / "attention.jsonl"), args.out / "figures"),
+        io(read(args.results / "io.json"), args.out / "figures"),
+    ]
     if not any(sections):
         parser.exit(2, f"{parser.prog}: {args.results}: no results; make bench measures some\n")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -78,164 +134,289 @@ def main() -> int:
     return 0
 
 
-INTRODUCTION = """# Benchmarks
-
-Made by `make bench` and `python bench/plot.py` from the rows in `bench/results/`; every row names its hardware,
-versions, commit and time. All ways of a table ran in one process, in turns, on the same data. Before that, attention
-was compared with float64, and encoders that should agree with each other. A ratio is the median of the rounds' ratios,
-with its 95% interval, which of two or three rounds is their range; above 1 is slower than ours. Where we lose, the row
-stays."""
+def named(row: Row) -> str:
+    return row["model"] + ("" if row["flash"] else ", without flash")
 
 
-def read(path: Path) -> list[Row]:
-    """Raises ValueError where a line is no JSON object; names it."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    try:
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable results ({error})") from error
+def encoder(rows: list[Row], figures: Path, machine: str) -> str:
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["case"], row["studies"], row["scans"], row["dtype"], row.get("allocator")
+
+    rows = latest(rows, key, lambda row: (named(row), row.get("mode")))
+    parts = [heading("Whole encoders", machine, ENCODERS)]
+    titles = {"table9": "Table 9", "figure1b": "Figure 1b"}
+    for case in dict.fromkeys(map(key, rows)):
+        mine = [row for row in rows if key(row) == case]
+        measured = [row for row in mine if "reason" not in row]
+        name, studies, scans, dtype, allocator = case
+        what = f"{studies} stud{'y' if studies == 1 else 'ies'} of {scans} scan{'s' * (scans > 1)}"
+        title = f"{titles[name]}: {what}, {dtype}" + ", the C library's allocator" * (allocator == "default")
+        parts += [f"### {title}", where(mine[0])]
+        if allocator:
+            parts.append(wrapped(ALLOCATORS[allocator]))
+        modes = list(dict.fromkeys(row["mode"] for row in measured))
+        figure = Figure(figsize=(4.8 * len(modes), 1 + 0.28 * len(measured) / len(modes)), layout="constrained")
+        for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
+            of_mode = [row for row in measured if row["mode"] == mode]
+            rates = [row["vol_per_s"] for row in of_mode]
+            bars(axes, [named(row) for row in of_mode], rates, f"{titles[name]}, {dtype}, {mode}", "volumes a second")
+        picture = file_name(f"{name} {studies} {dtype} {'default' * (allocator == 'default')}", machine)
+        caption = f"{titles[name]}, volumes a second of whole encoders. Longer is faster; ours in blue."
+        parts.append(save(figure, figures / picture, caption))
+        for mode in modes:
+            of_mode = [row for row in measured if row["mode"] == mode]
+            memory = ["GB", "saved GB"] if mode == "training" else []
+            parts.append(
+                table(
+                    [mode, "M parameters", "volumes/s", "times ours", "of a product", *memory, "error", "paper, A40"],
+                    [
+                        [
+                            named(row), f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}",
+                            times(row["times_first"]), number(row, "share", ".0%"),
+                            *([number(row, "memory_gb", ".2f"), number(row, "saved_gb", ".2f")] if memory else []),
+                            number(row, "error", ".1g"),
+                            f"{row['a40_vol_per_s']} vol/s" if "a40_vol_per_s" in row
+                            else f"{row['a40_memory_gb']} GB" if "a40_memory_gb" in row else None,
+                        ]
+                        for row in of_mode
+                    ],
+                )
+            )  # fmt: skip
+        parts.append(losses((f"{named(row)}, {row['mode']}", row["times_first"][0]) for row in measured))
+        parts.append(not_run(mine, named))
+    return "\n\n".join(filter(None, parts))
 
 
-def latest(rows: Iterable[Row], case: Callable[[Row], object]) -> list[Row]:
-    """Of every case, the rows of its latest run; they share a time."""
-    times: dict[object, str] = {}
-    rows = list(rows)
-    for row in rows:
-        times[case(row)] = max(times.get(case(row), ""), row["utc"])
-    return [row for row in rows if row["utc"] == times[case(row)]]
+def packing(rows: list[Row], figures: Path, machine: str) -> str:
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["mix"], row["mode"], row["dtype"], row["width"], row["depth"], row["studies"]
 
-
-def where(row: Row) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-    return f"*{row['device']}, {threads}; {versions}; commit {row['commit']}; {row['utc']}*"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *([("-" if cell is None else cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def times(ratio: Sequence[float] | None) -> str | None:
-    return None if ratio is None else "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
-
-
-def save(figure: Figure, path: Path) -> str:
-    """Write a picture; gives the line of the page that shows it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
-    return f"![{path.stem}](figures/{path.name})"
-
-
-def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, label: str) -> None:
-    """Horizontal bars, ours in blue."""
-    axes.barh(names, values, color=[OURS if name.startswith("hlip") else OTHERS for name in names])
-    axes.set_xlabel(label, fontsize=9)
-    axes.set_title(title, fontsize=10)
-    axes.invert_yaxis()
-
-
-def not_run(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
-    """A list of what could not run, each with its reason and, if not all cases share it, the cases."""
-    rows = list(rows)
-    every = {row["case"] for row in rows}
-    cases: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        if "reason" in row:
-            cases.setdefault((name(row), row["reason"]), set()).add(row["case"])
-    if not cases:
-        return ""
-    lines = [
-        f"- {way}: {reason}" + ("" if where == every else f" ({', '.join(sorted(where))})")
-        for (way, reason), where in cases.items()
-    ]
-    return "Not run here:\n\n" + "\n".join(lines)
-
-
-def attention(results: Path, figures: Path) -> str:
-    rows = latest(read(results / "attention.jsonl"), lambda row: (row["case"], row["dtype"], row["device"]))
-    if not rows:
-        return ""
-    measured = [row for row in rows if "reason" not in row]
-    cases = list(dict.fromkeys((row["case"], row["dtype"], row["device"]) for row in measured))
-    modes = list(dict.fromkeys(row["mode"] for row in measured))
-    ways = dict.fromkeys(row["backend"] for row in measured)
-    figure = Figure(figsize=(3.6 * len(cases), 0.5 + (0.9 + 0.24 * len(ways)) * len(modes)), layout="constrained")
-    panels = figure.subplots(len(modes), len(cases), squeeze=False)
+    rows = latest(rows, key, lambda row: row["policy"])
+    cases = list(dict.fromkeys(map(key, rows)))
+    across = min(3, len(cases))
+    down = -(-len(cases) // across)
+    figure = Figure(figsize=(4.4 * across, 2 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[len(cases) :]:
+        axes.set_visible(False)
+    parts = [heading("Packing", machine, PACKING, rows[-1])]
     tables = []
-    for column, case in zip(panels.T, cases, strict=True):
-        mine = [row for row in measured if (row["case"], row["dtype"], row["device"]) == case]
-        first, memory = mine[0], "peak_bytes" if any("peak_bytes" in row for row in mine) else "saved_bytes"
-        for axes, mode in zip(column, modes, strict=True):
-            of_mode = [row for row in mine if row["mode"] == mode]
-            rates = [row["flop_per_s"] / 1e9 for row in of_mode]
-            bars(axes, [row["backend"] for row in of_mode], rates, f"{case[0]}\n{case[1]}, {mode}", "GFLOP/s")
-            axes.axvline(first["matmul_flop_per_s"] / 1e9, color="black", linestyle=":", linewidth=1)
-        lengths = " to ".join(str(n) for n in dict.fromkeys((first["shortest"], first["longest"])))
-        groups = f"{first['groups']} group{'s' * (first['groups'] > 1)} of {lengths} rows"
-        heads = f"{first['heads']} heads of {first['head_dim']}"
-        tables.append(f"### {case[0]}, {case[1]}\n\n{groups}, {heads}.")
-        tables.append(
+    for axes, case in zip(panels, cases, strict=False):
+        mix, mode, dtype, width, depth, studies = case
+        mine = [row for row in rows if key(row) == case]
+        ran = [row for row in mine if row["studies_per_s"]]
+        names = ["hlip, packed" if row["policy"] == "packed" else row["policy"] for row in ran]
+        bars(axes, names, [row["studies_per_s"] for row in ran], f"{mix}, {dtype}, width {width}", "studies a second")
+        tables += [
+            f"### {mix}, {mode}, {dtype}, width {width}, {depth} layers, {studies} studies of at most "
+            f"{mine[0]['max_scans']} scans",
             table(
-                ["way", "mode", "ms", "times ours", "GFLOP/s", "of a matrix product", "MB kept"],
+                ["policy", "studies/s", "times packed", "tokens", "GFLOP", "error"],
                 [
                     [
-                        row["backend"], row["mode"], f"{1000 * row['p50_s']:.3g}", times(row["times_ours"]),
-                        f"{row['flop_per_s'] / 1e9:.3g}", f"{row['of_matmul']:.0%}",
-                        f"{row[memory] / 1e6:.3g}",
+                        row["policy"], number(row, "studies_per_s"),
+                        row["packed_over_this"] and times([row["packed_over_this"], *row["interval"]]),
+                        row["tokens"], round(row["flops"] / 1e9),
+                        row["error"] if isinstance(row["error"], str) else f"{row['error']:.1g}",
                     ]
                     for row in mine
                 ],
+            ),
+            losses((row["policy"], row["packed_over_this"]) for row in ran),
+        ]  # fmt: skip
+    caption = "Studies a second of packed batches and of other ways. Longer is faster; packing in blue."
+    return "\n\n".join([*parts, save(figure, figures / file_name("packing", machine), caption), *tables])
+
+
+AXES = {"scaling_scans": "scans", "scaling_slices": "slices", "scaling_batch": "studies"}
+
+
+def scaling(rows: list[Row], figures: Path, machine: str) -> str:
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["case"], row["studies"], row["scans"], *row["shape"], row["dtype"]
+
+    rows = latest(rows, key, lambda row: (named(row), row.get("mode")))
+    rows = [row | {"slices": row["shape"][0] // row["patch"][0]} for row in rows]
+    rows.sort(key=lambda row: row[AXES[row["case"]]])
+    cases = [case for case in AXES if any(row["case"] == case for row in rows)]
+    figure = Figure(figsize=(9, 3.2 * len(cases)), layout="constrained")
+    tables = []
+    for (left, right), case in zip(figure.subplots(len(cases), 2, squeeze=False), cases, strict=True):
+        axis = AXES[case]
+        mine = [row for row in rows if row["case"] == case]
+        sizes = sorted({row[axis] for row in mine})
+        for model, marker in zip(dict.fromkeys(map(named, mine)), MARKERS, strict=False):
+            steps = [row for row in mine if named(row) == model and row.get("mode") == "training" and "p50_s" in row]
+            x = [row[axis] for row in steps]
+            left.loglog(x, [row["p50_s"] for row in steps], f"{marker}-", label=model)
+            right.loglog(x, [row.get("memory_gb", nan) for row in steps], f"{marker}-", label=model)
+        for axes, what in ((left, "seconds of a training step"), (right, "GB of a training step")):
+            axes.set_xticks(sizes, sizes)
+            axes.minorticks_off()
+            plain_numbers(axes)
+            axes.grid(alpha=0.3)
+            axes.set(xlabel=axis, ylabel=what)
+            axes.legend(fontsize=8)
+        tables += [growth(mine, axis, sizes, mode) for mode in ("training", "inference")]
+        first = [row for row in mine if "p50_s" in row]
+        tables.append(losses((f"{named(r)}, {r['mode']}, {r[axis]} {axis}", r["times_first"][0]) for r in first))
+    caption = (
+        "A training step of growing studies. Seconds left, memory right, both axes logarithmic; lower is better, and a "
+        "line ends where a model was not run or ran out of memory."
+    )
+    picture = save(figure, figures / file_name("scaling", machine), caption)
+    return "\n\n".join([heading("Growing studies", machine, GROWING, rows[-1]), picture, *filter(None, tables)])
+
+
+def growth(rows: Sequence[Row], axis: str, sizes: Sequence[int], mode: str) -> str:
+    """A line for every model: seconds, times ours and GB at each size."""
+
+    def cell(model: str, size: int) -> str | None:
+        for row in rows:
+            if (named(row), row[axis]) == (model, size) and row.get("mode", mode) == mode:
+                if "reason" in row:
+                    return "out of memory" if "memory" in row["reason"] else row["reason"]
+                memory = f", {row['memory_gb']:.2g} GB" if "memory_gb" in row else ""
+                ours = "" if model == "hlip" else f" ({row['times_first'][0]:.2f})"
+                return f"{row['p50_s']:.3g} s{ours}{memory}"
+        return None
+
+    models = dict.fromkeys(map(named, rows))
+    header = [f"{mode}: seconds (times ours)", *(f"{size} {axis}" for size in sizes)]
+    return table(header, [[model, *(cell(model, size) for size in sizes)] for model in models])
+
+
+def attention(rows: list[Row], figures: Path, machine: str) -> str:
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["case"], row["dtype"], row["heads"], row["head_dim"]
+
+    rows = latest(rows, key, lambda row: (row["backend"], row["mode"]))
+    measured = [row for row in rows if "reason" not in row]
+    cases = list(dict.fromkeys(map(key, measured)))
+    modes = list(dict.fromkeys(row["mode"] for row in measured))
+    ways = dict.fromkeys(row["backend"] for row in measured)
+    figure = Figure(figsize=(5.4 * len(modes) + 1, 1.6 + 0.42 * len(cases)), layout="constrained")
+    panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+    for axes, mode in zip(panels, modes, strict=True):
+        for i, way in enumerate(ways):
+            dots = [
+                (row["times_ours"][0], float(cases.index(key(row))))
+                for row in measured
+                if (row["mode"], row["backend"]) == (mode, way) and row["times_ours"]
+            ]
+            colour = OURS if way.startswith("hlip") else f"C{1 + i % 9}"
+            axes.plot(
+                *zip(*dots or [(nan, nan)], strict=True), MARKERS[i % len(MARKERS)], color=colour, label=way, alpha=0.8
             )
-        )  # fmt: skip
+        axes.axvline(1, color=OURS, linewidth=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.set_yticks(range(len(cases)), [f"{case[0]}, {case[1]}" for case in cases])
+        axes.grid(alpha=0.3)
+        axes.set(title=mode, xlabel="times as long as ours")
+    panels[0].invert_yaxis()
+    panels[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    tables = []
+    for case in cases:
+        mine = [row for row in measured if key(row) == case]
+        first, memory = mine[0], "peak_bytes" if any("peak_bytes" in row for row in mine) else "saved_bytes"
+        lengths = " to ".join(str(n) for n in dict.fromkeys((first["shortest"], first["longest"])))
+        groups = f"{first['groups']} group{'s' * (first['groups'] > 1)} of {lengths} rows"
+        tables += [
+            f"### {case[0]}, {case[1]}",
+            wrapped(
+                f"{groups}, {case[2]} heads of {case[3]}; compared with float64: {first['checked']}. A matrix product "
+                f"reached {first['matmul_flop_per_s'] / 1e9:.4g} GFLOP/s, a copy "
+                f"{first['copy_bytes_per_s'] / 1e9:.3g} GB/s."
+            ),
+            table(
+                ["way", "mode", "ms", "times ours", "GFLOP/s", "of a product", "of a copy", "MB kept", "prepare, ms",
+                 "first call, s", "error"],
+                [
+                    [
+                        row["backend"], row["mode"], f"{1000 * row['p50_s']:.3g}", times(row["times_ours"]),
+                        f"{row['flop_per_s'] / 1e9:.3g}", f"{row['of_matmul']:.0%}", f"{row['of_copy']:.0%}",
+                        f"{row[memory] / 1e6:.3g}", f"{1000 * row['prepare_s']:.3g}", f"{row['first_s']:.2g}",
+                        f"{row['error']:.1g}",
+                    ]
+                    for row in mine
+                ],
+            ),
+            losses((f"{row['backend']}, {row['mode']}", row["times_ours"][0]) for row in mine if row["times_ours"]),
+        ]  # fmt: skip
+    caption = (
+        "Attention, how many times as long as ours each way takes. A line for each case, on a logarithmic axis: right "
+        "of the blue line others are slower, left of it faster."
+    )
     return "\n\n".join(
-        [
-            "## Attention\n\n" + ATTENTION,
-            where(rows[-1]),
-            save(figure, figures / "attention.png"),
-            "*Useful operations a second, longer is faster; ours in blue. A column for each case, forward above, "
-            "forward with backward below. The dotted line is what a matrix product reached in the same run.*",
-            table(["way", "what it is"], [[way, WAYS.get(way, "")] for way in ways]),
-            *tables,
-            not_run(rows, lambda row: row["backend"]),
-        ]
+        filter(
+            None,
+            [
+                heading("Attention", machine, ATTENTION, rows[-1]),
+                save(figure, figures / file_name("attention", machine), caption),
+                table(["way", "what it is"], [[way, WAYS.get(way, "")] for way in ways]),
+                *tables,
+                not_run(rows, lambda row: row["backend"]),
+            ],
+        )
     )
 
 
-def io(results: Path, figures: Path) -> str:
-    rows = read(results / "io.json")
+REGROUP = ("published_forward_bytes", "ours_forward_bytes", "published_backward_bytes", "ours_backward_bytes")
+STYLES = {"slice": ("C0", 5.0), "scan": ("C1", 3.0), "study": ("C2", 1.5)}  # widths, as lines may lie on each other
+
+
+def io(rows: list[Row], figures: Path) -> str:
     if not rows:
         return ""
     found = [row for row in rows if row["kind"] == "exponent"]
     changes = [row for row in rows if row["kind"] == "regroup"]
     lengths = [row for row in rows if row["kind"] == "length"]
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, sweep in zip(panels, ("N", "M", "d"), strict=True):
+    sweeps = {"N": "N, tokens", "M": "M, scans", "d": "d, slices of a scan", "S": "S, rows of a tile"}
+    ticks = {row["sweep"]: row["x"] for row in found}
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    for axes, (sweep, label) in zip(figure.subplots(1, 4, sharey=True), sweeps.items(), strict=True):
         for row in found:
-            if (row["sweep"], row["pass"], row["quantity"], row["way"]) == (sweep, "forward", "bytes", "ours"):
-                axes.loglog(row["x"], row["counted"], "o-", label=f"{row['level']} ({row['exponent']:.2f})")
-        axes.set(xlabel=sweep)
-        axes.legend(title="level (exponent)", fontsize=8)
-    panels[0].set(ylabel="bytes our kernels request")
+            if (row["sweep"], row["pass"], row["quantity"]) != (sweep, "forward", "bytes"):
+                continue
+            colour, width = STYLES[row["level"]]
+            if row["way"] == "ours":
+                axes.loglog(row["x"], row["counted"], "o-", color=colour, linewidth=width, label=row["level"])
+                claimed = [row["counted"][0] * (x / row["x"][0]) ** row["claimed"] for x in row["x"]]
+                axes.loglog(row["x"], claimed, "k:", linewidth=1)
+            else:
+                axes.loglog(row["x"], row["counted"], "s--", color=colour, linewidth=width / 2)
+        axes.set_xticks(ticks[sweep], ticks[sweep])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set(xlabel=label)
+        axes.legend(title="level", fontsize=8)
+    figure.axes[0].set(ylabel="bytes of a forward pass")
+    caption = (
+        "Bytes of attention as tokens, scans, slices and tiles grow. Both axes logarithmic, where a power is a "
+        "straight line. Solid: requested by our kernels; dashed: standard attention, on groups 16 times as long; "
+        "dotted: the power that is claimed, from our first point. Lines of levels that cost the same lie on each other."
+    )
+    levels = list(dict.fromkeys(row["level"] for row in found))
+    of_bytes = {
+        ((r["way"], r["pass"], r["sweep"]), r["level"]): f"{round(r['exponent'], 3) + 0:.3f} ({r['claimed']})"
+        for r in found
+        if r["quantity"] == "bytes"
+    }
+    lines = list(dict.fromkeys(line for line, _ in of_bytes))
+    off = {q: max(abs(r["exponent"] - r["claimed"]) for r in found if r["quantity"] == q) for q in ("bytes", "flops")}
     parts = [
-        "## Bytes and operations\n\nCounted, not timed: every byte that the Triton kernels request, and what attention "
-        "that writes its weights to memory would move. A quantity that grows as a power of N (tokens), M (scans), "
-        "d (slices), D (head dim) or S (tile rows, which stand for fast memory) has that power beside the claim of the "
-        "paper's section 3.1, or of flash attention's N^2 D^2 / S.",
-        where(rows[0]),
-        save(figure, figures / "io.png"),
-        "*Bytes of a forward pass, on logarithmic axes, where a power is a straight line; its slope is in the legend.*",
+        heading("Bytes and operations", "", BYTES, rows[0]),
+        save(figure, figures / "io.png", caption),
+        "### Exponents of bytes, measured (claimed)",
         table(
-            ["way", "pass", "level", "sweep", "of", "measured", "claimed"],
-            [
-                [r["way"], r["pass"], r["level"], r["sweep"], r["quantity"], f"{r['exponent']:.3f}", r["claimed"]]
-                for r in found
-            ],
+            ["way", "pass", "growing", *levels],
+            [[*line, *(of_bytes[line, level] for level in levels)] for line in lines],
+        ),
+        wrapped(
+            f"`scans` lets a study grow by whole scans, `D at S` the head dim at the same fast memory. The largest "
+            f"distance from a claim is {off['bytes']:.3f} for bytes and {off['flops']:.3f} for operations, of which "
+            f"the same powers are counted. What is below the claim is the part that grows slower: own rows, statistics."
         ),
         "### Groups of the released models\n\nOne head of 64 in 16 bits, with the tiles of sm_90.",
         table(
@@ -249,133 +430,9 @@ def io(results: Path, figures: Path) -> str:
         "prefix rows.",
         table(
             ["model", "scans", "changes", "forward, published", "ours", "backward, published", "ours"],
-            [
-                [
-                    r["model"], r["scans"], r["changes"],
-                    *(f"{r[key] / 1e6:.3g}" for key in REGROUP),
-                ]
-                for r in changes
-            ],
+            [[r["model"], r["scans"], r["changes"], *(f"{r[key] / 1e6:.3g}" for key in REGROUP)] for r in changes],
         ),
-    ]  # fmt: skip
-    return "\n\n".join(parts)
-
-
-def named(row: Row) -> str:
-    return row["model"] + ("" if row["flash"] else ", without flash")
-
-
-def gigabytes(row: Row) -> list[str | None]:
-    return [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
-
-
-def encoder(results: Path, figures: Path) -> str:
-    rows = latest(
-        (row for row in read(results / "encoder.jsonl") if row["case"] in ("table9", "figure1b")),
-        lambda row: (row["case"], row["studies"], row["dtype"], row["device"]),
-    )
-    if not rows:
-        return ""
-    parts = [
-        "## Whole encoders\n\n" + ENCODERS,
-        where(rows[-1]),
     ]
-    for case in dict.fromkeys((row["case"], row["studies"], row["dtype"]) for row in rows):
-        mine = [row for row in rows if (row["case"], row["studies"], row["dtype"]) == case]
-        measured = [row for row in mine if "reason" not in row]
-        parts.append(f"### {case[0]}, {case[1]} stud{'y' if case[1] == 1 else 'ies'}, {case[2]}")
-        parts.append(
-            table(
-                ["model", "mode", "M parameters", "volumes/s", "times ours", "GB", "saved GB"],
-                [
-                    [
-                        named(row), row["mode"], f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}",
-                        times(row["times_first"]), *gigabytes(row),
-                    ]
-                    for row in measured
-                ],
-            )
-        )  # fmt: skip
-        modes = list(dict.fromkeys(row["mode"] for row in measured))
-        figure = Figure(figsize=(4.2 * len(modes), 3.2), layout="constrained")
-        for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-            of_mode = [row for row in measured if row["mode"] == mode]
-            rates = [row["vol_per_s"] for row in of_mode]
-            bars(axes, [named(row) for row in of_mode], rates, f"{case[0]}, {case[2]}, {mode}", "volumes a second")
-        parts.append(save(figure, figures / f"{case[0]}_{case[1]}_{case[2]}.png"))
-        parts.append("*Volumes a second, longer is faster; ours in blue.*")
-        parts.append(not_run(mine, named))
-    return "\n\n".join(parts)
-
-
-def scaling(results: Path, figures: Path) -> str:
-    rows = latest(
-        (row for row in read(results / "encoder.jsonl") if row["case"].startswith("scaling_")),
-        lambda row: (row["case"], row["studies"], row["scans"], tuple(row["shape"]), row["dtype"], row["device"]),
-    )
-    if not rows:
-        return ""
-    axis_of = {"scaling_scans": "scans", "scaling_batch": "studies", "scaling_slices": "slices"}
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(9, 3.2 * len(cases)), layout="constrained")
-    panels = figure.subplots(len(cases), 2, squeeze=False)
-    lost = []
-    for (left, right), case in zip(panels, cases, strict=True):
-        mine = [{**row, "slices": row["shape"][0] // row["patch"][0]} for row in rows if row["case"] == case]
-        for model in dict.fromkeys(map(named, mine)):
-            steps = [row for row in mine if named(row) == model and row.get("mode") == "training" and "p50_s" in row]
-            x = [row[axis_of[case]] for row in steps]
-            left.loglog(x, [row["p50_s"] for row in steps], "o-", label=model)
-            right.loglog(x, [row.get("memory_gb", nan) for row in steps], "o-", label=model)
-            ends = [row for row in mine if named(row) == model and "out of memory" in row.get("reason", "")]
-            lost += [f"{model} at {ends[0][axis_of[case]]} {axis_of[case]} ({ends[0]['reason']})"] if ends else []
-        sizes = sorted({row[axis_of[case]] for row in mine})
-        for axes, what in ((left, "seconds of a training step"), (right, "GB of a training step")):
-            axes.set_xticks(sizes, sizes)
-            axes.minorticks_off()
-            axes.set(xlabel=axis_of[case], ylabel=what)
-            axes.legend(fontsize=8)
-    parts = [
-        "## Growing studies\n\n" + GROWING,
-        where(rows[-1]),
-        save(figure, figures / "scaling.png"),
-        "*Time left, memory right, on logarithmic axes; a line ends where a model ran out of memory.*",
-    ]
-    if lost:
-        parts.append("Out of memory: " + "; ".join(lost) + ".")
-    return "\n\n".join(parts)
-
-
-def packing(results: Path, figures: Path) -> str:
-    rows = latest(read(results / "packing.jsonl"), lambda row: (row["mix"], row["mode"], row["dtype"], row["device"]))
-    if not rows:
-        return ""
-    cases = list(dict.fromkeys((row["mix"], row["mode"], row["dtype"]) for row in rows))
-    figure = Figure(figsize=(3.6 * len(cases), 2.4), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        mine = [row for row in rows if (row["mix"], row["mode"], row["dtype"]) == case and row["studies_per_s"]]
-        names = ["hlip, packed" if row["policy"] == "packed" else row["policy"] for row in mine]
-        bars(axes, names, [row["studies_per_s"] for row in mine], ", ".join(case), "studies a second")
-    parts = [
-        "## Packing\n\nStudies of different numbers of scans, as three collections have them, in a training step "
-        "(`bench/packing.py`): packed, repeated or cropped to 10 scans as HLIP was trained, padded to the longest, and "
-        "in one sequence with a block mask.",
-        where(rows[-1]),
-        save(figure, figures / "packing.png"),
-        "*Studies a second, longer is faster; packing in blue.*",
-        table(
-            ["mix", "mode", "type", "policy", "studies/s", "times packed", "tokens", "GFLOP"],
-            [
-                [
-                    row["mix"], row["mode"], row["dtype"], row["policy"],
-                    row["studies_per_s"] and f"{row['studies_per_s']:.3g}",
-                    row["packed_over_this"] and f"{row['packed_over_this']:.2f}",
-                    row["tokens"], round(row["flops"] / 1e9),
-                ]
-                for row in rows
-            ],
-        ),
-    ]  # fmt: skip
     return "\n\n".join(parts)
 
 

@@ -68,7 +68,7 @@ def test_swin_runs() -> None:
 def test_results_that_differ_stop_the_run() -> None:
     ours, wanted = bench.Kind("hlip", True), {"out": torch.ones(3), "grad": torch.ones(3)}
     assert 0 < bench.compare(ours, {**wanted, "out": torch.ones(3) + 1e-6}, wanted, "fp32") < 1e-5
-    assert bench.compare(ours, {**wanted, "grad": torch.ones(3) * 1.0003}, wanted, "fp32") > bench.TOLERANCE["fp32"]
+    assert bench.compare(ours, {**wanted, "grad": torch.ones(3) * 1.00015}, wanted, "fp32") > bench.TOLERANCE["fp32"]
     for off in ({"out": torch.ones(3) * 1.1}, {"grad": torch.ones(3) * 1.001}, {"out": torch.full((3,), torch.nan)}):
         with pytest.raises(SystemExit, match=rf"hlip.*{next(iter(off))} is .* away"):
             bench.compare(ours, wanted | off, wanted, "fp32")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(BENCH))
 
 import ceilings  # noqa: E402
 import kernels  # noqa: E402
-import plot  # noqa: E402
+import page as pages  # noqa: E402
 from report import append_rows  # noqa: E402
 
 
@@ -37,6 +37,9 @@ def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
         append_rows(run, results / "attention.jsonl")
     encoder = ["--scaling", "scans", "--sizes", 1, 2, "--width", 64, "--rounds", 2, "--device", "cpu"]
     assert program("encoder.py", *encoder, "--results", results / "encoder.jsonl").returncode == 0
+    figure = ["--figure1b", "--scans", 1, "--models", "hlip", "published", "--width", 64, "--depth", 3, "--rounds", 2]
+    figure += ["--flash", "true", "--modes", "inference", "--device", "cpu"]
+    assert program("encoder.py", *figure, "--results", results / "encoder.jsonl").returncode == 0
     packing = ["--studies=2", "--rounds=2", "--depth=3", "--width=64", "--device=cpu", "--grid", 2, 2, 2]
     packing += ["--patch", 2, 4, 4, "--results", results / "packing.jsonl"]
     assert program("packing.py", *packing).returncode == 0
@@ -44,11 +47,12 @@ def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (out / "benchmarks.md").read_text()
     for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "- flash-attn: ",
-                  "## Growing studies", "## Packing", "| block_mask |"):  # fmt: skip
+                  "## Growing studies", "| training: seconds (times ours) | 1 scans | 2 scans |", "## Whole encoders",
+                  "### Figure 1b: 1 study of 1 scan, bf16", "## Packing", "| block_mask |"):  # fmt: skip
         assert words in page
     assert page.count("| sdpa-dense | forward |") == 1
     pictures = {path.name for path in (out / "figures").iterdir()}
-    assert pictures == {"attention.png", "packing.png", "scaling.png"}
+    assert pictures == {"attention.png", "packing.png", "scaling.png", "figure1b_1_bf16.png"}
     assert all(f"figures/{name}" in page for name in pictures)
 
 
@@ -58,11 +62,31 @@ def test_results_that_are_none_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "docs").exists()
     (tmp_path / "encoder.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"encoder.jsonl: not readable results"):
-        plot.read(tmp_path / "encoder.jsonl")
+        pages.read(tmp_path / "encoder.jsonl")
 
 
-def test_the_latest_run_of_a_case_is_shown() -> None:
-    rows = [{"case": c, "utc": t, "v": i} for i, (c, t) in enumerate([("a", "1"), ("b", "1"), ("a", "2"), ("a", "2")])]
-    assert [row["v"] for row in plot.latest(rows, lambda row: row["case"])] == [1, 2, 3]
-    assert plot.times([1.5, 1.25, 2]) == "1.50 (1.25-2.00)" and plot.times(None) is None
-    assert plot.table(["a"], [[None], [json.dumps(1)]]) == "| a |\n| --- |\n| - |\n| 1 |"
+def test_the_latest_of_the_fullest_runs_of_a_case_is_shown() -> None:
+    runs = {("a", "1"): "xy", ("b", "1"): "x", ("a", "2"): "yx", ("a", "3"): "x"}  # of a case, at a time: ways
+    rows = [{"case": case, "utc": utc, "way": way} for (case, utc), ways in runs.items() for way in ways]
+    shown = pages.latest(rows, lambda row: row["case"], lambda row: row["way"])
+    assert [(row["case"], row["utc"], row["way"]) for row in shown] == [
+        ("a", "2", "y"),
+        ("a", "2", "x"),
+        ("b", "1", "x"),
+    ]
+
+
+def test_machines_are_kept_apart() -> None:
+    rows = [{"device": device, "threads": threads} for device, threads in (("cpu", 1), ("cpu", 2), ("card", 2))]
+    seen = pages.of_machines(lambda rows, _, machine: f"{machine}: {len(rows)}", rows * 2, Path())
+    assert seen == [": 2", "card, 2 threads: 2", "cpu, 1 thread: 2"]
+    assert pages.file_name("table9 1 bf16", "cpu, 1 thread") == "table9_1_bf16_cpu_1_thread.png"
+
+
+def test_words_of_the_page() -> None:
+    assert pages.times([1.5, 1.25, 2]) == "1.50 (1.25-2.00)" and pages.times(None) is None
+    assert pages.table(["a"], [[None], [json.dumps(1)]]) == "| a |\n| --- |\n| - |\n| 1 |"
+    assert pages.losses([("x", 1.0), ("y", 1.5)]) == "We lose to none of these."
+    assert pages.losses([("x", 0.5), ("y", 1.5)]) == "**We lose to:** x (0.50)."
+    refused = [{"case": "a", "way": "x", "reason": "no card"}, {"case": "b", "way": "x"}]
+    assert pages.not_run(refused, lambda row: row["way"]).endswith("- x: no card (a)")

@@ -1,0 +1,133 @@
+"""What the page of benchmarks is made of: rows that are read and chosen, tables, pictures, words."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+Row = dict[str, Any]
+OURS, OTHERS = "#1f6fb4", "#9a9a9a"
+
+
+def read(path: Path) -> list[Row]:
+    """Raises ValueError where a line is no JSON object; names it."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable results ({error})") from error
+
+
+def latest(rows: Iterable[Row], case: Callable[[Row], object], way: Callable[[Row], object]) -> list[Row]:
+    """Of every case, the rows of its latest run among those with the most ways. Rows of a run share a time."""
+    runs: dict[object, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        runs[case(row)][row["utc"]].append(row)
+    best = (max(of.items(), key=lambda run: (len(set(map(way, run[1]))), run[0])) for of in runs.values())
+    return [row for _, run in best for row in run]
+
+
+def of_machines(draw: Callable[[list[Row], Path, str], str], rows: Sequence[Row], figures: Path) -> list[str]:
+    """A section for each machine and number of threads; only the most threads of the first have plain names."""
+    found: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["device"], row["threads"]].append(row)
+    order = sorted(found, key=lambda machine: -machine[1])
+    return [
+        draw(found[machine], figures, ", ".join(machine_name(found[machine][0])) if i else "")
+        for i, machine in enumerate(order)
+    ]
+
+
+def machine_name(row: Row) -> tuple[str, str]:
+    return row["device"], f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+
+
+def where(row: Row) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    return f"*{', '.join(machine_name(row))}; {versions}; commit {row['commit']}; {row['utc']}*"
+
+
+def losses(lines: Iterable[tuple[str, float]]) -> str:
+    """Where others are faster, of pairs of a name and how many times as long as ours it takes."""
+    faster = [f"{name} ({times:.2f})" for name, times in lines if times < 1]
+    return f"**We lose to:** {', '.join(faster)}." if faster else "We lose to none of these."
+
+
+def not_run(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
+    """A list of what could not run, each with its reason and, if not all cases share it, the cases."""
+    rows = list(rows)
+    every = {row["case"] for row in rows}
+    cases: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if "reason" in row:
+            cases.setdefault((name(row), row["reason"]), set()).add(row["case"])
+    if not cases:
+        return ""
+    lines = [
+        f"- {way}: {reason}" + ("" if where == every else f" ({', '.join(sorted(where))})")
+        for (way, reason), where in cases.items()
+    ]
+    return "Not run here:\n\n" + "\n".join(lines)
+
+
+def heading(title: str, machine: str, text: str, row: Row | None = None) -> str:
+    """Of a section; says where it was measured, if one row stands for all."""
+    return f"## {title}{f': {machine}' * bool(machine)}\n\n{wrapped(text)}" + (f"\n\n{where(row)}" if row else "")
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *([("-" if cell is None else cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def times(ratio: Sequence[float] | None) -> str | None:
+    return None if ratio is None else "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
+
+
+def number(row: Row, key: str, form: str = ".3g") -> str | None:
+    return format(row[key], form) if row.get(key) is not None else None
+
+
+def file_name(name: str, machine: str) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in f"{name} {machine}".lower()).split()
+    return "_".join(words) + ".png"
+
+
+def save(figure: Figure, path: Path, caption: str) -> str:
+    """Write a picture; gives the lines of the page that show it, with a caption that says how to read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+    return f"![{caption.split('.')[0]}](figures/{path.name})\n\n{wrapped(f'*{caption}*')}"
+
+
+def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, label: str) -> None:
+    """Horizontal bars with their values, ours in blue."""
+    drawn = axes.barh(names, values, color=[OURS if name.startswith("hlip") else OTHERS for name in names])
+    axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_title(title, fontsize=10)
+    axes.invert_yaxis()
+
+
+def plain_numbers(axes: Axes) -> None:
+    """Of a logarithmic y axis: 0.02 and not a power of ten."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
