@@ -26,17 +26,22 @@ docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 RESULTS := bench/results
+ENCODER := $(BIN)/python bench/encoder.py --results $(RESULTS)/encoder.jsonl
+PACKING := $(BIN)/python bench/packing.py --results $(RESULTS)/packing.jsonl
 bench: $(VENV)/.installed
 	$(BIN)/python bench/attention.py --quick --results $(RESULTS)/attention.jsonl
 	$(BIN)/python bench/attention.py --io --json $(RESULTS)/io.json
-	$(BIN)/python bench/encoder.py --table9 --rounds 2 --results $(RESULTS)/encoder.jsonl
-	$(BIN)/python bench/encoder.py --scaling scans --sizes 1 4 16 64 --rounds 2 --results $(RESULTS)/encoder.jsonl
-	$(BIN)/python bench/encoder.py --scaling slices --sizes 2 8 32 --rounds 2 --results $(RESULTS)/encoder.jsonl
-	$(BIN)/python bench/encoder.py --scaling batch --sizes 1 4 16 --rounds 2 --results $(RESULTS)/encoder.jsonl
-	$(BIN)/python bench/packing.py --mix pub_brain_5 --dtype bf16 --rounds 2 --results $(RESULTS)/packing.jsonl
-	for mix in pub_brain_5 brain_mri head_ct; do \
-		$(BIN)/python bench/packing.py --mix $$mix --studies 4 --rounds 2 --results $(RESULTS)/packing.jsonl || exit 1; \
-	done
+	$(ENCODER) --table9 --modes inference --rounds 5
+	$(ENCODER) --table9 --modes training --rounds 3
+	$(ENCODER) --table9 --modes inference --rounds 3 --allocator default --models hlip published vit swin --flash true
+	$(ENCODER) --figure1b --modes inference --rounds 3 --models hlip published vit --flash true
+	$(ENCODER) --figure1b --modes training --rounds 3 --models hlip published --flash true
+	$(ENCODER) --scaling scans --sizes 1 4 16 64 --rounds 3
+	$(ENCODER) --scaling scans --sizes 162 --rounds 1 --models hlip published --flash true
+	$(ENCODER) --scaling slices --sizes 2 8 32 --rounds 3
+	$(ENCODER) --scaling batch --sizes 1 4 16 --rounds 3
+	$(PACKING) --mix pub_brain_5 --dtype bf16 --rounds 5
+	for mix in pub_brain_5 brain_mri head_ct; do $(PACKING) --mix $$mix --studies 4 --rounds 3 || exit 1; done
 	$(BIN)/python bench/plot.py
 
 bench-compare: $(VENV)/.installed

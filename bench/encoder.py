@@ -371,7 +371,9 @@ def in_a_fresh_process(
     kind: Kind, case: Case, setting: Setting, threads: int, limit_gb: float | None, allocator: str
 ) -> dict[str, float]:
     """`training_memory`. Raises MemoryError if it needs more than the limit, or than there is."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")  # whose server has imported everything, and run nothing
+    context.set_forkserver_preload(["encoder"])
+    with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(training_memory, kind, case, setting, threads, limit_gb, allocator).result()
         except (BrokenExecutor, RuntimeError, MemoryError) as error:

@@ -142,7 +142,7 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
     def key(row: Row) -> tuple[Any, ...]:
         return row["case"], row["studies"], row["scans"], row["dtype"], row.get("allocator")
 
-    rows = latest(rows, key, lambda row: (named(row), row.get("mode")))
+    rows = latest(rows, lambda row: (*key(row), row.get("mode")), named)
     parts = [heading("Whole encoders", machine, ENCODERS)]
     titles = {"table9": "Table 9", "figure1b": "Figure 1b"}
     for case in dict.fromkeys(map(key, rows)):
@@ -173,7 +173,7 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
                         [
                             named(row), f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}",
                             times(row["times_first"]), number(row, "share", ".0%"),
-                            *([number(row, "memory_gb", ".2f"), number(row, "saved_gb", ".2f")] if memory else []),
+                            *([number(row, "memory_gb", ".2f"), number(row, "saved_gb", ".2g")] if memory else []),
                             number(row, "error", ".1g"),
                             f"{row['a40_vol_per_s']} vol/s" if "a40_vol_per_s" in row
                             else f"{row['a40_memory_gb']} GB" if "a40_memory_gb" in row else None,
