@@ -63,6 +63,7 @@ from timing import in_turns, percentiles, ratio
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
 GRADIENTS = 2  # times that, of all gradients in training: they pass every layer twice
+GPU_CALLS = 10  # in a row, of which a round takes the mean; as many to warm up
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -338,7 +339,10 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
             others = {"out": outputs[kind._replace(flash=True)]}
             errors[kind] = compare(kind, {"out": outputs[kind]}, others, setting.dtype)
     expected.clear()
-    seconds = in_turns(ways, rounds)
+    calls = GPU_CALLS if setting.device == "cuda" else 1
+    if calls > 1:
+        in_turns(ways, 1, calls)  # clocks and allocator settle
+    seconds = in_turns(ways, rounds, calls)
     rate = ceilings.measure(setting.device, DTYPES[setting.dtype]).flops
     first = next(iter(seconds.values()), [])
     for kind, mine in seconds.items():
