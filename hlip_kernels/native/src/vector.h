@@ -2,50 +2,15 @@
 //
 // All products are one template, `Product`: it reads its left matrix one element at a time, so that a transposed left
 // matrix costs nothing, and its right matrix by vectors.
-#include <math.h>
-#include <string.h>
-
 #include "kernels.h"
+#include "simd.h"
 
 namespace VECTOR_KERNELS {
 namespace {
 
-#if defined(__AVX512F__)
-const int WIDTH = 16, ROWS = 8;
-#elif defined(__AVX2__)
-const int WIDTH = 8, ROWS = 4;
-#else
-const int WIDTH = 4, ROWS = 4;
-#endif
-
-typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-
+const int ROWS = WIDTH == 16 ? 8 : 4;
 const int KEYS = 64;  // of a block
 const int QUERIES = 64;  // of a block
-const float LOG2E = 1.44269504f;
-
-inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
-inline vec fill(float x) { return x - vec{}; }  // x + 0 would be an addition: it is not x for x = -0
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
-
-// e^x to a unit in the last place or two; 0 below 2^-126.
-inline vec exponential(vec x) {
-    const vec magic = fill(12582912);  // 1.5 * 2^23: what is added to it is rounded to an integer
-    const vec least = fill(-87.3365f);
-    const vec bounded = larger(x, least), shifted = bounded * LOG2E + magic, n = shifted - magic;
-    const vec f = bounded - n * 0.693359375f + n * 2.12194440e-4f;  // n ln 2 in two parts, the first without rounding
-    vec p = fill(1.384365349e-03f);
-    p = p * f + 8.374155547e-03f;
-    p = p * f + 4.166800204e-02f;
-    p = p * f + 1.666643126e-01f;
-    p = p * f + 4.999999418e-01f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    const vec result = (vec)((ivec)p + ((ivec)shifted << 23));
-    return x < least ? vec{} : result;
-}
 
 // Lanes in another order: lane i is that of i ^ H.
 template <int H>
@@ -53,14 +18,6 @@ inline vec swap(vec x) {
     ivec from;
     for (int i = 0; i < WIDTH; ++i) from[i] = i ^ H;
     return __builtin_shuffle(x, from);
-}
-
-inline float sum_of(vec x) {
-    if (WIDTH > 8) x += swap<8 % WIDTH>(x);
-    if (WIDTH > 4) x += swap<4 % WIDTH>(x);
-    x += swap<2>(x);
-    x += swap<1>(x);
-    return x[0];
 }
 
 inline float max_of(const float* row, int columns) {
@@ -110,24 +67,18 @@ struct Product {
 };
 
 inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
+inline float widen(bf16 x) {
     const uint32_t bits = uint32_t(x) << 16;
     float result;
     memcpy(&result, &bits, sizeof result);
     return result;
 }
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, uint16_t* to) {  // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    *to = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 
-// A row of D elements to one of padded D.
+// A row of D elements, a multiple of 16, to one of padded D.
 template <typename T>
 inline void pack_row(const T* from, int64_t head_dim, int64_t padded, float* to) {
-    for (int64_t d = 0; d < head_dim; ++d) to[d] = widen(from[d]);
-    for (int64_t d = head_dim; d < padded; ++d) to[d] = 0;
+    for (int64_t d = 0; d < head_dim; d += WIDTH) store(to + d, load(from + d));
+    for (int64_t d = head_dim; d < padded; d += WIDTH) store(to + d, vec{});
 }
 
 // The same to a column of a block.
@@ -252,7 +203,7 @@ void forward_run(
         const int64_t row = group.row(first + i);
         const float total = sum_of(sum[i]), inverse = 1 / total;
         T* to = static_cast<T*>(a.out) + (row * a.heads + head) * D;
-        for (int64_t d = 0; d < D; ++d) narrow(out[i * padded + d] * inverse, to + d);
+        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(out + i * padded + d) * inverse);
         a.lse[head * a.rows + row] = most[i] * a.softmax_scale + logf(total);
     }
 }
@@ -353,9 +304,9 @@ void backward_run(
     }
     for (int64_t j = 0; j < keys; ++j) {
         T* to = static_cast<T*>(a.grad_qkv) + ((group.row(first + j) * 3 + 1) * a.heads + head) * D;
-        for (int64_t d = 0; d < D; ++d) narrow(grad_k[j * padded + d] * a.softmax_scale, to + d);
+        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_k + j * padded + d) * a.softmax_scale);
         to += a.heads * D;
-        for (int64_t d = 0; d < D; ++d) narrow(grad_v[j * padded + d], to + d);
+        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_v + j * padded + d));
     }
 }
 
@@ -366,7 +317,7 @@ void backward_finish(const Attention& a, const Group& group, Heads heads, int64_
         for (int head = heads.first; head < heads.last; ++head) {
             const float* from = BackwardTiles(a, group.length, head - heads.first, tiles).grad_q + i * padded;
             T* to = static_cast<T*>(a.grad_qkv) + (group.row(i) * 3 * a.heads + head) * D;
-            for (int64_t d = 0; d < D; ++d) narrow(from[d] * a.softmax_scale, to + d);
+            for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(from + d) * a.softmax_scale);
         }
 }
 
@@ -386,7 +337,7 @@ constexpr Kernel backward_kernel() {
 
 }  // namespace
 
-const Kernel forward[2][4] = {KERNELS(forward_kernel, float), KERNELS(forward_kernel, uint16_t)};
-const Kernel backward[2][4] = {KERNELS(backward_kernel, float), KERNELS(backward_kernel, uint16_t)};
+const Kernel forward[2][4] = {KERNELS(forward_kernel, float), KERNELS(forward_kernel, bf16)};
+const Kernel backward[2][4] = {KERNELS(backward_kernel, float), KERNELS(backward_kernel, bf16)};
 
 }  // namespace VECTOR_KERNELS
