@@ -28,7 +28,7 @@ typedef uint16_t hvec __attribute__((vector_size(WIDTH * 2), aligned(2), may_ali
 typedef uint16_t bf16;
 
 inline vec fill(float x) { return x - vec{}; }  // x + 0 would be an addition: it is not x for x = -0
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }  // b if any is not a number
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline vec load(const bf16* p) {
@@ -47,11 +47,58 @@ inline void store(bf16* p, vec x) {  // to nearest, ties to even
 #endif
 }
 
+// Lanes in another order: lane i is that of i ^ H.
+template <int H>
+inline vec swap(vec x) {
+    ivec from;
+    for (int i = 0; i < WIDTH; ++i) from[i] = i ^ H;
+    return __builtin_shuffle(x, from);
+}
+
+inline float largest_of(vec x) {
+    if (WIDTH > 8) x = larger(x, swap<8 % WIDTH>(x));
+    if (WIDTH > 4) x = larger(x, swap<4 % WIDTH>(x));
+    x = larger(x, swap<2>(x));
+    return larger(x, swap<1>(x))[0];
+}
+
+// (WIDTH, WIDTH), transposed: at each step, two rows exchange the lanes in which one has a bit of its number set and the
+// other has not.
+template <int H = 1>
+inline void transpose(vec* rows) {
+    ivec low, high;
+    for (int i = 0; i < WIDTH; ++i) {
+        low[i] = i & H ? WIDTH + i - H : i;
+        high[i] = i & H ? WIDTH + i : i + H;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i)
+        if (!(i & H)) {
+            const vec a = rows[i], b = rows[i + H];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + H] = __builtin_shuffle(a, b, high);
+        }
+    if constexpr (2 * H < WIDTH) transpose<2 * H>(rows);
+}
+
 // In the order of the lanes.
 inline float sum_of(vec x) {
     float sum = 0;
     for (int i = 0; i < WIDTH; ++i) sum += x[i];
     return sum;
+}
+
+// 2^x, relative error 1.6e-7, for x of at most 127; 0 below 2^-126, and not a number if x is none.
+inline vec exp2(vec x) {
+    const vec magic = fill(12582912 + 127);  // 1.5 * 2^23: what is added to it is rounded to an integer
+    const vec bounded = larger(fill(-127), x), shifted = bounded + magic, f = bounded - (shifted - magic);
+    vec p = fill(1.32647273e-03f);
+    p = p * f + 9.67151299e-03f;
+    p = p * f + 5.55073358e-02f;
+    p = p * f + 2.40222424e-01f;
+    p = p * f + 6.93147004e-01f;
+    p = p * f + 1.0f;
+    return p * (vec)((ivec)shifted << 23);
 }
 
 // e^x to a unit in the last place or two, for x of at most 0; 0 below 2^-126.

@@ -8,34 +8,21 @@
 namespace VECTOR_KERNELS {
 namespace {
 
-const int ROWS = WIDTH == 16 ? 8 : 4;
 const int KEYS = 64;  // of a block
-const int QUERIES = 64;  // of a block
-
-// Lanes in another order: lane i is that of i ^ H.
-template <int H>
-inline vec swap(vec x) {
-    ivec from;
-    for (int i = 0; i < WIDTH; ++i) from[i] = i ^ H;
-    return __builtin_shuffle(x, from);
-}
-
-inline float max_of(const float* row, int columns) {
-    vec most = load(row);
-    for (int j = WIDTH; j < columns; j += WIDTH) most = larger(most, load(row + j));
-    if (WIDTH > 8) most = larger(most, swap<8 % WIDTH>(most));
-    if (WIDTH > 4) most = larger(most, swap<4 % WIDTH>(most));
-    most = larger(most, swap<2>(most));
-    return larger(most, swap<1>(most))[0];
-}
+const int QUERIES = 64;  // of a block in backward
+const int TILE_QUERIES = 6;  // of a tile in forward
+const int TASK_QUERIES = 32 * TILE_QUERIES;
+const float LOG2E = 1.44269504f;
+const float SLACK = 40;  // by how many powers of two a score may exceed the maximum that is taken off
 
 // A product of matrices whose rows and steps (along the dimension that is summed over) are so many floats apart: known
-// when compiling, or the addresses would take more instructions than the sums.
-template <int A_ROW, int A_STEP, int B_STEP, int C_ROW>
+// when compiling, or the addresses would take more instructions than the sums. It is made in tiles of ROWS rows and up
+// to VECTORS vectors, which registers hold.
+template <int ROWS, int VECTORS, int A_ROW, int A_STEP, int B_STEP, int C_ROW>
 struct Product {
-    // A block of ROWS x (N * WIDTH) of c = a b, or c += a b.
+    // A tile of ROWS x (N * WIDTH) of c = a b, or c += a b.
     template <int N>
-    static inline void block(const float* a, const float* b, int64_t steps, float* c, bool add) {
+    static inline void tile(const float* a, const float* b, int64_t steps, float* c, bool add) {
         vec sum[ROWS][N] = {};
         for (int64_t k = 0; k < steps; ++k) {
             vec right[N];
@@ -55,14 +42,19 @@ struct Product {
             }
     }
 
+    template <int N = VECTORS>
+    static inline void tile_of(int64_t vectors, const float* a, const float* b, int64_t steps, float* c, bool add) {
+        if (vectors >= N)
+            tile<N>(a, b, steps, c, add);
+        else if constexpr (N > 1)
+            tile_of<N - 1>(vectors, a, b, steps, c, add);
+    }
+
     // Rows are rounded up to ROWS and columns to WIDTH: both c and a must have room.
     static void run(const float* a, const float* b, int64_t steps, float* c, int64_t rows, int64_t columns, bool add) {
-        for (int64_t j = 0; j < columns; j += 2 * WIDTH)
+        for (int64_t j = 0; j < columns; j += VECTORS * WIDTH)
             for (int64_t i = 0; i < rows; i += ROWS)
-                if (columns - j > WIDTH)
-                    block<2>(a + i * A_ROW, b + j, steps, c + i * C_ROW + j, add);
-                else
-                    block<1>(a + i * A_ROW, b + j, steps, c + i * C_ROW + j, add);
+                tile_of((columns - j + WIDTH - 1) / WIDTH, a + i * A_ROW, b + j, steps, c + i * C_ROW + j, add);
     }
 };
 
@@ -74,33 +66,40 @@ inline float widen(bf16 x) {
     return result;
 }
 
-// A row of D elements, a multiple of 16, to one of padded D.
+// Rows of a group that are packed together: they lie pages apart, so there are few of them.
 template <typename T>
-inline void pack_row(const T* from, int64_t head_dim, int64_t padded, float* to) {
-    for (int64_t d = 0; d < head_dim; d += WIDTH) store(to + d, load(from + d));
-    for (int64_t d = head_dim; d < padded; d += WIDTH) store(to + d, vec{});
-}
+struct Rows {
+    static const int COUNT = 16;
+    const T* at[COUNT];  // null where there is none
 
-// The same to a column of a block.
-template <typename T>
-inline void pack_column(const T* from, int64_t head_dim, int64_t padded, float* to) {
-    for (int64_t d = 0; d < head_dim; ++d) to[d * KEYS] = widen(from[d]);
-    for (int64_t d = head_dim; d < padded; ++d) to[d * KEYS] = 0;
-}
+    Rows(const void* tensor, const Group& group, int64_t first, int64_t last, int64_t stride) {
+        for (int i = 0; i < COUNT; ++i)
+            at[i] = first + i < last ? static_cast<const T*>(tensor) + group.row(first + i) * stride : nullptr;
+    }
 
-// f(head, row), head after head for a few rows: a line of a transposed block is filled while it is at hand, and rows, which
-// lie pages apart, are few at a time.
-template <typename F>
-inline void for_each_row(Heads heads, int64_t first, int64_t last, F f) {
-    for (int64_t at = first; at < last; at += 16)
-        for (int head = heads.first; head < heads.last; ++head)
-            for (int64_t i = at; i < at + 16 && i < last; ++i) f(head, i);
-}
+    // WIDTH elements of row i.
+    vec part(int i, int64_t column) const { return at[i] ? load(at[i] + column) : vec{}; }
 
-void clear_columns(float* block, int64_t first, int64_t padded) {
-    for (int64_t d = 0; d < padded; ++d)
-        for (int64_t r = first; r < KEYS; ++r) block[d * KEYS + r] = 0;
-}
+    // D elements of each, a multiple of 16, to rows of padded D.
+    void pack(int64_t column, int64_t head_dim, int64_t padded, float* to) const {
+        for (int i = 0; i < COUNT; ++i, to += padded) {
+            for (int64_t d = 0; d < head_dim; d += WIDTH) store(to + d, part(i, column + d));
+            for (int64_t d = head_dim; d < padded; d += WIDTH) store(to + d, vec{});
+        }
+    }
+
+    // The same to columns of a block.
+    void pack_columns(int64_t column, int64_t head_dim, int64_t padded, float* to) const {
+        for (int i = 0; i < COUNT; i += WIDTH)
+            for (int64_t d = 0; d < padded; d += WIDTH) {
+                vec square[WIDTH] = {};
+                if (d < head_dim)
+                    for (int r = 0; r < WIDTH; ++r) square[r] = part(i + r, column + d);
+                transpose(square);
+                for (int r = 0; r < WIDTH; ++r) store(to + (d + r) * KEYS + i, square[r]);
+            }
+    }
+};
 
 // Matrices of a head, each (length rounded up to QUERIES, padded D), transposed ones in blocks (padded D, KEYS).
 struct Matrices {
@@ -130,74 +129,124 @@ size_t forward_tile_bytes(const Attention& a, int64_t length) {
 }
 
 size_t forward_local_bytes(const Attention& a) {
-    return QUERIES * (KEYS + padded_head_dim(a) + 1 + WIDTH) * sizeof(float);
+    return (2 * TILE_QUERIES * KEYS + TASK_QUERIES * (padded_head_dim(a) + 1 + WIDTH)) * sizeof(float);
 }
 
 template <typename T>
 void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, padded = padded_head_dim(a);
-    for_each_row(heads, first, last, [&](int head, int64_t i) {
-        const T* row = static_cast<const T*>(a.qkv) + group.row(i) * 3 * a.heads * D;
-        const ForwardTiles to(a, group.length, head - heads.first, tiles);
-        pack_row(row + head * D, D, padded, to.q + i * padded);
-        pack_column(row + (a.heads + head) * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
-        pack_row(row + (2 * a.heads + head) * D, D, padded, to.v + i * padded);
-    });
-    if (last % KEYS == 0) return;
-    const int64_t rest = round_up(last, QUERIES) - last;
-    for (int head = heads.first; head < heads.last; ++head) {
-        const ForwardTiles to(a, group.length, head - heads.first, tiles);
-        clear_columns(to.kt + last / KEYS * KEYS * padded, last % KEYS, padded);
-        memset(to.q + last * padded, 0, rest * padded * sizeof(float));
+    const int64_t D = a.head_dim, slot = a.heads * D, padded = padded_head_dim(a);
+    for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
+        const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
+        for (int head = heads.first; head < heads.last; ++head) {
+            const ForwardTiles to(a, group.length, head - heads.first, tiles);
+            rows.pack(head * D, D, padded, to.q + i * padded);
+            rows.pack_columns(slot + head * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+            rows.pack(2 * slot + head * D, D, padded, to.v + i * padded);
+        }
     }
 }
 
-// Scores of a row to weights, in place. Returns by which factor what was summed before shrinks.
-inline float softmax_row(float* row, int64_t keys, float scale, float* most, vec* sum) {
-    const int64_t columns = round_up(keys, WIDTH);
-    for (int64_t j = keys; j < columns; ++j) row[j] = -INFINITY;
-    const float found = max_of(row, columns);
-    float shrink = 1;
-    if (found > *most) {
-        shrink = exponential(fill((*most - found) * scale))[0];
-        *most = found;
+// The softmax of a tile of queries, block by block of keys. What is taken off the scores of a row is near their maximum,
+// and changes only where a score exceeds it by far.
+struct Softmax {
+    float scale;
+    float* most;  // (TILE_QUERIES), what is taken off
+    vec* sum;  // (TILE_QUERIES)
+
+    // The scores of a row in its last vector, at j; those of keys that do not exist are `rest`.
+    static vec last(const float* row, int64_t j, int64_t keys, float rest) {
+        ivec lane;
+        for (int i = 0; i < WIDTH; ++i) lane[i] = i;
+        return lane < int32_t(keys - j) ? load(row + j) : fill(rest);
     }
-    vec total = *sum * shrink;
-    for (int64_t j = 0; j < columns; j += WIDTH) {
-        const vec weights = exponential((load(row + j) - *most) * scale);
-        store(row + j, weights);
-        total += weights;
+
+    // Weights in place of scores (TILE_QUERIES, KEYS), unless any is too large: then some of them, and false.
+    bool weigh(float* scores, int64_t keys) const {
+        const int64_t j = round_up(keys, WIDTH) - WIDTH;
+        const float factor = scale * LOG2E;
+        vec highest = fill(0), total[TILE_QUERIES];
+        for (int i = 0; i < TILE_QUERIES; ++i) {
+            float* row = scores + i * KEYS;
+            const vec x = (last(row, j, keys, factor < 0 ? INFINITY : -INFINITY) - most[i]) * factor;
+            highest = larger(x, highest);
+            total[i] = exp2(x);
+            store(row + j, total[i]);
+            for (int64_t at = 0; at < j; at += WIDTH) {
+                const vec y = (load(row + at) - most[i]) * factor, weights = exp2(y);
+                highest = larger(y, highest);
+                store(row + at, weights);
+                total[i] += weights;
+            }
+        }
+        if (largest_of(highest) > SLACK) return false;
+        for (int i = 0; i < TILE_QUERIES; ++i) sum[i] += total[i];
+        return true;
     }
-    *sum = total;
-    return shrink;
-}
+
+    // Makes room for scores that are too large; `out`, what was summed before, is null if nothing was.
+    void rise(const float* scores, int64_t keys, float* out, int64_t padded) const {
+        const int64_t j = round_up(keys, WIDTH) - WIDTH;
+        const float factor = scale * LOG2E, sign = scale < 0 ? -1 : 1;
+        for (int i = 0; i < TILE_QUERIES; ++i) {
+            const float* row = scores + i * KEYS;
+            vec found = last(row, j, keys, -sign * INFINITY) * sign;
+            for (int64_t at = 0; at < j; at += WIDTH) found = larger(found, load(row + at) * sign);
+            const float largest = largest_of(found) * sign;
+            if (out && (largest - most[i]) * factor > SLACK) {
+                const vec shrink = exp2(fill((most[i] - largest) * factor));
+                sum[i] *= shrink;
+                for (int64_t d = 0; d < padded; d += WIDTH)
+                    store(out + i * padded + d, load(out + i * padded + d) * shrink);
+                most[i] = largest;
+            } else if (!out) {
+                most[i] = largest;
+            }
+        }
+    }
+};
 
 template <typename T, int padded>
 void forward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns
 ) {
-    using Scores = Product<padded, 1, KEYS, KEYS>;  // of rows with columns
-    using Rows = Product<KEYS, 1, padded, padded>;  // of rows of a block with rows
-    const int64_t D = a.head_dim, rows = last - first;
+    const int ROWS = TILE_QUERIES, VECTORS = WIDTH == 16 ? 4 : 2;
+    using Scores = Product<ROWS, VECTORS, padded, 1, KEYS, KEYS>;  // of rows with columns
+    using Sums = Product<ROWS, VECTORS, KEYS, 1, padded, padded>;  // of rows of a block with rows
+    const int64_t D = a.head_dim, rows = last - first, count = (rows + ROWS - 1) / ROWS;
     const ForwardTiles from(a, group.length, 0, tiles);
-    float* scores = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
-    float* out = scores + QUERIES * KEYS;  // (QUERIES, padded)
-    float* most = out + QUERIES * padded;  // (QUERIES)
-    vec* sum = reinterpret_cast<vec*>(most + QUERIES);  // (QUERIES)
-    for (int64_t i = 0; i < rows; ++i) {
-        most[i] = -INFINITY;
-        sum[i] = vec{};
-    }
+    vec* sum = reinterpret_cast<vec*>(local);  // (TASK_QUERIES)
+    float* scores = reinterpret_cast<float*>(sum + TASK_QUERIES);  // (2, TILE_QUERIES, KEYS)
+    float* out = scores + 2 * ROWS * KEYS;  // (TASK_QUERIES, padded)
+    float* most = out + TASK_QUERIES * padded;  // (TASK_QUERIES)
+    for (int64_t i = 0; i < count * ROWS; ++i) sum[i] = vec{};
     for (int64_t key = 0; key < group.length; key += KEYS) {
         const int64_t keys = smaller(KEYS, group.length - key);
-        Scores::run(from.q + first * padded, from.kt + key * padded, padded, scores, rows, keys, false);
-        for (int64_t i = 0; i < rows; ++i) {
-            const float shrink = softmax_row(scores + i * KEYS, keys, a.softmax_scale, most + i, sum + i);
-            if (shrink != 1 && key != 0)
-                for (int64_t d = 0; d < padded; d += WIDTH)
-                    store(out + i * padded + d, load(out + i * padded + d) * shrink);
+        const float *kt = from.kt + key * padded, *v = from.v + key * padded;
+        // A tile is summed up after the next one's scores, which do not wait for its weights.
+        for (int64_t t = 0; t <= count; ++t) {
+            float* now = scores + t % 2 * ROWS * KEYS;
+            if (t < count) {
+                const float* q = from.q + (first + t * ROWS) * padded;  // rows that do not exist are any numbers
+                const Softmax softmax = {a.softmax_scale, most + t * ROWS, sum + t * ROWS};
+                float* sums = key == 0 ? nullptr : out + t * ROWS * padded;
+                Scores::run(q, kt, padded, now, ROWS, keys, false);
+                if (key == 0) softmax.rise(now, keys, sums, padded);
+                if (!softmax.weigh(now, keys)) {
+                    Scores::run(q, kt, padded, now, ROWS, keys, false);
+                    softmax.rise(now, keys, sums, padded);
+                    softmax.weigh(now, keys);
+                }
+            }
+            if (t + 1 < count)
+                for (int i = 0; i < ROWS * padded; i += 16) {
+                    __builtin_prefetch(from.q + (first + (t + 1) * ROWS) * padded + i);
+                    __builtin_prefetch(out + t * ROWS * padded + i);
+                }
+            if (t > 0) {
+                const float* weights = scores + (t - 1) % 2 * ROWS * KEYS;
+                Sums::run(weights, v, keys, out + (t - 1) * ROWS * padded, ROWS, padded, key != 0);
+            }
         }
-        Rows::run(scores, from.v + key * padded, keys, out, rows, padded, key != 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = group.row(first + i);
@@ -235,32 +284,26 @@ size_t backward_local_bytes(const Attention& a) {
 
 template <typename T>
 void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, padded = padded_head_dim(a);
-    for_each_row(heads, first, last, [&](int head, int64_t i) {
-        const int64_t r = group.row(i);
-        const BackwardTiles to(a, group.length, head - heads.first, tiles);
-        const T* q = static_cast<const T*>(a.qkv) + (r * 3 * a.heads + head) * D;
-        const T *k = q + a.heads * D, *v = k + a.heads * D;
-        const T* g = static_cast<const T*>(a.grad_out) + (r * a.heads + head) * D;
-        const T* out = static_cast<const T*>(a.out) + (r * a.heads + head) * D;
-        pack_row(q, D, padded, to.q + i * padded);
-        pack_row(g, D, padded, to.g + i * padded);
-        pack_row(k, D, padded, to.k + i * padded);
-        pack_column(k, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
-        pack_column(v, D, padded, to.vt + i / KEYS * KEYS * padded + i % KEYS);
-        to.lse[i] = a.lse[head * a.rows + r];
-        float delta = 0;
-        for (int64_t d = 0; d < D; ++d) delta += widen(g[d]) * widen(out[d]);
-        to.delta[i] = delta;
-    });
-    if (last % KEYS == 0) return;
-    const int64_t rest = round_up(last, QUERIES) - last;
-    for (int head = heads.first; head < heads.last; ++head) {
-        const BackwardTiles to(a, group.length, head - heads.first, tiles);
-        clear_columns(to.kt + last / KEYS * KEYS * padded, last % KEYS, padded);
-        clear_columns(to.vt + last / KEYS * KEYS * padded, last % KEYS, padded);
-        memset(to.q + last * padded, 0, rest * padded * sizeof(float));
-        memset(to.g + last * padded, 0, rest * padded * sizeof(float));
+    const int64_t D = a.head_dim, slot = a.heads * D, padded = padded_head_dim(a);
+    for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
+        const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
+        const Rows<T> grads(a.grad_out, group, i, last, slot), out(a.out, group, i, last, slot);
+        for (int head = heads.first; head < heads.last; ++head) {
+            const BackwardTiles to(a, group.length, head - heads.first, tiles);
+            const int64_t column = i / KEYS * KEYS * padded + i % KEYS;
+            rows.pack(head * D, D, padded, to.q + i * padded);
+            grads.pack(head * D, D, padded, to.g + i * padded);
+            rows.pack(slot + head * D, D, padded, to.k + i * padded);
+            rows.pack_columns(slot + head * D, D, padded, to.kt + column);
+            rows.pack_columns(2 * slot + head * D, D, padded, to.vt + column);
+            for (int r = 0; r < Rows<T>::COUNT && i + r < last; ++r) {
+                float delta = 0;  // in the order of the products, or a softmax of one key would have a gradient
+                for (int64_t d = 0; d < D; ++d)
+                    delta += to.g[(i + r) * padded + d] * widen(out.at[r][head * D + d]);
+                to.delta[i + r] = delta;
+                to.lse[i + r] = a.lse[head * a.rows + group.row(i + r)];
+            }
+        }
     }
 }
 
@@ -270,7 +313,7 @@ inline void softmax_gradient(
 ) {
     for (int64_t i = 0; i < queries; ++i)
         for (int64_t j = 0; j < keys; j += WIDTH) {
-            const vec weights = exponential(load(scores + i * KEYS + j) * scale - lse[i]);
+            const vec weights = exp2((load(scores + i * KEYS + j) * scale - lse[i]) * LOG2E);
             store(scores + i * KEYS + j, weights);
             store(grads + i * KEYS + j, weights * (load(grads + i * KEYS + j) - delta[i]));
         }
@@ -280,9 +323,10 @@ template <typename T, int padded>
 void backward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns turns
 ) {
-    using Scores = Product<padded, 1, KEYS, KEYS>;  // of rows with columns
-    using Rows = Product<KEYS, 1, padded, padded>;  // of rows of a block with rows
-    using Columns = Product<1, KEYS, padded, padded>;  // of columns of a block with rows
+    const int ROWS = WIDTH == 16 ? 8 : 4, VECTORS = 2;
+    using Scores = Product<ROWS, VECTORS, padded, 1, KEYS, KEYS>;  // of rows with columns
+    using RowSums = Product<ROWS, VECTORS, KEYS, 1, padded, padded>;  // of rows of a block with rows
+    using ColumnSums = Product<ROWS, VECTORS, 1, KEYS, padded, padded>;  // of columns of a block with rows
     const int64_t D = a.head_dim, keys = last - first;
     const BackwardTiles from(a, group.length, 0, tiles);
     float* weights = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
@@ -296,10 +340,10 @@ void backward_run(
         Scores::run(q, kt, padded, weights, queries, keys, false);
         Scores::run(g, vt, padded, grads, queries, keys, false);
         softmax_gradient(weights, grads, from.lse + query, from.delta + query, a.softmax_scale, queries, keys);
-        Columns::run(weights, g, queries, grad_v, keys, padded, query != 0);
-        Columns::run(grads, q, queries, grad_k, keys, padded, query != 0);
+        ColumnSums::run(weights, g, queries, grad_v, keys, padded, query != 0);
+        ColumnSums::run(grads, q, queries, grad_k, keys, padded, query != 0);
         turns.wait(query / QUERIES, first / KEYS);
-        Rows::run(grads, k, keys, from.grad_q + query * padded, queries, padded, first != 0);
+        RowSums::run(grads, k, keys, from.grad_q + query * padded, queries, padded, first != 0);
         turns.pass(query / QUERIES, first / KEYS);
     }
     for (int64_t j = 0; j < keys; ++j) {
@@ -323,7 +367,7 @@ void backward_finish(const Attention& a, const Group& group, Heads heads, int64_
 
 template <typename T, int padded>
 constexpr Kernel forward_kernel() {
-    return {KEYS, QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T, padded>, nullptr};
+    return {KEYS, TASK_QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T, padded>, nullptr};
 }
 
 template <typename T, int padded>
