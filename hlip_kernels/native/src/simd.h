@@ -88,17 +88,25 @@ inline float sum_of(vec x) {
     return sum;
 }
 
-// 2^x, relative error 1.6e-7, for x of at most 127; 0 below 2^-126, and not a number if x is none.
+// 2^x, relative error 1.6e-7; 0 below 2^-126, at least 2^127 where it cannot be told, and not a number if x is none.
 inline vec exp2(vec x) {
     const vec magic = fill(12582912 + 127);  // 1.5 * 2^23: what is added to it is rounded to an integer
-    const vec bounded = larger(fill(-127), x), shifted = bounded + magic, f = bounded - (shifted - magic);
+#if !defined(__AVX512F__)
+    x = larger(fill(-127), x);
+    x = x > 127.0f ? fill(127) : x;
+#endif
+    const vec shifted = x + magic, n = shifted - magic, f = x - n;
     vec p = fill(1.32647273e-03f);
     p = p * f + 9.67151299e-03f;
     p = p * f + 5.55073358e-02f;
     p = p * f + 2.40222424e-01f;
     p = p * f + 6.93147004e-01f;
     p = p * f + 1.0f;
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
     return p * (vec)((ivec)shifted << 23);
+#endif
 }
 
 // e^x to a unit in the last place or two, for x of at most 0; 0 below 2^-126.

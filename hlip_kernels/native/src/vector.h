@@ -11,9 +11,9 @@ namespace {
 const int KEYS = 64;  // of a block
 const int QUERIES = 64;  // of a block in backward
 const int TILE_QUERIES = 6;  // of a tile in forward
-const int TASK_QUERIES = 32 * TILE_QUERIES;
+const int TASK_QUERIES = 64 * TILE_QUERIES;
 const float LOG2E = 1.44269504f;
-const float SLACK = 40;  // by how many powers of two a score may exceed the maximum that is taken off
+const float MOST_WEIGHT = 0x1p40f;  // of a key, before the maximum that is taken off is raised
 
 // A product of matrices whose rows and steps (along the dimension that is summed over) are so many floats apart: known
 // when compiling, or the addresses would take more instructions than the sums. It is made in tiles of ROWS rows and up
@@ -101,13 +101,14 @@ struct Rows {
     }
 };
 
-// Matrices of a head, each (length rounded up to QUERIES, padded D), transposed ones in blocks (padded D, KEYS).
+// Matrices of a head, each (rows for whole blocks and whole tiles, padded D), transposed ones in blocks (padded D, KEYS).
 struct Matrices {
     int64_t matrix, rows, padded;
 
     Matrices(const Attention& a, int64_t length)
-        : matrix(round_up(length, QUERIES) * padded_head_dim(a)), rows(round_up(length, QUERIES)),
-          padded(padded_head_dim(a)) {}
+        : rows(round_up(round_up(length, TILE_QUERIES), KEYS)), padded(padded_head_dim(a)) {
+        matrix = rows * padded;
+    }
 };
 
 const int FORWARD_MATRICES = 3;  // q, k^T, v
@@ -135,7 +136,8 @@ size_t forward_local_bytes(const Attention& a) {
 template <typename T>
 void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, slot = a.heads * D, padded = padded_head_dim(a);
-    for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
+    const int64_t end = last == group.length ? round_up(last, TILE_QUERIES) : last;
+    for (int64_t i = first; i < end; i += Rows<T>::COUNT) {
         const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
         for (int head = heads.first; head < heads.last; ++head) {
             const ForwardTiles to(a, group.length, head - heads.first, tiles);
@@ -160,30 +162,28 @@ struct Softmax {
         return lane < int32_t(keys - j) ? load(row + j) : fill(rest);
     }
 
-    // Weights in place of scores (TILE_QUERIES, KEYS), unless any is too large: then some of them, and false.
+    // Weights in place of scores (TILE_QUERIES, KEYS), unless any is too large: then false.
     bool weigh(float* scores, int64_t keys) const {
         const int64_t j = round_up(keys, WIDTH) - WIDTH;
         const float factor = scale * LOG2E;
-        vec highest = fill(0), total[TILE_QUERIES];
+        vec total[TILE_QUERIES], highest = {};
         for (int i = 0; i < TILE_QUERIES; ++i) {
             float* row = scores + i * KEYS;
-            const vec x = (last(row, j, keys, factor < 0 ? INFINITY : -INFINITY) - most[i]) * factor;
-            highest = larger(x, highest);
-            total[i] = exp2(x);
+            total[i] = exp2((last(row, j, keys, factor < 0 ? INFINITY : -INFINITY) - most[i]) * factor);
             store(row + j, total[i]);
             for (int64_t at = 0; at < j; at += WIDTH) {
-                const vec y = (load(row + at) - most[i]) * factor, weights = exp2(y);
-                highest = larger(y, highest);
+                const vec weights = exp2((load(row + at) - most[i]) * factor);
                 store(row + at, weights);
                 total[i] += weights;
             }
+            highest = larger(total[i], highest);
         }
-        if (largest_of(highest) > SLACK) return false;
+        if (largest_of(highest) > MOST_WEIGHT) return false;
         for (int i = 0; i < TILE_QUERIES; ++i) sum[i] += total[i];
         return true;
     }
 
-    // Makes room for scores that are too large; `out`, what was summed before, is null if nothing was.
+    // Takes off the maximum; `out`, what was summed before, is null if nothing was.
     void rise(const float* scores, int64_t keys, float* out, int64_t padded) const {
         const int64_t j = round_up(keys, WIDTH) - WIDTH;
         const float factor = scale * LOG2E, sign = scale < 0 ? -1 : 1;
@@ -192,15 +192,14 @@ struct Softmax {
             vec found = last(row, j, keys, -sign * INFINITY) * sign;
             for (int64_t at = 0; at < j; at += WIDTH) found = larger(found, load(row + at) * sign);
             const float largest = largest_of(found) * sign;
-            if (out && (largest - most[i]) * factor > SLACK) {
+            if (out) {
+                if (!((largest - most[i]) * factor > 0)) continue;
                 const vec shrink = exp2(fill((most[i] - largest) * factor));
                 sum[i] *= shrink;
                 for (int64_t d = 0; d < padded; d += WIDTH)
                     store(out + i * padded + d, load(out + i * padded + d) * shrink);
-                most[i] = largest;
-            } else if (!out) {
-                most[i] = largest;
             }
+            most[i] = largest;
         }
     }
 };
@@ -226,7 +225,7 @@ void forward_run(
         for (int64_t t = 0; t <= count; ++t) {
             float* now = scores + t % 2 * ROWS * KEYS;
             if (t < count) {
-                const float* q = from.q + (first + t * ROWS) * padded;  // rows that do not exist are any numbers
+                const float* q = from.q + (first + t * ROWS) * padded;
                 const Softmax softmax = {a.softmax_scale, most + t * ROWS, sum + t * ROWS};
                 float* sums = key == 0 ? nullptr : out + t * ROWS * padded;
                 Scores::run(q, kt, padded, now, ROWS, keys, false);
@@ -237,11 +236,15 @@ void forward_run(
                     softmax.weigh(now, keys);
                 }
             }
-            if (t + 1 < count)
-                for (int i = 0; i < ROWS * padded; i += 16) {
-                    __builtin_prefetch(from.q + (first + (t + 1) * ROWS) * padded + i);
-                    __builtin_prefetch(out + t * ROWS * padded + i);
-                }
+            // The next tile into the first cache, and its share of the next block of keys into the second.
+            for (int i = 0; i < ROWS * padded; i += 16) {
+                __builtin_prefetch(from.q + (first + (t + 1) * ROWS) * padded + i);
+                __builtin_prefetch(out + t * ROWS * padded + i);
+            }
+            for (int64_t i = t * KEYS * padded / count; i < (t + 1) * KEYS * padded / count; i += 16) {
+                __builtin_prefetch(kt + KEYS * padded + i, 0, 2);
+                __builtin_prefetch(v + KEYS * padded + i, 0, 2);
+            }
             if (t > 0) {
                 const float* weights = scores + (t - 1) % 2 * ROWS * KEYS;
                 Sums::run(weights, v, keys, out + (t - 1) * ROWS * padded, ROWS, padded, key != 0);
