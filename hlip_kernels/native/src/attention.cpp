@@ -99,16 +99,23 @@ static void run_alone(const Attention& a, const Kernel& k, int64_t g, char* tile
     if (k.finish) k.finish(a, group, all, 0, group.length, tiles);
 }
 
-// A share of some heads of a group that all threads work on; each calls this. `next` counts tasks.
+// A share of some heads of a group that all threads work on; each calls this. `next` counts tasks: first whole heads, as
+// many to each thread, since blocks of a head add to the same sums, which would go from one thread's cache to another's;
+// then the blocks of the heads that are left.
 static void run_together(
     const Attention& a, const Kernel& k, const Group& group, Heads heads, char* tiles, char* local, Turns turns,
     int64_t* next
 ) {
     const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
-    const int64_t tasks = (heads.last - heads.first) * blocks;
+    const int64_t count = heads.last - heads.first, whole = count / a.threads * a.threads;
+    const int64_t tasks = whole + (count - whole) * blocks;
+    const auto run = [&](int64_t head, int64_t block) {
+        const int64_t first = block * k.block, last = smaller(first + k.block, group.length);
+        k.run(a, group, heads.first + head, first, last, tiles + head * head_bytes, local, {turns.done + head * blocks});
+    };
 #pragma omp single
     {
-        memset(turns.done, 0, tasks * sizeof(int32_t));
+        memset(turns.done, 0, count * blocks * sizeof(int32_t));
         *next = 0;
     }
 #pragma omp for schedule(dynamic, 1)
@@ -118,10 +125,10 @@ static void run_together(
     for (;;) {
         const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
         if (task >= tasks) break;
-        const int64_t head = task / blocks, first = task % blocks * k.block;
-        const Turns own = {turns.done + head * blocks};
-        const int64_t last = smaller(first + k.block, group.length);
-        k.run(a, group, heads.first + head, first, last, tiles + head * head_bytes, local, own);
+        if (task < whole)
+            for (int64_t block = 0; block < blocks; ++block) run(task, block);
+        else
+            run(whole + (task - whole) / blocks, (task - whole) % blocks);
     }
 #pragma omp barrier
     if (!k.finish) return;
@@ -130,16 +137,27 @@ static void run_together(
         k.finish(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
 }
 
-// Large results are fresh memory at every call: in huge pages it is cleared at a fraction of the cost.
-static void advise(void* memory, int64_t bytes) {
+// The huge pages within some memory.
+struct HugePages {
+    static const int64_t SIZE = 2 << 20;
+    char *begin, *end;
+
+    HugePages(void* memory, int64_t bytes)
+        : begin(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory), SIZE))),
+          end(reinterpret_cast<char*>((reinterpret_cast<int64_t>(memory) + bytes) / SIZE * SIZE)) {}
+
+    // Large results are fresh memory at every call: in huge pages it is cleared at a fraction of the cost.
+    void advise() const {
 #ifdef MADV_HUGEPAGE
-    const int64_t PAGE = 2 << 20, begin = round_up(reinterpret_cast<int64_t>(memory), PAGE);
-    const int64_t end = (reinterpret_cast<int64_t>(memory) + bytes) / PAGE * PAGE;
-    if (end - begin >= 2 * PAGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
+        if (end - begin >= 2 * SIZE) madvise(begin, end - begin, MADV_HUGEPAGE);
 #endif
-}
+    }
+    // All threads call this before they write. If two came upon the same fresh page, both would clear it.
+    void touch() const {
+#pragma omp for schedule(static)
+        for (char* page = begin; page < end; page += SIZE) *static_cast<volatile char*>(page) = 0;
+    }
+};
 
 extern "C" __attribute__((visibility("default"))) int64_t hlip_attention_scratch(
     const Attention* a, int32_t isa, int32_t backward
@@ -154,7 +172,8 @@ extern "C" __attribute__((visibility("default"))) void hlip_attention(
     const Kernel& k = kernel_of(a, isa, backward);
     const Scratch scratch(a, k);
     const int64_t row_bytes = int64_t(a.heads) * a.head_dim * (a.bfloat16 ? 2 : 4);
-    advise(backward ? a.grad_qkv : a.out, a.rows * row_bytes * (backward ? 3 : 1));
+    const HugePages pages(backward ? a.grad_qkv : a.out, a.rows * row_bytes * (backward ? 3 : 1));
+    pages.advise();
     char* memory = static_cast<char*>(a.scratch);
     Place* order = reinterpret_cast<Place*>(memory);
     for (int64_t g = 0; g < a.groups; ++g) order[g] = {length_of(a, g), g};
@@ -168,6 +187,7 @@ extern "C" __attribute__((visibility("default"))) void hlip_attention(
         char* local = tiles + scratch.local;
         const Turns own = {reinterpret_cast<int32_t*>(tiles + scratch.own_turns)};
         const Turns turns = {reinterpret_cast<int32_t*>(memory + scratch.turns)};
+        pages.touch();
         for (int64_t i = 0; i < long_groups; ++i) {
             const Group group = group_of(a, order[i].group);
             const int count = heads_at_once(a, k.tile_bytes(a, group.length), SHARED);
