@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hlip.model.layers import Mlp
 from hlip_kernels import linear as kernels
 from hlip_kernels import linear_of_norm, linear_of_pixels, mlp_of_norm
+from hlip_kernels import native as library
 from hlip_kernels.backends import native_rows
 from hlip_kernels.native import ISAS, Native, native
 
@@ -175,7 +176,7 @@ def isas() -> list[str]:
 def on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run what follows on these instructions."""
     found = Native(native().library, isa, "")
-    monkeypatch.setattr(native_rows, "native", lambda: found)
+    monkeypatch.setattr(library, "native", lambda: found)
 
 
 @needs_library

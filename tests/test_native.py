@@ -50,7 +50,8 @@ def same_threads() -> Iterator[None]:
 
 
 def force(patch: pytest.MonkeyPatch, isa: str) -> None:
-    patch.setattr(backend, "native", lambda: native()._replace(isa=isa))
+    found = native()._replace(isa=isa)
+    patch.setattr(library, "native", lambda: found)
 
 
 def results(way: object, qkv: Tensor, lengths: Sequence[int], num_prefix: int, scale: float) -> tuple[Tensor, ...]:
@@ -238,7 +239,7 @@ def test_auto_leaves_code_for_any_processor_aside(monkeypatch: pytest.MonkeyPatc
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "PATH", tmp_path / "missing.so")
     missing = library.native.__wrapped__()
-    monkeypatch.setattr(backend, "native", lambda: missing)
+    monkeypatch.setattr(library, "native", lambda: missing)
     choose_backend.cache_clear()
     assert "native" not in available_backends()
     assert choose_backend("auto", "cpu", torch.float32, 64) == "cpu"

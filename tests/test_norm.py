@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
-from hlip_kernels.backends import native_rows
+from hlip_kernels import native as library
 from hlip_kernels.backends.groups import Regroup
 from hlip_kernels.layout import LEVELS
 from hlip_kernels.native import ISAS, Native, native
@@ -226,7 +226,7 @@ def test_every_instruction_set_is_as_exact_and_repeatable_for_any_number_of_thre
     width: int, src: Level, dst: Level, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Native(native().library, isa, "")
-    monkeypatch.setattr(native_rows, "native", lambda: found)
+    monkeypatch.setattr(library, "native", lambda: found)
     layout = StudyLayout.from_grids(RAGGED, 2)
     inputs = make_inputs(layout, src, "both", width=width)
     exact = run(inputs, layout, src, dst, None, RAGGED)

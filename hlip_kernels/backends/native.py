@@ -7,10 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..native import ISAS, native, scratch
+from .. import native as library
 from .groups import Groups
 
-DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 128
 
 
@@ -26,13 +25,7 @@ class _Attention(ctypes.Structure):
 
 
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = []
-    if device != "cpu":
-        reasons.append(f"needs CPU tensors, got {device}")
-    if reason := native().reason:
-        reasons.append(reason)
-    if dtype not in DTYPES:
-        reasons.append(f"needs bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
+    reasons = library.not_supported_reasons(device, dtype)
     if head_dim % 16 or not 0 < head_dim <= MAX_HEAD_DIM:
         reasons.append(f"needs a head dim that is a multiple of 16 and at most {MAX_HEAD_DIM}, got {head_dim}")
     return reasons
@@ -40,7 +33,7 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 
 def portable() -> bool:
     """Whether there is nothing but code for any processor."""
-    return native().isa == ISAS[0]
+    return library.native().isa == library.ISAS[0]
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -65,8 +58,8 @@ def _run(
     grad_out: Tensor | None = None,
     grad_qkv: Tensor | None = None,
 ) -> None:
-    library, isa, _ = native()
-    assert library is not None
+    functions, isa, _ = library.native()
+    assert functions is not None
     qkv, cu_seqlens = qkv.contiguous(), groups.cu_seqlens.contiguous()
     call = _Attention(
         *(None if x is None else x.data_ptr() for x in (qkv, cu_seqlens, out, lse, grad_out, grad_qkv)),
@@ -80,7 +73,7 @@ def _run(
         threads=torch.get_num_threads(),
         softmax_scale=softmax_scale,
     )
-    settings = ctypes.byref(call), ISAS.index(isa), int(grad_qkv is not None)
-    call.scratch, memory = scratch(library.hlip_attention_scratch(*settings))
-    library.hlip_attention(*settings)
+    settings = ctypes.byref(call), library.ISAS.index(isa), int(grad_qkv is not None)
+    call.scratch, memory = library.scratch(functions.hlip_attention_scratch(*settings))
+    functions.hlip_attention(*settings)
     del memory  # not before

@@ -10,10 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..native import ISAS, native
+from .. import native as library
 from .groups import Regroup
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Norm(ctypes.Structure):
@@ -44,15 +42,7 @@ class _Gelu(ctypes.Structure):
     )
 
 
-def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
-    reasons = []
-    if device != "cpu":
-        reasons.append(f"needs CPU tensors, got {device}")
-    if reason := native().reason:
-        reasons.append(reason)
-    if dtype not in DTYPES:
-        reasons.append(f"needs bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
-    return reasons
+norm_not_supported_reasons = library.not_supported_reasons
 
 
 def norm_forward(
@@ -135,23 +125,23 @@ def norm_backward(
 
 
 def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """Make the gradient of gelu(x) that of x, in its place, and return gelu(x). Both contiguous, of one of `DTYPES`.
+    """Make the gradient of gelu(x) that of x, in its place, and return gelu(x). Both contiguous, bfloat16 or float32.
 
     The relative error of the normal distribution's two tails is that of rounding to float32.
     """
-    library, isa, _ = native()
-    assert library is not None
+    functions, isa, _ = library.native()
+    assert functions is not None
     y = torch.empty(x.shape, dtype=x.dtype)
     call = _Gelu(
         x.data_ptr(), y.data_ptr(), grad.data_ptr(), x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads()
     )
-    library.hlip_gelu(ctypes.byref(call), ISAS.index(isa))
+    functions.hlip_gelu(ctypes.byref(call), library.ISAS.index(isa))
     return y
 
 
 def _run(regroup: Regroup, tokens: int, eps: float, **tensors: Tensor | None) -> None:
-    library, isa, _ = native()
-    assert library is not None
+    functions, isa, _ = library.native()
+    assert functions is not None
     children = None if regroup.children is None else regroup.children.contiguous()
     tensors |= {"cu_seqlens": regroup.cu_seqlens.contiguous(), "children": children}
     kept = {name: None if t is None else t.contiguous() for name, t in tensors.items()}  # alive until the call is over
@@ -171,14 +161,14 @@ def _run(regroup: Regroup, tokens: int, eps: float, **tensors: Tensor | None) ->
     )
     backward = kept.get("grad_residual") is not None
     if backward:
-        library.hlip_norm_blocks.restype = ctypes.c_int64
-        partial = torch.empty(library.hlip_norm_blocks(ctypes.byref(call)), 3, x.shape[1])
+        functions.hlip_norm_blocks.restype = ctypes.c_int64
+        partial = torch.empty(functions.hlip_norm_blocks(ctypes.byref(call)), 3, x.shape[1])
         call.partial = partial.data_ptr()
-    library.hlip_norm(ctypes.byref(call), ISAS.index(isa), backward)
+    functions.hlip_norm(ctypes.byref(call), library.ISAS.index(isa), backward)
 
 
 def _known(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in DTYPES else torch.float32
+    return dtype if dtype in library.DTYPES else torch.float32
 
 
 def _single(x: Tensor | None) -> Tensor | None:

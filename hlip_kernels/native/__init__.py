@@ -15,8 +15,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import torch  # noqa: F401  (loads the OpenMP runtime)
+import torch  # also loads the OpenMP runtime
 
+DTYPES = (torch.float32, torch.bfloat16)
 ISAS = ("scalar", "avx2", "avx512", "amx")  # as the library numbers them
 PATH = Path(__file__).parent / "libhlip_native.so"
 HUGE_PAGE = 2 << 20
@@ -51,6 +52,18 @@ def native() -> Native:
     if asked not in ISAS[: best + 1]:
         raise ValueError(f"HLIP_NATIVE_ISA: this processor has {', '.join(ISAS[: best + 1])}; got {asked!r}")
     return Native(library, asked, "")
+
+
+def not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
+    """Why no kernel of the library can run on tensors of this device type and dtype; empty if they can."""
+    reasons = []
+    if device != "cpu":
+        reasons.append(f"needs CPU tensors, got {device}")
+    if reason := native().reason:
+        reasons.append(reason)
+    if dtype not in DTYPES:
+        reasons.append(f"needs bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
+    return reasons
 
 
 class _Scratch(threading.local):
