@@ -114,6 +114,29 @@ def test_scores_of_any_size(isa: str, spread: float, dtype: torch.dtype) -> None
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_shows_and_stays_in_its_row(isa: str, dtype: torch.dtype) -> None:
+    qkv = torch.randn(100, 3, 2, 32).to(dtype)
+    qkv[3, 0, 1, 5] = torch.nan
+    out, lse = backend.forward(qkv, plain_groups((50, 50), 0), 0.2)
+    assert out[3, 1].isnan().all()
+    assert lse[1, 3].isnan()
+    assert out.isnan().sum() == 32
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_below_zero(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    qkv = (8 * torch.randn(130, 3, 2, 32)).to(dtype)
+    flipped = qkv.clone()
+    flipped[:, 0] *= -1
+    below, above = (results(backend, x, (130,), 0, scale) for x, scale in ((qkv, -0.2), (flipped, 0.2)))
+    for got, expected in zip(below[:2], above[:2], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@needs_library
 @pytest.mark.parametrize("offset", [-3072.0, 3072.0])
 def test_scores_far_from_zero(isa: str, offset: float) -> None:
     """A row's softmax is that of its scores less any number."""
