@@ -99,9 +99,9 @@ static void run_alone(const Attention& a, const Kernel& k, int64_t g, char* tile
     if (k.finish) k.finish(a, group, all, 0, group.length, tiles);
 }
 
-// A share of some heads of a group that all threads work on; each calls this. `next` counts tasks: first whole heads, as
-// many to each thread, since blocks of a head add to the same sums, which would go from one thread's cache to another's;
-// then the blocks of the heads that are left.
+// A share of some heads of a group that all threads work on; each calls this. `next` counts tasks: first whole heads,
+// as many to each thread, since blocks of a head add to the same sums, which would go from one thread's cache to
+// another's; then the blocks of the heads that are left.
 static void run_together(
     const Attention& a, const Kernel& k, const Group& group, Heads heads, char* tiles, char* local, Turns turns,
     int64_t* next
@@ -111,7 +111,8 @@ static void run_together(
     const int64_t tasks = whole + (count - whole) * blocks;
     const auto run = [&](int64_t head, int64_t block) {
         const int64_t first = block * k.block, last = smaller(first + k.block, group.length);
-        k.run(a, group, heads.first + head, first, last, tiles + head * head_bytes, local, {turns.done + head * blocks});
+        const Turns own = {turns.done + head * blocks};
+        k.run(a, group, heads.first + head, first, last, tiles + head * head_bytes, local, own);
     };
 #pragma omp single
     {

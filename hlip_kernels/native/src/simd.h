@@ -62,8 +62,8 @@ inline float largest_of(vec x) {
     return larger(x, swap<1>(x))[0];
 }
 
-// (WIDTH, WIDTH), transposed: at each step, two rows exchange the lanes in which one has a bit of its number set and the
-// other has not.
+// (WIDTH, WIDTH), transposed: at each step, two rows whose numbers differ in one bit exchange the lanes in which that
+// bit is not their own.
 template <int H = 1>
 inline void transpose(vec* rows) {
     ivec low, high;

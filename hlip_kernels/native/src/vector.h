@@ -101,7 +101,7 @@ struct Rows {
     }
 };
 
-// Matrices of a head, each (rows for whole blocks and whole tiles, padded D), transposed ones in blocks (padded D, KEYS).
+// Matrices of a head, each (rows for whole blocks and tiles, padded D), transposed ones in blocks (padded D, KEYS).
 struct Matrices {
     int64_t matrix, rows, padded;
 
@@ -148,8 +148,8 @@ void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t f
     }
 }
 
-// The softmax of a tile of queries, block by block of keys. What is taken off the scores of a row is near their maximum,
-// and changes only where a score exceeds it by far.
+// The softmax of a tile of queries, block by block of keys. What is taken off the scores of a row is near their
+// maximum, and changes only where a score exceeds it by far.
 struct Softmax {
     float scale;
     float* most;  // (TILE_QUERIES), what is taken off
@@ -370,7 +370,8 @@ void backward_finish(const Attention& a, const Group& group, Heads heads, int64_
 
 template <typename T, int padded>
 constexpr Kernel forward_kernel() {
-    return {KEYS, TASK_QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T, padded>, nullptr};
+    return {KEYS, TASK_QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T, padded>,
+            nullptr};
 }
 
 template <typename T, int padded>
