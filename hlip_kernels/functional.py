@@ -54,6 +54,7 @@ def hier_attention(
     _check_rows("qkv", qkv, layout, level)
     if not torch.compiler.is_compiling():  # a compiled model leaves the choice to the op
         backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
+    out: Tensor
     out, _ = torch.ops.hlip_kernels.hier_attention(
         qkv,
         layout.cu_seqlens(level),

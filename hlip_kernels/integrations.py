@@ -44,7 +44,8 @@ def dense_attention(
     num_prefix, (batch, tokens, *per_token) = layout.num_prefix, qkv.shape
     home = _level_of_rows(layout, batch, tokens)
     if num_prefix == 0:  # the dense batch is the packed stream
-        return hier_attention(qkv.flatten(0, 1), layout, level, softmax_scale, backend).unflatten(0, (batch, tokens))
+        out = hier_attention(qkv.flatten(0, 1), layout, level, softmax_scale, backend)
+        return out.view(batch, tokens, *out.shape[1:])
     prefix = regroup_prefix(qkv[:, :num_prefix].reshape(batch * num_prefix, -1), layout, home, level)
     # Row by row, as flattening the patches first would copy them twice.
     packed = torch.cat([prefix.unflatten(1, per_token), *qkv[:, num_prefix:].unbind(0)])
@@ -168,7 +169,8 @@ class MonaiAttention(nn.Module):
         plain = x.as_subclass(Tensor)  # MONAI's MetaTensor overrides methods that backends call
         qkv = self.qkv(plain).unflatten(-1, (3, self.num_heads, -1))
         layout = _equal_studies(self.grid, len(x), num_prefix, x.device)
-        return self.out_proj(dense_attention(qkv, layout, self.level, backend=self.backend).flatten(2))
+        out: Tensor = self.out_proj(dense_attention(qkv, layout, self.level, backend=self.backend).flatten(2))
+        return out
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, grid={self.grid}, level={self.level!r}, backend={self.backend!r}"

@@ -20,20 +20,22 @@ from . import linear as kernels
 def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     """linear(y), where y = norm(x): (R, C) to (R, D). Keeps x, to which no gradient goes from here, in place of y."""
     if not kernels.is_plain(linear):
-        return linear(y)
+        out: Tensor = linear(y)
+        return out
     if not torch.is_grad_enabled():
         return kernels.linear(y, linear.weight, linear.bias)
-    return _LinearOfNorm.apply(y, x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
+    return _apply(_LinearOfNorm, y, x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
 
 
 def mlp_of_norm(fc1: nn.Linear, fc2: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     """fc2(gelu(fc1(y))), where y = norm(x): (R, C) to (R, C). Keeps x and the hidden rows before the GELU alone."""
     if not (kernels.is_plain(fc1) and kernels.is_plain(fc2)):
-        return fc2(F.gelu(fc1(y)))
+        out: Tensor = fc2(F.gelu(fc1(y)))
+        return out
     if not torch.is_grad_enabled():
         return kernels.mlp(y, fc1, fc2)
-    return _MlpOfNorm.apply(
-        y, x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return _apply(
+        _MlpOfNorm, y, x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
     )  # fmt: skip
 
 
@@ -42,7 +44,13 @@ def linear_of_pixels(patches: Tensor, zero: float, unit: float, weight: Tensor, 
 
     `zero` is a whole number and `unit` a power of two: the difference is exact in every dtype.
     """
-    return _LinearOfPixels.apply(patches, zero, unit, weight, bias)
+    return _apply(_LinearOfPixels, patches, zero, unit, weight, bias)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """PyTorch gives `apply` no types."""
+    out: Tensor = function.apply(*args)
+    return out
 
 
 class _LinearOfPixels(torch.autograd.Function):

@@ -91,9 +91,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tenso
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
     operation = "gelu" if gelu else "none"
-    return torch.ops.mkldnn._linear_pointwise(
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(
         x.to(dtype), converted(weight, x), bias.to(dtype), operation, [], "none"
     )  # fmt: skip
+    return out
 
 
 def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor:

@@ -69,9 +69,12 @@ class HierarchicalAttention(nn.Module):
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
         out = hier_attention(qkv, layout, level, backend=self.backend).flatten(1)
         if not is_plain(self.proj):
-            return self.proj(out)
-        apply = Linear.apply if torch.is_grad_enabled() else linear
-        return apply(out, self.proj.weight, self.proj.bias)
+            projected: Tensor = self.proj(out)
+        elif torch.is_grad_enabled():
+            projected = Linear.apply(out, self.proj.weight, self.proj.bias)  # type: ignore[no-untyped-call]
+        else:
+            projected = linear(out, self.proj.weight, self.proj.bias)
+        return projected
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, backend={self.backend!r}"

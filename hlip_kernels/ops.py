@@ -32,7 +32,8 @@ _GROUPS = "Tensor cu_seqlens, Tensor[] tiles, int num_prefix, SymInt max_seqlen"
 def _attention(qkv: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     *groups, softmax_scale, backend = settings
     name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
-    return BACKENDS[name].forward(qkv, Groups(*groups), softmax_scale)
+    results: tuple[Tensor, Tensor] = BACKENDS[name].forward(qkv, Groups(*groups), softmax_scale)
+    return results
 
 
 def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,8 @@ def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any) -> Tensor:
     *groups, softmax_scale, backend = settings
     name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
-    return BACKENDS[name].backward(grad_out, qkv, out, lse, Groups(*groups), softmax_scale)
+    grad_qkv: Tensor = BACKENDS[name].backward(grad_out, qkv, out, lse, Groups(*groups), softmax_scale)
+    return grad_qkv
 
 
 def _attention_backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
@@ -93,7 +95,8 @@ _SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
 def _norm(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, eps, backend = rest[:5] + rest[10:]
     forward = NORM_BACKENDS[choose_norm_backend(backend, residual.device.type, residual.dtype)].norm_forward
-    return forward(residual, *tensors, Regroup(*rest[5:10]), eps)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = forward(residual, *tensors, Regroup(*rest[5:10]), eps)
+    return results
 
 
 def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +110,8 @@ def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Te
 def _norm_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *tensors, backend = rest[:6] + rest[11:]
     backward = NORM_BACKENDS[choose_norm_backend(backend, x.device.type, x.dtype)].norm_backward
-    return backward(grad_x, grad_y, x, *tensors, Regroup(*rest[6:11]))
+    grads: tuple[Tensor, ...] = backward(grad_x, grad_y, x, *tensors, Regroup(*rest[6:11]))
+    return grads
 
 
 def _norm_backward_fake(

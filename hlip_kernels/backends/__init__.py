@@ -32,7 +32,8 @@ def not_supported_reasons(backend: str, device: str, dtype: torch.dtype, head_di
     Raises:
         ValueError: no such backend.
     """
-    return _find(BACKENDS, backend).not_supported_reasons(device, dtype, head_dim)
+    reasons: list[str] = _find(BACKENDS, backend).not_supported_reasons(device, dtype, head_dim)
+    return reasons
 
 
 def available_backends(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> list[str]:

@@ -57,7 +57,8 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Gr
 
 
 def _gather(x: Tensor, rows: Tensor, shape: tuple[int, int]) -> Tensor:
-    return x.index_select(0, rows).unflatten(0, shape)
+    gathered: Tensor = x.index_select(0, rows).unflatten(0, shape)
+    return gathered
 
 
 def _equal_groups(cu_seqlens: Tensor, num_prefix: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:

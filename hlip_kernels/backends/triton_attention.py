@@ -343,7 +343,7 @@ def _tf32(qkv: Tensor) -> bool:
         return False
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if precision is None:  # before PyTorch 2.9
-        return torch.backends.cuda.matmul.allow_tf32
+        return bool(torch.backends.cuda.matmul.allow_tf32)
     return (getattr(torch.backends, "fp32_precision", "ieee") if precision == "none" else precision) == "tf32"
 
 
