@@ -102,13 +102,16 @@ setup(
     description="Hierarchical attention over packed 3D medical imaging studies, and language-image pre-training on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords="attention medical imaging CT MRI vision-language pre-training",
+    project_urls={"Paper": "https://arxiv.org/abs/2505.21862"},
     python_requires=">=3.10",
     packages=find_packages(include=["hlip_kernels*", "hlip*"]),
     ext_modules=[NATIVE] if sys.platform == "linux" else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
     package_data={
-        "hlip_kernels": ["py.typed", "native/src/*"],
+        "hlip_kernels": ["py.typed"],
         "hlip": ["py.typed", "tasks/benchmarks/*.yaml", "tasks/*.html"],
     },
     install_requires=[
@@ -122,8 +125,13 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hlip=hlip.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
-        "Programming Language :: Python :: 3",
+        "Typing :: Typed",
     ],
 )
