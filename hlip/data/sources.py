@@ -16,7 +16,6 @@ from .files import (
     NIFTI_SUFFIXES,
     TENSOR_SUFFIX,
     Header,
-    Part,
     Problem,
     Progress,
     find_repeated,
@@ -31,33 +30,16 @@ from .files import (
 )
 from .lists import ListedStudy, each_once, read_csv_list, read_json_list
 from .reports import ReportText, SectionRules, read_reports
+from .scans import Rejection as Rejection
+from .scans import Scan, accession_of, clean, make_scans, named
+from .scans import ScanSource as ScanSource
 from .tables import Labels, Table, volume_study
 from .volume import ScanError
 
 logger = logging.getLogger(__name__)
 Join = Literal["uid", "accession"]
-NAME_LENGTH = 120  # characters
 TENSOR_NAME = "img.pt"  # says nothing of the scan; the folder does
 MANY_SCANS = 200  # of a study; the largest of the paper's has 162
-KNOWN_BROKEN = frozenset(["train_1267_a_4", "train_11755_a_3", "train_11755_a_4"])  # volumes of CT-RATE
-
-
-@dataclass(frozen=True)
-class ScanSource:
-    """A scan as it lies on disk.
-
-    name: what to call it; unlike the others of its study, whose scans are ordered by it.
-    kind: a NIfTI image; the DICOM files of one series; or a tensor of the released tools (`.pt`).
-    files: one, or all of a DICOM series.
-    modality: DICOM's code, such as MR or CT; empty if the files do not say.
-    description: the series', in words; empty if the files do not say.
-    """
-
-    name: str
-    kind: Literal["nifti", "dicom", "tensor"]
-    files: tuple[Path, ...]
-    modality: str = ""
-    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,20 +54,6 @@ class StudySource:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """What is left out, and why.
-
-    scan: empty if it is the whole study.
-    rule: a short name for all rejections of the kind, by which they are counted.
-    """
-
-    study: str
-    scan: str
-    rule: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Found:
     """What `find_studies` found: the studies, and what it left out."""
 
@@ -94,22 +62,9 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Scan:
-    """A scan while its study is put together.
-
-    key: orders scans of one name.
-    parts: what holds its image, to compare it with others.
-    """
-
-    source: ScanSource
-    key: str
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True)
 class _Study:
     uid: str
-    scans: list[_Scan]
+    scans: list[Scan]
     report: ReportText = field(default_factory=ReportText)
     labels: Labels = ()
     accession: str = ""
@@ -211,7 +166,7 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
             given[0],
             len(inside),
         )
-    scans = _named(_scans(names, headers, "", []))
+    scans = named(make_scans(names, headers, "", []))
     if not scans:
         raise ValueError(f"{given[0]}: no scans ({_wanted()}) in this folder")
     return [scan.source for scan in scans]
@@ -225,9 +180,6 @@ def _no_images(given: Iterable[Path], headers: Mapping[str, Header | Problem | N
 
 def _wanted() -> str:
     return f"{', '.join(NIFTI_SUFFIXES)}, {TENSOR_SUFFIX}, DICOM"
-
-
-# Files to studies
 
 
 def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list[Rejection]) -> list[_Study]:
@@ -263,9 +215,9 @@ def _folder_studies(root: Path, workers: int, progress: Progress, rejected: list
     studies = []
     for uid in sorted({*written, *headers}):
         series = headers.pop(uid, {})
-        named = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
-        scans = _scans(named, series, uid, rejected)
-        studies.append(_Study(uid, scans, accession=_accession(series.values())))
+        mine = {**(names[written[uid]] if uid in written else {}), **dict.fromkeys(series, "")}
+        scans = make_scans(mine, series, uid, rejected)
+        studies.append(_Study(uid, scans, accession=accession_of(series.values())))
     return studies
 
 
@@ -299,11 +251,11 @@ def _place(place: Path) -> tuple[str, str]:
     subject = re.match(r"(sub-[^_]+)(?:_(ses-[^_]+))?_", name)
     if subject:  # BIDS: the name repeats subject and session
         above = folders[: folders.index(subject[1])] if subject[1] in folders else folders[:0]
-        return "/".join([*above, "_".join(filter(None, subject.groups()))]), _clean(name)
+        return "/".join([*above, "_".join(filter(None, subject.groups()))]), clean(name)
     if volume_study(name) != stem(name):  # CT-RATE
-        return volume_study(name), _clean(name)
+        return volume_study(name), clean(name)
     if not folders:
-        return stem(name), _clean(name)
+        return stem(name), clean(name)
     return folders[0], _path_name(Path(*place.parts[1:]))
 
 
@@ -323,7 +275,7 @@ def _listed_studies(
         problems = [header for path in names if isinstance(header := headers.get(path), Problem)]
         problems += _no_images([path for _, path in study.scans or ()], headers)
         rejected += [Rejection(study.uid, printable(Path(p.path).name), p.rule, p.reason) for p in problems]
-        scans, accession = _scans(names, headers, study.uid, rejected), _accession(map(headers.get, names))
+        scans, accession = make_scans(names, headers, study.uid, rejected), accession_of(map(headers.get, names))
         studies.append(_Study(study.uid, scans, study.report, study.labels, accession))
     return sorted(studies, key=attrgetter("uid"))
 
@@ -367,11 +319,11 @@ def _files(scans: Sequence[tuple[str, Path]]) -> tuple[dict[str, str], list[Prob
             problems += more
             for file in inside:
                 below = Path(file).relative_to(path) if name else Path(file).absolute().relative_to(top)
-                names[file] = _path_name(Path(_clean(name)) / below)
+                names[file] = _path_name(Path(clean(name)) / below)
         elif kind_of(path) is None and not is_file(path):
             problems.append(Problem(str(path), "missing", "no such file"))
         else:
-            names[str(path)] = _clean(name) or _path_name(path.absolute().relative_to(top))
+            names[str(path)] = clean(name) or _path_name(path.absolute().relative_to(top))
     return names, problems
 
 
@@ -385,58 +337,7 @@ def _common_folder(paths: Sequence[Path]) -> Path:
 def _path_name(below: Path) -> str:
     """A name from a path. A space sorts before what file names are made of, as the end of a folder's name does."""
     parts = below.parts[:-1] if below.name == TENSOR_NAME else below.parts
-    return " ".join(map(_clean, parts or below.parts))
-
-
-# Files to scans
-
-
-def _scans(
-    names: Mapping[str, str], headers: Mapping[str, Header | Problem | None], uid: str, rejected: list[Rejection]
-) -> list[_Scan]:
-    """The scans in a study's files, given with their names; DICOM files make up series."""
-    scans = []
-    series: dict[tuple[str, str], list[Header]] = defaultdict(list)
-    for path, name in names.items():
-        kind, header = kind_of(path), headers.get(path)
-        if isinstance(header, Header):
-            series[header.study, header.series].append(header)
-        elif kind is not None and stem(Path(path).name) in KNOWN_BROKEN:
-            rejected.append(Rejection(uid, name, "known_broken", "published as a broken volume of CT-RATE"))
-        elif kind is not None:
-            scans.append(_Scan(ScanSource(name, kind, (Path(path),)), path, ((path, 0),)))
-    for key in sorted(series):
-        scan = _series(series[key], uid, rejected)
-        if scan is not None:
-            scans.append(scan)
-    return scans
-
-
-def _series(headers: Sequence[Header], uid: str, rejected: list[Rejection]) -> _Scan | None:
-    headers = sorted(headers, key=attrgetter("position", "instance", "path"))
-    first = headers[0]
-    name = f"{first.number:04d}" + (f"-{_clean(first.description)}" if first.description else "")
-    images: dict[tuple[str, int], Header] = {}
-    copies = []
-    for header in headers:
-        # Some de-identified archives give every slice one instance UID: only the position tells those apart.
-        key = (header.instance or header.path, header.position)
-        if header.is_image and images.setdefault(key, header) is not header:
-            copies.append(header)
-    if not images:
-        reason = f"{len(headers)} files of modality {first.modality or '?'} without rows of pixels"
-        rejected.append(Rejection(uid, name, "no_image", reason))
-        return None
-    if copies:
-        reason = f"{len(copies)} files repeat an instance of the series"
-        rejected.append(Rejection(uid, name, "copy", reason))
-    files = tuple(Path(header.path) for header in images.values())
-    parts = tuple((header.path, header.offset) for header in images.values())
-    return _Scan(ScanSource(name, "dicom", files, first.modality, first.description), first.series, parts)
-
-
-def _accession(headers: Iterable[Header | Problem | None]) -> str:
-    return min((header.accession for header in headers if isinstance(header, Header) and header.accession), default="")
+    return " ".join(map(clean, parts or below.parts))
 
 
 def _keep_series_in_one_study(headers: dict[str, dict[str, Header]], rejected: list[Rejection]) -> None:
@@ -458,30 +359,11 @@ def _keep_series_in_one_study(headers: dict[str, dict[str, Header]], rejected: l
             rejected.append(Rejection(uid, series, "duplicate", f"a series of study {other}, with the same instances"))
 
 
-def _named(scans: Iterable[_Scan]) -> list[_Scan]:
-    """The scans in the order of their names, made unique and short enough."""
-    taken: set[str] = set()
-    repeats: Counter[str] = Counter()
-    named = []
-    for scan in sorted(scans, key=lambda scan: (scan.source.name, scan.key)):
-        base = name = scan.source.name[:NAME_LENGTH] or "scan"
-        while name in taken:
-            repeats[base] += 1
-            name = f"{base[: NAME_LENGTH - 8]}~{repeats[base] + 1}"
-        taken.add(name)
-        named.append(replace(scan, source=replace(scan.source, name=name)))
-    return sorted(named, key=lambda scan: scan.source.name)
-
-
-def _clean(name: str) -> str:
-    return re.sub(r"""[\s/\\<>:"|?*]+""", "_", printable(name.strip()))
-
-
 def _without_unusable(
     studies: Sequence[_Study], workers: int, progress: Progress, rejected: list[Rejection]
 ) -> list[_Study]:
     """The studies with their scans named and in order, without repeated scans; those without a scan are left out."""
-    studies = [replace(study, scans=_named(study.scans)) for study in studies]
+    studies = [replace(study, scans=named(study.scans)) for study in studies]
     parts = [[scan.parts for scan in study.scans] for study in studies]
     kept = []
     for study, repeated in zip(studies, find_repeated(parts, workers, progress), strict=True):
