@@ -1,31 +1,60 @@
-"""`python -m hlip_kernels.env`: what this machine has, and which attention backends can run on it."""
+"""`python -m hlip_kernels.env`: what this machine has, and which attention backends can run on it.
+
+Printed as a block of Markdown, to paste into an issue: no token, host or user is in it, and paths are short.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import re
+from pathlib import Path, PurePosixPath
 
 import torch
 
-from .backends import BACKENDS, choose_backend, not_supported_reasons
+from .backends import BACKENDS, choose_backend, choose_norm_backend, not_supported_reasons
 from .configs import table_path, user_tiles
 from .native import native
 
+SHOWN = (  # variables that change what runs
+    "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "MKL_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "HLIP_NATIVE_ISA",
+    "TRITON_INTERPRET",
+    "TORCH_COMPILE_DISABLE",
+    "CUDA_VISIBLE_DEVICES",
+    "WORLD_SIZE",
+    "HF_HUB_OFFLINE",
+)
+HIDDEN = ("XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "LD_PRELOAD")  # paths
+
 
 def report() -> str:
-    """Versions, devices, and every backend with the reasons if it cannot run, as text."""
-    packages = ("hlip-kernels", "torch", "triton", "flash-attn", "xformers")
-    lines = [f"{'python':<14}{platform.python_version()} on {platform.platform()}"]
-    lines += [f"{name:<14}{_version(name)}" for name in packages]
-    lines.append(f"{'cpu':<14}{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    lines.append(f"{'native':<14}{native().reason or native().isa}")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines.append(f"{'gpu':<14}{', '.join(gpus) or 'none'}")
-    lines.append(f"{'tiles':<14}{_tiles()}")
-    kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16), *([("cuda", torch.bfloat16)] if gpus else [])]
+    """Versions, processors, memory, and every backend with the reasons if it cannot run, as text."""
+    gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: _version(name) for name in _packages()},
+        "cpu": f"{_cpu()}; {len(os.sched_getaffinity(0))} cores to use, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "memory": _memory(),
+        "native": native().reason or native().isa,
+        "gpu": "; ".join(gpus) or "none",
+        "tiles": _tiles(),
+        "variables": _variables(),
+    }
+    width = max(map(len, facts)) + 2
+    lines = [f"{name:<{width}}{fact}" for name, fact in facts.items()]
+    kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    kinds += [("cuda", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16) if gpus]
     for device, dtype in kinds:
-        lines.append("\n" + describe_backends(device, dtype, 64))
-    return "\n".join(lines)
+        lines += ["", describe_backends(device, dtype, 64)]
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"norm on {device} in {name} (auto: {choose_norm_backend('auto', device, dtype)})")
+    return _without_private_paths("\n".join(lines))
 
 
 def describe_backends(device: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -36,6 +65,55 @@ def describe_backends(device: str, dtype: torch.dtype, head_dim: int) -> str:
         reasons = not_supported_reasons(name, device, dtype, head_dim)
         lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
     return "\n".join(lines)
+
+
+def memory_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that this process may have by its control groups (version 2), the least of all it is in; None if no limit.
+
+    A container or a job of Slurm often may have less than the machine has, and is ended without a word above that.
+    """
+    try:
+        own = next((line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")), "/")
+    except OSError:
+        return None
+    limits = []
+    for group in (PurePosixPath(own), *PurePosixPath(own).parents):
+        path = root / str(group).lstrip("/") / "memory.max"
+        if path.is_file() and (limit := path.read_text().strip()).isdigit():
+            limits.append(int(limit))
+    return min(limits, default=None)
+
+
+def _packages() -> list[str]:
+    """What the package needs or can use, as its metadata say: optional ones too, but no tools of development."""
+    try:
+        needed = importlib.metadata.requires("hlip-kernels") or []
+    except importlib.metadata.PackageNotFoundError:  # not installed: run from a folder of sources
+        needed = ["torch", "numpy"]
+    needed = [each for each in needed if not re.search(r"extra == .(dev|docs)\b", each)]
+    names = [match[0] for each in needed if (match := re.match(r"[\w.-]+", each))]
+    return list(dict.fromkeys(["hlip-kernels", "torch", "triton", *names, "monai"]))
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _gpu(index: int) -> str:
+    facts = torch.cuda.get_device_properties(index)
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {facts.major}.{facts.minor}, {runtime}"
+
+
+def _memory() -> str:
+    whole, limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), memory_limit()
+    limited = f"; limited to {limit / 2**30:.1f} GiB" if limit is not None and limit < whole else ""
+    return f"{whole / 2**30:.1f} GiB{limited}"
 
 
 def _tiles() -> str:
@@ -49,6 +127,11 @@ def _tiles() -> str:
     return f"{rows} row{'s' * (rows > 1)} from {table_path()}, the others built-in"
 
 
+def _variables() -> str:
+    shown = [f"{name}={os.environ[name]}" for name in SHOWN if name in os.environ]
+    return ", ".join([*shown, *(f"{name} is set" for name in HIDDEN if name in os.environ)]) or "none"
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -56,5 +139,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _without_private_paths(text: str) -> str:
+    """Folders that may tell a name are shortened: the cache, where the package lies, the home."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    short = {cache: "$XDG_CACHE_HOME", str(Path(__file__).parents[1]): "(packages)", os.path.expanduser("~"): "~"}  # noqa: PTH111
+    for path in sorted(short, key=len, reverse=True):  # one may lie in another
+        if len(path) > 1:
+            text = text.replace(path, short[path])
+    return text
+
+
 if __name__ == "__main__":
-    print(report())
+    print(f"```text\n{report()}\n```")

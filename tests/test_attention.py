@@ -369,7 +369,9 @@ def test_auto_is_the_first_available_backend() -> None:
 def test_env_names_every_backend() -> None:
     command = [sys.executable, "-m", "hlip_kernels.env"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert report.startswith("```text\n") and report.endswith("\n```\n")
     assert torch.__version__ in report
+    assert re.search(r"^norm on cpu in bfloat16 \(auto: \w+\)$", report, re.MULTILINE)
     assert set(BACKENDS) <= set(re.findall(r"^  (\w+) +can run$", report, re.MULTILINE))
     assert set(ALL_BACKENDS) <= set(re.findall(r"^  (\w+) ", report, re.MULTILINE))
 

@@ -263,11 +263,12 @@ def env_report(cache: Path) -> str:
 
 
 def test_env_says_which_tiles_are_used(table: Path, tmp_path: Path) -> None:
-    assert f"built-in; none in {table}" in env_report(tmp_path)
+    shown = "$XDG_CACHE_HOME/hlip-kernels/tiles.json"
+    assert f"built-in; none in {shown}" in env_report(tmp_path)
     configs.write_tiles(table, both(ROW))
-    assert f"2 rows from {table}, the others built-in" in env_report(tmp_path)
+    assert f"2 rows from {shown}, the others built-in" in env_report(tmp_path)
     table.write_text("{")
-    assert f"cannot use the tile table {table}" in env_report(tmp_path)
+    assert f"cannot use the tile table {shown}" in env_report(tmp_path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such thing"), OSError("read-only")])
