@@ -6,15 +6,23 @@ import argparse
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 from .commands import data, embed, evaluate, interpret, models, probe, retrieve, zeroshot
+from .tasks.processes import say_error
 
 COMMANDS = (data, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        say_error(f"{self.format_usage()}{self.prog}: error: {message}")
+        sys.exit(2)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hlip",
         usage="hlip [-h] COMMAND ...",
         description="Prepare, embed, classify, find and look into 3D medical imaging studies, of many scans each.",
@@ -24,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...", prog="hlip")
     for module in COMMANDS:
         module.add(commands)
-    env = commands.add_parser("env", help="report versions, devices and attention backends")
+    env = commands.add_parser(
+        "env",
+        help="report versions, devices and attention backends",
+        description="Report versions, processors, memory and attention backends, as Markdown to paste into an issue. "
+        "It tells no token, no user and no folder outside of this package.",
+    )
     env.set_defaults(run=_env)
 
     args = parser.parse_args(argv)
@@ -34,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError) as error:
-        print(f"hlip {args.command}: error: {error}", file=sys.stderr)
+        say_error(f"hlip {args.command}: error: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"hlip {args.command}: interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)

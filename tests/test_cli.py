@@ -11,6 +11,7 @@ import torch
 
 import hlip
 from hlip import cli
+from hlip.tasks import processes
 
 
 def run(*args: object) -> int:
@@ -142,6 +143,22 @@ def test_interrupt_leaves_nothing(
     out = tmp_path / "out" / "emb.npz"
     assert run("embed", *nifti_study, "--model", model_folder, "--out", out) == 130
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [["embed"], ["embed", "x.nii", "--model", "nowhere", "--out", "e.csv"]])
+def test_another_process_than_the_first_waits_before_it_complains(
+    wrong: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    waited: list[str] = []
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: waited.append(capsys.readouterr().err))
+    try:
+        status = run(*wrong)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert waited == [""]
+    assert "hlip embed: error: " in capsys.readouterr().err
 
 
 def test_installed_command_and_help() -> None:

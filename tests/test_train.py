@@ -104,6 +104,12 @@ def test_two_processes_train_evaluate_and_leave_a_model(demo: Path, tmp_path: Pa
     assert "holds checkpoints: pass --resume auto" in again.stderr
 
 
+def test_of_two_processes_one_says_what_is_wrong(tmp_path: Path) -> None:
+    done = pretrain(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--batch_sise", "4"], processes=2)
+    assert done.returncode == 1  # torchrun's
+    assert done.stderr.count("did you mean batch_size?") == 1, done.stderr
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     last = max((out / "checkpoints").glob("step_*.pt"))
     return torch.load(last, weights_only=True)["model"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # one process may have work for days while another waits
+PAUSE = 15  # seconds
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,14 @@ def processes() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def say_error(message: str) -> None:
+    """Print an error that all processes of a job may have alike, such as a wrong argument.
+
+    The first one prints it at once and ends, upon which torchrun ends the others. One that is still there after a
+    pause has met something of its own, and says so.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(PAUSE)
+    print(message, file=sys.stderr, flush=True)
