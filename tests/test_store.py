@@ -22,7 +22,7 @@ from hlip.data.dataset import StudyDataset
 from hlip.data.readers import ScanError
 from hlip.data.sources import Rejection
 from hlip.data.store import PreparedStudy, Store, StoredScan, cut, finish, read_shard, shard_file, write_shard
-from hlip.data.store_tools import merge, plot_stats, select, split_at_random, stats, verify
+from hlip.data.store_tools import merge, select, split_at_random, stats, verify
 
 pytest.importorskip("pyarrow")
 RECIPE = {"kind": "random", "size": [8, 16, 16]}
@@ -299,8 +299,6 @@ def test_stats(path: Path, tmp_path: Path) -> None:
     assert found["scans_per_study"]["counts"] == {str(n): scans.count(n) for n in range(1, 6)}
     assert found["slices_per_scan"]["counts"] == {str(n): slices.count(n) for n in set(slices)}
     assert sum(found["planes"].values()) == found["scans"] == sum(scans)
-    plot_stats(found, tmp_path / "s.png")
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_store_commands(path: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
 from hlip.tasks.labels import read_labels
 from hlip.tasks.metrics import macro_auc
+from hlip.tasks.output import write_whole
 from hlip.tasks.zeroshot import Prompts, zeroshot
 
 MODEL = "demo"
@@ -116,9 +117,8 @@ def run(args: argparse.Namespace) -> None:
     plot_loss(args.out)
     plot_roc(args.out, labels, probabilities, list(prompts.classes))
     plot_study(args.out, studies, labels, probabilities, list(prompts.classes))
-    partial = args.out / "results.json.tmp"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(args.out / "results.json")
+    content = json.dumps(results, indent=1) + "\n"
+    write_whole(args.out / "results.json", lambda file: file.write(content.encode()))
     print_table(results, args.out)
 
 
@@ -274,10 +274,8 @@ def plot_study(
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    figure.savefig(partial, dpi=110, bbox_inches="tight", format="png")
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, bbox_inches="tight", format="png"))
     plt.close(figure)
-    partial.replace(path)
 
 
 def print_table(results: dict, out: Path) -> None:

@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from config import TrainConfig
 from engine import World
+from hlip.tasks.output import write_whole
 
 STALLED = 4  # exit status
 
@@ -38,9 +39,7 @@ class Log:
         if self.active:
             path = config.out / "log.jsonl"
             kept = kept_lines(path, first_step) if first_step and path.exists() else []
-            partial = path.with_name(".log.jsonl.tmp")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, lambda file: file.write("".join(kept).encode()))
             self.file = path.open("ab", buffering=0)
             self.told = False
             self.board: SummaryWriter | None = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
@@ -216,9 +215,8 @@ class Watch:
                 file=sys.stderr,
                 flush=True,
             )
-        partial = self.folder / f".stalled.{self.world.rank}.tmp"
-        partial.write_text(json.dumps(behind, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.folder / "stalled.json")
+        content = json.dumps(behind, indent=1) + "\n"
+        write_whole(self.folder / "stalled.json", lambda file: file.write(content.encode()))
         os._exit(STALLED)
 
     def close(self) -> None:

@@ -42,6 +42,8 @@ from hlip.data.store import Store
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import ModelConfig, preset
 from hlip.model.memory import keep_memory, release_memory
+from hlip.tasks.output import write_whole
+from hlip.tasks.processes import say_error
 from hlip_kernels.env import describe_backends
 from loading import MicroBatches, open_store, scan_tokens
 from log import Log, Watch, check_wandb, memory_gb
@@ -76,7 +78,7 @@ def main() -> int:
         args.pop("config", None)
         train(TrainConfig(**vars(args)))
     except (ValueError, OSError, ImportError, dist.DistError) as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        say_error(f"pretrain.py: error: {error}")
         return 2
     except RuntimeError as error:
         lost = re.search(r"DataLoader worker|[Cc]onnection (reset|closed|refused)|NCCL|gloo", str(error))
@@ -366,10 +368,8 @@ def report_not_finite(
     parts = world.gather({"loss": loss, "studies": [uid for piece in pieces for uid in piece.uids]})
     path = out / "not_finite.json"
     if world.rank == 0:
-        content = {"step": step + 1, "grad_norm": norm, "ranks": parts}
-        partial = path.with_name(".not_finite.tmp")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        content = json.dumps({"step": step + 1, "grad_norm": norm, "ranks": parts}, indent=1) + "\n"
+        write_whole(path, lambda file: file.write(content.encode()))
     raise ValueError(
         f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; its studies are in {path}. Lower lr, or "
         "look at them; the last checkpoint is from before"

@@ -30,9 +30,9 @@ def add(commands: Any) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="prepare clinical files into a store to train from",
-        description="Read every scan of every study below INPUT, and write them as a recipe says into a store. Running "
-        "the same command again goes on where it stopped, and touches nothing finished. Only one run at a time may "
-        "write a store; another is refused.",
+        description="Read every scan of every study below INPUT, and write them as a recipe says into a store.\n"
+        "Running the same command again goes on where it stopped, and touches nothing finished. Only one run at a time\n"
+        "may write a store; another is refused.",
         epilog=EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,23 +93,27 @@ def add(commands: Any) -> None:
 
     store = commands.add_parser("store", help="look at, check, join and share out stores")
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
-    info = actions.add_parser("info", help="say what a store holds")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    info = action("info", "say what a store holds")
     info.set_defaults(run=_info)
-    verify = actions.add_parser("verify", help="read every byte; exit status 1 if anything is wrong")
+    verify = action("verify", "read every byte of a store; exit status 1 if anything is wrong")
     verify.set_defaults(run=_verify)
-    merge = actions.add_parser("merge", help="join stores of one recipe; shards are linked where possible")
-    merge.add_argument("stores", nargs="+", type=Path, metavar="STORE")
-    merge.add_argument("--out", required=True, type=Path, metavar="STORE")
+    merge = action("merge", "join stores of one recipe into a new one; shards are linked where possible")
+    merge.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="stores to join, in this order")
+    merge.add_argument("--out", required=True, type=Path, metavar="STORE", help="the new one")
     merge.set_defaults(run=_merge)
-    split = actions.add_parser("split", help="share the studies out over new stores; copies them")
-    split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="one for each part")
+    split = action("split", "copy the studies of a store into new ones, a part each")
+    split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new one for each part")
     parts = split.add_mutually_exclusive_group(required=True)
     parts.add_argument("--fractions", nargs="+", type=float, metavar="F", help="of the studies, at random; add up to 1")
     parts.add_argument("--list", type=Path, metavar="FILE", help="uids, one a line: the first part; the rest: a second")
-    split.add_argument("--seed", type=int, default=0)
+    split.add_argument("--seed", type=int, default=0, help="of --fractions (default: 0)")
     split.set_defaults(run=_split)
-    stats = actions.add_parser("stats", help="count and plot scans per study, slices per scan, planes")
-    stats.add_argument("--out", type=Path, metavar="FILE.png", help="picture; FILE.json is written beside it")
+    stats = action("stats", "count scans per study, slices per scan and planes, and draw them")
+    stats.add_argument("--out", type=Path, metavar="FILE", help=".png, .pdf or .svg; a .json is written beside it")
     stats.set_defaults(run=_stats)
     slices = actions.add_parser(
         "slices",
@@ -117,12 +121,12 @@ def add(commands: Any) -> None:
         description="List the slices that show a lesion, for --slices of other commands. MASKS holds "
         "STUDY/SCAN.nii.gz, named as in the store, on the voxels of the scan's own file.",
     )
-    slices.add_argument("masks", type=Path, metavar="MASKS")
-    slices.add_argument("--out", required=True, type=Path, metavar="JSON")
+    slices.add_argument("masks", type=Path, metavar="MASKS", help="folder of masks in NIfTI")
+    slices.add_argument("--out", required=True, type=Path, metavar="JSON", help="file to write")
     slices.set_defaults(run=_slices)
-    for action in (info, verify, split, stats):
-        action.add_argument("store", type=Path, metavar="STORE")
-    slices.add_argument("--store", required=True, type=Path, metavar="STORE")
+    for each in (info, verify, split, stats):
+        each.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
+    slices.add_argument("--store", required=True, type=Path, metavar="STORE", help="whose studies they are")
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -242,13 +246,16 @@ def _split(args: argparse.Namespace) -> None:
 
 def _stats(args: argparse.Namespace) -> None:
     from ..data.store import Store
-    from ..data.store_tools import plot_stats, stats
+    from ..data.store_tools import stats
+    from ..tasks.plot import draw_stats
+    from .shared import picture_format, write_whole
 
+    kind = picture_format(args.out) if args.out else ""
     found = stats(Store(args.store))
     text = json.dumps(found, indent=1) + "\n"
     if args.out:
-        plot_stats(found, args.out)
-        args.out.with_suffix(".json").write_text(text, encoding="utf-8")
+        write_whole(args.out, lambda file: draw_stats(found, file, kind))
+        write_whole(args.out.with_suffix(".json"), lambda file: file.write(text.encode()))
     print(text, end="")
 
 

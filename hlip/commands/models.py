@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from ..model.checkpoint import Layout, load
 from ..model.published import describe
-from ..tasks.plot import FORMATS, draw, read_run
-from .shared import write_whole
+from ..tasks.plot import draw, read_run
+from .shared import picture_format, write_whole
 
 
 def add(commands: Any) -> None:
@@ -21,7 +21,12 @@ def add(commands: Any) -> None:
         description="Read a saved or released model, or a training checkpoint; say what it is; write it anew.",
     )
     convert.add_argument("source", metavar="IN", help="file of weights, folder, or name on the hub")
-    convert.add_argument("target", metavar="OUT", type=Path, help="folder to write; replaced if it holds such a model")
+    convert.add_argument(
+        "target",
+        metavar="OUT",
+        type=Path,
+        help="folder to write, replaced if it holds such a model; of a link, what it points to",
+    )
     convert.add_argument(
         "--layout",
         choices=get_args(Layout),
@@ -32,9 +37,15 @@ def add(commands: Any) -> None:
     convert.add_argument("--text", metavar="FOLDER", help="configuration and tokenizer of the text tower")
     convert.set_defaults(run=_convert)
 
-    plot = commands.add_parser("plot", help="draw the curves of one or more training runs")
+    plot = commands.add_parser(
+        "plot",
+        help="draw the curves of one or more training runs",
+        description="Draw the loss, the learning rate, the speed and whatever else runs have logged, a panel each.",
+    )
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
-    plot.add_argument("--out", type=Path, help=".png, .pdf or .svg (default: curves.png in the first RUN)")
+    plot.add_argument(
+        "--out", type=Path, metavar="FILE", help=".png, .pdf or .svg (default: curves.png in the first RUN)"
+    )
     plot.set_defaults(run=_plot)
 
 
@@ -50,11 +61,10 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _plot(args: argparse.Namespace) -> None:
     out = args.out or args.runs[0] / "curves.png"
-    if out.suffix not in FORMATS:
-        raise ValueError(f"{out}: expected a name that ends in {', '.join(FORMATS)}")
+    kind = picture_format(out)
     runs = [read_run(folder) for folder in args.runs]
     for run in runs:
         if run.damaged:
             print(f"{run.folder}: damaged lines of the log left out: {run.damaged}", file=sys.stderr)
-    write_whole(out, lambda file: draw(runs, file, out.suffix[1:]))
+    write_whole(out, lambda file: draw(runs, file, kind))
     print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")

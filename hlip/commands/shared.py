@@ -25,6 +25,7 @@ from ..tasks.encoders import model_digest
 from ..tasks.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
 from ..tasks.output import write_csv as write_csv
 from ..tasks.output import write_whole as write_whole
+from ..tasks.plot import FORMATS
 
 Model = TypeVar("Model", HLIPModel, SliceEncoder)
 FILES_HELP = "image files, which together are one study; or folders, each of which holds the scans of one study"
@@ -189,6 +190,13 @@ def report_unjoined(what: str, uids: Sequence[str]) -> None:
     if uids:
         more = ", ..." if len(uids) > SHOWN else ""
         print(f"studies {what}: {len(uids)} ({', '.join(uids[:SHOWN])}{more})", file=sys.stderr)
+
+
+def picture_format(path: Path) -> str:
+    """What the name's ending says: "png", "pdf" or "svg". Raises ValueError at any other."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
+    return path.suffix[1:]
 
 
 def study_paths(files: list[Path]) -> list[Path | list[Path]]:

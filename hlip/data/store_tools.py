@@ -241,26 +241,3 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
     different, counts = np.unique(values, return_counts=True)
     table = dict(zip(map(str, different.tolist()), counts.tolist(), strict=True))
     return {"mean": float(values.mean()), **points, "max": int(values.max()), "counts": table}
-
-
-def plot_stats(found: dict[str, Any], path: Path) -> None:
-    """Draw the distributions of `stats` to a picture (PNG, PDF, by the name).
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hlip-kernels[viz]'") from error
-
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, key, unit in zip(axes, ("scans_per_study", "slices_per_scan"), ("studies", "scans"), strict=False):
-        counts = found[key]["counts"]
-        axis.bar([int(value) for value in counts], list(counts.values()), width=1.0)
-        mean = f" (mean {found[key]['mean']:.1f}, median {found[key]['p50']:.0f})" if counts else ""
-        axis.set(title=key.replace("_", " ") + mean, xlabel=key.split("_")[0], ylabel=unit)
-    axes[2].bar(list(found["planes"]), list(found["planes"].values()))
-    axes[2].set(title="planes", ylabel="scans")
-    figure.savefig(path, dpi=150)

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. A link stays, and what it points to is written.
+
+    Raises:
+        ValueError: there is something else than a file, such as a folder or a device.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -69,13 +76,13 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty matplotlib figure, in inches, for files alone: no window and no state is shared.
 
     Raises:
-        ImportError: no matplotlib.
+        ImportError: no matplotlib, or no Pillow, without which matplotlib cannot be imported.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hlip-kernels[viz]'") from error
+        raise ImportError(f"plots need matplotlib and Pillow ({error}): pip install 'hlip-kernels[viz]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

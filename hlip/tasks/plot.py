@@ -1,11 +1,11 @@
-"""Curves of training runs, drawn from what `train/pretrain.py` logs."""
+"""Curves of training runs, drawn from what `train/pretrain.py` logs; and distributions of a store."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -104,3 +104,17 @@ def draw(runs: Sequence[Run], file: IO[bytes], kind: str) -> None:
     handles = figure.axes[0].get_lines()
     figure.legend(handles, [str(run.folder) for run in runs], loc="outside upper center", ncols=min(3, len(runs)))
     figure.savefig(file, format=kind, dpi=120)
+
+
+def draw_stats(found: dict[str, Any], file: IO[bytes], kind: str) -> None:
+    """Draw the distributions that `hlip.data.store_tools.stats` gives into an image; `kind` as for `draw`."""
+    figure = new_figure(12, 3.4)
+    axes = figure.subplots(1, 3)
+    for axis, key, unit in zip(axes, ("scans_per_study", "slices_per_scan"), ("studies", "scans"), strict=False):
+        counts = found[key]["counts"]
+        axis.bar([int(value) for value in counts], list(counts.values()), width=1.0)
+        mean = f" (mean {found[key]['mean']:.1f}, median {found[key]['p50']:.0f})" if counts else ""
+        axis.set(title=key.replace("_", " ") + mean, xlabel=key.split("_")[0], ylabel=unit)
+    axes[2].bar(list(found["planes"]), list(found["planes"].values()))
+    axes[2].set(title="planes", ylabel="scans")
+    figure.savefig(file, format=kind, dpi=150)
