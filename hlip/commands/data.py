@@ -31,8 +31,8 @@ def add(commands: Any) -> None:
         "prepare",
         help="prepare clinical files into a store to train from",
         description="Read every scan of every study below INPUT, and write them as a recipe says into a store.\n"
-        "Running the same command again goes on where it stopped, and touches nothing finished. Only one run at a time\n"
-        "may write a store; another is refused.",
+        "Running the same command again goes on where it stopped, and touches nothing finished. Only one run at a\n"
+        "time may write a store; another is refused.",
         epilog=EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
