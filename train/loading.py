@@ -34,7 +34,7 @@ class MicroBatches(Dataset):
         """Raises ScanError where the store is damaged; names the file."""
         studies = [self.store.study(item.study, item.scans) for item in items]
         batch = pack(studies, self.model.vision.patch_size)
-        seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0]) >> 1
         tokens = plan(batch, self.model.vision, training=True, seeds=[item.seed for item in items])
         dual = self.model.objective == "dual"
         impressions, findings = [], []
