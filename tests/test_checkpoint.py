@@ -420,6 +420,7 @@ def test_convert_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "ours" / "config.json").write_text('{"vision": "stale"}')
     assert run("convert", tmp_path / "theirs", tmp_path / "link") == 0  # what the link points to
     assert (tmp_path / "link").is_symlink() and "stale" not in (tmp_path / "ours" / "config.json").read_text()
+    (tmp_path / "link").unlink()
     assert run("convert", tmp_path / "ours", tmp_path / "theirs", "--layout", "open_clip") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_5.pt", "ours", "theirs"]
     (tmp_path / "theirs" / "hlip" / "thesis.json").touch()  # not from us: the folder is somebody's work
