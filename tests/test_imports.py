@@ -118,7 +118,7 @@ def kernels_need_torch_only(root: Path) -> list[str]:
 
 
 def wings_never_call_back_up(root: Path) -> list[str]:
-    """Inside hlip, cli uses tasks, tasks use model, model uses data, and nobody the other way."""
+    """Inside hlip, cli and commands use tasks, tasks use model, model uses data, and nobody the other way."""
     return [
         str(found)
         for found in imports(root)
