@@ -69,11 +69,11 @@ NATIVE = Extension(
 )
 
 EXTRAS = {
-    "io": ["nibabel>=5", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
+    "io": ["nibabel>=5.2", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
     "scale": ["ray>=2.9", "submitit>=1.5"],
     "text": ["transformers>=4.56"],
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
-    "eval": ["scikit-learn>=1.3"],
+    "eval": ["scikit-learn>=1.4"],
     "viz": ["matplotlib>=3.7", "pillow>=9"],
     "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
@@ -82,6 +82,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
+        "coverage>=7.10",
         "hypothesis>=6.100",
         "ruff>=0.9",
         "mypy>=1.14",
@@ -117,8 +118,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
-        "safetensors>=0.4",
-        "huggingface-hub>=0.27",
+        "safetensors>=0.4.3",
+        "huggingface-hub>=0.34",
         "tqdm>=4.66",
         "pyyaml>=6",
     ],
