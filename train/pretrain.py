@@ -122,6 +122,8 @@ def train(config: TrainConfig) -> None:
     # --- everything that can be wrong is read before anything is written
     if config.fsdp and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         raise ValueError("fsdp needs processes: start this with torchrun or srun")
+    if config.fsdp and torch.__version__ < "2.7":  # fully_shard takes no ignored_params before
+        raise ValueError(f"fsdp needs PyTorch 2.7 or newer, this is {torch.__version__}")
     device, world = start(config.device)
     if device.type == "cpu":
         keep_memory()
