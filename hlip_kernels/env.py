@@ -38,6 +38,7 @@ def report() -> str:
     facts = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: _version(name) for name in _packages()},
+        "torch": torch.__version__,  # with what it was built for, which its metadata may leave out
         "cpu": f"{_cpu()}; {len(os.sched_getaffinity(0))} cores to use, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "memory": _memory(),

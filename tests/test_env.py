@@ -6,6 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from hlip_kernels import env
 from hlip_kernels.native import Native
@@ -13,7 +14,8 @@ from hlip_kernels.native import Native
 
 def test_optional_packages_are_named_installed_or_not() -> None:
     facts = dict(line.split(maxsplit=1) for line in env.report().partition("\n\n")[0].splitlines())
-    for name in ("torch", "triton", "nibabel", "flash-attn", "open_clip_torch", "ray", "transformers"):
+    assert facts["torch"] == torch.__version__
+    for name in ("triton", "nibabel", "flash-attn", "open_clip_torch", "ray", "transformers"):
         try:
             expected = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
