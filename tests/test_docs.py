@@ -325,7 +325,8 @@ FOREIGN = {
     "--shutdown-timeout", "--max_restarts", "--nproc_per_node",  # torchrun
     "--gpus-per-task", "--requeue", "--signal",  # Slurm
     "--batch-size", "--accum-freq", "--save-frequency", "--num-scans",  # the released code, open_clip
-    "--no-build-isolation",  # pip
+    "--no-build-isolation", "--force-reinstall", "--no-deps", "--no-cache-dir",  # pip
+    "--strict",  # mypy
 }  # fmt: skip
 
 
