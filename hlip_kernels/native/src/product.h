@@ -1,0 +1,39 @@
+// Linear layers in bfloat16 by AMX: products of rows with packed weights.
+#pragma once
+
+#include <stdint.h>
+
+// Shapes: R rows, K and N widths. Tensors are contiguous and bfloat16 unless they say otherwise.
+struct Layer {
+    const void* tiles;  // of the weight (N, K), as `hlip_pack_weight` makes them
+    const float* bias;  // (N), may be null
+    int32_t inner, columns;  // K and N
+};
+
+// y = first(x), or second(gelu(first(x))).
+struct Product {
+    const void* x;  // (R, K)
+    void* y;  // (R, N of the last layer)
+    void* scratch;  // what `hlip_product_scratch` asks for, aligned to 64 bytes
+    int64_t rows;
+    Layer first, second;  // the latter may have null tiles: there is none
+    int32_t gelu;  // whether what the last layer gives passes a GELU
+    int32_t threads;
+};
+
+extern "C" {
+// Bytes of the tiles of a weight.
+int64_t hlip_weight_bytes(int64_t inner, int64_t columns);
+// A weight (N, K), or its transpose (K, N), into `tiles`, aligned to 64 bytes.
+void hlip_pack_weight(const void* weight, int64_t inner, int64_t columns, int32_t transposed, void* tiles, int32_t threads);
+int64_t hlip_product_scratch(const Product*);
+// Only where `hlip_isa` is HLIP_AMX.
+void hlip_product(const Product*);
+}
+
+namespace amx {
+int64_t weight_bytes(int64_t inner, int64_t columns);
+void pack_weight(const void* weight, int64_t inner, int64_t columns, bool transposed, void* tiles, int32_t threads);
+int64_t product_scratch(const Product&);
+void product(const Product&);
+}  // namespace amx

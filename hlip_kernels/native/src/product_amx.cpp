@@ -1,0 +1,237 @@
+// Products of rows with a packed weight, in bfloat16 on AMX.
+//
+// A block of rows is packed into tiles that stay in the second cache, and meets the weight panel by panel of 32 columns.
+// A job is 32 rows x 32 columns x CHUNK tiles of the inner width: the panel's part stays in the first cache while all rows
+// of the block pass. Sums go to memory between the first products of the next job. While one panel is multiplied, the one
+// before is finished (bias, GELU, rounding), some rows in each step, by vector units that would wait otherwise.
+//
+// The hidden rows of two layers are written as tiles, and never leave the second cache.
+#include <omp.h>
+
+#include "product.h"
+#include "tiles_amx.h"
+
+namespace amx {
+namespace {
+
+const int64_t PANEL = 32;  // columns
+const int64_t STEP = 2 * TILE;  // bytes of 32 rows or columns x 32 of the inner width
+const int CHUNK = 12;  // steps: 24 KiB of a panel
+const int64_t SUMS = 4 * TILE;  // bytes of a job's sums
+const int64_t CACHED = 3 << 19, MOST_ROWS = 512;  // bytes and rows of a block
+const int64_t AROUND = 4 << 20;  // bytes of a result from which it is written around the caches
+
+int64_t steps_of(int64_t width) { return round_up(width, PANEL) / PANEL; }
+
+// x Phi(x), of a relative error below 4e-4 for x of -5 or more; smaller ones are next to nothing. Phi(x) is
+// 1 / (1 + 2^(x q(x^2))) with a polynomial q.
+INLINE __m512 gelu(__m512 x) {
+    const __m512 square = _mm512_min_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(25));
+    __m512 q = _mm512_set1_ps(2.91014279e-08f);
+    const float rest[] = {-2.05784780e-06f, 3.94217537e-05f, 8.46938833e-04f, -1.06869400e-01f, -2.30063402f};
+    for (const float c : rest) q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(c));
+    const __m512 odds = exp2(_mm512_mul_ps(q, x), 0xffff);
+    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(odds, _mm512_set1_ps(1))));
+}
+
+// Where results go: rows of a tensor, or tiles.
+struct ToRows {
+    uint16_t* y;
+    int64_t columns;
+    bool around;
+
+    // 32 columns of a row.
+    INLINE void put(int64_t row, int64_t panel, __m512i x) const {
+        uint16_t* to = y + row * columns + panel * PANEL;
+        if (around)
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), x);
+        else
+            store_part(to, x, columns - panel * PANEL);
+    }
+};
+struct ToTiles {
+    char* tiles;
+    int64_t unit;  // bytes of 32 rows
+
+    INLINE void put(int64_t row, int64_t panel, __m512i x) const {
+        _mm512_store_si512(tiles + row / UNIT * unit + panel * STEP + row % UNIT * 64, x);
+    }
+};
+
+// A panel of which all sums are there: its rows are finished one after the other.
+template <bool GELU, typename To>
+struct Panel {
+    const To to;
+    const float* sums = nullptr;
+    __m512 low = _mm512_setzero_ps(), high = low;  // the bias
+    int64_t panel = 0, row = 0, rows = 0;
+
+    INLINE void finish_until(int64_t last) {
+        for (; row < last; ++row) {
+            const float* from = sums + row / UNIT * (SUMS / 4) + row % UNIT / ROWS * 512 + row % ROWS * 16;
+            __m512 x = _mm512_add_ps(_mm512_load_ps(from), low), y = _mm512_add_ps(_mm512_load_ps(from + 256), high);
+            if constexpr (GELU) {
+                x = gelu(x);
+                y = gelu(y);
+            }
+            to.put(row, panel, narrow(x, y));
+        }
+    }
+};
+
+// What is multiplied: `steps` of 32 rows by 32 columns. `sums` is where they go, after those of the job before.
+struct Job {
+    const char *a, *b;
+    int64_t steps;
+    float *before, *sums;
+    bool first;  // of its sums
+    const char* ahead;  // what will be read later, so many lines of it in a step
+    int64_t lines;
+};
+
+template <int T>
+INLINE void begin(const Job& job) {
+    tile_store<T>(job.before + T * 256);
+    if (job.first)
+        tile_zero<T>();
+    else
+        tile_load<T>(job.sums + T * 256);
+}
+
+// A job, while its panel's predecessor is finished up to a row.
+template <typename P>
+INLINE void run(const Job& job, P& panel, int64_t last) {
+    const int64_t row = panel.row;
+    for (int64_t s = 0; s < job.steps; ++s) {
+        const char *a = job.a + s * STEP, *b = job.b + s * STEP;
+        tile_stream<4>(a);
+        tile_load<6>(b);
+        if (s == 0) begin<0>(job);
+        tile_multiply<0, 4, 6>();
+        tile_load<7>(b + TILE);
+        if (s == 0) begin<1>(job);
+        tile_multiply<1, 4, 7>();
+        tile_stream<5>(a + TILE);
+        if (s == 0) begin<2>(job);
+        tile_multiply<2, 5, 6>();
+        if (s == 0) begin<3>(job);
+        tile_multiply<3, 5, 7>();
+        for (int64_t i = 0; i < job.lines; ++i) _mm_prefetch(job.ahead + (s * job.lines + i) * 64, _MM_HINT_T1);
+        panel.finish_until(row + (last - row) * (s + 1) / job.steps);
+    }
+}
+
+// All columns of a layer, of so many rows in tiles.
+template <bool GELU, typename To>
+void multiply(const Layer& layer, int64_t rows, const char* a, float* memory, To to) {
+    const int64_t steps = steps_of(layer.inner), units = round_up(rows, UNIT) / UNIT, unit = steps * STEP;
+    const int64_t jobs = round_up(steps, CHUNK) / CHUNK * units, lines = round_up(PANEL, units) / units;
+    float *sums = memory, *other = memory + units * (SUMS / 4), *before = sums;
+    Panel<GELU, To> done = {to};
+    for (int64_t p = 0; p < steps_of(layer.columns); ++p) {
+        const char* b = static_cast<const char*>(layer.tiles) + p * unit;
+        const char* ahead = b + unit;
+        int64_t job = 0;
+        for (int64_t s = 0; s < steps; s += CHUNK)
+            for (int64_t u = 0; u < units; ++u) {
+                const int64_t count = smaller(CHUNK, steps - s);
+                float* own = sums + u * (SUMS / 4);
+                ++job;
+                run(Job{a + u * unit + s * STEP, b + s * STEP, count, before, own, s == 0, ahead, lines}, done,
+                    done.rows * job / jobs);
+                before = own;
+                ahead += count * lines * 64;
+            }
+        const int64_t left = layer.columns - p * PANEL;
+        done.sums = sums;
+        done.panel = p;
+        done.row = 0;
+        done.rows = rows;
+        if (layer.bias) {
+            done.low = _mm512_maskz_loadu_ps(first_lanes(left), layer.bias + p * PANEL);
+            done.high = _mm512_maskz_loadu_ps(first_lanes(left - 16), layer.bias + p * PANEL + 16);
+        }
+        sums = other;
+        other = const_cast<float*>(done.sums);
+    }
+    repeat<4>([&](auto i) { tile_store<i.value>(before + i.value * 256); });
+    done.finish_until(rows);
+}
+
+void pack_rows(const uint16_t* x, int64_t rows, int64_t width, char* to) {
+    const int64_t steps = steps_of(width);
+    for (int64_t r = 0; r < round_up(rows, UNIT); ++r)
+        for (int64_t s = 0; s < steps; ++s)
+            _mm512_store_si512(
+                to + (r / UNIT * steps + s) * STEP + r % UNIT * 64,
+                r < rows ? load_part(x + r * width + s * 32, width - s * 32) : _mm512_setzero_si512()
+            );
+}
+
+// How rows are divided, and a thread's memory in bytes: tiles of its rows, of the hidden ones, and sums.
+struct Blocks {
+    int64_t each, count, tiles, hidden, total;
+
+    explicit Blocks(const Product& p) {
+        const int64_t wide = steps_of(p.first.inner) * 64, inner = p.second.tiles ? steps_of(p.first.columns) * 64 : 0;
+        const int64_t most = CACHED / (wide + inner) / UNIT * UNIT;
+        const int64_t rows = most < UNIT ? UNIT : smaller(most, MOST_ROWS);
+        count = round_up((p.rows + rows - 1) / rows, p.threads);
+        each = round_up((p.rows + count - 1) / count, UNIT);
+        tiles = each * wide;
+        hidden = each * inner;
+        total = tiles + hidden + each / UNIT * 2 * SUMS;
+    }
+};
+
+}  // namespace
+
+int64_t weight_bytes(int64_t inner, int64_t columns) { return steps_of(inner) * steps_of(columns) * STEP; }
+
+void pack_weight(const void* weight, int64_t inner, int64_t columns, bool transposed, void* tiles, int32_t threads) {
+    const uint16_t* w = static_cast<const uint16_t*>(weight);
+    const int64_t steps = steps_of(inner);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < steps_of(columns); ++p)
+        for (int64_t s = 0; s < steps; ++s) {
+            char* to = static_cast<char*>(tiles) + (p * steps + s) * STEP;
+            const int64_t row = (transposed ? s : p) * 32, column = (transposed ? p : s) * 32;
+            const int64_t height = transposed ? inner : columns, width = transposed ? columns : inner;
+            __m512i rows[32];
+            for (int64_t i = 0; i < 32; ++i)
+                rows[i] = row + i < height ? load_part(w + (row + i) * width + column, width - column)
+                                           : _mm512_setzero_si512();
+            if (transposed) {
+                pack_pairs(rows, to);
+            } else {
+                pack_transposed(rows, to);
+                pack_transposed(rows + 16, to + TILE);
+            }
+        }
+}
+
+int64_t product_scratch(const Product& p) { return Blocks(p).total * p.threads; }
+
+void product(const Product& p) {
+    const Blocks blocks(p);
+    const Layer& last = p.second.tiles ? p.second : p.first;
+    const bool around = p.rows * last.columns * 2 >= AROUND && last.columns % PANEL == 0 &&
+                        reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+    for (int64_t b = 0; b < blocks.count; ++b) {
+        const int64_t first = b * blocks.each, rows = smaller(blocks.each, p.rows - first);
+        if (rows <= 0) continue;
+        char* tiles = static_cast<char*>(p.scratch) + omp_get_thread_num() * blocks.total;
+        char* hidden = tiles + blocks.tiles;
+        float* sums = reinterpret_cast<float*>(hidden + blocks.hidden);
+        const TilesInUse in_use;
+        pack_rows(static_cast<const uint16_t*>(p.x) + first * p.first.inner, rows, p.first.inner, tiles);
+        if (p.second.tiles) multiply<true>(p.first, rows, tiles, sums, ToTiles{hidden, steps_of(p.first.columns) * STEP});
+        const ToRows to = {static_cast<uint16_t*>(p.y) + first * last.columns, last.columns, around};
+        const char* given = p.second.tiles ? hidden : tiles;
+        p.gelu ? multiply<true>(last, rows, given, sums, to) : multiply<false>(last, rows, given, sums, to);
+        if (around) _mm_sfence();
+    }
+}
+
+}  // namespace amx
