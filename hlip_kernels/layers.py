@@ -58,9 +58,10 @@ class _LinearOfPixels(torch.autograd.Function):
     def forward(ctx: Any, patches: Tensor, zero: float, unit: float, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(patches, weight)
         ctx.scale = (zero, unit)
-        dtype, weight = kernels.product_dtype(weight), kernels.converted(weight, weight)
+        dtype, parts = kernels.product_dtype(weight), kernels.runs(patches)
+        converted = kernels.converted(weight, weight, packed=len(parts) > 1)
         return kernels.join(
-            [kernels.linear(_pixels(patches[run], zero, unit, dtype), weight, bias) for run in kernels.runs(patches)]
+            [kernels.linear(_pixels(patches[run], zero, unit, dtype), converted, bias) for run in parts]
         )
 
     @staticmethod
@@ -91,7 +92,7 @@ class _LinearOfNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
-        gradient = kernels.input_gradient(grad, weight)
+        gradient = kernels.input_gradient(grad, kernels.gradient_weight(weight, grad))
         if not any(ctx.needs_input_grad[5:]):
             return gradient, *[None] * 6
         sums = kernels.Gradients(weight)
@@ -110,14 +111,14 @@ class _MlpOfNorm(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps = eps
         parts = kernels.runs(hidden)
-        weight2 = kernels.converted(weight2, hidden, packed=len(parts) > 1)
-        return kernels.join([kernels.linear(F.gelu(hidden[run]), weight2, bias2) for run in parts])
+        converted = kernels.converted(weight2, hidden, packed=len(parts) > 1)
+        return kernels.join([kernels.linear(F.gelu(hidden[run]), converted, bias2) for run in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
         sums1, sums2 = (kernels.Gradients(weight) for weight in (weight1, weight2))
-        weight1, weight2 = (weight.to(grad.dtype) for weight in (weight1, weight2))
+        weight1, weight2 = (kernels.gradient_weight(weight, grad) for weight in (weight1, weight2))
         parts = []
         for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
             active, inner = kernels.gelu_backward(kernels.input_gradient(grad[run], weight2), hidden[run])

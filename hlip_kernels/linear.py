@@ -3,9 +3,11 @@
 Shapes: R rows, C and D widths.
 
 On a CPU, run eagerly in float32 or bfloat16:
-- bias and GELU are part of oneDNN's product, and the GELU's input is not rounded to 16 bits before it;
-- wide hidden rows are made some rows at a time, so that they stay in the cache and in memory that the process holds:
-  the allocator returns a tensor of more than 32 MiB to the system, and every page of the next one is a fault;
+- bias and GELU are part of the product, and the GELU's input is not rounded to 16 bits before it;
+- bfloat16 products of many rows are the native library's where there is AMX, and oneDNN's elsewhere;
+- wide hidden rows of the others are made some rows at a time, so that they stay in the cache and in memory that the
+  process holds: the allocator returns a tensor of more than 32 MiB to the system, and every page of the next one is a
+  fault;
 - the gradient of a weight multiplies a transposed copy of the narrower factor: oneDNN's bfloat16 product takes a first
   factor by rows more than twice as fast as one by columns. Sums over runs of rows are kept in float32.
 """
@@ -16,19 +18,29 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backends import native_rows
+from . import ops  # noqa: F401  (what is called through torch.ops)
+from .backends import native_product, native_rows
 from .native import native
 
 ROWS = 1024  # of hidden rows that a thread makes at once: 6 MiB of 3072 bfloat16 values
+ROWS_PACKED = 1024  # from which on a weight is packed for one product
 ROWS_BACKWARD = 4096  # more, as every run adds to the gradients of the weights
 
-_held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor] | None] = contextvars.ContextVar(
+
+class Tiles(NamedTuple):
+    """A weight as the native product takes it. columns: how many values it makes."""
+
+    memory: Tensor
+    columns: int
+
+
+_held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor | Tiles] | None] = contextvars.ContextVar(
     "held", default=None
 )
 
@@ -81,24 +93,27 @@ def runs(x: Tensor, rows: int | None = None) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bounds)]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Tiles, bias: Tensor, gelu: bool = False) -> Tensor:
     """x @ weight.T + bias, and its exact GELU if `gelu`: (R, C) to (R, D), in the dtype of `product_dtype`.
 
     The weight may be one that `converted` gave.
     """
     dtype = product_dtype(x)
-    if not on_cpu(x, dtype):
-        y = F.linear(x, weight, bias)
-        return F.gelu(y) if gelu else y
+    if isinstance(weight, Tensor):
+        if not on_cpu(x, dtype):
+            y = F.linear(x, weight, bias)
+            return F.gelu(y) if gelu else y
+        weight = converted(weight, x)
+    x = x.to(dtype)
+    if isinstance(weight, Tiles):
+        return torch.ops.hlip_kernels.amx_layers(x, [weight.memory], [bias], [weight.columns], gelu)
     operation = "gelu" if gelu else "none"
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(
-        x.to(dtype), converted(weight, x), bias.to(dtype), operation, [], "none"
-    )  # fmt: skip
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(dtype), operation, [], "none")
     return out
 
 
-def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor:
-    """The weight as `linear` multiplies x with it; `packed` as oneDNN lays it out, which is for several products."""
+def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor | Tiles:
+    """The weight as `linear` multiplies x with it; `packed` as that is fastest, which is for several products."""
     dtype = product_dtype(x)
     if weight.is_mkldnn or not on_cpu(x, dtype):
         return weight
@@ -106,22 +121,36 @@ def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor:
     if type(x) is not Tensor and type(x) is not nn.Parameter:  # a fake one: oneDNN's layout cannot be pretended
         return weight.to(dtype)
     if held is None or not isinstance(weight, nn.Parameter):
-        return _packed(weight, dtype) if packed else weight.to(dtype)
+        return _packed(weight, dtype) if packed or _pays(x, dtype) else weight.to(dtype)
     key = (weight, dtype)  # a tensor is hashed as what it is, not by its values
     if key not in held:
         held[key] = _packed(weight, dtype)
     return held[key]
 
 
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _pays(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether to pack a weight for a single native product with the rows x."""
+    return dtype == torch.bfloat16 and native_product.available() and len(x) >= ROWS_PACKED
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor | Tiles:
     weight = weight.detach().to(dtype).contiguous()
-    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if dtype == torch.bfloat16 else weight
+    if dtype != torch.bfloat16:
+        return weight
+    if native_product.available():
+        return Tiles(torch.ops.hlip_kernels.amx_tiles(weight, False), len(weight))
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
 
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     """fc2(gelu(fc1(x))) without a graph: (R, C) to (R, C)."""
     parts = runs(x)
     weight1, weight2 = (converted(layer.weight, x, packed=len(parts) > 1) for layer in (fc1, fc2))
+    if isinstance(weight1, Tiles) and isinstance(weight2, Tiles):  # hidden rows do not go to memory
+        columns = [weight1.columns, weight2.columns]
+        return torch.ops.hlip_kernels.amx_layers(
+            x.to(torch.bfloat16), [weight1.memory, weight2.memory], [fc1.bias, fc2.bias], columns, False
+        )
     return join([linear(linear(x[run], weight1, fc1.bias, gelu=True), weight2, fc2.bias) for run in parts])
 
 
@@ -138,9 +167,19 @@ def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Of x in x @ weight.T, from that of the product: (R, D) to (R, C)."""
-    return grad @ weight.to(grad.dtype)
+def gradient_weight(weight: Tensor, grad: Tensor) -> Tensor | Tiles:
+    """The weight (D, C) of a layer as `input_gradient` multiplies gradients (R, D) with it."""
+    weight = weight.to(grad.dtype)
+    if type(grad) is Tensor and on_cpu(grad, grad.dtype) and _pays(grad, grad.dtype):
+        return Tiles(torch.ops.hlip_kernels.amx_tiles(weight, True), weight.shape[1])
+    return weight
+
+
+def input_gradient(grad: Tensor, weight: Tensor | Tiles) -> Tensor:
+    """Of x in x @ weight.T, from that of the product: (R, D) to (R, C). The weight is of `gradient_weight`."""
+    if isinstance(weight, Tiles):
+        return torch.ops.hlip_kernels.amx_layers(grad, [weight.memory], [], [weight.columns], False)
+    return grad @ weight
 
 
 class Gradients:
@@ -193,4 +232,4 @@ class Linear(torch.autograd.Function):
             for run in runs(grad, ROWS_BACKWARD):
                 sums.add(grad[run], x[run])
             parameters = sums.total()
-        return input_gradient(grad, weight).to(ctx.dtype), *parameters
+        return input_gradient(grad, gradient_weight(weight, grad)).to(ctx.dtype), *parameters

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, NORM_BACKENDS, choose_backend, choose_norm_backend
+from .backends import native_product as amx
 from .backends.groups import Groups, Regroup, wide_dtype
 
 _library = torch.library.Library("hlip_kernels", "DEF")
@@ -188,6 +189,28 @@ def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: N
         bias,
         *[None] * 7,
     )
+
+
+# Linear layers on AMX, called where no graph is made: see `linear`.
+
+
+def _amx_tiles_fake(weight: Tensor, transposed: bool) -> Tensor:
+    inner, columns = weight.shape if transposed else weight.shape[::-1]
+    return weight.new_empty(amx.tiles_shape(inner, columns), dtype=torch.uint8)
+
+
+def _amx_layers_fake(x: Tensor, tiles: list[Tensor], biases: list[Tensor], columns: list[int], gelu: bool) -> Tensor:
+    return x.new_empty(x.shape[0], columns[-1])
+
+
+_define("amx_tiles", "Tensor weight, bool transposed", "Tensor", amx.pack, _amx_tiles_fake)
+_define(
+    "amx_layers",
+    "Tensor x, Tensor[] tiles, Tensor[] biases, int[] columns, bool gelu",
+    "Tensor",
+    amx.layers,
+    _amx_layers_fake,
+)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:

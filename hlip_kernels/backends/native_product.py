@@ -6,23 +6,14 @@ Shapes: R rows, C and D widths.
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..native import native, scratch
 
-LINE = 64  # bytes to which tiles are aligned
-
-
-class Tiles(NamedTuple):
-    """A weight as the library multiplies with it. memory: its tiles. inner, columns: widths of what it is given, and of
-    what it gives."""
-
-    memory: Tensor
-    inner: int
-    columns: int
+TILE = 1024  # bytes
 
 
 class _Layer(ctypes.Structure):
@@ -49,49 +40,40 @@ def available() -> bool:
     return native().isa == "amx"
 
 
-def pack(weight: Tensor, transposed: bool = False) -> Tiles:
-    """Of a bfloat16 weight (D, C) that gives D values for C, or, `transposed`, C for D."""
+def tiles_shape(inner: int, columns: int) -> tuple[int, int]:
+    """Of the tiles of a weight that makes `columns` values of `inner`."""
+    return -(-columns // 32), -(-inner // 32) * 2 * TILE
+
+
+def pack(weight: Tensor, transposed: bool) -> Tensor:
+    """The tiles of a bfloat16 weight (D, C) that makes D values of C, or, `transposed`, C of D."""
     library = native().library
     assert library is not None
-    library.hlip_weight_bytes.restype = ctypes.c_int64
-    weight = weight.detach().contiguous()
-    inner, columns = weight.shape if transposed else reversed(weight.shape)
-    widths = ctypes.c_int64(inner), ctypes.c_int64(columns)
-    memory = torch.empty(library.hlip_weight_bytes(*widths) + LINE, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % LINE :]
+    weight = weight.contiguous()
+    inner, columns = weight.shape if transposed else weight.shape[::-1]
+    tiles = torch.empty(tiles_shape(inner, columns), dtype=torch.uint8)
     library.hlip_pack_weight(
-        ctypes.c_void_p(weight.data_ptr()), *widths, int(transposed), ctypes.c_void_p(memory.data_ptr()),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return Tiles(memory, inner, columns)
+        *(ctypes.c_void_p(x.data_ptr()) for x in (weight, tiles)), inner, columns, transposed, torch.get_num_threads()
+    )
+    return tiles
 
 
-def product(x: Tensor, weight: Tiles, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """x @ weight.T + bias of bfloat16 rows (R, C) to (R, D), and its GELU if `gelu`."""
-    return _run(x, [(weight, bias)], gelu)
+def layers(x: Tensor, tiles: Sequence[Tensor], biases: Sequence[Tensor], columns: Sequence[int], gelu: bool) -> Tensor:
+    """One linear layer or two, with a GELU between, of bfloat16 rows x (R, C): (R, D), and its GELU if `gelu`.
 
-
-def mlp(x: Tensor, weight1: Tiles, bias1: Tensor, weight2: Tiles, bias2: Tensor) -> Tensor:
-    """gelu(x @ weight1.T + bias1) @ weight2.T + bias2 of bfloat16 rows. The hidden rows do not go to memory."""
-    return _run(x, [(weight1, bias1), (weight2, bias2)], gelu=False)
-
-
-def _run(x: Tensor, layers: list[tuple[Tiles, Tensor | None]], gelu: bool) -> Tensor:
+    Args:
+        biases: of each layer, or none.
+        columns: D of each layer.
+    """
     library = native().library
     assert library is not None
     library.hlip_product_scratch.restype = ctypes.c_int64
-    x, biases = x.contiguous(), [None if bias is None else bias.float().contiguous() for _, bias in layers]
-    y = x.new_empty(len(x), layers[-1][0].columns)
-    call = _Product(
-        x.data_ptr(),
-        y.data_ptr(),
-        rows=len(x),
-        gelu=gelu,
-        threads=torch.get_num_threads(),
-    )
-    for name, (weight, _), bias in zip(("first", "second"), layers, biases, strict=False):
-        address = None if bias is None else bias.data_ptr()
-        setattr(call, name, _Layer(weight.memory.data_ptr(), address, weight.inner, weight.columns))
+    x, biases = x.contiguous(), [bias.to(torch.float32).contiguous() for bias in biases]
+    y = x.new_empty(len(x), columns[-1])
+    call = _Product(x.data_ptr(), y.data_ptr(), rows=len(x), gelu=gelu, threads=torch.get_num_threads())
+    for i, (name, given) in enumerate(zip(("first", "second"), (x.shape[1], *columns[:-1]), strict=False)):
+        bias = biases[i].data_ptr() if biases else None
+        setattr(call, name, _Layer(tiles[i].data_ptr(), bias, given, columns[i]))
     call.scratch, memory = scratch(library.hlip_product_scratch(ctypes.byref(call)))
     library.hlip_product(ctypes.byref(call))
     del memory  # not before

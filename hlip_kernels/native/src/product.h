@@ -22,18 +22,18 @@ struct Product {
 };
 
 extern "C" {
-// Bytes of the tiles of a weight.
-int64_t hlip_weight_bytes(int64_t inner, int64_t columns);
-// A weight (N, K), or its transpose (K, N), into `tiles`, aligned to 64 bytes.
-void hlip_pack_weight(const void* weight, int64_t inner, int64_t columns, int32_t transposed, void* tiles, int32_t threads);
+// A weight (N, K), or its transpose (K, N), into tiles of 1 KiB, aligned to 64 bytes: for each 32 columns (N) and 32 of
+// the inner width (K), padded with zeros, the tiles of 16 columns and of the other 16.
+void hlip_pack_weight(
+    const void* weight, void* tiles, int32_t inner, int32_t columns, int32_t transposed, int32_t threads
+);
 int64_t hlip_product_scratch(const Product*);
 // Only where `hlip_isa` is HLIP_AMX.
 void hlip_product(const Product*);
 }
 
 namespace amx {
-int64_t weight_bytes(int64_t inner, int64_t columns);
-void pack_weight(const void* weight, int64_t inner, int64_t columns, bool transposed, void* tiles, int32_t threads);
+void pack_weight(const void* weight, void* tiles, int64_t inner, int64_t columns, bool transposed, int32_t threads);
 int64_t product_scratch(const Product&);
 void product(const Product&);
 }  // namespace amx

@@ -159,13 +159,15 @@ void multiply(const Layer& layer, int64_t rows, const char* a, float* memory, To
 }
 
 void pack_rows(const uint16_t* x, int64_t rows, int64_t width, char* to) {
-    const int64_t steps = steps_of(width);
-    for (int64_t r = 0; r < round_up(rows, UNIT); ++r)
-        for (int64_t s = 0; s < steps; ++s)
-            _mm512_store_si512(
-                to + (r / UNIT * steps + s) * STEP + r % UNIT * 64,
-                r < rows ? load_part(x + r * width + s * 32, width - s * 32) : _mm512_setzero_si512()
-            );
+    const int64_t steps = steps_of(width), TOGETHER = 8;
+    for (int64_t first = 0; first < rows; first += UNIT, to += steps * STEP)
+        for (int64_t s = 0; s < steps; s += TOGETHER)
+            for (int64_t r = 0; r < UNIT; ++r)
+                for (int64_t i = s; i < smaller(s + TOGETHER, steps); ++i)
+                    _mm512_store_si512(
+                        to + i * STEP + r * 64,
+                        first + r < rows ? load_part(x + (first + r) * width + i * 32, width - i * 32) : _mm512_setzero_si512()
+                    );
 }
 
 // How rows are divided, and a thread's memory in bytes: tiles of its rows, of the hidden ones, and sums.
@@ -186,9 +188,7 @@ struct Blocks {
 
 }  // namespace
 
-int64_t weight_bytes(int64_t inner, int64_t columns) { return steps_of(inner) * steps_of(columns) * STEP; }
-
-void pack_weight(const void* weight, int64_t inner, int64_t columns, bool transposed, void* tiles, int32_t threads) {
+void pack_weight(const void* weight, void* tiles, int64_t inner, int64_t columns, bool transposed, int32_t threads) {
     const uint16_t* w = static_cast<const uint16_t*>(weight);
     const int64_t steps = steps_of(inner);
 #pragma omp parallel for schedule(static) num_threads(threads)
