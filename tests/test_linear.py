@@ -165,7 +165,7 @@ def test_weights_are_converted_once_while_they_are_held_and_anew_after() -> None
             parameter.mul_(2)
         after = layers(x, False)
         with kernels.hold_weights():
-            torch.testing.assert_close(layers(x, False), after, rtol=2e-2, atol=2e-2)
+            assert (layers(x, False) - after).norm() <= 1e-2 * after.norm()
     assert (after - before).norm() > before.norm()
 
 
