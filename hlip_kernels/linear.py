@@ -167,10 +167,16 @@ def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
+def _native(grad: Tensor) -> bool:
+    """Whether gradients of linear layers are the native library's."""
+    known = type(grad) is Tensor and grad.dtype == torch.bfloat16 and on_cpu(grad, grad.dtype)
+    return known and native_product.available()
+
+
 def gradient_weight(weight: Tensor, grad: Tensor) -> Tensor | Tiles:
     """The weight (D, C) of a layer as `input_gradient` multiplies gradients (R, D) with it."""
     weight = weight.to(grad.dtype)
-    if type(grad) is Tensor and on_cpu(grad, grad.dtype) and _pays(grad, grad.dtype):
+    if _native(grad) and _pays(grad, grad.dtype):
         return Tiles(torch.ops.hlip_kernels.amx_tiles(weight, True), weight.shape[1])
     return weight
 
@@ -194,6 +200,13 @@ class Gradients:
     def add(self, grad: Tensor, given: Tensor) -> None:
         """A run: its product's gradient (r, D), and what the layer was given, (r, C)."""
         given = given.to(grad.dtype)
+        if _native(grad):
+            first = self.weight is None
+            if self.weight is None or self.bias is None:
+                self.weight = grad.new_empty(grad.shape[1], given.shape[1], dtype=torch.float32)
+                self.bias = grad.new_empty(grad.shape[1], dtype=torch.float32)
+            torch.ops.hlip_kernels.amx_weight_gradient(grad, given, self.weight, self.bias, not first)
+            return
         if not on_cpu(grad, grad.dtype) or grad.dtype == torch.float32:
             weight = grad.T @ given
         else:
@@ -210,7 +223,8 @@ class Gradients:
     def total(self) -> tuple[Tensor, Tensor]:
         """Of weight and bias, in their dtype."""
         assert self.weight is not None and self.bias is not None
-        return (self.weight.T.contiguous() if self.transposed else self.weight), self.bias
+        weight = self.weight.T.contiguous() if self.transposed else self.weight
+        return weight.to(self.dtype), self.bias.to(self.dtype)
 
 
 class Linear(torch.autograd.Function):

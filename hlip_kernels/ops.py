@@ -211,6 +211,13 @@ _define(
     amx.layers,
     _amx_layers_fake,
 )
+_define(
+    "amx_weight_gradient",
+    "Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!) bias, bool add",
+    "()",
+    amx.weight_gradient,
+    lambda *_: None,
+)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:

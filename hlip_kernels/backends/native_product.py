@@ -36,6 +36,16 @@ class _Product(ctypes.Structure):
     )
 
 
+class _WeightGradient(ctypes.Structure):
+    """`struct WeightGradient` of product.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "weight", "bias", "scratch")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("inner", "columns", "add", "threads")),
+    )
+
+
 def available() -> bool:
     return native().isa == "amx"
 
@@ -78,3 +88,18 @@ def layers(x: Tensor, tiles: Sequence[Tensor], biases: Sequence[Tensor], columns
     library.hlip_product(ctypes.byref(call))
     del memory  # not before
     return y
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: bool) -> None:
+    """Writes, or adds, to float32 weight (D, C) and bias (D) what bfloat16 grad (R, D) and x (R, C) give them."""
+    library = native().library
+    assert library is not None
+    library.hlip_weight_gradient_scratch.restype = ctypes.c_int64
+    grad, x = grad.contiguous(), x.contiguous()
+    call = _WeightGradient(
+        *(t.data_ptr() for t in (grad, x, weight, bias)), rows=len(x), inner=x.shape[1], columns=grad.shape[1],
+        add=add, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    call.scratch, memory = scratch(library.hlip_weight_gradient_scratch(ctypes.byref(call)))
+    library.hlip_weight_gradient(ctypes.byref(call))
+    del memory  # not before

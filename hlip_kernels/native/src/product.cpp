@@ -13,4 +13,8 @@ EXPORT void hlip_pack_weight(
 EXPORT int64_t hlip_product_scratch(const Product* p) { return amx::product_scratch(*p); }
 
 EXPORT void hlip_product(const Product* p) { amx::product(*p); }
+
+EXPORT int64_t hlip_weight_gradient_scratch(const WeightGradient* g) { return amx::weight_gradient_scratch(*g); }
+
+EXPORT void hlip_weight_gradient(const WeightGradient* g) { amx::weight_gradient(*g); }
 #endif

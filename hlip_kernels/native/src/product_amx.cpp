@@ -41,20 +41,37 @@ struct ToRows {
     bool around;
 
     // 32 columns of a row.
-    INLINE void put(int64_t row, int64_t panel, __m512i x) const {
+    INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
         uint16_t* to = y + row * columns + panel * PANEL;
         if (around)
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), x);
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(low, high));
         else
-            store_part(to, x, columns - panel * PANEL);
+            store_part(to, narrow(low, high), columns - panel * PANEL);
     }
 };
 struct ToTiles {
     char* tiles;
     int64_t unit;  // bytes of 32 rows
 
-    INLINE void put(int64_t row, int64_t panel, __m512i x) const {
-        _mm512_store_si512(tiles + row / UNIT * unit + panel * STEP + row % UNIT * 64, x);
+    INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
+        _mm512_store_si512(tiles + row / UNIT * unit + panel * STEP + row % UNIT * 64, narrow(low, high));
+    }
+};
+struct ToSums {
+    float* y;
+    int64_t columns;
+    bool add;
+
+    INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
+        float* to = y + row * columns + panel * PANEL;
+        const int64_t left = columns - panel * PANEL;
+        const __mmask16 first = first_lanes(left), second = first_lanes(left - 16);
+        if (add) {
+            low = _mm512_add_ps(low, _mm512_maskz_loadu_ps(first, to));
+            high = _mm512_add_ps(high, _mm512_maskz_loadu_ps(second, to + 16));
+        }
+        _mm512_mask_storeu_ps(to, first, low);
+        _mm512_mask_storeu_ps(to + 16, second, high);
     }
 };
 
@@ -74,7 +91,7 @@ struct Panel {
                 x = gelu(x);
                 y = gelu(y);
             }
-            to.put(row, panel, narrow(x, y));
+            to.put(row, panel, x, y);
         }
     }
 };
@@ -121,16 +138,28 @@ INLINE void run(const Job& job, P& panel, int64_t last) {
     }
 }
 
-// All columns of a layer, of so many rows in tiles.
+// What rows are multiplied with: of each 32 columns, so many steps in tiles.
+struct Weight {
+    const char* tiles;
+    const float* bias;
+    int64_t columns, steps, stride;  // the latter: bytes from 32 columns to the next
+
+    explicit Weight(const Layer& layer)
+        : tiles(static_cast<const char*>(layer.tiles)), bias(layer.bias), columns(layer.columns),
+          steps(steps_of(layer.inner)), stride(steps * STEP) {}
+    Weight(const char* tiles, int64_t columns, int64_t steps, int64_t stride)
+        : tiles(tiles), bias(nullptr), columns(columns), steps(steps), stride(stride) {}
+};
+
+// All columns of so many rows, which are given in tiles.
 template <bool GELU, typename To>
-void multiply(const Layer& layer, int64_t rows, const char* a, float* memory, To to) {
-    const int64_t steps = steps_of(layer.inner), units = round_up(rows, UNIT) / UNIT, unit = steps * STEP;
+void multiply(const Weight& weight, int64_t rows, const char* a, float* memory, To to) {
+    const int64_t steps = weight.steps, units = round_up(rows, UNIT) / UNIT, unit = steps * STEP;
     const int64_t jobs = round_up(steps, CHUNK) / CHUNK * units, lines = round_up(PANEL, units) / units;
     float *sums = memory, *other = memory + units * (SUMS / 4), *before = sums;
     Panel<GELU, To> done = {to};
-    for (int64_t p = 0; p < steps_of(layer.columns); ++p) {
-        const char* b = static_cast<const char*>(layer.tiles) + p * unit;
-        const char* ahead = b + unit;
+    for (int64_t p = 0; p < steps_of(weight.columns); ++p) {
+        const char *b = weight.tiles + p * weight.stride, *ahead = b + weight.stride;
         int64_t job = 0;
         for (int64_t s = 0; s < steps; s += CHUNK)
             for (int64_t u = 0; u < units; ++u) {
@@ -142,14 +171,14 @@ void multiply(const Layer& layer, int64_t rows, const char* a, float* memory, To
                 before = own;
                 ahead += count * lines * 64;
             }
-        const int64_t left = layer.columns - p * PANEL;
+        const int64_t left = weight.columns - p * PANEL;
         done.sums = sums;
         done.panel = p;
         done.row = 0;
         done.rows = rows;
-        if (layer.bias) {
-            done.low = _mm512_maskz_loadu_ps(first_lanes(left), layer.bias + p * PANEL);
-            done.high = _mm512_maskz_loadu_ps(first_lanes(left - 16), layer.bias + p * PANEL + 16);
+        if (weight.bias) {
+            done.low = _mm512_maskz_loadu_ps(first_lanes(left), weight.bias + p * PANEL);
+            done.high = _mm512_maskz_loadu_ps(first_lanes(left - 16), weight.bias + p * PANEL + 16);
         }
         sums = other;
         other = const_cast<float*>(done.sums);
@@ -169,6 +198,57 @@ void pack_rows(const uint16_t* x, int64_t rows, int64_t width, char* to) {
                         first + r < rows ? load_part(x + (first + r) * width + i * 32, width - i * 32) : _mm512_setzero_si512()
                     );
 }
+
+// 32 x 32 of a matrix, of which rows and columns beyond its last are zero.
+INLINE void load_square(
+    const uint16_t* matrix, int64_t height, int64_t width, int64_t row, int64_t column, __m512i* rows
+) {
+    for (int64_t i = 0; i < 32; ++i)
+        rows[i] = row + i < height ? load_part(matrix + (row + i) * width + column, width - column)
+                                   : _mm512_setzero_si512();
+}
+
+// Columns first to last of gradients (R, D), in `steps` of 32 rows from the first one on, as rows in tiles; and their
+// sums over the rows, to `sums` or added to them.
+void pack_columns(
+    const uint16_t* grad, int64_t height, int64_t width, int64_t row, int64_t steps, int64_t first, int64_t last, char* to,
+    float* sums, bool add
+) {
+    for (int64_t column = first; column < last; column += 32) {
+        const __mmask16 low = first_lanes(last - column), high = first_lanes(last - column - 16);
+        float* own = sums + column;
+        __m512 x = add ? _mm512_maskz_loadu_ps(low, own) : _mm512_setzero_ps();
+        __m512 y = add ? _mm512_maskz_loadu_ps(high, own + 16) : _mm512_setzero_ps();
+        for (int64_t s = 0; s < steps; ++s, to += STEP) {
+            __m512i rows[32];
+            load_square(grad, height, width, row + s * 32, column, rows);
+            for (const __m512i r : rows) {
+                x = _mm512_add_ps(x, _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(r)));
+                y = _mm512_add_ps(y, _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(r, 1)));
+            }
+            pack_pairs(rows, to);
+            transpose_tile(to);
+            transpose_tile(to + TILE);
+        }
+        _mm512_mask_storeu_ps(own, low, x);
+        _mm512_mask_storeu_ps(own + 16, high, y);
+    }
+}
+
+// The same for the gradient of a weight: a block is some of its rows, and SECTION rows of the tensors.
+const int64_t SECTION = 1024, MOST_COLUMNS = 256;
+
+struct GradientBlocks {
+    int64_t each, count, shared, tiles, total;
+
+    explicit GradientBlocks(const WeightGradient& g) {
+        count = round_up((g.columns + MOST_COLUMNS - 1) / MOST_COLUMNS, g.threads);
+        each = round_up((g.columns + count - 1) / count, UNIT);
+        shared = steps_of(g.rows) * steps_of(g.inner) * STEP;
+        tiles = each * smaller(SECTION, round_up(g.rows, UNIT)) * 2;
+        total = tiles + each / UNIT * 2 * SUMS;
+    }
+};
 
 // How rows are divided, and a thread's memory in bytes: tiles of its rows, of the hidden ones, and sums.
 struct Blocks {
@@ -191,16 +271,14 @@ struct Blocks {
 void pack_weight(const void* weight, void* tiles, int64_t inner, int64_t columns, bool transposed, int32_t threads) {
     const uint16_t* w = static_cast<const uint16_t*>(weight);
     const int64_t steps = steps_of(inner);
+    const int64_t height = transposed ? inner : columns, width = transposed ? columns : inner;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < steps_of(columns); ++p)
-        for (int64_t s = 0; s < steps; ++s) {
-            char* to = static_cast<char*>(tiles) + (p * steps + s) * STEP;
-            const int64_t row = (transposed ? s : p) * 32, column = (transposed ? p : s) * 32;
-            const int64_t height = transposed ? inner : columns, width = transposed ? columns : inner;
+    for (int64_t row = 0; row < height; row += 32)
+        for (int64_t column = 0; column < width; column += 32) {
+            const int64_t panel = (transposed ? column : row) / 32, step = (transposed ? row : column) / 32;
+            char* to = static_cast<char*>(tiles) + (panel * steps + step) * STEP;
             __m512i rows[32];
-            for (int64_t i = 0; i < 32; ++i)
-                rows[i] = row + i < height ? load_part(w + (row + i) * width + column, width - column)
-                                           : _mm512_setzero_si512();
+            load_square(w, height, width, row, column, rows);
             if (transposed) {
                 pack_pairs(rows, to);
             } else {
@@ -226,11 +304,40 @@ void product(const Product& p) {
         float* sums = reinterpret_cast<float*>(hidden + blocks.hidden);
         const TilesInUse in_use;
         pack_rows(static_cast<const uint16_t*>(p.x) + first * p.first.inner, rows, p.first.inner, tiles);
-        if (p.second.tiles) multiply<true>(p.first, rows, tiles, sums, ToTiles{hidden, steps_of(p.first.columns) * STEP});
+        if (p.second.tiles) multiply<true>(Weight(p.first), rows, tiles, sums, ToTiles{hidden, steps_of(p.first.columns) * STEP});
         const ToRows to = {static_cast<uint16_t*>(p.y) + first * last.columns, last.columns, around};
         const char* given = p.second.tiles ? hidden : tiles;
-        p.gelu ? multiply<true>(last, rows, given, sums, to) : multiply<false>(last, rows, given, sums, to);
+        p.gelu ? multiply<true>(Weight(last), rows, given, sums, to) : multiply<false>(Weight(last), rows, given, sums, to);
         if (around) _mm_sfence();
+    }
+}
+
+int64_t weight_gradient_scratch(const WeightGradient& g) {
+    const GradientBlocks blocks(g);
+    return blocks.shared + blocks.total * g.threads;
+}
+
+void weight_gradient(const WeightGradient& g) {
+    const GradientBlocks blocks(g);
+    char* memory = static_cast<char*>(g.scratch);
+    const int64_t steps = steps_of(g.rows), stride = steps * STEP;
+    pack_weight(g.x, memory, g.rows, g.inner, true, g.threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(g.threads)
+    for (int64_t b = 0; b < blocks.count; ++b) {
+        const int64_t first = b * blocks.each, last = smaller(first + blocks.each, g.columns);
+        if (first >= last) continue;
+        char* tiles = memory + blocks.shared + omp_get_thread_num() * blocks.total;
+        float* sums = reinterpret_cast<float*>(tiles + blocks.tiles);
+        const TilesInUse in_use;
+        for (int64_t s = 0; s < steps; s += SECTION / 32) {
+            const int64_t count = smaller(SECTION / 32, steps - s);
+            const bool add = g.add || s > 0;
+            pack_columns(
+                static_cast<const uint16_t*>(g.grad), g.rows, g.columns, s * 32, count, first, last, tiles, g.bias, add
+            );
+            const ToSums to = {g.weight + first * g.inner, g.inner, add};
+            multiply<false>(Weight(memory + s * STEP, g.inner, count, stride), last - first, tiles, sums, to);
+        }
     }
 }
 
