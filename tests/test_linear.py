@@ -141,6 +141,91 @@ def test_pixels_are_projected_as_exactly_as_by_a_plain_layer(dtype: torch.dtype)
     assert_as_exact(**found)
 
 
+needs_amx = pytest.mark.skipif(native().isa != "amx", reason="needs AMX")
+
+
+@needs_amx
+@pytest.mark.parametrize("widths", [(1, 8), (24, 72), (33, 100), (768, 32), (416, 520), (3000, 64)])
+@pytest.mark.parametrize("length", [0, 1, 31, 33, 700])
+def test_native_products_of_any_shape(length: int, widths: tuple[int, int]) -> None:
+    """One layer, one with a GELU, two, the transposed weight and its gradient, against float64."""
+    inner, columns = widths
+    torch.manual_seed(0)
+    x, grad = (torch.randn(length, width).bfloat16() for width in widths)
+    weight1 = (torch.randn(columns, inner) * inner**-0.5).bfloat16()
+    weight2 = (torch.randn(inner, columns) * columns**-0.5).bfloat16()
+    biases = [torch.randn(columns), torch.randn(inner)]
+    ops = torch.ops.hlip_kernels
+    tiles = [ops.amx_tiles(weight, False) for weight in (weight1, weight2)]
+
+    def formulas(dtype: torch.dtype) -> dict[str, Tensor]:
+        x_, w1, w2, g, b1, b2 = (t.to(dtype) for t in (x, weight1, weight2, grad, *biases))
+        one = F.linear(x_, w1, b1)
+        two = F.linear(F.gelu(one), w2, b2)
+        return {"one": one, "gelu": F.gelu(one), "two": two, "turned": x_ @ w2, "dweight": g.T @ x_, "dbias": g.sum(0)}
+
+    weight, bias = torch.full((columns, inner), 5.0), torch.full((columns,), 5.0)
+    ops.amx_weight_gradient(grad, x, weight, bias, False)
+    ours = {
+        "one": ops.amx_layers(x, tiles[:1], biases[:1], [columns], False),
+        "gelu": ops.amx_layers(x, tiles[:1], biases[:1], [columns], True),
+        "two": ops.amx_layers(x, tiles, biases, [columns, inner], False),
+        "turned": ops.amx_layers(x, [ops.amx_tiles(weight2, True)], [], [columns], False),
+        "dweight": weight.bfloat16(),
+        "dbias": bias.bfloat16(),
+    }
+    if length == 0:
+        assert not weight.any()
+        assert not bias.any()
+        assert all(not len(ours[name]) for name in ("one", "gelu", "two", "turned"))
+        return
+    assert_as_exact(ours, formulas(torch.bfloat16), formulas(torch.float64))
+    ops.amx_weight_gradient(grad, x, weight, bias, True)
+    torch.testing.assert_close(weight, 2 * grad.float().T @ x.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias, 2 * grad.float().sum(0), rtol=1e-3, atol=1e-3)
+
+
+@needs_amx
+def test_native_products_do_not_depend_on_threads(many_threads: Callable[[int], None]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1500, 96).bfloat16(), torch.randn(160, 96).bfloat16()
+    ops, found = torch.ops.hlip_kernels, []
+    for threads in (1, 2, 5):
+        many_threads(threads)
+        tiles = ops.amx_tiles(weight, False)
+        y = ops.amx_layers(x, [tiles], [torch.ones(160)], [160], True)
+        gradients = torch.empty(160, 96), torch.empty(160)
+        ops.amx_weight_gradient(y, x, *gradients, False)
+        found.append([tiles, y, *gradients])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_amx
+def test_native_gelu_of_extremes() -> None:
+    """Values are biases: what is multiplied is zero."""
+    x = torch.cat([torch.linspace(-20, 20, 2045), torch.tensor([3e38, -3e38, float("nan")])])
+    ops = torch.ops.hlip_kernels
+    tiles = ops.amx_tiles(torch.zeros(len(x), 32).bfloat16(), False)
+    y = ops.amx_layers(torch.zeros(1, 32).bfloat16(), [tiles], [x], [len(x)], True)[0].double()
+    exact = x.double() * torch.special.erfc(-x.double() * 0.5**0.5) / 2
+    near = x >= -5
+    assert float((y / exact - 1).abs()[near & (x != 0)].max()) <= 5e-3
+    assert float(y[~near & ~x.isnan()].abs().max()) <= 2e-6
+    assert y[-1].isnan()
+
+
+@needs_amx
+def test_opcheck() -> None:
+    x, weight = torch.randn(5, 40).bfloat16(), torch.randn(24, 40).bfloat16()
+    ops = torch.ops.hlip_kernels
+    torch.library.opcheck(ops.amx_tiles.default, (weight, False))
+    tiles = ops.amx_tiles(weight, False)
+    torch.library.opcheck(ops.amx_layers.default, (x, [tiles], [torch.zeros(24)], [24], True))
+    y = ops.amx_layers(x, [tiles], [], [24], False)
+    torch.library.opcheck(ops.amx_weight_gradient.default, (y, x, torch.zeros(24, 40), torch.zeros(24), True))
+
+
 class Calls(TorchDispatchMode):
     """Counts the calls of some ops."""
 

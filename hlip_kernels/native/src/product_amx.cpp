@@ -258,7 +258,7 @@ struct Blocks {
         const int64_t wide = steps_of(p.first.inner) * 64, inner = p.second.tiles ? steps_of(p.first.columns) * 64 : 0;
         const int64_t most = CACHED / (wide + inner) / UNIT * UNIT;
         const int64_t rows = most < UNIT ? UNIT : smaller(most, MOST_ROWS);
-        count = round_up((p.rows + rows - 1) / rows, p.threads);
+        count = round_up(p.rows / rows + 1, p.threads);
         each = round_up((p.rows + count - 1) / count, UNIT);
         tiles = each * wide;
         hidden = each * inner;
@@ -321,6 +321,10 @@ void weight_gradient(const WeightGradient& g) {
     const GradientBlocks blocks(g);
     char* memory = static_cast<char*>(g.scratch);
     const int64_t steps = steps_of(g.rows), stride = steps * STEP;
+    if (g.rows == 0 && !g.add) {
+        memset(g.weight, 0, int64_t(g.columns) * g.inner * sizeof(float));
+        memset(g.bias, 0, g.columns * sizeof(float));
+    }
     pack_weight(g.x, memory, g.rows, g.inner, true, g.threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(g.threads)
     for (int64_t b = 0; b < blocks.count; ++b) {
