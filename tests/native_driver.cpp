@@ -1,5 +1,5 @@
-// Runs the native library, given by its path, without Python, so that sanitizers see it alone: every tensor is memory of
-// its own, of the exact size. Results are compared with the formula in double. Ends with 1 if one is wrong. A second
+// Runs the native library, given by its path, without Python, so that sanitizers see it alone: every tensor is memory
+// of its own, of the exact size. Results are compared with the formula in double. Ends with 1 if one is wrong. A second
 // argument leaves all but small attention out, for emulated processors.
 #include <dlfcn.h>
 #include <math.h>
@@ -39,7 +39,7 @@ struct Tensor {
     float* floats() const { return static_cast<float*>(data); }
     ~Tensor() { free(data); }
 
-    double get(size_t i) const { return bfloat16 ? widen(static_cast<uint16_t*>(data)[i]) : static_cast<float*>(data)[i]; }
+    double get(size_t i) const { return bfloat16 ? widen(static_cast<uint16_t*>(data)[i]) : floats()[i]; }
     void set(size_t i, float x) {
         if (bfloat16)
             static_cast<uint16_t*>(data)[i] = narrow(x);
@@ -165,8 +165,8 @@ static void attention(const Case& c, bool bfloat16) {
     }
 }
 
-// A change of level: `fine` groups of so many patches, of which each coarse group has a run. With equal numbers of both,
-// the level stays.
+// A change of level: `fine` groups of so many patches, of which each coarse group has a run. With equal numbers of
+// both, the level stays.
 struct Change {
     std::vector<int> fine;
     std::vector<int32_t> children;  // bounds
@@ -230,14 +230,15 @@ static void norm(const Change& c, bool bfloat16) {
     for (int g = 0; !c.scaled && g < src; ++g) path.set(g, 1);
     for (int i = 0; !c.scaled && i < C; ++i) layer.set(i, 1);
     const auto value = [&](
-        const Numbers& r, const Numbers& u, const Numbers& l, const Numbers& w, const Numbers& b, Numbers* to_x = nullptr,
-        Numbers* to_y = nullptr
+        const Numbers& r, const Numbers& u, const Numbers& l, const Numbers& w, const Numbers& b,
+        Numbers* to_x = nullptr, Numbers* to_y = nullptr
     ) {
         return norm_formula(
             c, group, r, u, path.numbers(), l, w, b, of_x.numbers(), of_y.numbers(), to_x, to_y
         );
     };
-    Numbers exact_x, exact_y, at[] = {residual.numbers(), update.numbers(), layer.numbers(), weight.numbers(), bias.numbers()};
+    Numbers exact_x, exact_y;
+    const Numbers at[] = {residual.numbers(), update.numbers(), layer.numbers(), weight.numbers(), bias.numbers()};
     value(at[0], at[1], at[2], at[3], at[4], &exact_x, &exact_y);
     for (int32_t isa = 0; isa <= best(); ++isa) {
         Norm n = {};
@@ -296,7 +297,9 @@ static void gelu(size_t size, bool bfloat16) {
 }
 
 // rows (R, K) and a weight (N, K), or its transpose, to (R, N).
-static Numbers product_formula(const Numbers& x, const Numbers& w, const Numbers& bias, int K, bool transposed, bool gelu) {
+static Numbers product_formula(
+    const Numbers& x, const Numbers& w, const Numbers& bias, int K, bool transposed, bool gelu
+) {
     const int N = bias.size(), R = x.size() / K;
     Numbers y;
     for (int r = 0; r < R; ++r)
@@ -340,13 +343,14 @@ static void products(int R, int K, int N) {
     report("two layers", HLIP_AMX, true, error(z, product_formula(hidden, w2, bias2.numbers(), N, false, false)));
     for (void* tiles : {tiles1, tiles2, turned}) free(tiles);
 
+    const auto room = find<decltype(hlip_weight_gradient_scratch)>("hlip_weight_gradient_scratch");
     Tensor weight(false, N * K), bias(false, N);
     y.draw();
     const Numbers grad = y.numbers();
     Numbers exact(N * K), sums(N);
     for (int add = 0; add < 2; ++add) {  // twice the gradient in the end
         WeightGradient g = {y.data, x.data, weight.floats(), bias.floats(), nullptr, R, K, N, add, 2};
-        g.scratch = aligned_alloc(64, round_up(find<decltype(hlip_weight_gradient_scratch)>("hlip_weight_gradient_scratch")(&g), 64));
+        g.scratch = aligned_alloc(64, round_up(room(&g), 64));
         find<decltype(hlip_weight_gradient)>("hlip_weight_gradient")(&g);
         free(g.scratch);
         for (int r = 0; r < R; ++r)

@@ -1,9 +1,10 @@
 // Products of rows with a packed weight, in bfloat16 on AMX.
 //
-// A block of rows is packed into tiles that stay in the second cache, and meets the weight panel by panel of 32 columns.
-// A job is 32 rows x 32 columns x CHUNK tiles of the inner width: the panel's part stays in the first cache while all rows
-// of the block pass. Sums go to memory between the first products of the next job. While one panel is multiplied, the one
-// before is finished (bias, GELU, rounding), some rows in each step, by vector units that would wait otherwise.
+// A block of rows is packed into tiles that stay in the second cache, and meets the weight panel by panel of 32
+// columns. A job is 32 rows x 32 columns x CHUNK tiles of the inner width: the panel's part stays in the first cache
+// while all rows of the block pass. Sums go to memory between the first products of the next job. While one panel is
+// multiplied, the one before is finished (bias, GELU, rounding), some rows in each step, by vector units that would
+// wait otherwise.
 //
 // The hidden rows of two layers are written as tiles, and never leave the second cache.
 #include <omp.h>
@@ -195,7 +196,8 @@ void pack_rows(const uint16_t* x, int64_t rows, int64_t width, char* to) {
                 for (int64_t i = s; i < smaller(s + TOGETHER, steps); ++i)
                     _mm512_store_si512(
                         to + i * STEP + r * 64,
-                        first + r < rows ? load_part(x + (first + r) * width + i * 32, width - i * 32) : _mm512_setzero_si512()
+                        first + r < rows ? load_part(x + (first + r) * width + i * 32, width - i * 32)
+                                         : _mm512_setzero_si512()
                     );
 }
 
@@ -211,8 +213,8 @@ INLINE void load_square(
 // Columns first to last of gradients (R, D), in `steps` of 32 rows from the first one on, as rows in tiles; and their
 // sums over the rows, to `sums` or added to them.
 void pack_columns(
-    const uint16_t* grad, int64_t height, int64_t width, int64_t row, int64_t steps, int64_t first, int64_t last, char* to,
-    float* sums, bool add
+    const uint16_t* grad, int64_t height, int64_t width, int64_t row, int64_t steps, int64_t first, int64_t last,
+    char* to, float* sums, bool add
 ) {
     for (int64_t column = first; column < last; column += 32) {
         const __mmask16 low = first_lanes(last - column), high = first_lanes(last - column - 16);
@@ -304,10 +306,11 @@ void product(const Product& p) {
         float* sums = reinterpret_cast<float*>(hidden + blocks.hidden);
         const TilesInUse in_use;
         pack_rows(static_cast<const uint16_t*>(p.x) + first * p.first.inner, rows, p.first.inner, tiles);
-        if (p.second.tiles) multiply<true>(Weight(p.first), rows, tiles, sums, ToTiles{hidden, steps_of(p.first.columns) * STEP});
+        const ToTiles inside = {hidden, steps_of(p.first.columns) * STEP};
+        if (p.second.tiles) multiply<true>(Weight(p.first), rows, tiles, sums, inside);
         const ToRows to = {static_cast<uint16_t*>(p.y) + first * last.columns, last.columns, around};
         const char* given = p.second.tiles ? hidden : tiles;
-        p.gelu ? multiply<true>(Weight(last), rows, given, sums, to) : multiply<false>(Weight(last), rows, given, sums, to);
+        (p.gelu ? multiply<true, ToRows> : multiply<false, ToRows>)(Weight(last), rows, given, sums, to);
         if (around) _mm_sfence();
     }
 }
