@@ -105,10 +105,12 @@ def linear(x: Tensor, weight: Tensor | Tiles, bias: Tensor, gelu: bool = False) 
             return F.gelu(y) if gelu else y
         weight = converted(weight, x)
     x = x.to(dtype)
+    out: Tensor
     if isinstance(weight, Tiles):
-        return torch.ops.hlip_kernels.amx_layers(x, [weight.memory], [bias], [weight.columns], gelu)
-    operation = "gelu" if gelu else "none"
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(dtype), operation, [], "none")
+        out = torch.ops.hlip_kernels.amx_layers(x, [weight.memory], [bias], [weight.columns], gelu)
+    else:
+        operation = "gelu" if gelu else "none"
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(dtype), operation, [], "none")
     return out
 
 
@@ -139,7 +141,8 @@ def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor | Tiles:
         return weight
     if native_product.available():
         return Tiles(torch.ops.hlip_kernels.amx_tiles(weight, False), len(weight))
-    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return packed
 
 
 def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
@@ -148,9 +151,10 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     weight1, weight2 = (converted(layer.weight, x, packed=len(parts) > 1) for layer in (fc1, fc2))
     if isinstance(weight1, Tiles) and isinstance(weight2, Tiles):  # hidden rows do not go to memory
         columns = [weight1.columns, weight2.columns]
-        return torch.ops.hlip_kernels.amx_layers(
+        out: Tensor = torch.ops.hlip_kernels.amx_layers(
             x.to(torch.bfloat16), [weight1.memory, weight2.memory], [fc1.bias, fc2.bias], columns, False
         )
+        return out
     return join([linear(linear(x[run], weight1, fc1.bias, gelu=True), weight2, fc2.bias) for run in parts])
 
 
@@ -184,7 +188,8 @@ def gradient_weight(weight: Tensor, grad: Tensor) -> Tensor | Tiles:
 def input_gradient(grad: Tensor, weight: Tensor | Tiles) -> Tensor:
     """Of x in x @ weight.T, from that of the product: (R, D) to (R, C). The weight is of `gradient_weight`."""
     if isinstance(weight, Tiles):
-        return torch.ops.hlip_kernels.amx_layers(grad, [weight.memory], [], [weight.columns], False)
+        out: Tensor = torch.ops.hlip_kernels.amx_layers(grad, [weight.memory], [], [weight.columns], False)
+        return out
     return grad @ weight
 
 
