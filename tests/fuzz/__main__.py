@@ -1,0 +1,138 @@
+"""Fuzz one target for a given time: `python -m tests.fuzz readers --minutes 20`.
+
+Needs atheris, which follows which lines each input reaches. In `build/fuzz/TARGET` are the inputs that reached new
+lines (`corpus`, from which the next run goes on), the first of those after which something did not hold, with what did
+not (`findings`), and what was tried (`stats.json`). Where the interpreter crashes, that is a finding, and the run goes
+on. `--keep` then copies one small input for each way that a run may end to where the tests replay them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import resource
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from .guard import Guard
+
+KEPT = Path(__file__).with_name("corpus")
+WORK = Path("build", "fuzz").absolute()
+CONTENT = 100_000  # bytes of an input
+KEPT_CONTENT = 6_000  # bytes of one that is kept
+ADDRESSES = 8 * 2**30  # bytes; for more the system has none
+EVERY = 500  # inputs between two notes of how many there were
+
+
+def fuzz(name: str, seconds: float) -> None:
+    """Try inputs for so much CPU time, and end the process."""
+    import atheris
+
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+    logging.disable()
+    with atheris.instrument_imports(include=["hlip", "nibabel", "pydicom", "train", "torch._weights_only_unpickler"]):
+        from .mutate import mutate
+        from .targets import Trial
+
+        trial = Trial(name, Path(tempfile.mkdtemp()), pytest.MonkeyPatch(), Guard())
+    folder = WORK / name
+    stats = read_stats(name)
+    found: Counter[str] = Counter(stats["findings"])
+    before = float(stats["cpu_seconds"])
+    start, tried = time.process_time(), 0
+
+    def note() -> None:
+        used = time.process_time() - start
+        content = {"cpu_seconds": before + used, "inputs": stats["inputs"] + tried, "findings": found}
+        (folder / "stats.json").write_text(json.dumps(content, indent=1))
+
+    def one(data: bytes) -> None:
+        nonlocal tried
+        if b"\n" not in data[:100]:
+            return
+        outcome = trial.run(data)
+        tried += 1
+        if outcome.finding:
+            key = f"{outcome.kind} {outcome.place}"
+            found[key] += 1
+            if found[key] == 1:
+                file = folder / "findings" / re.sub(r"[^\w.]+", "-", key)
+                file.with_name(f"{file.name}.input").write_bytes(data)
+                file.with_name(f"{file.name}.txt").write_text(outcome.finding)
+                print(f"{name}: {key}", flush=True)
+        if tried % EVERY == 0:
+            note()
+        if time.process_time() - start > seconds:
+            note()
+            os._exit(0)
+
+    for seed in (*trial.seeds(), *(path.read_bytes() for path in sorted((KEPT / name).glob("*")))):
+        if len(seed) <= CONTENT:
+            (folder / "corpus" / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+    options = [f"-max_len={CONTENT}", "-timeout=100", "-rss_limit_mb=6000", "-verbosity=0", "-detect_leaks=0"]
+    options += [f"-artifact_prefix={folder / 'findings'}/", str(folder / "corpus")]
+    atheris.Setup(["fuzz", *options], one, custom_mutator=lambda data, most, seed: mutate(data, seed)[:most])
+    atheris.Fuzz()
+
+
+def read_stats(name: str) -> dict:
+    path = WORK / name / "stats.json"
+    return json.loads(path.read_text()) if path.exists() else {"cpu_seconds": 0.0, "inputs": 0, "findings": {}}
+
+
+def keep(name: str) -> None:
+    """Of all inputs that ended alike, keep the smallest; and all findings that are small enough."""
+    from .targets import Trial
+
+    logging.disable()
+    files = [*(WORK / name / "corpus").iterdir(), *(WORK / name / "findings").glob("*"), *(KEPT / name).glob("*")]
+    inputs = sorted({path.read_bytes() for path in files if path.suffix != ".txt"}, key=lambda each: (len(each), each))
+    kept: dict[tuple[bytes, str, str], bytes] = {}
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        trial = Trial(name, Path(home) / "home", patch, Guard())
+        for each in inputs:
+            if len(each) <= KEPT_CONTENT:
+                outcome = trial.run(each)
+                kept.setdefault((each.partition(b"\n")[0], outcome.kind, outcome.place), each)
+                if outcome.finding:
+                    print(f"{name}: does not hold: {outcome.kind} {outcome.place}")
+    (KEPT / name).mkdir(parents=True, exist_ok=True)
+    for path in (KEPT / name).iterdir():
+        path.unlink()
+    for each in kept.values():
+        (KEPT / name / hashlib.sha1(each).hexdigest()[:12]).write_bytes(each)
+    print(f"{name}: kept {len(kept)} of {len(inputs)} inputs, {sum(map(len, kept.values()))} bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("target", choices=("readers", "lists", "checkpoints", "stores", "tasks"))
+    parser.add_argument("--minutes", type=float, default=20, help="of CPU time (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="fuzz no more; keep inputs for the tests")
+    args = parser.parse_args()
+    for part in ("corpus", "findings"):
+        (WORK / args.target / part).mkdir(parents=True, exist_ok=True)
+    if args.keep:
+        return keep(args.target)
+    left = 60 * args.minutes
+    while left > 0:
+        child = os.fork()
+        if not child:
+            fuzz(args.target, left)
+        _, status, used = os.wait4(child, 0)
+        left -= used.ru_utime + used.ru_stime
+        if status:
+            print(f"{args.target}: the process ended with {status}; {max(0, left):.0f} s are left", flush=True)
+    print(json.dumps(read_stats(args.target)))
+
+
+if __name__ == "__main__":
+    main()
