@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pickle
 import re
 import threading
 import zipfile
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from config import FREE, TrainConfig
 from engine import World
+from hlip.data.plain import load_tensors
 from hlip.model.clip import HLIPModel
 from log import plain
 
@@ -110,9 +110,9 @@ class Checkpoints:
                 with zipfile.ZipFile(path) as content:
                     if damaged := content.testzip():  # torch does not compare checksums
                         raise OSError(f"the checksum of {damaged} differs")
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                state = load_tensors(path)
                 break
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, zipfile.BadZipFile) as error:
+            except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
                 if path == found[0]:
                     raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
                 logging.warning("%s: not a readable checkpoint (%s); going on from the one before", path, error)

@@ -6,7 +6,6 @@ Nothing here decodes an image. A file that cannot be used is a `Problem`, never 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gzip
 import hashlib
@@ -137,12 +136,6 @@ def _mode(path: Path) -> int:
         return path.stat().st_mode
     except OSError:
         return 0
-
-
-def check_regular(path: Path) -> None:
-    """Raises OSError where there is no file, or one that reading may wait on for ever, such as a pipe."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def walk(root: Path) -> tuple[list[str], list[Problem]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .plain import read_yaml
 from .quality import Rules, check_volume
 from .readers import ScanError, Volume, read_scan
 from .sources import ScanSource
@@ -370,11 +371,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"unknown recipe {name_or_path!r}{_hint(name_or_path, RECIPES)}, or a file that ends in .yaml")
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable recipe ({error})") from error
     try:
         return Recipe.from_dict(content)

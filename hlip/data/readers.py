@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .files import NIFTI_SUFFIXES
+from .plain import is_whole, load_tensors
 from .quality import Rules, check_grid, check_source, is_rescaled
 from .sources import ScanSource
 from .volume import ScanError, Volume
@@ -304,12 +305,9 @@ def _read_tensor(path: Path, rules: Rules) -> Volume:
 
     check_file(path)
     try:
-        try:
-            tensor = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        except RuntimeError:  # older files cannot be mapped
-            tensor = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever unpickling a foreign file may raise
-        raise ScanError(path, f"not a readable tensor ({type(error).__name__}: {str(error)[:200]})") from error
+        tensor = load_tensors(path)
+    except (OSError, ValueError) as error:
+        raise ScanError(path, f"not a readable tensor ({str(error)[:200]})") from error
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ScanError(path, f"expected a dense tensor, got {type(tensor).__name__}")
     tensor = tensor.detach()
@@ -321,6 +319,8 @@ def _read_tensor(path: Path, rules: Rules) -> Volume:
         raise ScanError(path, f"expected one number a voxel, got {tensor.dtype}", "not_grey")
     affine = np.diag([1.0, -1.0, -1.0, 1.0])
     check_grid(path, tuple(tensor.shape), affine, rules)
+    if not is_whole(tensor):
+        raise ScanError(path, f"not a readable tensor (its shape {tuple(tensor.shape)} is larger than its data)")
     if tensor.is_floating_point():
         array = finite(path, tensor.to(torch.float32, copy=True).numpy(), rules)
         if array.min() >= 0 and array.max() <= 1:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from .files import check_regular, printable, why
+from .files import printable, why
+from .plain import MOST_TEXT, read_text, read_yaml
 from .tables import Table, read_json_studies
 
 # Keys of JSON entries and columns of tables, in lower case, "_en" cut off.
@@ -108,7 +107,7 @@ class SectionRules:
             ValueError: not such a file; names it and the field.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = read_yaml(Path(path))
             known = [field.name for field in fields(cls)]
             if not isinstance(content, dict) or not set(content) <= set(known):
                 raise ValueError(f"expected some of the fields {', '.join(known)}")
@@ -117,7 +116,7 @@ class SectionRules:
                     raise ValueError(f"{name}: unexpected value {value!r}")
             settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
             return cls(**settings)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not readable section rules ({error})") from error
 
     def split(self, text: str) -> ReportText:
@@ -253,9 +252,8 @@ def _folder_reports(folder: Path, rules: SectionRules) -> dict[str, ReportText]:
         if printable(file.stem) in reports:
             raise ValueError(f"{file}: the study has another report")
         try:
-            check_regular(file)
-            reports[printable(file.stem)] = rules.split(file.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
+            reports[printable(file.stem)] = rules.split(read_text(file, MOST_TEXT))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file}: not a readable report ({why(error)})") from error
     if not reports:
         raise ValueError(f"{folder}: no reports (.txt) in this folder")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import check_regular, printable, stem
+from .files import printable, stem
+from .plain import read_json, read_lines
 
 logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
@@ -27,11 +29,10 @@ def read_json_studies(path: Path, what: str) -> dict[str, Any]:
         ValueError: not such a file; names it.
     """
     try:
-        check_regular(path)
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        content = read_json(path, object_pairs_hook=_unique_keys)
         if isinstance(content, dict):
             content = _unique_keys([(printable(uid), entry) for uid, entry in content.items()])
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable {what} ({error})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected an object with one entry per study")
@@ -41,8 +42,8 @@ def read_json_studies(path: Path, what: str) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key!r} occurs twice")
     return content
 
 
@@ -66,9 +67,8 @@ class Table:
         """
         path = Path(path)
         try:
-            check_regular(path)
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
+            with contextlib.closing(read_lines(path)) as lines:
+                reader = csv.DictReader(lines)
                 columns = [name.strip() for name in reader.fieldnames or ()]
                 reader.fieldnames = columns
                 uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)

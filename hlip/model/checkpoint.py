@@ -179,8 +179,8 @@ def _is_described(folder: Path) -> bool:
 def _own_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     try:
-        return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return ModelConfig.from_dict(read_json(path))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable model configuration ({error})") from error
 
 

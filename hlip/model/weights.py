@@ -6,9 +6,7 @@ import difflib
 import hashlib
 import json
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..data import plain
+from ..data.plain import is_whole, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +56,12 @@ def read_weights(path: Path) -> Weights:
     """
     if not path.is_file():
         raise ValueError(f"{path}: not readable weights (no such file{near(path)})")
-    content: Any = None
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: not readable weights (weights end in {', '.join(SUFFIXES)})")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        elif path.suffix in SUFFIXES:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        else:
-            raise ValueError(f"weights end in {', '.join(SUFFIXES)}")
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds more than weights, {found[1]}" if found else "truncated, or not made by torch.save"
-        raise ValueError(f"{path}: not readable weights ({reason}; nothing of it was run)") from error
-    except (SafetensorError, Exception) as error:  # a damaged pickle can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not readable weights ({reason})") from error
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable weights ({str(error).splitlines()[0]})") from error
     name = ""
     for _ in range(4):  # wrappings; a file may also refer to itself
         if not isinstance(content, Mapping):
@@ -89,6 +81,8 @@ def read_weights(path: Path) -> Weights:
             raise ValueError(f"{path}: not readable weights ({key!r} is {type(value).__name__}, not a tensor)")
         if value.layout != torch.strided or (value.dtype.itemsize < 2 and value.is_floating_point()):
             raise ValueError(f"{path}: not readable weights ({key} is {value.dtype}, {value.layout})")
+        if not is_whole(value):
+            raise ValueError(f"{path}: not readable weights ({key} has a shape larger than its data)")
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         plain = ".".join("sequential_posemb" if part == "series_posemb" else part for part in parts)
         if plain in state:
@@ -138,7 +132,7 @@ def find_weights(folder: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, unless it holds a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = plain.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable ({error})") from error
     if not isinstance(content, dict):

@@ -9,7 +9,6 @@ Shapes: S slices of a study, K texts, E embedding.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Study
+from ..data.plain import parse_json, read_json, read_text
 from ..data.store import Store
 from ..model.weights import weights_digest
 
@@ -256,8 +256,8 @@ def _config_file(name: str) -> Path:
 def _refuse_code(path: Path, name: str) -> None:
     """Raise ValueError if a configuration cannot be read, or has words that make libraries run code from the hub."""
     try:
-        text = path.read_text(encoding="utf-8")
-        json.loads(text)
+        text = read_text(path)
+        parse_json(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {CONFIG} is not readable ({error})") from error
     if "trust_remote_code" in text or "\\u" in text:  # an escaped letter could hide it
@@ -271,7 +271,7 @@ def read_slices(path: Path | str) -> dict[str, dict[str, list[int]]]:
         ValueError: not such a file, or a study without a slice; names it.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
         for uid, scans in content.items():
             if not any(scans.values()):
                 raise ValueError(f"study {uid} has no slice")

@@ -6,13 +6,15 @@ Shapes: N rows, E embedding.
 from __future__ import annotations
 
 import json
-import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+from ..data.plain import check_regular, load_arrays, parse_json
 
 SUFFIXES = (".parquet", ".npz")
 
@@ -57,7 +59,7 @@ class Embeddings:
         rows = self._rows(self.scan == "", "whole studies", head)
         uids = self.study[rows].tolist()
         if len(set(uids)) < len(uids):
-            raise ValueError(f"study {max(uids, key=uids.count)} has several embeddings")
+            raise ValueError(f"study {Counter(uids).most_common(1)[0][0]} has several embeddings")
         return uids, self.embedding[rows]
 
     def of_scans(self, head: int | None = None) -> tuple[list[str], list[str], np.ndarray]:
@@ -112,24 +114,25 @@ class Embeddings:
             raise ValueError(f"{path}: expected embeddings in a file that ends in {' or '.join(SUFFIXES)}")
         try:
             return cls._read_npz(path) if path.suffix == ".npz" else cls._read_parquet(path)
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a readable file of embeddings ({error})") from error
 
     @classmethod
     def _read_npz(cls, path: Path) -> Embeddings:
-        with np.load(path, allow_pickle=False) as content:
-            study, scan = content["study"].astype(str), content["scan"].astype(str)
-            facts = json.loads(str(content["facts"]))
-            return cls(study, scan, content["head"], content["embedding"].astype(np.float32), facts)
+        content = load_arrays(path)
+        study, scan = content["study"].astype(str), content["scan"].astype(str)
+        facts = parse_json(str(content["facts"]))
+        return cls(study, scan, content["head"], content["embedding"].astype(np.float32), facts)
 
     @classmethod
     def _read_parquet(cls, path: Path) -> Embeddings:
         _, parquet = need_pyarrow()
+        check_regular(path)
         table = parquet.read_table(path)
         column = table["embedding"].combine_chunks()
         embedding = column.flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
         study, scan = (np.array(table[name].to_pylist(), dtype=str) for name in ("study", "scan"))
-        facts = json.loads((table.schema.metadata or {}).get(b"hlip", b"{}"))
+        facts = parse_json((table.schema.metadata or {}).get(b"hlip", b"{}"))
         return cls(study, scan, table["head"].to_numpy().astype(np.int8), embedding, facts)
 
     @classmethod

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ..data.plain import check_regular, parse_json
 from .output import new_figure
 
 LOG = "log.jsonl"
@@ -48,6 +48,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / LOG
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: not the folder of a run: it has no {LOG}") from error
@@ -70,7 +71,7 @@ def read_run(folder: Path) -> Run:
 def _figures(line: str) -> dict[str, float] | None:
     """The figures of a line; none of an event; None if the line is damaged."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     if not isinstance(entry, dict):

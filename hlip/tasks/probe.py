@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ..data.plain import load_arrays, parse_json
 from . import bootstrap
 from .labels import MISSING
 from .metrics import class_aucs, macro_auc, need_sklearn
@@ -79,11 +79,11 @@ class Probe:
             ValueError: not such a file; names it.
         """
         try:
-            with np.load(path, allow_pickle=False) as content:
-                facts = json.loads(str(content["facts"]))
-                classes = tuple(content["classes"].tolist())
-                arrays = [content[name].astype(np.float64) for name in ("weight", "bias", "c")]
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            content = load_arrays(Path(path))
+            facts = parse_json(str(content["facts"]))
+            classes = tuple(content["classes"].tolist())
+            arrays = [content[name].astype(np.float64) for name in ("weight", "bias", "c")]
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a readable probe ({error})") from error
         weight, bias, c = arrays
         if weight.ndim != 2 or not len(classes) == len(weight) == bias.size == c.size:

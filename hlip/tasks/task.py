@@ -27,8 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
+from ..data.plain import read_yaml
 from .metrics import AT_THRESHOLD
 
 FOLDER = Path(__file__).with_name("benchmarks")
@@ -132,12 +131,12 @@ def load_task(name: Path | str) -> Task:
         path = FOLDER / f"{name}.yaml"
     try:
         return _build(path.stem, _read(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable task ({error})") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError("expected fields, such as `classes`")
     if "like" in content:
@@ -224,7 +223,8 @@ def _templates(
 def _subtasks(value: Any, classes: Mapping[str, Any], kind: Kind) -> dict[str, tuple[str, ...]]:
     if value and kind != "multi-class":
         raise ValueError("subtasks: only a multi-class task has them")
-    found = {str(name): _texts(members, f"subtasks: {name}") for name, members in (value or {}).items()}
+    given = _mapping(value, "subtasks") if value else {}
+    found = {name: _texts(members, f"subtasks: {name}") for name, members in given.items()}
     for name, members in found.items():
         if len(members) < 2 or len(set(members)) < len(members) or not classes.keys() >= set(members):
             raise ValueError(f"subtasks: {name}: expected at least two of the classes, got {list(members)}")

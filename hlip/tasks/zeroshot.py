@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from ..data.batch import Study
+from ..data.plain import read_yaml
 from ..model.clip import HLIPModel
 from .embed import embed_studies
 from .texts import TextEncoder, embed_prompts
@@ -53,10 +53,10 @@ class Prompts:
             ValueError: not such a file; names it and the reason.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = read_yaml(Path(path))
             classes = {str(name): _words(words) for name, words in content["classes"].items()}
             return cls(classes, tuple(_words(content.get("templates", DEFAULT_TEMPLATE))))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a readable prompts file ({error})") from error
 
 

@@ -28,8 +28,21 @@ WORDS = ("", " ", "\0", "a\0b", "..", "../../x", "/etc/passwd", "/dev/zero", "$(
          "é", "e\u0301", "%s{}%n", "-1", "nan", "1e999", "x" * 300, "x" * 5000, "null", "Infinity", "{}", "(a+)+$",
          "hf-hub:a/b", "trust_remote_code")  # fmt: skip
 VRS = (b"DS", b"IS", b"US", b"SS", b"UL", b"FD", b"FL", b"UI", b"CS", b"LO", b"SQ", b"OB", b"OW", b"UN", b"AT", b"XX")
-DICOM_WORDS = (b"", b"0", b"-1", b"1\\0\\0", b"1e400", b"nan", b"99999999999", b"\\\\\\", b"a" * 70, b"1\\1\\1\\1\\1\\1")
-NIFTI_FIELDS = tuple((name, *Nifti1Header.template_dtype.fields[name][:2]) for name in Nifti1Header.template_dtype.names)
+DICOM_WORDS = (
+    b"",
+    b"0",
+    b"-1",
+    b"1\\0\\0",
+    b"1e400",
+    b"nan",
+    b"99999999999",
+    b"\\\\\\",
+    b"a" * 70,
+    b"1\\1\\1\\1\\1\\1",
+)
+NIFTI_FIELDS = tuple(
+    (name, *Nifti1Header.template_dtype.fields[name][:2]) for name in Nifti1Header.template_dtype.names
+)
 
 
 def plain(content: bytes, rng: random.Random) -> bytes:
@@ -78,8 +91,8 @@ def _word(rng: random.Random) -> str:
 
 def _value(rng: random.Random) -> Any:
     some: tuple[Callable[[], Any], ...] = (
-        lambda: rng.choice(INTEGERS), lambda: rng.choice(FLOATS), lambda: _word(rng), lambda: None, lambda: [],
-        lambda: {}, lambda: rng.random() < 0.5, lambda: [_value(rng)], lambda: {_word(rng): _value(rng)},
+        lambda: rng.choice(INTEGERS), lambda: rng.choice(FLOATS), lambda: _word(rng), lambda: None, list,
+        dict, lambda: rng.random() < 0.5, lambda: [_value(rng)], lambda: {_word(rng): _value(rng)},
     )  # fmt: skip
     return rng.choice(some)()
 
@@ -129,11 +142,11 @@ def csv_file(content: bytes, rng: random.Random) -> bytes:
 def nifti(content: bytes, rng: random.Random) -> bytes:
     """One number of the header."""
     data = bytearray(content)
-    _, kind, offset = rng.choice(NIFTI_FIELDS)
+    kind, offset = rng.choice(NIFTI_FIELDS)
     base = kind.base
     offset += base.itemsize * rng.randrange(kind.itemsize // base.itemsize)
     if base.kind == "f":
-        struct.pack_into("<f", data, offset, rng.choice((0.0, 1.0, -1.0, 352.0, 1e30, float("nan"), float("inf"), 1e-9)))
+        struct.pack_into("<f", data, offset, rng.choice((*FLOATS[:6], 352.0, 1e-9, *FLOATS[7:])))
     else:
         number = rng.choice((*INTEGERS, 512, 1024, 1280, 128, 2304)) % 2 ** (8 * base.itemsize)
         data[offset : offset + base.itemsize] = number.to_bytes(base.itemsize, "little")

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "train")]
 
 import hostile_files as bad
 import test_store
@@ -135,7 +132,10 @@ class Lists:
             yield "list.json", json.dumps(content).encode()
         yield "list.csv", b"study,path,impression,findings,stroke\na,a.nii.gz,none,none,1\nb,sub,,x,0\n"
         yield "list.csv", b"VolumeName,bleed,age\ntrain_1_a_1.nii.gz,0,44\na.nii.gz,1,60\n"
-        yield "reports.json", b'{"a": "FINDINGS: x\\nIMPRESSION: y", "b": {"impression": "z", "findings_EN": ["u", "v"]}}'
+        yield (
+            "reports.json",
+            b'{"a": "FINDINGS: x\\nIMPRESSION: y", "b": {"impression": "z", "findings_EN": ["u"]}}',
+        )
         yield "reports.csv", b'study_uid,report\na,"Findings: x\nImpression: y"\nb,Normal.\n'
         yield "reports/a.txt", b"TECHNIQUE: MR\nFINDINGS: nothing\n\nIMPRESSION:\n1. normal\n"
         yield "labels.csv", b"study,split,stroke,bleed\na,train,1,0\nb,test,-1,\nc,val,0,1\n"
@@ -284,7 +284,10 @@ class Tasks:
         objects = self.home / "objects.npz"
         np.savez(objects, **{name: np.array([bad.Code()], object) for name in ("study", "facts", "classes")})
         yield from ((name, objects.read_bytes()) for name in ("embeddings.npz", "probe.npz"))
-        yield "run/log.jsonl", b'{"event": "start"}\n{"step": 1, "loss": 2.5, "logit_scale": 2}\n{"step": 2, "loss": 1}\n'
+        yield (
+            "run/log.jsonl",
+            b'{"event": "start"}\n{"step": 1, "loss": 2.5, "logit_scale": 2}\n{"step": 2}\n',
+        )
         row = Row("sm_90", "half", 64, "long")
         write_tiles(self.home / "tiles.json", {row: built_in_config(row)})
         yield "tiles.json", (self.home / "tiles.json").read_bytes()
