@@ -12,6 +12,7 @@ docs/store.md describes the format. Shapes: N studies, S scans of all of them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -26,21 +27,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import plain
 from .batch import Study
+from .manifest import Columns, columns_of, manifest_of, map_manifest, pyarrow
+from .plain import check_regular, parse_json, read_lines
 from .readers import ScanError
 from .sources import Rejection
 
-if TYPE_CHECKING:
-    import pyarrow
-
 FORMAT = 1
 FOUND = "found.jsonl"  # beside the shards
+INFO = {"recipe": dict, "recipe_hash": str, "source_hash": str, "shard_scans": int, "hidden_ids": (bool, str)}
 T = TypeVar("T")
 OPEN_SHARDS = 128  # mapped at a time by one reader, each with a file descriptor
 
@@ -77,12 +79,14 @@ class Shard:
     studies: per study uid, impression, findings, labels and scans; per scan name, shape, spacing, plane, slices,
         modality, description, offset (bytes from the start of the file) and crc32 (of its voxels).
     recipe: of the scans, as `Recipe.to_dict` gives it; `recipe_hash` its hash.
+    rows: the same studies as the manifest has them, but for the shard's number.
     """
 
     studies: list[dict[str, Any]]
     rejected: list[Rejection]
     recipe: dict[str, Any]
     recipe_hash: str
+    rows: Columns
 
 
 def write_shard(
@@ -152,8 +156,9 @@ def read_shard(path: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, "numpy") as opened:  # checks that header and file agree
-            content = json.loads(opened.metadata()["hlip"])
+            content = parse_json(opened.metadata()["hlip"])
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             tensors = json.loads(file.read(start - 8))
@@ -165,51 +170,22 @@ def read_shard(path: Path) -> Shard:
                 if tensor["dtype"] != "U8" or len(tensor["shape"]) != 3:
                     raise ScanError(path, f"scan {m} of {study['uid']} is {tensor['dtype']} {tensor['shape']}")
                 scan["shape"], scan["offset"] = tensor["shape"], start + tensor["data_offsets"][0]
-        rejected = [Rejection(**rejection) for rejection in content["rejected"]]
-        return Shard(content["studies"], rejected, content["recipe"], content["recipe_hash"])
+        studies, recipe, recipe_hash = content["studies"], content["recipe"], content["recipe_hash"]
+        if not isinstance(recipe, dict) or not isinstance(recipe_hash, str):
+            raise ScanError(path, f"not a readable shard: its recipe is {recipe_hash!r:.60}")
+        return Shard(studies, list(map(_rejection, content["rejected"])), recipe, recipe_hash, columns_of(studies))
     except ScanError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ScanError(path, f"not a readable shard: {type(error).__name__}: {error}") from error
 
 
-def schema() -> pyarrow.Schema:
-    """The manifest's columns: one row a study; of its scans, lists in their order."""
-    arrow = _pyarrow()
-    text, integers = arrow.large_string(), arrow.list_(arrow.int32(), 3)
-    return arrow.schema(
-        {
-            "uid": text,
-            "shard": arrow.int32(),
-            "impression": text,
-            "findings": text,
-            "labels": arrow.map_(arrow.string(), arrow.float64()),
-            "name": arrow.list_(text),
-            "shape": arrow.list_(integers),
-            "spacing": arrow.list_(arrow.list_(arrow.float32(), 3)),
-            "plane": arrow.list_(text),
-            "slices": arrow.list_(arrow.int32()),
-            "modality": arrow.list_(text),
-            "description": arrow.list_(text),
-            "offset": arrow.list_(arrow.int64()),
-            "crc32": arrow.list_(arrow.uint32()),
-        }
-    )
-
-
-def manifest_of(shards: Iterable[tuple[int, Shard]]) -> pyarrow.RecordBatch:
-    """The manifest of numbered shards, in one piece."""
-    arrow, columns = _pyarrow(), schema()
-    batches = []
-    for number, shard in shards:
-        rows = {name: [study[name] for study in shard.studies] for name in ("uid", "impression", "findings")}
-        rows["shard"] = [number] * len(shard.studies)
-        rows["labels"] = [list(study["labels"].items()) for study in shard.studies]
-        for name in ("name", "shape", "spacing", "plane", "slices", "modality", "description", "offset", "crc32"):
-            rows[name] = [[scan[name] for scan in study["scans"]] for study in shard.studies]
-        batches.append(arrow.RecordBatch.from_pydict(rows, schema=columns))
-    pieces = arrow.Table.from_batches(batches, columns).combine_chunks().to_batches()
-    return pieces[0] if pieces else arrow.RecordBatch.from_pylist([], schema=columns)
+def _rejection(content: dict[str, Any]) -> Rejection:
+    """Raises TypeError or ValueError where `content` is none."""
+    rejection = Rejection(**content)
+    if not all(isinstance(value, str) for value in astuple(rejection)):
+        raise ValueError(f"a rejection of other than texts: {rejection!r:.100}")
+    return rejection
 
 
 @dataclass(frozen=True)
@@ -231,16 +207,16 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
     rejected = read_rejections(path / "shards" / FOUND)
     recipes: dict[str, dict[str, Any]] = {}
 
-    def read() -> Iterator[tuple[int, Shard]]:
+    def read() -> Iterator[tuple[int, Columns]]:
         for number, file in shard_files(path):
             shard = read_shard(file)
             rejected.extend(shard.rejected)
             recipes[shard.recipe_hash] = shard.recipe
             if len(recipes) > 1:
                 raise ScanError(file, f"its recipe {shard.recipe_hash} is not that of the shards before it")
-            yield number, shard
+            yield number, shard.rows
 
-    arrow, batch = _pyarrow(), manifest_of(read())
+    arrow, batch = pyarrow(), manifest_of(read())
     with replacing(path / "manifest.arrow", work) as partial, arrow.ipc.new_file(str(partial), batch.schema) as writer:
         writer.write_batch(batch)
         writer.close()
@@ -265,8 +241,8 @@ def read_rejections(path: Path) -> list[Rejection]:
     if not path.exists():
         return []
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [Rejection(**json.loads(line)) for line in lines]
+        with contextlib.closing(read_lines(path)) as lines:
+            return [_rejection(parse_json(line)) for line in lines]
     except (OSError, ValueError, TypeError) as error:
         raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
 
@@ -339,7 +315,7 @@ class Store:
     first: (N + 1) int64 - where a study's scans begin in `shapes` and `spacing`.
     shapes: (S, 3) int32 - (D, H, W) of every scan, study by study.
     spacing: (S, 3) float32 - mm along D, H, W.
-    manifest: all of it, as a pyarrow.RecordBatch with the columns of `schema`.
+    manifest: all of it, as a pyarrow.RecordBatch with the columns of `manifest.schema`.
 
     Raises:
         ValueError: no store, or one of another format; names it.
@@ -352,9 +328,9 @@ class Store:
             raise ValueError(f"{self.path}: not a store (it has no folder 'shards')")
         self.info = read_info(self.path)
         if self.info:
-            self.manifest = _map_manifest(self.path / "manifest.arrow")
+            self.manifest = map_manifest(self.path / "manifest.arrow")
         else:
-            self.manifest = manifest_of((number, read_shard(file)) for number, file in shard_files(self.path))
+            self.manifest = manifest_of((number, read_shard(file).rows) for number, file in shard_files(self.path))
         shape = self.manifest.column("shape")
         self.first = shape.offsets.to_numpy().astype(np.int64)
         self.num_scans = np.diff(self.first)
@@ -410,6 +386,8 @@ class Store:
         row, number = self.first[i] + m, int(self._shard[i])
         shape, offset = self.shapes[row].tolist(), int(self._offset[row])
         size, buffer = math.prod(shape), self._map(number)
+        if min(shape) < 1 or offset < 0:
+            raise ScanError(self.path / "manifest.arrow", f"a scan of shape {shape} at byte {offset}")
         if offset + size > len(buffer):
             raise ScanError(shard_file(self.path, number), f"cut short: {len(buffer)} bytes")
         return torch.frombuffer(buffer, dtype=torch.uint8, offset=offset, count=size).view(shape)
@@ -425,6 +403,7 @@ class Store:
     def _map_shard(self, number: int) -> mmap.mmap:
         path = shard_file(self.path, number)
         try:
+            check_regular(path)
             with path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
         except (OSError, ValueError) as error:
@@ -442,35 +421,17 @@ def read_info(path: Path) -> dict[str, Any]:
     info = read_json(file) if file.exists() else {}
     if info and info.get("format") != FORMAT:
         raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}")
+    for name, kind in INFO.items() if info else ():
+        if not isinstance(info.get(name), kind):
+            raise ScanError(file, f"damaged (its {name} is {info.get(name)!r:.60})")
     return info
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = plain.read_json(path)
     except (OSError, ValueError) as error:
         raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise ScanError(path, "damaged (expected an object)")
     return content
-
-
-def _map_manifest(path: Path) -> pyarrow.RecordBatch:
-    arrow = _pyarrow()
-    try:
-        reader = arrow.ipc.open_file(arrow.memory_map(str(path)))
-        if not reader.schema.equals(schema()) or reader.num_record_batches != 1:
-            raise ScanError(path, "not the manifest of a store")
-        batch = reader.get_batch(0)
-        batch.validate()
-        return batch
-    except (OSError, arrow.ArrowException) as error:
-        raise ScanError(path, f"damaged manifest ({error})") from error
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ImportError("a store's manifest needs pyarrow: pip install 'hlip-kernels[io]'") from error
-    return pyarrow

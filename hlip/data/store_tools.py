@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .manifest import Columns, manifest_of, same
 from .readers import ScanError
 from .sources import Rejection
 from .store import (
@@ -26,7 +27,6 @@ from .store import (
     StoredScan,
     cut,
     finish,
-    manifest_of,
     read_rejections,
     read_shard,
     shard_file,
@@ -47,7 +47,7 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
     problems: list[str] = []
     rejected: list[Rejection] = []
 
-    def good(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, Shard]]:
+    def good(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, Columns]]:
         for number, file in files:
             try:
                 shard = read_shard(file)
@@ -56,7 +56,7 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
                 continue
             problems.extend(_wrong_scans(file, shard))
             rejected.extend(shard.rejected)
-            yield number, shard
+            yield number, shard.rows
 
     store = Store(path)
     if not store.info:
@@ -71,7 +71,7 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
             problems.append(f"{path / 'rejected.jsonl'}: does not say what the shards say")
         if not (path / "report.json").is_file():
             problems.append(f"{path / 'report.json'}: missing")
-        if not store.manifest.equals(expected):
+        if not same(store.manifest, expected):
             problems.append(f"{path / 'manifest.arrow'}: does not say what the shards say")
         counts = {"studies": len(store), "scans": len(store.shapes), "shards": len(files)}
         problems += [
