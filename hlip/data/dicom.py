@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -20,6 +21,8 @@ SAME_PLACE = 0.01  # mm; closer slices are at one place
 UNEVEN = 0.1  # of the usual step; what a slice may lie off the regular grid
 MAX_FRAMES = 2**16  # of one file
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
+MAX_TILES = 2**16  # of a JPEG 2000 image, as the standard has it
+START_OF_FRAME = {bytes([0xFF, k]) for k in (*range(0xC0, 0xD0), 0xF7)} - {b"\xff\xc4", b"\xff\xc8", b"\xff\xcc"}
 
 
 @dataclass(frozen=True)
@@ -346,6 +349,7 @@ def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
     numbers = [item.frame for item in items]
     try:
         if items[0].compressed:
+            _check_code_streams(path, shape)
             image = _gdcm_image(path)  # must outlive the view of it
             frames = _gdcm_view(image).reshape(-1, *shape)
             if max(numbers) >= len(frames):
@@ -360,6 +364,41 @@ def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
         raise
     except Exception as error:  # a damaged file may fail anywhere within the decoder
         raise ScanError(path, f"truncated or corrupt pixels ({type(error).__name__}: {error})") from error
+
+
+def _check_code_streams(path: Path, shape: tuple[int, int]) -> None:
+    """Raises ScanError unless every frame is an image of that shape by its own header, which is what GDCM goes by:
+    a few bytes there may ask for any memory."""
+    import pydicom
+    from pydicom.encaps import generate_frames
+
+    data = pydicom.dcmread(path)
+    for frame in generate_frames(data.PixelData, number_of_frames=int(data.get("NumberOfFrames") or 1)):
+        found = _size_of_code_stream(frame)
+        if found != (*shape, 1):
+            raise ScanError(path, f"pixels of shape {found}, expected {(*shape, 1)}")
+
+
+def _size_of_code_stream(stream: bytes) -> tuple[int, ...]:
+    """Rows, columns and samples of a JPEG, JPEG-LS or JPEG 2000 image; nothing of what is neither."""
+    if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000
+        right, lower, left, upper = struct.unpack(">4I", stream[8:24])
+        across, down = struct.unpack(">2I", stream[24:32])  # of a tile, of which there may be many
+        samples = int.from_bytes(stream[40:42], "big")
+        tiles = (right // max(across, 1) + 1) * (lower // max(down, 1) + 1)
+        return (lower - upper, right - left, samples) if tiles <= MAX_TILES else ()
+    at = 0
+    while stream[4:8] == b"jP  " and 8 <= (length := int.from_bytes(stream[at : at + 4], "big")):
+        at += length  # boxes of a JPEG 2000 file before its code stream
+        if stream[at + 4 : at + 8] == b"jp2c":
+            return _size_of_code_stream(stream[at + 8 :])
+    at = 2 if stream[:2] == b"\xff\xd8" else len(stream)
+    while at + 10 <= len(stream):
+        marker, length = stream[at : at + 2], int.from_bytes(stream[at + 2 : at + 4], "big")
+        if marker in START_OF_FRAME:
+            return (*struct.unpack(">2H", stream[at + 5 : at + 9]), stream[at + 9])
+        at += 1 if marker == b"\xff\xff" else 2 + max(length, 2)
+    return ()
 
 
 def _gdcm_image(path: Path) -> Any:

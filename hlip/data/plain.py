@@ -85,12 +85,12 @@ def read_yaml(path: Path) -> Any:
 def load_tensors(path: Path) -> Any:
     """Tensors and plain values that `torch.save` wrote, mapped to memory where the form of the file allows."""
     check_regular(path)
-    packed = zipfile.is_zipfile(path)
-    if packed:
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("compressed within, as torch.save leaves no file")
     try:
+        packed = zipfile.is_zipfile(path)
+        if packed:
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("compressed within, as torch.save leaves no file")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
