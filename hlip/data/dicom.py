@@ -388,7 +388,7 @@ def _size_of_code_stream(stream: bytes) -> tuple[int, ...]:
         tiles = (right // max(across, 1) + 1) * (lower // max(down, 1) + 1)
         return (lower - upper, right - left, samples) if tiles <= MAX_TILES else ()
     at = 0
-    while stream[4:8] == b"jP  " and 8 <= (length := int.from_bytes(stream[at : at + 4], "big")):
+    while stream[4:8] == b"jP  " and (length := int.from_bytes(stream[at : at + 4], "big")) >= 8:
         at += length  # boxes of a JPEG 2000 file before its code stream
         if stream[at + 4 : at + 8] == b"jp2c":
             return _size_of_code_stream(stream[at + 8 :])

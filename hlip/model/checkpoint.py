@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -18,13 +19,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
-from .published import CONFIGS, OPEN_CLIP_CONFIG, Identity, describe, identify, names, open_clip_json, published_name
+from .published import (
+    CONFIGS,
+    OPEN_CLIP_CONFIG,
+    Identity,
+    describe,
+    identify,
+    names,
+    open_clip_json,
+    published_name,
+)
 from .text import TOKENIZER_FILES, has_tokenizer
-from .weights import WEIGHT_FILES, find_weights, load_strict, local_folder, read_json, read_weights
+from .weights import WEIGHT_FILES, Weights, check_fit, find_weights, load_strict, local_folder, read_json, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -153,13 +164,33 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
         source = None
     if text is not None:
         config = replace(config, text=replace(config.text, name=str(text)))
-    built = HLIPModel(config, text_source=text if text is not None else source)
-    if source is None and text is None and path.is_dir() and has_tokenizer(path):
+    source, optional = text if text is not None else source, () if ours else ("logit_bias",)
+    _check_size(config, source, weights, optional)
+    built = HLIPModel(config, source)
+    if source is None and path.is_dir() and has_tokenizer(path):
         built.text.tokenizer_source = str(path)
     if "logit_bias" not in weights.state and not ours and config.objective != "clip":
         how += "; no logit_bias, so it begins anew"
-    load_strict(built, weights.state, weights.path, () if ours else ("logit_bias",))
+    load_strict(built, weights.state, weights.path, optional)
     return Loaded(built.eval(), how, guessed)
+
+
+def _check_size(config: ModelConfig, text: Path | str | None, weights: Weights, optional: tuple[str, ...]) -> None:
+    """Raises ValueError where a configuration asks for more, or other, than there are weights: a model of any size is
+    quickly written down. Nothing is allocated but the tables of positions, whose size is looked at before."""
+    vision, held = config.vision, sum(value.numel() for value in weights.state.values())
+    tables = (math.prod(vision.grid) + vision.max_scans) * vision.width
+    if tables > held or len(vision.levels) > len(weights.state):
+        raise ValueError(
+            f"{weights.path}: its configuration asks for {len(vision.levels)} layers and {tables} positions; "
+            f"there are {len(weights.state)} weights of {held} numbers"
+        )
+    try:
+        with torch.device("meta"):
+            planned = HLIPModel(config, text)
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{weights.path}: no model can be built for it ({error})") from error
+    check_fit(planned, weights.state, weights.path, optional)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -22,6 +22,7 @@ TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.*", "merges.txt", "s
 # CXR-BERT's weights are a BERT's beside heads for its own training; its hub folder brings a class in code for them.
 CXR_TYPE = "cxr-bert"
 CXR_HEADS = ("cls.", "cls_projection_head.", "bert.pooler.")
+MOST_LAYERS = 1000
 BERT_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
@@ -61,8 +62,12 @@ class TextTower(nn.Module):
             else:
                 there = source is not None or Path(self.source).is_dir()
                 bert = _bert_config(local_folder(self.source, *CONFIG_FILES)) if there else BertConfig(**BERT_BASE)
+                _check_sizes(bert)
                 self.transformer = AutoModel.from_config(bert, add_pooling_layer=False, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check_is_bert(self.transformer)
+        except ImportError:
+            raise  # says what to install
+        except Exception as error:  # a damaged configuration may fail anywhere in transformers
             raise self._unreadable(self.source, error) from error
         longest = self.transformer.config.max_position_embeddings
         if config.context_length > longest:
@@ -98,7 +103,9 @@ class TextTower(nn.Module):
             if _is_cxr(folder):
                 return BertTokenizerFast.from_pretrained(folder)
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except ImportError:
+            raise
+        except Exception as error:  # damaged files may fail anywhere in transformers and tokenizers
             raise self._unreadable(source, error) from error
 
     def train(self, mode: bool = True) -> TextTower:
@@ -116,15 +123,27 @@ class TextTower(nn.Module):
 
     def features(self, texts: Sequence[str]) -> Tensor:
         """Pooled states of the BERT, before the projection: (N, W)."""
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt"
-        ).to(self.proj.weight.device)
+        tokens = self._tokens(texts).to(self.proj.weight.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.fixed):
             hidden = self.transformer(**tokens).last_hidden_state
         if self.config.pooling == "cls":
             return hidden[:, 0]
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
+
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        try:
+            tokens = self.tokenizer(
+                list(texts), padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt"
+            )
+            last, known = int(tokens["input_ids"].max()), self.transformer.config.vocab_size
+            if last >= known:
+                raise ValueError(f"its tokenizer gives token {last}, the tower has {known}")
+        except ImportError:
+            raise
+        except Exception as error:
+            raise self._unreadable(self.tokenizer_source, error) from error
+        return tokens
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """(N, E), not normalised."""
@@ -149,6 +168,18 @@ def _bert_config(folder: Path) -> Any:
     if content.get("model_type") == CXR_TYPE:
         return BertConfig(**{key: content[key] for key in BERT_FIELDS if key in content})
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _check_sizes(config: Any) -> None:
+    """Raises ValueError where there are too many layers to be tried; what else is too large, weights will not fit."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}")
+
+
+def _check_is_bert(model: Any) -> None:
+    if not hasattr(getattr(model, "encoder", None), "layer") or not hasattr(model.config, "max_position_embeddings"):
+        raise ValueError(f"{type(model).__name__} is not built as BERT is")
 
 
 def _pretrained(folder: Path) -> Any:

@@ -92,11 +92,11 @@ def read_weights(path: Path) -> Weights:
     return Weights(path, state, name)
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: tuple[str, ...] = ()) -> None:
-    """Load `state`, all of it and nothing less; keys that begin with one of `optional` may be absent.
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: tuple[str, ...] = ()) -> set[str]:
+    """The keys that are absent, of those that may be: they begin with one of `optional`.
 
     Raises:
-        ValueError: keys missing or left over, other shapes, or values that are not finite; names file and keys.
+        ValueError: keys missing or left over, or other shapes; names file and keys.
     """
     expected = module.state_dict()
     absent = {key for key in expected.keys() - state.keys() if key.startswith(optional)} if optional else set()
@@ -111,6 +111,16 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, opti
     ]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} weights do not fit: {shorten(sorted(wrong))}")
+    return absent
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: tuple[str, ...] = ()) -> None:
+    """Load `state`, all of it and nothing less; keys that begin with one of `optional` may be absent.
+
+    Raises:
+        ValueError: as `check_fit`, or values that are not finite numbers; names file and keys.
+    """
+    absent = check_fit(module, state, path, optional)
     broken = [key for key, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
     if broken:
         raise ValueError(f"{path}: {len(broken)} weights are not finite numbers: {shorten(sorted(broken))}")
