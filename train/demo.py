@@ -21,15 +21,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import auc, roc_curve
 
 from hlip.data.batch import Study
 from hlip.data.demo import PLANE, make_demo
@@ -42,6 +35,17 @@ from hlip.tasks.labels import read_labels
 from hlip.tasks.metrics import macro_auc
 from hlip.tasks.output import write_whole
 from hlip.tasks.zeroshot import Prompts, zeroshot
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+    import matplotlib.pyplot as plt
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import auc, roc_curve
+except ImportError as error:
+    sys.exit(f"demo.py: error: the demo needs more packages: pip install 'hlip-kernels[all]' ({error})")
 
 MODEL = "demo"
 

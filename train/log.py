@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from config import TrainConfig
 from engine import World
@@ -42,6 +41,8 @@ class Log:
             write_whole(path, lambda file: file.write("".join(kept).encode()))
             self.file = path.open("ab", buffering=0)
             self.told = False
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board: SummaryWriter | None = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step + 1)
             settings = {key: plain(value) for key, value in dataclasses.asdict(config).items()}
             if config.wandb:
@@ -103,7 +104,10 @@ def kept_lines(path: Path, step: int) -> list[str]:
     return kept
 
 
-def check_wandb(config: TrainConfig) -> None:
+def check_loggers(config: TrainConfig) -> None:
+    """Raises ImportError where what the run is logged to is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("the log needs tensorboard: pip install 'hlip-kernels[train]'")
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ImportError("wandb is asked for and not installed: pip install wandb, or leave out --wandb")
 

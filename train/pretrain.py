@@ -46,7 +46,7 @@ from hlip.tasks.output import write_whole
 from hlip.tasks.processes import say_error
 from hlip_kernels.env import describe_backends
 from loading import MicroBatches, open_store, scan_tokens
-from log import Log, Watch, check_wandb, memory_gb
+from log import Log, Watch, check_loggers, memory_gb
 from sampler import Cost, StepSampler
 
 DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
@@ -57,7 +57,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> int:
-    from jsonargparse import ArgumentParser
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        print("pretrain.py: error: settings need jsonargparse: pip install 'hlip-kernels[train]'", file=sys.stderr)
+        return 2
 
     class Parser(ArgumentParser):
         """Errors in a line, in place of all settings and a line."""
@@ -132,7 +136,7 @@ def train(config: TrainConfig) -> None:
     resume = resuming == "true" or (resuming == "auto" and bool(checkpoints.all()))
     if checkpoints.all() and not resume:
         raise ValueError(f"{config.out} holds checkpoints: pass --resume auto to go on, or choose another folder")
-    check_wandb(config)
+    check_loggers(config)
     torch.manual_seed(config.seed)
     model = make_model(config).to(device)
     store = open_store(config.data, model.config)

@@ -131,14 +131,14 @@ def load_template() -> Template:
     """Read the three volumes of the nilearn wheel, smooth by 1 mm, keep every second voxel.
 
     Raises:
-        ImportError: nilearn is not installed.
+        ImportError: nilearn, or what it needs itself, is not installed.
     """
     try:
+        import nibabel
         import nilearn.datasets
+        from scipy.ndimage import gaussian_filter
     except ImportError as error:
-        raise ImportError("the demo data need nilearn: pip install 'hlip-kernels[demo]'") from error
-    import nibabel
-    from scipy.ndimage import gaussian_filter
+        raise ImportError(f"the demo data need nilearn: pip install 'hlip-kernels[demo]' ({error})") from error
 
     folder = Path(nilearn.datasets.__file__).parent / "data"
     images = {

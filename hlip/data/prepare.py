@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from .engines import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
+from .manifest import pyarrow
 from .preprocess import PreparedScan
 from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource
@@ -94,6 +95,7 @@ def prepare(
     if workers < 1 or shard_scans < 1 or not scan_seconds > 0:
         got = f"{workers}, {shard_scans} and {scan_seconds}"
         raise ValueError(f"workers, shard_scans and scan_seconds must be positive, got {got}")
+    pyarrow()  # asked for now, not after hours
     out = Path(out)
     found = _in_order(found if salt is None else hash_ids(found, salt))
     terms = {
