@@ -52,6 +52,8 @@ def read_run(folder: Path) -> Run:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: not the folder of a run: it has no {LOG}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: not readable ({error})") from error
     curves: dict[str, dict[int, float]] = {}
     damaged = 0
     for line in lines:

@@ -1,0 +1,214 @@
+"""Small files that ask for much: memory, time, or an end that never comes. Each is refused, by name, at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nibabel")
+pytest.importorskip("pydicom")
+pytest.importorskip("pyarrow")
+
+import hostile_files as bad
+from hlip.data import plain
+from hlip.data.preprocess import load_recipe
+from hlip.data.quality import Rules
+from hlip.data.readers import read_scan
+from hlip.data.reports import SectionRules, read_reports
+from hlip.data.sources import find_scans
+from hlip.data.store import Store
+from hlip.data.tables import Table, read_json_studies
+from hlip.model.checkpoint import load
+from hlip.model.weights import read_weights
+from hlip.tasks.baselines import read_slices
+from hlip.tasks.embeddings import Embeddings
+from hlip.tasks.labels import read_label_table
+from hlip.tasks.plot import read_run
+from hlip.tasks.probe import Probe
+from hlip.tasks.task import load_task
+from hlip.tasks.zeroshot import Prompts
+from test_store import STUDIES, make_store
+
+Read = Callable[[Path], Any]
+
+
+def run_of(path: Path) -> object:
+    return read_run(path.parent)
+
+
+def studies_of(path: Path) -> object:
+    return read_json_studies(path, "study list")
+
+
+READERS: dict[str, Read] = {
+    "list.json": studies_of, "table.csv": Table.read, "labels.csv": read_label_table, "reports.json": read_reports,
+    "sections.yaml": SectionRules.read, "slices.json": read_slices, "task.yaml": load_task,
+    "prompts.yaml": Prompts.read,
+    "recipe.yaml": lambda path: load_recipe(str(path)), "a.npz": Embeddings.read, "a.parquet": Embeddings.read,
+    "probe.npz": Probe.read, "log.jsonl": run_of, "weights.pt": read_weights, "weights.bin": read_weights,
+    "weights.safetensors": read_weights, "scan.pt": lambda path: read_scan(find_scans(path)[0], Rules()),
+    "scan.nii": lambda path: read_scan(find_scans(path)[0], Rules()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", READERS)
+def test_what_has_no_end_is_not_read(name: str, kind: str, tmp_path: Path) -> None:
+    """A pipe that nobody writes to, and a link to endless zeros."""
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=path.name if path.name != "log.jsonl" else str(tmp_path)):
+        READERS[name](path)
+
+
+@pytest.mark.parametrize("name", ["store.json", "manifest.arrow", "shards/00000.safetensors", "rejected.jsonl"])
+def test_a_store_of_pipes(name: str, tmp_path: Path) -> None:
+    from hlip.data.store_tools import verify
+
+    store = make_store(tmp_path / "store", STUDIES[:2])
+    (store / name).unlink()
+    os.mkfifo(store / name)
+    try:
+        problems = [*verify(store), str(Store(store).study(0))]
+    except ValueError as error:
+        problems = [str(error)]
+    assert any(name in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name.endswith((".json", ".yaml"))])
+def test_nesting_has_an_end(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"{name}.*nested too deeply"):
+        READERS[name](tmp_path / name)
+
+
+LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{k}: &a{k} [{f'*a{k - 1}, ' * 9}]" for k in range(1, 30))])
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".yaml")])
+def test_values_that_repeat_themselves(name: str, tmp_path: Path) -> None:
+    """Thirty lines that stand for 10**28 words, which an error's text alone would write out."""
+    (tmp_path / name).write_text(f"classes:\n  {LAUGHS.replace(chr(10), chr(10) + '  ')}\n")
+    with pytest.raises(ValueError, match=f"{name}.*a reference to another value"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".yaml")])
+def test_a_task_of_ten_million_classes(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"classes:\n" + b"  a: x\n" * 10**5)
+    with pytest.raises(ValueError, match=f"{name}.*more than {plain.MOST_YAML} bytes"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["table.csv", "labels.csv", "reports/1.txt"])
+def test_a_line_of_a_gigabyte(name: str, tmp_path: Path) -> None:
+    """A file that is a gigabyte of zeros to whoever reads it, and no byte on disk."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, 2**30)
+    with pytest.raises(ValueError, match=f"{path.name}.* more than {plain.MOST_TEXT}"), at_most(2**29):
+        READERS.get(name, read_reports)(path if name in READERS else path.parent)
+
+
+class at_most:
+    """More memory than there is now and so much, and MemoryError comes of it."""
+
+    def __init__(self, more: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        self.limit, self.before = pages * resource.getpagesize() + more, resource.getrlimit(resource.RLIMIT_AS)
+
+    def __enter__(self) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (self.limit, self.before[1]))
+
+    def __exit__(self, *_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, self.before)
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "probe.npz"])
+def test_arrays_that_inflate(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    np.savez_compressed(path, **{key: np.zeros(2**24, np.uint8) for key in ("study", "scan", "classes", "embedding")})
+    assert path.stat().st_size < 2**18
+    with pytest.raises(ValueError, match=f"{name}.*inflates to more than 100 times"):
+        READERS[name](path)
+
+
+@pytest.mark.parametrize("name", ["scan.pt", "weights.pt"])
+def test_tensors_that_inflate(name: str, tmp_path: Path) -> None:
+    torch.save(torch.zeros(2**10), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as archive:
+        zipped(tmp_path / name, {each: archive.read(each) for each in archive.namelist()})
+    with pytest.raises(ValueError, match=f"{name}.*compressed within"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["scan.pt", "weights.pt"])
+def test_one_number_that_poses_as_many(name: str, tmp_path: Path) -> None:
+    stretched = torch.ones(1).expand(2**10, 2**10, 2**10)
+    torch.save(stretched if name == "scan.pt" else {"a": stretched}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}.*larger than its data"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "field", "value"),
+    [
+        ("config.json", "vision", "width", 3 * 2**20),
+        ("config.json", "vision", "grid", [2**10, 2**10, 2**10]),
+        ("config.json", "vision", "levels", ["scan"] * 10**6),
+        ("config.json", "vision", "mlp_ratio", 1e300),
+        ("config.json", "vision", "max_scans", 2**40),
+        ("config.json", "vision", "num_prefix", 2**40),
+        ("config.json", None, "embed_dim", 2**40),
+        ("text/config.json", None, "num_hidden_layers", 10**9),
+        ("text/config.json", None, "vocab_size", 2**40),
+    ],
+)
+def test_a_model_is_no_larger_than_its_weights(
+    file: str, part: str | None, field: str, value: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    (folder / "text").mkdir(parents=True)
+    for path in model_folder.rglob("*"):
+        if path.is_file():
+            (folder / path.relative_to(model_folder)).hardlink_to(path)
+    content = json.loads((folder / file).read_text())
+    (content if part is None else content[part])[field] = value
+    (folder / file).unlink()
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=str(folder)):
+        load(str(folder))
+
+
+def test_compressed_pixels_are_no_larger_than_the_slice(tmp_path: Path) -> None:
+    """JPEG says in its own header how large it is, which decoders go by."""
+
+    def widen(files: list[Path]) -> None:
+        for path in files:
+            content = bytearray(path.read_bytes())
+            struct.pack_into(">2H", content, content.index(b"\xff\xc3") + 5, 65500, 65500)
+            path.write_bytes(content)
+
+    bad.series(widen, transfer_syntax="jpeg_lossless")(tmp_path / "1.2")
+    with pytest.raises(ValueError, match=r"0000.dcm: pixels of shape \(65500, 65500, 1\), expected \(24, 20, 1\)"):
+        read_scan(find_scans(tmp_path / "1.2")[0], Rules())
