@@ -41,7 +41,8 @@ def dangers(source: str) -> Iterator[str]:
         key, value = NEEDED.get(name, ("", None))
         if key and given.get(key) is not value:
             yield f"line {node.lineno}: {name} without {key}={value}"
-        yield from (f"line {node.lineno}: {key}={given[key]}" for key in REFUSED if given.get(key) is REFUSED[key])
+        else:
+            yield from (f"line {node.lineno}: {key}={given[key]}" for key in REFUSED if given.get(key) is REFUSED[key])
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

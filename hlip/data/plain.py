@@ -113,6 +113,12 @@ def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
             if sum(member.file_size for member in archive.infolist()) > 100 * path.stat().st_size:
                 raise ValueError("it inflates to more than 100 times its size")
         with np.load(path, allow_pickle=False) as content:
-            return dict(content)
+            arrays = dict(content)
+        for name, value in arrays.items():
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufUS":
+                raise ValueError(f"{name} is no array of numbers or texts")
+            if value.dtype.kind == "U":
+                value.tolist()  # raises where a character is none
+        return arrays
     except Exception as error:  # numpy's parser of headers raises many kinds
         raise ValueError(str(error) or type(error).__name__) from error

@@ -55,6 +55,8 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
                 problems.append(str(error))
                 continue
             problems.extend(_wrong_scans(file, shard))
+            if store.info and (store.info["recipe"], store.info["recipe_hash"]) != (shard.recipe, shard.recipe_hash):
+                problems.append(f"{file}: its recipe is not the one that {path / 'store.json'} has")
             rejected.extend(shard.rejected)
             yield number, shard.rows
 

@@ -38,8 +38,11 @@ class Embeddings:
 
     def __post_init__(self) -> None:
         sizes = {len(self.study), len(self.scan), len(self.head), len(self.embedding)}
-        if len(sizes) > 1 or self.embedding.ndim != 2:
+        flat = all(column.ndim == 1 for column in (self.study, self.scan, self.head))
+        if len(sizes) > 1 or self.embedding.ndim != 2 or not flat:
             raise ValueError(f"columns of different lengths, or embeddings of shape {self.embedding.shape}")
+        if not isinstance(self.facts, dict):
+            raise ValueError(f"facts must be an object, got {self.facts!r:.60}")
         if not np.isfinite(self.embedding).all():
             row = int(np.flatnonzero(~np.isfinite(self.embedding).all(1))[0])
             raise ValueError(f"study {self.study[row]}: its embedding is not finite")
@@ -122,12 +125,17 @@ class Embeddings:
         content = load_arrays(path)
         study, scan = content["study"].astype(str), content["scan"].astype(str)
         facts = parse_json(str(content["facts"]))
-        return cls(study, scan, content["head"], content["embedding"].astype(np.float32), facts)
+        return cls(study, scan, content["head"].astype(np.int8), content["embedding"].astype(np.float32), facts)
 
     @classmethod
     def _read_parquet(cls, path: Path) -> Embeddings:
         _, parquet = need_pyarrow()
         check_regular(path)
+        about = parquet.read_metadata(path)
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        count = sum(group.column(j).num_values for group in groups for j in range(about.num_columns))
+        if count > 100 * path.stat().st_size:
+            raise ValueError("it unpacks to more than 100 times its size")
         table = parquet.read_table(path)
         column = table["embedding"].combine_chunks()
         embedding = column.flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
