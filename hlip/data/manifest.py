@@ -101,8 +101,8 @@ def map_manifest(path: Path) -> RecordBatch:
 def same(one: RecordBatch, other: RecordBatch) -> bool:
     """Whether two manifests say the same. A spacing that is not known is no number, which equals nothing."""
     names = [name for name in schema().names if name != "spacing"]
-    spacings = (each.column("spacing").values.values.to_numpy() for each in (one, other))
-    return one.select(names).equals(other.select(names)) and np.array_equal(*spacings, equal_nan=True)
+    first, second = (each.column("spacing").values.values.to_numpy() for each in (one, other))
+    return one.select(names).equals(other.select(names)) and np.array_equal(first, second, equal_nan=True)
 
 
 def _has_nulls(column: Array) -> bool:

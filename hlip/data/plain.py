@@ -13,7 +13,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def read_text(path: Path, most: int | None = None) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Generator[str, None, None]:
     """The lines of a text with their ends, none longer than `MOST_TEXT`."""
     check_regular(path)
     with path.open(newline="", encoding="utf-8-sig") as file:

@@ -42,7 +42,13 @@ from .sources import Rejection
 
 FORMAT = 1
 FOUND = "found.jsonl"  # beside the shards
-INFO = {"recipe": dict, "recipe_hash": str, "source_hash": str, "shard_scans": int, "hidden_ids": (bool, str)}
+INFO: dict[str, Any] = {
+    "recipe": dict,
+    "recipe_hash": str,
+    "source_hash": str,
+    "shard_scans": int,
+    "hidden_ids": (bool, str),
+}
 T = TypeVar("T")
 OPEN_SHARDS = 128  # mapped at a time by one reader, each with a file descriptor
 
@@ -422,8 +428,8 @@ def read_info(path: Path) -> dict[str, Any]:
     if info and info.get("format") != FORMAT:
         raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}")
     for name, kind in INFO.items() if info else ():
-        if not isinstance(info.get(name), kind):
-            raise ScanError(file, f"damaged (its {name} is {info.get(name)!r:.60})")
+        if name in info and not isinstance(info[name], kind):
+            raise ScanError(file, f"damaged (its {name} is {info[name]!r:.60})")
     return info
 
 

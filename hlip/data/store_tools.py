@@ -20,6 +20,7 @@ from .readers import ScanError
 from .sources import Rejection
 from .store import (
     FOUND,
+    INFO,
     PreparedStudy,
     Report,
     Shard,
@@ -55,7 +56,8 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
                 problems.append(str(error))
                 continue
             problems.extend(_wrong_scans(file, shard))
-            if store.info and (store.info["recipe"], store.info["recipe_hash"]) != (shard.recipe, shard.recipe_hash):
+            known = [store.info.get(key) for key in ("recipe", "recipe_hash")]
+            if store.info and known != [shard.recipe, shard.recipe_hash]:
                 problems.append(f"{file}: its recipe is not the one that {path / 'store.json'} has")
             rejected.extend(shard.rejected)
             yield number, shard.rows
@@ -193,6 +195,8 @@ def _finished(path: Path) -> Store:
     store = Store(path)
     if not store.info:
         raise ValueError(f"{path}: not finished: run `hlip prepare` to its end first")
+    if lacking := sorted(INFO.keys() - store.info):
+        raise ValueError(f"{path}: its store.json has no {lacking[0]}")
     return store
 
 

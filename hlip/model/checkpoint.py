@@ -157,14 +157,14 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
             except ValueError as error:
                 raise ValueError(f"{path / 'config.json'}: {error}") from error
         weights = read_weights(path / "model.safetensors")
-        source = path / "text"
+        own: Path | str | None = path / "text"
     else:
         weights = read_weights(path if path.is_file() else find_weights(path))
         config, how, guessed = identify(weights, path if path.is_dir() else None, model)
-        source = None
+        own = None
     if text is not None:
         config = replace(config, text=replace(config.text, name=str(text)))
-    source, optional = text if text is not None else source, () if ours else ("logit_bias",)
+    source, optional = text if text is not None else own, () if ours else ("logit_bias",)
     _check_size(config, source, weights, optional)
     built = HLIPModel(config, source)
     if source is None and path.is_dir() and has_tokenizer(path):
