@@ -78,7 +78,7 @@ def fuzz(name: str, seconds: float) -> None:
 
     for seed in (*trial.seeds(), *(path.read_bytes() for path in sorted((KEPT / name).glob("*")))):
         if len(seed) <= CONTENT:
-            (folder / "corpus" / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+            (folder / "corpus" / _hash(seed)).write_bytes(seed)
     options = [f"-max_len={CONTENT}", "-timeout=600", "-rss_limit_mb=6000", "-verbosity=0", "-detect_leaks=0"]
     options += [f"-artifact_prefix={folder / 'findings'}/", str(folder / "corpus")]
     atheris.Setup(["fuzz", *options], one, custom_mutator=lambda data, most, seed: mutate(data, seed)[:most])
@@ -91,27 +91,33 @@ def read_stats(name: str) -> dict[str, Any]:
 
 
 def keep(name: str) -> None:
-    """Of all inputs that ended alike, keep the smallest; and all findings that are small enough."""
+    """Keep what once failed, and of all inputs that end alike the smallest."""
     from .targets import Trial
 
     logging.disable()
-    files = [*(WORK / name / "corpus").iterdir(), *(WORK / name / "findings").glob("*"), *(KEPT / name).glob("*")]
-    inputs = sorted({path.read_bytes() for path in files if path.suffix != ".txt"}, key=lambda each: (len(each), each))
-    kept: dict[tuple[bytes, str, str], bytes] = {}
+    work, kept = WORK / name, KEPT / name
+    kept.mkdir(parents=True, exist_ok=True)
+    failed = {path.read_bytes() for path in (*(work / "findings").glob("*.input"), *kept.glob("failed-*"))}
+    others = {path.read_bytes() for path in (*(work / "corpus").iterdir(), *kept.iterdir())} - failed
+    chosen = {each: f"failed-{_hash(each)}" for each in failed if len(each) <= KEPT_CONTENT}
+    alike: set[tuple[bytes, str, str]] = set()
     with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
         trial = Trial(name, Path(home) / "home", patch, Guard())
-        for each in inputs:
-            if len(each) <= KEPT_CONTENT:
-                outcome = trial.run(each)
-                kept.setdefault((each.partition(b"\n")[0], outcome.kind, outcome.place), each)
-                if outcome.finding:
-                    print(f"{name}: does not hold: {outcome.kind} {outcome.place}")
-    (KEPT / name).mkdir(parents=True, exist_ok=True)
-    for path in (KEPT / name).iterdir():
+        for each in sorted(others, key=lambda each: (len(each), each)):
+            outcome = trial.run(each)
+            key = (each.partition(b"\n")[0], outcome.kind, outcome.place)
+            if key not in alike and len(each) <= KEPT_CONTENT:
+                chosen[each] = _hash(each)
+            alike.add(key)
+    for path in kept.iterdir():
         path.unlink()
-    for each in kept.values():
-        (KEPT / name / hashlib.sha1(each).hexdigest()[:12]).write_bytes(each)
-    print(f"{name}: kept {len(kept)} of {len(inputs)} inputs, {sum(map(len, kept.values()))} bytes")
+    for each, called in chosen.items():
+        (kept / called).write_bytes(each)
+    print(f"{name}: kept {len(chosen)} of {len(failed) + len(others)} inputs, {sum(map(len, chosen))} bytes")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def main() -> None:
