@@ -159,7 +159,7 @@ def read_tiles(path: Path) -> dict[Row, AttentionConfig]:
         for row, config in table.items():
             _check_order(row, config, table)
         return table
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"cannot use the tile table {path}: {error}. Delete the file to go back to the built-in tiles; "
             "`python bench/attention.py --tune` makes a new one"

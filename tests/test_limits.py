@@ -27,7 +27,7 @@ from hlip.data.readers import read_scan
 from hlip.data.reports import SectionRules, read_reports
 from hlip.data.sources import find_scans
 from hlip.data.store import Store
-from hlip.data.tables import Table, read_json_studies
+from hlip.data.tables import Table, read_json_studies, read_names
 from hlip.model.checkpoint import load
 from hlip.model.weights import read_weights
 from hlip.tasks.baselines import read_slices
@@ -57,7 +57,7 @@ READERS: dict[str, Read] = {
     "recipe.yaml": lambda path: load_recipe(str(path)), "a.npz": Embeddings.read, "a.parquet": Embeddings.read,
     "probe.npz": Probe.read, "log.jsonl": run_of, "weights.pt": read_weights, "weights.bin": read_weights,
     "weights.safetensors": read_weights, "scan.pt": lambda path: read_scan(find_scans(path)[0], Rules()),
-    "scan.nii": lambda path: read_scan(find_scans(path)[0], Rules()),
+    "uids.txt": read_names, "scan.nii": lambda path: read_scan(find_scans(path)[0], Rules()),
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_a_task_of_ten_million_classes(name: str, tmp_path: Path) -> None:
         READERS[name](tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["table.csv", "labels.csv", "reports/1.txt"])
+@pytest.mark.parametrize("name", ["table.csv", "labels.csv", "uids.txt", "reports/1.txt"])
 def test_a_line_of_a_gigabyte(name: str, tmp_path: Path) -> None:
     """A file that is a gigabyte of zeros to whoever reads it, and no byte on disk."""
     path = tmp_path / name

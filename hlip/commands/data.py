@@ -175,7 +175,10 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _salt(given: str) -> str:
-    salt = Path(given).read_text(encoding="utf-8")
+    try:
+        salt = Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{given}: not a text ({error})") from error
     if len(salt.strip()) < 8:
         raise ValueError(f"{given}: a salt of {len(salt.strip())} characters can be guessed; expected at least 8")
     return salt
@@ -224,11 +227,11 @@ def _merge(args: argparse.Namespace) -> None:
 def _split(args: argparse.Namespace) -> None:
     from ..data.store import Store
     from ..data.store_tools import select, split_at_random
+    from ..data.tables import read_names
 
     store = Store(args.store)
     if args.list:
-        lines = args.list.read_text(encoding="utf-8").splitlines()
-        first = store.indices(dict.fromkeys(line.strip() for line in lines if line.strip())).tolist()
+        first = store.indices(read_names(args.list)).tolist()
         parts = [sorted(first), sorted(set(range(len(store))) - set(first))]
     else:
         parts = split_at_random(store, args.fractions, args.seed)

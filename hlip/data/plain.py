@@ -82,8 +82,11 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(str(error)) from error  # dates and numbers that are none raise the others
 
 
-def load_tensors(path: Path) -> Any:
-    """Tensors and plain values that `torch.save` wrote, mapped to memory where the form of the file allows."""
+def load_tensors(path: Path, checksums: bool = False) -> Any:
+    """Tensors and plain values that `torch.save` wrote, mapped to memory where the form of the file allows.
+
+    checksums: compare those that the file has, which torch does not; older forms, without any, are refused.
+    """
     check_regular(path)
     try:
         packed = zipfile.is_zipfile(path)
@@ -91,6 +94,10 @@ def load_tensors(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("compressed within, as torch.save leaves no file")
+                if checksums and (damaged := archive.testzip()):
+                    raise ValueError(f"the checksum of {damaged} differs")
+        elif checksums:
+            raise ValueError("truncated, or without checksums")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -47,6 +47,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def read_names(path: Path) -> list[str]:
+    """Read a list of studies, one a line; of one that stands there twice, the first.
+
+    Raises:
+        ValueError: not such a file; names it.
+    """
+    try:
+        with contextlib.closing(read_lines(path)) as lines:
+            return list(dict.fromkeys(filter(None, map(str.strip, lines))))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable list of studies ({error})") from error
+
+
 @dataclass(frozen=True)
 class Table:
     """A CSV with a column of study ids.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.tables import Table
+from ..data.tables import Table, read_names
 from .embeddings import Embeddings
 from .labels import LabelTable
 
@@ -166,7 +166,7 @@ def read_split(given: Sequence[str], table: LabelTable) -> dict[str, str]:
         raise ValueError(f"--split: expected a column, a table, or lists of two or three parts, got {len(given)} files")
     found: dict[str, str] = {}
     for part, path in zip(("train", "test") if len(given) == 2 else PARTS, given, strict=True):
-        for uid in dict.fromkeys(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))):
+        for uid in read_names(Path(path)):
             if found.setdefault(uid, part) != part:
                 raise ValueError(f"{path}: study {uid} is in {found[uid]} too")
     return found
