@@ -210,5 +210,5 @@ def test_compressed_pixels_are_no_larger_than_the_slice(tmp_path: Path) -> None:
             path.write_bytes(content)
 
     bad.series(widen, transfer_syntax="jpeg_lossless")(tmp_path / "1.2")
-    with pytest.raises(ValueError, match=r"0000.dcm: pixels of shape \(65500, 65500, 1\), expected \(24, 20, 1\)"):
+    with pytest.raises(ValueError, match=r"0000.dcm: corrupt pixels .*\(65500, 65500, 1\), expected \(24, 20, 1\)"):
         read_scan(find_scans(tmp_path / "1.2")[0], Rules())

@@ -122,7 +122,7 @@ class Checkpoints:
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
             scaler.load_state_dict(state["scaler"])
             return int(state["step"])
-        except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
 
 

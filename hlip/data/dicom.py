@@ -376,7 +376,7 @@ def _check_code_streams(path: Path, shape: tuple[int, int]) -> None:
     for frame in generate_frames(data.PixelData, number_of_frames=int(data.get("NumberOfFrames") or 1)):
         found = _size_of_code_stream(frame)
         if found != (*shape, 1):
-            raise ScanError(path, f"pixels of shape {found}, expected {(*shape, 1)}")
+            raise ScanError(path, f"corrupt pixels (their shape is {found}, expected {(*shape, 1)})")
 
 
 def _size_of_code_stream(stream: bytes) -> tuple[int, ...]:
