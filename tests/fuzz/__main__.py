@@ -28,7 +28,7 @@ from .guard import Guard
 KEPT = Path(__file__).with_name("corpus")
 WORK = Path("build", "fuzz").absolute()
 CONTENT = 100_000  # bytes of an input
-KEPT_CONTENT = 6_000  # bytes of one that is kept
+KEPT_CONTENT = 28_000  # bytes of one that is kept
 ADDRESSES = 8 * 2**30  # bytes; for more the system has none
 EMPTY = {"seconds": 0.0, "cpu_seconds": 0.0, "inputs": 0, "findings": {}}
 EVERY = 500  # inputs between two notes of how many there were
