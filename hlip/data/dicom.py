@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .quality import Rules, check_grid, check_image_type, check_modality, is_hounsfield, is_surely_hounsfield, keeps_air
+from .quality import Rules, check_grid, check_image_type, check_modality
 from .readers import check_file, finite, rescale
 from .sources import ScanSource
 from .volume import ScanError, Volume
@@ -21,6 +22,10 @@ SAME_PLACE = 0.01  # mm; closer slices are at one place
 UNEVEN = 0.1  # of the usual step; what a slice may lie off the regular grid
 MAX_FRAMES = 2**16  # of one file
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
+PIXEL_TAGS = (
+    "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored",
+    "HighBit", "PixelRepresentation", "PixelData",
+)  # fmt: skip
 MAX_TILES = 2**16  # of a JPEG 2000 image, as the standard has it
 START_OF_FRAME = {bytes([0xFF, k]) for k in (*range(0xC0, 0xD0), 0xF7)} - {b"\xff\xc4", b"\xff\xc8", b"\xff\xcc"}
 
@@ -33,7 +38,7 @@ class Slice:
     position: (3) mm - the first pixel's place, as DICOM gives it.
     spacing: mm from row to row and from column to column.
     slope, intercept: from stored numbers to intensities, as the header has them.
-    compressed: by other than run lengths; GDCM decodes and rescales such pixels in one.
+    compressed: by other than run lengths; GDCM decodes such pixels.
     order: of slices at the same place.
     """
 
@@ -54,11 +59,6 @@ class Slice:
         """Place along the normal, mm."""
         return float(np.dot(np.cross(self.axes[:3], self.axes[3:]), self.position))
 
-    @property
-    def scale(self) -> tuple[float, float]:
-        """Slope and intercept that are still to be applied to what `_frames` gives."""
-        return (1.0, 0.0) if self.compressed else (self.slope, self.intercept)
-
 
 def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
     """Read one series: slices sorted along their normal, however files are named and numbered.
@@ -74,12 +74,12 @@ def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
     first, slices = None, []
     for path in source.files:
         data = _open_dicom(path)
-        if first is None:
-            first = data
-        elif data.get("SeriesInstanceUID") != first.get("SeriesInstanceUID"):
+        series, modality, description, image_type = _about(path, data)
+        first = first or (series, modality, description)
+        if series != first[0]:
             raise ScanError(path, f"of another series than {source.files[0].name}")
-        check_modality(path, str(data.get("Modality") or ""), rules)
-        check_image_type(path, _strings(data.get("ImageType")), rules)
+        check_modality(path, modality, rules)
+        check_image_type(path, image_type, rules)
         slices.extend(_slices(path, data))
     assert first is not None
     path = source.files[0]
@@ -90,8 +90,7 @@ def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
     if len(stacks) > 1 and (rules.four_d == "reject" or (rules.four_d == "split" and len(stacks) > rules.max_parts)):
         raise ScanError(path, f"expected one 3D volume, got {len(stacks)} at the same places", "four_d")
     stacks = stacks if rules.four_d == "split" else stacks[:1]
-    modality = source.modality or str(first.get("Modality") or "")
-    description = source.description or str(first.get("SeriesDescription") or "")
+    modality, description = source.modality or first[1], source.description or first[2]
     volumes = []
     for t, stack in enumerate(stacks):
         array, affine = _read_stack(path, stack, rules)
@@ -119,6 +118,16 @@ def _open_dicom(path: Path) -> Any:
         raise ScanError(path, f"not a DICOM file ({error})") from error
     except Exception as error:  # a damaged file may fail anywhere within the parser
         raise ScanError(path, f"truncated or corrupt ({type(error).__name__}: {error})") from error
+
+
+def _about(path: Path, data: Any) -> tuple[str, str, str, list[str]]:
+    """The UID of the series, its modality and description, and the values of the image's type."""
+    try:
+        names = ("SeriesInstanceUID", "Modality", "SeriesDescription")
+        series, modality, description = (str(data.get(name) or "") for name in names)
+        return series, modality, description, _strings(data.get("ImageType"))
+    except Exception as error:  # values are parsed when they are asked for, each with errors of its own
+        raise ScanError(path, f"a damaged header ({type(error).__name__}: {error})") from error
 
 
 def _strings(value: Any) -> list[str]:
@@ -268,12 +277,12 @@ def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarra
     check_grid(path, (columns, rows, int(index[-1]) + 1), affine, rules)
 
     array = np.empty(0)
-    scales = {item.scale for item in stack}
+    scales = {(item.slope, item.intercept) for item in stack}
     for _, group in groupby(zip(stack, index, strict=True), key=lambda pair: pair[0].path):
         pairs = list(group)
         for (item, k), values in zip(pairs, _frames([item for item, _ in pairs]), strict=True):
             if len(scales) > 1:
-                values = rescale(values.astype(np.float32), *item.scale, rules)
+                values = rescale(values.astype(np.float32), item.slope, item.intercept, rules)
             if not array.size:
                 array = np.empty((columns, rows, int(index[-1]) + 1), values.dtype, order="F")
             elif array.dtype != values.dtype:
@@ -282,20 +291,7 @@ def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarra
     _fill_missing(array, index)
     if len(scales) == 1:
         array = rescale(array, *scales.pop(), rules)
-    if rules.hounsfield and all(item.compressed for item in stack):
-        array = _undo_second_rescale(array, {(item.slope, item.intercept) for item in stack})
     return finite(path, array, rules), affine
-
-
-def _undo_second_rescale(array: np.ndarray, headers: set[tuple[float, float]]) -> np.ndarray:
-    """What GDCM has rescaled although it was in Hounsfield units before; see `quality.is_rescaled`."""
-    slope, intercept = next(iter(headers))
-    if len(headers) > 1 or (slope, intercept) == (1, 0) or slope == 0:
-        return array
-    back = 1 / slope, -intercept / slope
-    if (keeps_air(slope, intercept) and is_hounsfield(array)) or not is_surely_hounsfield(array, *back):
-        return array
-    return rescale(array, *back, Rules())
 
 
 def _regular_places(path: Path, along: np.ndarray, rules: Rules) -> np.ndarray:
@@ -339,7 +335,7 @@ def _fill_missing(array: np.ndarray, index: np.ndarray) -> None:
 
 
 def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
-    """The (rows, columns) numbers of slices of one file, as stored; those of GDCM's are rescaled.
+    """The (rows, columns) numbers of slices of one file, as stored.
 
     Frames are decoded one at a time; but GDCM decodes a file as a whole.
     """
@@ -349,8 +345,7 @@ def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
     numbers = [item.frame for item in items]
     try:
         if items[0].compressed:
-            _check_code_streams(path, shape)
-            image = _gdcm_image(path)  # must outlive the view of it
+            image = _gdcm_image(path, shape)  # must outlive the view of it
             frames = _gdcm_view(image).reshape(-1, *shape)
             if max(numbers) >= len(frames):
                 raise ScanError(path, f"{len(frames)} frames, expected more than {max(numbers)}")
@@ -366,13 +361,11 @@ def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
         raise ScanError(path, f"truncated or corrupt pixels ({type(error).__name__}: {error})") from error
 
 
-def _check_code_streams(path: Path, shape: tuple[int, int]) -> None:
+def _check_code_streams(path: Path, data: Any, shape: tuple[int, int]) -> None:
     """Raises ScanError unless every frame is an image of that shape by its own header, which is what GDCM goes by:
     a few bytes there may ask for any memory."""
-    import pydicom
     from pydicom.encaps import generate_frames
 
-    data = pydicom.dcmread(path)
     for frame in generate_frames(data.PixelData, number_of_frames=int(data.get("NumberOfFrames") or 1)):
         found = _size_of_code_stream(frame)
         if found != (*shape, 1):
@@ -401,13 +394,32 @@ def _size_of_code_stream(stream: bytes) -> tuple[int, ...]:
     return ()
 
 
-def _gdcm_image(path: Path) -> Any:
+def _gdcm_image(path: Path, shape: tuple[int, int]) -> Any:
+    """The stored numbers of all frames. GDCM sees what it needs to decode them and nothing else, in a file that is in
+    memory only: it allocates whatever any other element claims to hold."""
     try:
         import SimpleITK as sitk
     except ImportError as error:
         raise ImportError("reading compressed DICOM needs SimpleITK: pip install 'hlip-kernels[io]'") from error
 
-    return sitk.ReadImage(str(path), imageIO="GDCMImageIO")
+    from pydicom import Dataset, dcmread
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import SecondaryCaptureImageStorage
+
+    data = dcmread(path, specific_tags=list(PIXEL_TAGS))
+    _check_code_streams(path, data, shape)
+    plain = Dataset()
+    for tag in PIXEL_TAGS:
+        if tag in data:
+            plain.add(data[tag])
+    plain.file_meta = FileMetaDataset()
+    plain.file_meta.TransferSyntaxUID = data.file_meta.TransferSyntaxUID
+    plain.SOPClassUID = plain.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    plain.SOPInstanceUID = plain.file_meta.MediaStorageSOPInstanceUID = "1.2"
+    with os.fdopen(os.memfd_create("slices.dcm"), "wb") as file:
+        plain.save_as(file, enforce_file_format=True)
+        file.flush()
+        return sitk.ReadImage(f"/proc/self/fd/{file.fileno()}", imageIO="GDCMImageIO")
 
 
 def _gdcm_view(image: Any) -> np.ndarray:

@@ -48,7 +48,8 @@ class Guard:
             return
         if event == "open":
             path, _, flags = arguments
-            if isinstance(flags, int) and flags & WRITES and path != os.devnull:
+            here = isinstance(path, int) or path == os.devnull  # an int is a file that is open already
+            if isinstance(flags, int) and flags & WRITES and not here:
                 self._traces.append(f"opened {path!r} for writing")
         elif FORBIDDEN.fullmatch(event):
             self._traces.append(f"{event} {arguments!r:.200}")
