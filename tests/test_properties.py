@@ -76,7 +76,7 @@ def holds(store: Store, expected: list[PreparedStudy]) -> bool:
     return True
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(studies(), st.integers(1, 3), st.randoms())
 def test_stores_give_back_what_goes_in(given: list[PreparedStudy], per_shard: int, random: object) -> None:
     """Written, split, and joined again."""
@@ -132,7 +132,7 @@ def test_truncation_at_any_byte_is_noticed(name: str, small: Path) -> None:
         damaged(small, name, lambda content, place=place: content[:place], check)  # type: ignore[misc]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(FILES[:3]), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 def test_a_flipped_bit_is_noticed_or_changes_nothing(small: Path, name: str, where: float, bit: int) -> None:
     """Some bits say nothing: those that fill up, and the names that JSON gives to what nobody reads."""
@@ -168,7 +168,7 @@ def work(tokens: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return sums + sums**2 / 1000
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data_sets())
 def test_steps_lose_no_study_and_double_none(case: tuple[list[np.ndarray], int, int, dict]) -> None:
     tokens, ranks, batch, more = case
