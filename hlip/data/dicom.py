@@ -404,7 +404,7 @@ def _gdcm_image(path: Path, shape: tuple[int, int]) -> Any:
 
     from pydicom import Dataset, dcmread
     from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import SecondaryCaptureImageStorage
+    from pydicom.uid import UID, SecondaryCaptureImageStorage
 
     data = dcmread(path, specific_tags=list(PIXEL_TAGS))
     _check_code_streams(path, data, shape)
@@ -415,7 +415,7 @@ def _gdcm_image(path: Path, shape: tuple[int, int]) -> Any:
     plain.file_meta = FileMetaDataset()
     plain.file_meta.TransferSyntaxUID = data.file_meta.TransferSyntaxUID
     plain.SOPClassUID = plain.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    plain.SOPInstanceUID = plain.file_meta.MediaStorageSOPInstanceUID = "1.2"
+    plain.SOPInstanceUID = plain.file_meta.MediaStorageSOPInstanceUID = UID("1.2")
     with os.fdopen(os.memfd_create("slices.dcm"), "wb") as file:
         plain.save_as(file, enforce_file_format=True)
         file.flush()
