@@ -204,7 +204,9 @@ class Checkpoints:
 
     def seeds(self) -> Iterator[tuple[str, bytes]]:
         for folder in ("ours", "hub"):
-            yield from ((f"{folder}/{name}", content) for name, content in files_below(self.home / folder))
+            for name, content in files_below(self.home / folder):
+                plain = content.replace(f"{self.home}/".encode(), b"") if name.endswith(".json") else content
+                yield f"{folder}/{name}", plain
         state = self.model.state_dict()
         for content in ({"epoch": 1, "name": "tiny", "state_dict": {f"module.{k}": v for k, v in state.items()}},
                         {key: value.half() for key, value in state.items()}, {"state_dict": bad.Code()}):  # fmt: skip
