@@ -12,6 +12,7 @@ from ..data.plain import check_regular, parse_json
 from .output import new_figure
 
 LOG = "log.jsonl"
+MOST = 2**53  # integers beyond it are no figures: floating point does not hold them
 FORMATS = (".png", ".pdf", ".svg")
 # Panels in their order: what is drawn, and its title.
 PANELS = (
@@ -82,6 +83,8 @@ def _figures(line: str) -> dict[str, float] | None:
         return {}
     values = list(entry.values())
     if type(entry.get("step")) is not int or not all(type(value) in (int, float) for value in values):
+        return None
+    if any(abs(value) > MOST for value in values if type(value) is int):
         return None
     return entry
 
