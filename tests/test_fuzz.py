@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import pickle
 import socket
@@ -70,7 +71,7 @@ BREACHES: dict[str, tuple[Callable[[], object], str]] = {
     "a process": (lambda: subprocess.run(["true"], check=True), "trace"),
     "a pickle": (lambda: pickle.loads(pickle.dumps(np.dtype("f4"))), "trace"),
     "the network": (lambda: socket.create_connection(("127.0.0.1", 9)), "trace"),
-    "memory": (lambda: np.ones(2**23).sum(), "large"),
+    "memory": (lambda: mmap.mmap(-1, 2**26).write(b"x" * 2**26), "large"),  # not what malloc has kept
     "time": (spin, "slow"),
 }
 
