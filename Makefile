@@ -33,9 +33,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/attention.py --io --json $(RESULTS)/io.json
 	$(ENCODER) --table9 --modes inference --rounds 5
 	$(ENCODER) --table9 --modes training --rounds 3
-	$(ENCODER) --table9 --modes inference --rounds 3 --allocator default --models hlip published vit swin --flash true
-	$(ENCODER) --figure1b --modes inference --rounds 3 --models hlip published vit --flash true
-	$(ENCODER) --figure1b --modes training --rounds 3 --models hlip published --flash true
+	$(ENCODER) --table9 --modes inference --rounds 2 --allocator default --models hlip published swin --flash true
+	$(ENCODER) --figure1b --modes inference --rounds 2 --models hlip published vit --flash true
+	$(ENCODER) --figure1b --modes training --rounds 2 --models hlip published --flash true
 	$(ENCODER) --scaling scans --sizes 1 4 16 64 --rounds 3
 	$(ENCODER) --scaling scans --sizes 162 --rounds 1 --models hlip published --flash true
 	$(ENCODER) --scaling slices --sizes 2 8 32 --rounds 3

@@ -58,10 +58,13 @@ def where(row: Row) -> str:
     return f"*{', '.join(machine_name(row))}; {versions}; commit {row['commit']}; {row['utc']}*"
 
 
-def losses(lines: Iterable[tuple[str, float]]) -> str:
-    """Where others are faster, of pairs of a name and how many times as long as ours it takes."""
-    faster = [f"{name} ({times:.2f})" for name, times in lines if times < 1]
-    return f"**We lose to:** {', '.join(faster)}." if faster else "We lose to none of these."
+def losses(lines: Iterable[tuple[str, Sequence[float] | None]]) -> str:
+    """Where others are faster, of pairs of a name and how many times as long as ours it takes: median, low, high."""
+    known = [(f"{name} ({ratio[0]:.2f})", ratio) for name, ratio in lines if ratio]
+    faster = [name for name, ratio in known if ratio[2] < 1]
+    level = [name for name, ratio in known if ratio[1] < 1 <= ratio[2]]
+    words = f"**We lose to:** {', '.join(faster)}." if faster else "We lose to none of these."
+    return wrapped(words + (f" Level, within the interval: {', '.join(level)}." if level else ""))
 
 
 def not_run(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
@@ -88,6 +91,11 @@ def heading(title: str, machine: str, text: str, row: Row | None = None) -> str:
 
 def wrapped(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def item(text: str) -> str:
+    """Of a list, wrapped."""
+    return textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -27,6 +27,7 @@ from page import (
     bars,
     file_name,
     heading,
+    item,
     latest,
     losses,
     not_run,
@@ -70,25 +71,30 @@ up to five rounds is about their range. Above 1 we are faster; where we are not,
 table. `error` is the relative distance, in norms, from a result that another computation gives."""
 ENCODERS = """How many volumes a second does a whole encoder take? The paper's Table 9 encodes one volume of 224 x 224 x
 224 voxels in patches of 16; its Figure 1b studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder,
-`published` the same weights computed as the released code does: a dense tensor of groups, reshaped and copied with
-averaged or repeated cls rows at every change of level, and PyTorch's attention. It gets its fastest settings:
-contiguous inputs, inference mode, weights in bf16, and in training autocast; its embeddings and all its gradients, and
-ours, are compared with the same computation in float32. `vit` is a plain vision transformer. `swin` and `navit` are
-MONAI's: Swin-B's widths and depths, windows of 7 and patches of 4 voxels (MONAI's class ends in one more merging of
+`published` the same weights computed as the released code does, `vit` a plain vision transformer. `swin` and `navit`
+are MONAI's: Swin-B's widths and depths, windows of 7 and patches of 4 voxels (MONAI's class ends in one more merging of
 patches, 17 M parameters that the paper's 87.9 M do not have), and NaViT of the same width and depth. Without flash,
 attention writes its weights to memory; on a CPU that can be the faster way to train, so of a model the faster row is
 the one to compare with. GB is by how much the largest resident size of a fresh process grows in a training step (on a
 GPU, what PyTorch allocates), saved GB what autograd keeps. The last column is what the paper's authors published for
 one A40, where `published` is their HLIP: another machine, not measured here."""
+BASELINE = """**The published way** keeps a dense tensor of groups, (groups, 1 + patches, width). Where the level
+changes it splits the cls rows off, averages or repeats them, reshapes the patches and concatenates: a copy of all
+tokens. Attention is PyTorch's `scaled_dot_product_attention`. It is run eagerly, not compiled, in its best settings
+otherwise: contiguous inputs that were cut into patches before, inference mode with weights in bf16, autocast in
+training. Ours holds weights packed for the processor, in inference; PyTorch's layers have no such thing. Embeddings,
+and in training the gradient of every parameter, of both are compared with the published way in float32."""
 ALLOCATORS = {
     "kept": "The process keeps the memory that tensors leave, as this library's programs do: a favour to all models.",
     "default": """The same with the C library's allocator as it is, which is what a program gets that does nothing
 about it: large results go back to the system, and every page is cleared again at the next call.""",
 }
 PACKING = """How many studies a second does a training step take, if studies have as many scans as they happen to have?
-Packed; repeated or cropped to 10 scans, as HLIP was trained; padded to the longest of the batch; and in one sequence
-with a block mask. Scan counts are those of three collections; the same studies and weights for all, embeddings and
-gradients compared. `tokens` are those encoded, repeats and padding among them."""
+Packed; repeated or cropped to 10 scans, as HLIP was trained (`repeat10`); padded to the longest of the batch
+(`pad_max`); and in one sequence with a block mask. These three run PyTorch's layers; `repeat10_us` is the repeated
+studies by our own encoder, so that what it takes is what packing saves, and the rest is our kernels. Scan counts are
+those of three collections; the same studies and weights for all, embeddings and gradients compared. `tokens` are those
+encoded, repeats and padding among them."""
 GROWING = """A step against scans of a study, slices of a scan, and studies of a batch. On a CPU the model is small
 (width 128, three layers, scans of 294 tokens, four of them where slices or studies grow), and small inputs show what a
 call costs at least, where we lose. A model runs out of memory when a training step in a process of its own would map
@@ -117,6 +123,7 @@ def main() -> int:
     whole = [row for row in encoders if not row["case"].startswith("scaling_")]
     growing = [row for row in encoders if row["case"].startswith("scaling_")]
     sections = [
+        summary(whole, read(args.results / "packing.jsonl"), read(args.results / "io.json")),
         *of_machines(encoder, whole, args.out / "figures"),
         *of_machines(packing, read(args.results / "packing.jsonl"), args.out / "figures"),
         *of_machines(scaling, growing, args.out / "figures"),
@@ -134,33 +141,70 @@ def main() -> int:
     return 0
 
 
+def summary(whole: list[Row], packed: list[Row], counted: list[Row]) -> str:
+    """What the rows say to the questions that people come with; of no rows, nothing."""
+    lines = []
+    found = [row for row in whole if row["case"] == "table9" and "reason" not in row and row["times_ours"]]
+    most = max((row["threads"] for row in found), default=0)
+    for mode, allocator in (("inference", "kept"), ("inference", "default"), ("training", "kept")):
+        rows = [r for r in found if (r["threads"], r["mode"], r["allocator"]) == (most, mode, allocator)]
+        rows = latest(rows, lambda row: row["dtype"], named)
+        others = [f"{named(row)} {row['times_ours'][0]:.2f}" for row in rows if row["model"] != "hlip"]
+        if others:
+            with_it = " with the C library's allocator as it is" * (allocator == "default")
+            lines.append(f"- Table 9, {rows[0]['dtype']}, {mode}{with_it}, times as long as ours: {', '.join(others)}.")
+    packed = [row for row in packed if row["policy"] == "repeat10" and row["packed_over_this"]]
+    for row in latest(packed, lambda row: (row["mix"], row["dtype"], row["threads"]), lambda row: row["policy"]):
+        lines.append(
+            f"- A training step on {row['mix']}, {row['dtype']}: repeating every study to 10 scans, the published way, "
+            f"takes {row['packed_over_this']:.2f} times as long as packing with ours."
+        )
+    exponents = [row for row in counted if row["kind"] == "exponent"]
+    if exponents:
+        worst = max(exponents, key=lambda row: abs(row["exponent"] - row["claimed"]))
+        lines.append(
+            f"- All {len(exponents)} exponents of bytes and operations lie within 0.05 of those claimed; farthest is "
+            f"{worst['exponent']:.3f} for {worst['claimed']} ({worst['quantity']}, {worst['sweep']}, {worst['pass']})."
+            if abs(worst["exponent"] - worst["claimed"]) <= 0.05
+            else f"- **An exponent is {worst['exponent']:.3f} and not {worst['claimed']}** ({worst['quantity']}, "
+            f"{worst['sweep']}, {worst['pass']})."
+        )
+    return "## In short\n\n" + "\n".join(map(item, lines)) if lines else ""
+
+
 def named(row: Row) -> str:
     return row["model"] + ("" if row["flash"] else ", without flash")
 
 
 def encoder(rows: list[Row], figures: Path, machine: str) -> str:
     def key(row: Row) -> tuple[Any, ...]:
-        return row["case"], row["studies"], row["scans"], row["dtype"], row.get("allocator")
+        size = row["studies"], row["scans"], tuple(row["shape"]), row["width"], row["depth"]
+        return row["case"], row["dtype"], row["allocator"], *size
 
-    rows = latest(rows, lambda row: (*key(row), row.get("mode")), named)
-    parts = [heading("Whole encoders", machine, ENCODERS)]
+    rows = latest(rows, lambda row: (*key(row), row["mode"]), named)
+    parts = [heading("Whole encoders", machine, ENCODERS), wrapped(BASELINE)]
     titles = {"table9": "Table 9", "figure1b": "Figure 1b"}
     for case in dict.fromkeys(map(key, rows)):
         mine = [row for row in rows if key(row) == case]
         measured = [row for row in mine if "reason" not in row]
-        name, studies, scans, dtype, allocator = case
+        name, dtype, allocator, studies, scans, _, width, depth = case
         what = f"{studies} stud{'y' if studies == 1 else 'ies'} of {scans} scan{'s' * (scans > 1)}"
         title = f"{titles[name]}: {what}, {dtype}" + ", the C library's allocator" * (allocator == "default")
+        small = "" if (width, depth) == (768, 12) else f" width {width}, {depth} layers"
+        title += f",{small}" * bool(small)
         parts += [f"### {title}", where(mine[0])]
         if allocator:
             parts.append(wrapped(ALLOCATORS[allocator]))
         modes = list(dict.fromkeys(row["mode"] for row in measured))
+        if not modes:
+            parts.append(not_run(mine, named))
+            continue
         figure = Figure(figsize=(4.8 * len(modes), 1 + 0.28 * len(measured) / len(modes)), layout="constrained")
         for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
             of_mode = [row for row in measured if row["mode"] == mode]
             rates = [row["vol_per_s"] for row in of_mode]
             bars(axes, [named(row) for row in of_mode], rates, f"{titles[name]}, {dtype}, {mode}", "volumes a second")
-        picture = file_name(f"{name} {studies} {dtype} {'default' * (allocator == 'default')}", machine)
+        picture = file_name(f"{name} {studies} {dtype}{small} {'default' * (allocator == 'default')}", machine)
         caption = f"{titles[name]}, volumes a second of whole encoders. Longer is faster; ours in blue."
         parts.append(save(figure, figures / picture, caption))
         for mode in modes:
@@ -172,7 +216,7 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
                     [
                         [
                             named(row), f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}",
-                            times(row["times_first"]), number(row, "share", ".0%"),
+                            times(row["times_ours"]), number(row, "share", ".0%"),
                             *([number(row, "memory_gb", ".2f"), number(row, "saved_gb", ".2g")] if memory else []),
                             number(row, "error", ".1g"),
                             f"{row['a40_vol_per_s']} vol/s" if "a40_vol_per_s" in row
@@ -182,9 +226,12 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
                     ],
                 )
             )  # fmt: skip
-        parts.append(losses((f"{named(row)}, {row['mode']}", row["times_first"][0]) for row in measured))
+        parts.append(losses((f"{named(row)}, {row['mode']}", row["times_ours"]) for row in measured))
         parts.append(not_run(mine, named))
     return "\n\n".join(filter(None, parts))
+
+
+OUR_POLICIES = {"packed": "hlip, packed", "repeat10_us": "hlip, repeat10"}
 
 
 def packing(rows: list[Row], figures: Path, machine: str) -> str:
@@ -205,7 +252,7 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
         mix, mode, dtype, width, depth, studies = case
         mine = [row for row in rows if key(row) == case]
         ran = [row for row in mine if row["studies_per_s"]]
-        names = ["hlip, packed" if row["policy"] == "packed" else row["policy"] for row in ran]
+        names = [str(OUR_POLICIES.get(row["policy"], row["policy"])) for row in ran]
         bars(axes, names, [row["studies_per_s"] for row in ran], f"{mix}, {dtype}, width {width}", "studies a second")
         tables += [
             f"### {mix}, {mode}, {dtype}, width {width}, {depth} layers, {studies} studies of at most "
@@ -222,7 +269,7 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
                     for row in mine
                 ],
             ),
-            losses((row["policy"], row["packed_over_this"]) for row in ran),
+            losses((row["policy"], [row["packed_over_this"], *row["interval"]]) for row in ran),
         ]  # fmt: skip
     caption = "Studies a second of packed batches and of other ways. Longer is faster; packing in blue."
     return "\n\n".join([*parts, save(figure, figures / file_name("packing", machine), caption), *tables])
@@ -233,9 +280,10 @@ AXES = {"scaling_scans": "scans", "scaling_slices": "slices", "scaling_batch": "
 
 def scaling(rows: list[Row], figures: Path, machine: str) -> str:
     def key(row: Row) -> tuple[Any, ...]:
-        return row["case"], row["studies"], row["scans"], *row["shape"], row["dtype"]
+        size = row["studies"], row["scans"], tuple(row["shape"]), row["width"], row["depth"]
+        return row["case"], row["dtype"], row["allocator"], *size, row["mode"]
 
-    rows = latest(rows, key, lambda row: (named(row), row.get("mode")))
+    rows = latest(rows, key, named)
     rows = [row | {"slices": row["shape"][0] // row["patch"][0]} for row in rows]
     rows.sort(key=lambda row: row[AXES[row["case"]]])
     cases = [case for case in AXES if any(row["case"] == case for row in rows)]
@@ -246,7 +294,7 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
         mine = [row for row in rows if row["case"] == case]
         sizes = sorted({row[axis] for row in mine})
         for model, marker in zip(dict.fromkeys(map(named, mine)), MARKERS, strict=False):
-            steps = [row for row in mine if named(row) == model and row.get("mode") == "training" and "p50_s" in row]
+            steps = [row for row in mine if named(row) == model and row["mode"] == "training" and "p50_s" in row]
             x = [row[axis] for row in steps]
             left.loglog(x, [row["p50_s"] for row in steps], f"{marker}-", label=model)
             right.loglog(x, [row.get("memory_gb", nan) for row in steps], f"{marker}-", label=model)
@@ -259,7 +307,7 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
             axes.legend(fontsize=8)
         tables += [growth(mine, axis, sizes, mode) for mode in ("training", "inference")]
         first = [row for row in mine if "p50_s" in row]
-        tables.append(losses((f"{named(r)}, {r['mode']}, {r[axis]} {axis}", r["times_first"][0]) for r in first))
+        tables.append(losses((f"{named(r)}, {r['mode']}, {r[axis]} {axis}", r["times_ours"]) for r in first))
     caption = (
         "A training step of growing studies. Seconds left, memory right, both axes logarithmic; lower is better, and a "
         "line ends where a model was not run or ran out of memory."
@@ -273,11 +321,11 @@ def growth(rows: Sequence[Row], axis: str, sizes: Sequence[int], mode: str) -> s
 
     def cell(model: str, size: int) -> str | None:
         for row in rows:
-            if (named(row), row[axis]) == (model, size) and row.get("mode", mode) == mode:
+            if (named(row), row[axis]) == (model, size) and row["mode"] == mode:
                 if "reason" in row:
-                    return "out of memory" if "memory" in row["reason"] else row["reason"]
+                    return "out of memory" if row["reason"].startswith("out of memory") else "not tried"
                 memory = f", {row['memory_gb']:.2g} GB" if "memory_gb" in row else ""
-                ours = "" if model == "hlip" else f" ({row['times_first'][0]:.2f})"
+                ours = f" ({row['times_ours'][0]:.2f})" if row["times_ours"] and model != "hlip" else ""
                 return f"{row['p50_s']:.3g} s{ours}{memory}"
         return None
 
@@ -342,7 +390,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
                     for row in mine
                 ],
             ),
-            losses((f"{row['backend']}, {row['mode']}", row["times_ours"][0]) for row in mine if row["times_ours"]),
+            losses((f"{row['backend']}, {row['mode']}", row["times_ours"]) for row in mine),
         ]  # fmt: skip
     caption = (
         "Attention, how many times as long as ours each way takes. A line for each case, on a logarithmic axis: right "
@@ -363,6 +411,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
 
 
 REGROUP = ("published_forward_bytes", "ours_forward_bytes", "published_backward_bytes", "ours_backward_bytes")
+FORWARD = "forward", "bytes"
 STYLES = {"slice": ("C0", 5.0), "scan": ("C1", 3.0), "study": ("C2", 1.5)}  # widths, as lines may lie on each other
 
 
@@ -373,29 +422,37 @@ def io(rows: list[Row], figures: Path) -> str:
     changes = [row for row in rows if row["kind"] == "regroup"]
     lengths = [row for row in rows if row["kind"] == "length"]
     sweeps = {"N": "N, tokens", "M": "M, scans", "d": "d, slices of a scan", "S": "S, rows of a tile"}
-    ticks = {row["sweep"]: row["x"] for row in found}
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    for axes, (sweep, label) in zip(figure.subplots(1, 4, sharey=True), sweeps.items(), strict=True):
-        for row in found:
-            if (row["sweep"], row["pass"], row["quantity"]) != (sweep, "forward", "bytes"):
-                continue
-            colour, width = STYLES[row["level"]]
-            if row["way"] == "ours":
-                axes.loglog(row["x"], row["counted"], "o-", color=colour, linewidth=width, label=row["level"])
-                claimed = [row["counted"][0] * (x / row["x"][0]) ** row["claimed"] for x in row["x"]]
-                axes.loglog(row["x"], claimed, "k:", linewidth=1)
-            else:
-                axes.loglog(row["x"], row["counted"], "s--", color=colour, linewidth=width / 2)
-        axes.set_xticks(ticks[sweep], ticks[sweep])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.set(xlabel=label)
-        axes.legend(title="level", fontsize=8)
-    figure.axes[0].set(ylabel="bytes of a forward pass")
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    panels = figure.subplots(2, 4, sharey="row")
+    for (way, title), line in zip((("ours", "our kernels"), ("standard", "standard attention")), panels, strict=True):
+        for axes, (sweep, label) in zip(line, sweeps.items(), strict=True):
+            shown = [r for r in found if (r["way"], r["sweep"], r["pass"], r["quantity"]) == (way, sweep, *FORWARD)]
+            for row in shown:
+                colour, width = STYLES[row["level"]]
+                x = [row["times_longer"] * n if sweep == "N" else n for n in row["x"]]
+                axes.loglog(
+                    x,
+                    [count / 1e6 for count in row["counted"]],
+                    "o-",
+                    color=colour,
+                    linewidth=width,
+                    label=row["level"],
+                )
+                claimed = [row["counted"][0] / 1e6 * (n / row["x"][0]) ** row["claimed"] for n in row["x"]]
+                axes.loglog(x, claimed, "k:", linewidth=1)
+                axes.set_xticks(x, x)
+            axes.set(xlabel=label, title=title)
+            axes.set_visible(bool(shown))
+            axes.minorticks_off()
+            plain_numbers(axes)
+            axes.grid(alpha=0.3)
+        line[0].set(ylabel="MB of a forward pass")
+        line[0].legend(title="level", fontsize=8)
     caption = (
         "Bytes of attention as tokens, scans, slices and tiles grow. Both axes logarithmic, where a power is a "
-        "straight line. Solid: requested by our kernels; dashed: standard attention, on groups 16 times as long; "
-        "dotted: the power that is claimed, from our first point. Lines of levels that cost the same lie on each other."
+        "straight line; dotted: the power that is claimed, from the first point. Above what our kernels request; below "
+        "standard attention, which has no tiles, on groups 16 times as long: the two rows are not to be compared with "
+        "each other (the next table but one does that). Lines of levels that cost the same lie on each other."
     )
     levels = list(dict.fromkeys(row["level"] for row in found))
     of_bytes = {

@@ -6,12 +6,16 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+WRITTEN = ("bench/results", "docs/benchmarks.md", "docs/figures")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -30,17 +34,36 @@ def write_json(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and when figures were measured: device, threads, versions, commit (null outside a checkout), UTC."""
     gpu = device.type == "cuda"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if gpu else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def cpu_name() -> str:
+    """Model, cores and the instructions that matter here, such as "Intel(R) Xeon(R) 8488C, 2 cores, AMX"."""
+    path = Path("/proc/cpuinfo")
+    pairs = (line.partition(":") for line in (path.read_text().splitlines() if path.exists() else ()))
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
+    capability = "AMX" if "amx_bf16" in lines.get("flags", "").split() else torch.backends.cpu.get_cpu_capability()
+    return f"{lines.get('model name') or platform.machine()}, {os.cpu_count()} cores, {capability}"
+
+
+def commit() -> str | None:
+    """Of this checkout; -dirty if something is changed beside what benchmarks write."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    name = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return f"{name}{'-dirty' * bool(changed)}" if name else None
 
 
 def versions() -> dict[str, str]:

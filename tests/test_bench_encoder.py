@@ -66,10 +66,15 @@ def test_swin_runs() -> None:
 
 
 def test_results_that_differ_stop_the_run() -> None:
-    ours, wanted = bench.Kind("hlip", True), {"out": torch.ones(3), "grad": torch.ones(3)}
+    ours, wanted = bench.Kind("hlip", True), {"out": torch.ones(3), "w": torch.ones(3), "b": torch.ones(3) / 10**9}
     assert 0 < bench.compare(ours, {**wanted, "out": torch.ones(3) + 1e-6}, wanted, "fp32") < 1e-5
-    assert bench.compare(ours, {**wanted, "grad": torch.ones(3) * 1.00015}, wanted, "fp32") > bench.TOLERANCE["fp32"]
-    for off in ({"out": torch.ones(3) * 1.1}, {"grad": torch.ones(3) * 1.001}, {"out": torch.full((3,), torch.nan)}):
+    assert bench.compare(ours, {**wanted, "w": torch.ones(3) * 1.00015}, wanted, "fp32") > bench.TOLERANCE["fp32"]
+    for off in (
+        {"out": torch.ones(3) * 1.1},
+        {"w": torch.ones(3) * 1.001},
+        {"b": torch.ones(3) / 1000},
+        {"out": torch.full((3,), torch.nan)},
+    ):
         with pytest.raises(SystemExit, match=rf"hlip.*{next(iter(off))} is .* away"):
             bench.compare(ours, wanted | off, wanted, "fp32")
 
@@ -81,8 +86,13 @@ def test_the_reference_is_the_published_way_in_float32(mode: str) -> None:
     for model in ("hlip", "published"):
         job = bench.build(bench.Kind(model, True), SMALL, SETTING)
         out = bench.training_step(job, SETTING) if mode == "training" else bench.inference(job)
-        found = {"out": out} | ({"grad": bench.gradients(job.module)} if mode == "training" else {})
+        found = {"out": out} | (bench.gradients(job.module) if mode == "training" else {})
         assert bench.compare(bench.Kind(model, True), found, expected, "fp32") < 1e-4
+    if mode == "training":  # every layer's gradients count, those of biases too
+        assert len(found) == 1 + sum(p.requires_grad for p in job.module.parameters())
+        for name in ("blocks.0.mlp.fc1.weight", "blocks.1.attn.qkv.bias", "patch_embed.proj.weight"):
+            with pytest.raises(SystemExit, match=name):
+                bench.compare(bench.Kind("hlip", True), found | {name: found[name] * 0.8}, expected, "bf16")
     other = bench.build(bench.Kind("vit", True), SMALL, SETTING)
     with pytest.raises(SystemExit, match="out is"):
         bench.compare(bench.Kind("vit", True), {"out": bench.inference(other)}, {"out": expected["out"]}, "fp32")
@@ -112,7 +122,7 @@ def test_the_program(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert row["vol_per_s"] == pytest.approx(4 * row["studies"] / row["p50_s"])
-        assert row["p20_s"] <= row["p50_s"] <= row["p80_s"] and len(row["times_first"]) == 3
+        assert row["p20_s"] <= row["p50_s"] <= row["p80_s"] and len(row["times_ours"]) == 3
         assert ("memory_gb" in row) == (row["mode"] == "training")
         assert 0 < row["error"] < 5e-2
         assert (row["width"], row["depth"], row["case"], row["allocator"]) == (64, 3, "scaling_batch", "kept")

@@ -86,7 +86,8 @@ def test_machines_are_kept_apart() -> None:
 def test_words_of_the_page() -> None:
     assert pages.times([1.5, 1.25, 2]) == "1.50 (1.25-2.00)" and pages.times(None) is None
     assert pages.table(["a"], [[None], [json.dumps(1)]]) == "| a |\n| --- |\n| - |\n| 1 |"
-    assert pages.losses([("x", 1.0), ("y", 1.5)]) == "We lose to none of these."
-    assert pages.losses([("x", 0.5), ("y", 1.5)]) == "**We lose to:** x (0.50)."
+    assert pages.losses([("x", [1.0, 1.0, 1.0]), ("y", [1.5, 1.2, 2]), ("z", None)]) == "We lose to none of these."
+    found = pages.losses([("x", [0.5, 0.4, 0.6]), ("y", [0.99, 0.9, 1.1])])
+    assert found == "**We lose to:** x (0.50). Level, within the interval: y (0.99)."
     refused = [{"case": "a", "way": "x", "reason": "no card"}, {"case": "b", "way": "x"}]
     assert pages.not_run(refused, lambda row: row["way"]).endswith("- x: no card (a)")

@@ -41,9 +41,15 @@ def test_the_program(mix: str, mode: str, tmp_path: Path) -> None:
     done = bench("--mix", mix, "--mode", mode, "--json", path, *SMALL)
     assert done.returncode == 0, done.stderr
     rows: dict[str, dict[str, Any]] = {row["policy"]: row for row in json.loads(path.read_text())}
-    assert list(rows) == ["packed", "repeat10", "pad_max", "block_mask"]
+    assert list(rows) == ["packed", "repeat10", "repeat10_us", "pad_max", "block_mask"]
     counts = draw_scans(mix, 4, most=10)
-    scans = {"packed": counts.sum(), "repeat10": 40, "pad_max": 4 * counts.max(), "block_mask": counts.sum()}
+    scans = {
+        "packed": counts.sum(),
+        "repeat10": 40,
+        "repeat10_us": 40,
+        "pad_max": 4 * counts.max(),
+        "block_mask": counts.sum(),
+    }
     for policy, row in rows.items():
         assert row["tokens"] == 8 * scans[policy]
         assert row["studies_per_s"] == pytest.approx(4 / row["p50_s"])

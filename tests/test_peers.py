@@ -223,6 +223,22 @@ def test_a_wrong_result_is_not_timed(
     assert (part in ("dq", "dv")) != ("off, mine, forward: wrong: out" in output.err)
 
 
+def test_prefix_rows_and_heads_count_by_themselves() -> None:
+    """Among many patches, a prefix row of no value does not show in the norm of all rows; nor one head among many."""
+    case = problem([[(6, 14, 14)]], "scan")
+    qkv, grad_out = tensors(case)
+    oracle = kernels.Oracle(case, qkv, grad_out)
+    right = {"out": torch.empty_like(grad_out), "grad": torch.empty_like(qkv)}
+    for rows, expected in zip(oracle.groups, oracle.exact, strict=True):
+        for name, result in right.items():
+            result[rows] = expected[name].to(result.dtype)
+    assert max(oracle.errors(right).values()) < 1e-6
+    for name, rows, head in (("out", slice(1), slice(None)), ("grad", slice(1), slice(None)), ("grad", slice(None), 0)):
+        wrong = {key: value.clone() for key, value in right.items()}
+        wrong[name][rows][..., head, :] *= 0.5
+        assert oracle.errors(wrong)[name] > 0.1
+
+
 def test_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     case = problem([[(2, 3, 3)] * 3, [(1, 5, 5)], [(1, 2, 2)] * 2], "scan")
     assert kernels.Oracle(case, *tensors(case)).checked == "6 of 6 groups, 2 of 2 heads"
