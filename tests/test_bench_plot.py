@@ -48,11 +48,11 @@ def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
     page = (out / "benchmarks.md").read_text()
     for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "- flash-attn: ",
                   "## Growing studies", "| training: seconds (times ours) | 1 scans | 2 scans |", "## Whole encoders",
-                  "### Figure 1b: 1 study of 1 scan, bf16", "## Packing", "| block_mask |"):  # fmt: skip
+                  "### Figure 1b: 1 study of 1 scan, bf16, width 64, 3 layers", "## Packing", "| block_mask |"):  # fmt: skip
         assert words in page
     assert page.count("| sdpa-dense | forward |") == 1
     pictures = {path.name for path in (out / "figures").iterdir()}
-    assert pictures == {"attention.png", "packing.png", "scaling.png", "figure1b_1_bf16.png"}
+    assert pictures == {"attention.png", "packing.png", "scaling.png", "figure1b_1_bf16_width_64_3_layers.png"}
     assert all(f"figures/{name}" in page for name in pictures)
 
 
