@@ -32,16 +32,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/attention.py --quick --results $(RESULTS)/attention.jsonl
 	$(BIN)/python bench/attention.py --io --json $(RESULTS)/io.json
 	$(ENCODER) --table9 --modes inference --rounds 5
-	$(ENCODER) --table9 --modes training --rounds 3
+	$(ENCODER) --table9 --modes training --rounds 2
 	$(ENCODER) --table9 --modes inference --rounds 2 --allocator default --models hlip published swin --flash true
 	$(ENCODER) --figure1b --modes inference --rounds 2 --models hlip published vit --flash true
-	$(ENCODER) --figure1b --modes training --rounds 2 --models hlip published --flash true
-	$(ENCODER) --scaling scans --sizes 1 4 16 64 --rounds 3
+	$(ENCODER) --scaling scans --sizes 1 4 16 64 --rounds 2
 	$(ENCODER) --scaling scans --sizes 162 --rounds 1 --models hlip published --flash true
-	$(ENCODER) --scaling slices --sizes 2 8 32 --rounds 3
-	$(ENCODER) --scaling batch --sizes 1 4 16 --rounds 3
+	$(ENCODER) --scaling slices --sizes 2 8 32 --rounds 2
+	$(ENCODER) --scaling batch --sizes 1 4 8 --rounds 2
 	$(PACKING) --mix pub_brain_5 --dtype bf16 --rounds 5
-	for mix in pub_brain_5 brain_mri head_ct; do $(PACKING) --mix $$mix --studies 4 --rounds 3 || exit 1; done
+	for mix in brain_mri head_ct; do $(PACKING) --mix $$mix --studies 4 --rounds 3 || exit 1; done
 	$(BIN)/python bench/plot.py
 
 bench-compare: $(VENV)/.installed
