@@ -66,7 +66,7 @@ def check(
     lengths: Sequence[int], num_prefix: int, heads: int, head_dim: int, dtype: torch.dtype, spread: float = 1,
     factor: int = 2,
 ) -> None:  # fmt: skip
-    """Errors are at most `factor` times those of eager PyTorch in the same dtype; `spread` widens the scores."""
+    """Errors are at most `factor` times those of eager PyTorch in the same dtype, in norm twice; `spread` widens scores."""
     torch.manual_seed(0)
     rows = len(lengths) * num_prefix + sum(lengths)
     qkv = torch.randn(rows, 3, heads, head_dim)
@@ -81,6 +81,9 @@ def check(
     if rows:
         assert_like_eager(out, eager_out, exact_out, factor)
         assert_like_eager(grad, eager_grad, exact_grad, factor + 1)
+        for got, eager, exact in ((out, eager_out, exact_out), (grad, eager_grad, exact_grad)):
+            rounding = torch.finfo(dtype).eps / 2 * exact.norm()
+            assert (got.double() - exact).norm() <= 2 * (eager.double() - exact).norm() + rounding
         off = (lse.double() - exact_lse).abs().max()
         assert off <= 2 * (eager_lse.double() - exact_lse).abs().max() + (1e-4 if dtype == torch.bfloat16 else 1e-6)
 
