@@ -66,7 +66,7 @@ def check(
     lengths: Sequence[int], num_prefix: int, heads: int, head_dim: int, dtype: torch.dtype, spread: float = 1,
     factor: int = 2,
 ) -> None:  # fmt: skip
-    """Errors are at most `factor` times those of eager PyTorch in the same dtype, in norm twice; `spread` widens scores."""
+    """Errors are at most `factor` times those of eager PyTorch in the dtype, in norm twice; `spread` widens scores."""
     torch.manual_seed(0)
     rows = len(lengths) * num_prefix + sum(lengths)
     qkv = torch.randn(rows, 3, heads, head_dim)
