@@ -87,6 +87,7 @@ PUBLISHED_A40 = {
     Kind("published", False): (88.2, 17.5, 4.1), Kind("published", True): (88.2, 47.6, 1.5),
 }  # fmt: skip
 A40_UNITS = {"a40_vol_per_s": "vol/s", "a40_memory_gb": "GB"}
+NO_MEMORY = ("memory", "could not create a primitive", "could not execute a primitive")  # PyTorch's words, oneDNN's
 UNTRIED = "not tried, as a training step ran out of memory"
 MODELS = tuple(dict.fromkeys(kind.model for kind in KINDS))
 
@@ -407,8 +408,9 @@ def in_a_fresh_process(
             return pool.submit(training_memory, kind, case, setting, threads, limit_gb, allocator).result()
         except (BrokenExecutor, RuntimeError, MemoryError) as error:
             # A process that is refused memory may also just end.
-            if isinstance(error, RuntimeError) and "memory" not in str(error) and not isinstance(error, BrokenExecutor):
-                raise
+            if isinstance(error, RuntimeError) and not isinstance(error, BrokenExecutor):
+                if not any(words in str(error) for words in NO_MEMORY):
+                    raise
             raise MemoryError(f"out of memory{f' of {limit_gb:g} GiB' if limit_gb else ''}") from error
 
 
