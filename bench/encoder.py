@@ -408,9 +408,9 @@ def in_a_fresh_process(
             return pool.submit(training_memory, kind, case, setting, threads, limit_gb, allocator).result()
         except (BrokenExecutor, RuntimeError, MemoryError) as error:
             # A process that is refused memory may also just end.
-            if isinstance(error, RuntimeError) and not isinstance(error, BrokenExecutor):
-                if not any(words in str(error) for words in NO_MEMORY):
-                    raise
+            known = isinstance(error, (BrokenExecutor, MemoryError)) or any(words in str(error) for words in NO_MEMORY)
+            if not known:
+                raise
             raise MemoryError(f"out of memory{f' of {limit_gb:g} GiB' if limit_gb else ''}") from error
 
 
