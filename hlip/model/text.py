@@ -141,7 +141,7 @@ class TextTower(nn.Module):
                 raise ValueError(f"its tokenizer gives token {last}, the tower has {known}")
         except ImportError:
             raise
-        except Exception as error:
+        except Exception as error:  # damaged files may fail anywhere in tokenizers
             raise self._unreadable(self.tokenizer_source, error) from error
         return tokens
 
