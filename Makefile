@@ -1,6 +1,7 @@
 # make demo   the main job: data, pre-training on two processes, zero-shot evaluation (about 6 minutes on 2 cores)
 # make test   lint, types, tests
-# make test-all   make test, and every Triton kernel compiled ahead of time for every row of the tile table
+# make test-all   make test, other draws of the tests of properties, every Triton kernel compiled for every row of the
+#                 tile table
 # make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
 # make docs   the documentation as a site, into site/
 # make bench-compare BASE=REV   this folder beside another revision, in turns: what has become faster or slower
@@ -12,14 +13,17 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 MODULES := hlip_kernels hlip train bench tests examples docs/draw.py docs/fields.py docs/hooks.py setup.py
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 .PHONY: demo test test-all docs bench bench-compare gpu-check lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
 test: lint $(VENV)/flash-attn $(VENV)/open-clip
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST) --hypothesis-profile ci  # the same draws each time
 
 test-all: test
+	$(PYTEST) -m hypothesis
 	$(BIN)/python bench/attention.py --static
 
 docs: $(VENV)/.installed

@@ -361,11 +361,12 @@ class Store:
     def labels(self) -> tuple[list[str], np.ndarray]:
         """The names of all labels, sorted, and (N, L) float64 values; not-a-number where a study has none."""
         column = self.manifest.column("labels")
-        names = column.keys.unique().to_pylist()
-        codes = np.searchsorted(sorted(names), column.keys.to_numpy(zero_copy_only=False)) if names else []
+        keys = column.keys.dictionary_encode()
+        names = keys.dictionary.to_pylist()  # as Python's strings: NumPy's lose a zero character at the end
+        places = np.argsort(sorted(range(len(names)), key=names.__getitem__))
         table = np.full((len(self), len(names)), np.nan)
         rows = np.repeat(np.arange(len(self)), np.diff(column.offsets.to_numpy()))
-        table[rows, codes] = column.items.to_numpy() if names else []
+        table[rows, places[keys.indices.to_numpy()]] = column.items.to_numpy()
         return sorted(names), table
 
     def indices(self, uids: Iterable[str]) -> np.ndarray:

@@ -141,7 +141,7 @@ def split_at_random(store: Store, fractions: Sequence[float], seed: int) -> list
     """
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions must be positive and add up to 1, got {list(fractions)}")
-    order = np.argsort(store.uids.astype(str), kind="stable")  # the same studies in another order split the same way
+    order = np.argsort(store.uids, kind="stable")  # the same studies in another order split the same way
     order = order[np.random.default_rng(seed).permutation(len(store))]
     bounds = np.round(np.cumsum(fractions)[:-1] * len(store)).astype(int)
     return [np.sort(part).tolist() for part in np.split(order, bounds)]
