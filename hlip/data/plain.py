@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import stat
+import tarfile
 import zipfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -98,6 +99,8 @@ def load_tensors(path: Path, checksums: bool = False) -> Any:
                     raise ValueError(f"the checksum of {damaged} differs")
         elif checksums:
             raise ValueError("truncated, or without checksums")
+        elif tarfile.is_tarfile(path):  # torch would unpack it first
+            raise ValueError("a tar archive, as torch.save wrote before 0.1.10; save it again with a later PyTorch")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

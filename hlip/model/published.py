@@ -182,11 +182,11 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
         embed_dim, context = int(content["embed_dim"]), int(text["context_length"])
         pooling: Any = {label: key for key, label in POOLERS.items()}[text.get("hf_pooler_type", POOLERS["cls"])]
         tokenizer = str(text.get("hf_tokenizer_name") or text["hf_model_name"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a configuration of open_clip ({type(error).__name__} {error})") from error
     config = preset(path.stem if path.stem in names() else _of_trunk(path, trunk, siglip))
-    texts = replace(config.text, name=tokenizer, context_length=context, pooling=pooling)
     try:
+        texts = replace(config.text, name=tokenizer, context_length=context, pooling=pooling)
         return replace(config, embed_dim=embed_dim, text=texts)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
