@@ -34,7 +34,7 @@ ENCODER := $(BIN)/python bench/encoder.py --results $(RESULTS)/encoder.jsonl
 PACKING := $(BIN)/python bench/packing.py --results $(RESULTS)/packing.jsonl
 bench: $(VENV)/.installed
 	$(BIN)/python bench/attention.py --quick --results $(RESULTS)/attention.jsonl
-	$(BIN)/python bench/attention.py --io --json $(RESULTS)/io.json
+	$(BIN)/python bench/attention.py --io --results $(RESULTS)/io.jsonl
 	$(ENCODER) --table9 --modes inference --rounds 5
 	$(ENCODER) --table9 --modes training --rounds 2
 	$(ENCODER) --table9 --modes inference --rounds 2 --allocator default --models hlip published swin --flash true

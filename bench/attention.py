@@ -59,7 +59,7 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
         import io_complexity
 
-        return io_complexity.main(args.json)
+        return io_complexity.main(args.json, args.results)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     if args.tune:
@@ -121,6 +121,9 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         "--head-dim", nargs="*", type=int, choices=BLOCK_D, help="default: 64; of --static and --tune all"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file (not of --tune)")
+    parser.add_argument(
+        "--results", type=Path, metavar="JSONL", help="also append the rows to this file (not of --static, --tune)"
+    )
     timing = parser.add_argument_group("without a mode")
     timing.add_argument(
         "--quick", action="store_true",
@@ -145,7 +148,6 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         f"{GPU_MEMORY:g} of what it has)",
     )  # fmt: skip
     timing.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    timing.add_argument("--results", type=Path, metavar="JSONL", help="also append the rows to this file")
     timing.add_argument("--profile", type=Path, metavar="FOLDER", help="write a Chrome trace of every case there")
     only = parser.add_argument_group("with --static")
     only.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")

@@ -110,6 +110,11 @@ class Case(NamedTuple):
     def volumes(self) -> int:
         return self.studies * self.scans
 
+    @property
+    def tokens(self) -> int:
+        """Patches of all volumes."""
+        return self.volumes * math.prod(n // p for n, p in zip(self.shape, self.patch, strict=True))
+
 
 def table9(studies: int) -> Case:
     return Case("table9", studies, 1, (224, 224, 224), (16, 16, 16), "slice+scan")
@@ -275,6 +280,7 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str,
     setting = Setting(args.dtype, args.device, args.width, args.depth)
     facts = {
         "case": case.name, "studies": case.studies, "scans": case.scans, "shape": case.shape, "patch": case.patch,
+        "tokens": case.tokens,
         "dtype": args.dtype, "width": args.width, "depth": args.depth, "rounds": args.rounds,
         "allocator": args.allocator if args.device == "cpu" else None, "limit_gb": args.limit_gb,
         **provenance(torch.device(args.device)),
@@ -376,6 +382,7 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
             _, rate_a40, memory_a40 = PUBLISHED_A40[kind]
             row |= {"a40_vol_per_s": rate_a40} if mode == "inference" else {"a40_memory_gb": memory_a40}
         row |= {"vol_per_s": case.volumes / row["p50_s"], "studies_per_s": case.studies / row["p50_s"]}
+        row |= {"tokens_per_s": case.tokens / row["p50_s"]}
         yield row | {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
 
 

@@ -53,7 +53,7 @@ from hlip_kernels.backends import triton_norm
 from hlip_kernels.backends.groups import Regroup
 from hlip_kernels.configs import Tile, built_in_config, row_of
 from hlip_kernels.layout import LEVELS
-from report import print_table, provenance, write_json
+from report import append_rows, print_table, provenance, write_json
 from traffic import Counts, OpTraffic, watched
 from tune import Problem
 
@@ -118,14 +118,18 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def main(json: Path | None = None) -> int:
+def main(json: Path | None = None, results: Path | None = None) -> int:
+    """Counts, shows, and writes rows to files; of the second, what is there is kept."""
     facts = provenance(torch.device("cpu"))
     exponents = list(fitted())
     lengths = list(at_published_lengths())
     changes = list(regroup_traffic())
     show(exponents, lengths, changes)
+    rows = [row | facts for row in (*exponents, *lengths, *changes)]
     if json:
-        write_json([row | facts for row in (*exponents, *lengths, *changes)], json)
+        write_json(rows, json)
+    if results:
+        append_rows(rows, results)
     wrong = [row for row in exponents if not abs(row["exponent"] - row["claimed"]) <= TOLERANCE]
     for row in wrong:
         print(f"{row['way']}, {row['pass']}, {row['level']}, {row['sweep']}: {row['exponent']:.3f} is not "

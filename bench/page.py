@@ -18,23 +18,25 @@ OURS, OTHERS = "#1f6fb4", "#9a9a9a"
 
 
 def read(path: Path) -> list[Row]:
-    """Raises ValueError where a line is no JSON object; names it."""
+    """The rows of a file of one JSON object a line; none where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON; names the file.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise ValueError(f"{path}: not readable results ({error})") from error
 
 
-def latest(rows: Iterable[Row], case: Callable[[Row], object], way: Callable[[Row], object]) -> list[Row]:
-    """Of every case, the rows of its latest run among those with the most ways. Rows of a run share a time."""
+def latest(rows: Iterable[Row], case: Callable[[Row], object]) -> list[Row]:
+    """Of every case, the rows of its latest run. Rows of a run share a time."""
     runs: dict[object, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         runs[case(row)][row["utc"]].append(row)
-    best = (max(of.items(), key=lambda run: (len(set(map(way, run[1]))), run[0])) for of in runs.values())
-    return [row for _, run in best for row in run]
+    return [row for of in runs.values() for row in of[max(of)]]
 
 
 def of_machines(draw: Callable[[list[Row], Path, str], str], rows: Sequence[Row], figures: Path) -> list[str]:
@@ -50,7 +52,13 @@ def of_machines(draw: Callable[[list[Row], Path, str], str], rows: Sequence[Row]
 
 
 def machine_name(row: Row) -> tuple[str, str]:
-    return row["device"], f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    return row["device"], count(row["threads"], "threads")
+
+
+def count(number: int, things: str) -> str:
+    """1 scan, 4 scans; 1 study, 2 studies."""
+    one = f"{things[:-3]}y" if things.endswith("ies") else things[:-1]
+    return f"{number} {one if number == 1 else things}"
 
 
 def where(row: Row) -> str:

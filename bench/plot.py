@@ -3,10 +3,9 @@
     python bench/plot.py
     python bench/plot.py --results bench/results --out docs
 
-Reads `attention.jsonl`, `encoder.jsonl`, `packing.jsonl` and `io.json`, as far as they are there. Of every case the
-latest of its fullest runs is shown, so that a later run of a few models does not take the place of a run of all; to be
-rid of an old run, delete its rows. Machines, and numbers of threads, have sections of their own. Nothing is measured
-here; what is slower than something else is shown like all the rest, and listed where we lose.
+Reads `attention.jsonl`, `encoder.jsonl`, `packing.jsonl` and `io.jsonl`, as far as they are there. Of every case its
+latest run is shown. Machines, and numbers of threads, have sections of their own. Nothing is measured here; what is
+slower than something else is shown like all the rest, and listed where we lose.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from page import (
     OURS,
     Row,
     bars,
+    count,
     file_name,
     heading,
     item,
@@ -123,12 +123,12 @@ def main() -> int:
     whole = [row for row in encoders if not row["case"].startswith("scaling_")]
     growing = [row for row in encoders if row["case"].startswith("scaling_")]
     sections = [
-        summary(whole, read(args.results / "packing.jsonl"), read(args.results / "io.json")),
+        summary(whole, read(args.results / "packing.jsonl"), read(args.results / "io.jsonl")),
         *of_machines(encoder, whole, args.out / "figures"),
         *of_machines(packing, read(args.results / "packing.jsonl"), args.out / "figures"),
         *of_machines(scaling, growing, args.out / "figures"),
         *of_machines(attention, read(args.results / "attention.jsonl"), args.out / "figures"),
-        io(read(args.results / "io.json"), args.out / "figures"),
+        io(read(args.results / "io.jsonl"), args.out / "figures"),
     ]
     if not any(sections):
         parser.exit(2, f"{parser.prog}: {args.results}: no results; make bench measures some\n")
@@ -148,18 +148,18 @@ def summary(whole: list[Row], packed: list[Row], counted: list[Row]) -> str:
     most = max((row["threads"] for row in found), default=0)
     for mode, allocator in (("inference", "kept"), ("inference", "default"), ("training", "kept")):
         rows = [r for r in found if (r["threads"], r["mode"], r["allocator"]) == (most, mode, allocator)]
-        rows = latest(rows, lambda row: row["dtype"], named)
+        rows = latest(rows, lambda row: row["dtype"])
         others = [f"{named(row)} {row['times_ours'][0]:.2f}" for row in rows if row["model"] != "hlip"]
         if others:
             with_it = " with the C library's allocator as it is" * (allocator == "default")
             lines.append(f"- Table 9, {rows[0]['dtype']}, {mode}{with_it}, times as long as ours: {', '.join(others)}.")
     packed = [row for row in packed if row["policy"] == "repeat10" and row["packed_over_this"]]
-    for row in latest(packed, lambda row: (row["mix"], row["dtype"], row["threads"]), lambda row: row["policy"]):
+    for row in latest(packed, lambda row: (row["mix"], row["dtype"], row["threads"])):
         lines.append(
             f"- A training step on {row['mix']}, {row['dtype']}: repeating every study to 10 scans, the published way, "
             f"takes {row['packed_over_this']:.2f} times as long as packing with ours."
         )
-    exponents = [row for row in counted if row["kind"] == "exponent"]
+    exponents = [row for row in latest(counted, lambda _: "all") if row["kind"] == "exponent"]
     if exponents:
         worst = max(exponents, key=lambda row: abs(row["exponent"] - row["claimed"]))
         lines.append(
@@ -181,14 +181,14 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
         size = row["studies"], row["scans"], tuple(row["shape"]), row["width"], row["depth"]
         return row["case"], row["dtype"], row["allocator"], *size
 
-    rows = latest(rows, lambda row: (*key(row), row["mode"]), named)
+    rows = latest(rows, lambda row: (*key(row), row["mode"]))
     parts = [heading("Whole encoders", machine, ENCODERS), wrapped(BASELINE)]
     titles = {"table9": "Table 9", "figure1b": "Figure 1b"}
     for case in dict.fromkeys(map(key, rows)):
         mine = [row for row in rows if key(row) == case]
         measured = [row for row in mine if "reason" not in row]
         name, dtype, allocator, studies, scans, _, width, depth = case
-        what = f"{studies} stud{'y' if studies == 1 else 'ies'} of {scans} scan{'s' * (scans > 1)}"
+        what = f"{count(studies, 'studies')} of {count(scans, 'scans')}"
         title = f"{titles[name]}: {what}, {dtype}" + ", the C library's allocator" * (allocator == "default")
         small = "" if (width, depth) == (768, 12) else f" width {width}, {depth} layers"
         title += f",{small}" * bool(small)
@@ -238,7 +238,7 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
     def key(row: Row) -> tuple[Any, ...]:
         return row["mix"], row["mode"], row["dtype"], row["width"], row["depth"], row["studies"]
 
-    rows = latest(rows, key, lambda row: row["policy"])
+    rows = latest(rows, key)
     cases = list(dict.fromkeys(map(key, rows)))
     across = min(3, len(cases))
     down = -(-len(cases) // across)
@@ -255,8 +255,8 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
         names = [str(OUR_POLICIES.get(row["policy"], row["policy"])) for row in ran]
         bars(axes, names, [row["studies_per_s"] for row in ran], f"{mix}, {dtype}, width {width}", "studies a second")
         tables += [
-            f"### {mix}, {mode}, {dtype}, width {width}, {depth} layers, {studies} studies of at most "
-            f"{mine[0]['max_scans']} scans",
+            f"### {mix}, {mode}, {dtype}, width {width}, {depth} layers, {count(studies, 'studies')} of at most "
+            f"{count(mine[0]['max_scans'], 'scans')}",
             table(
                 ["policy", "studies/s", "times packed", "tokens", "GFLOP", "error"],
                 [
@@ -283,7 +283,7 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
         size = row["studies"], row["scans"], tuple(row["shape"]), row["width"], row["depth"]
         return row["case"], row["dtype"], row["allocator"], *size, row["mode"]
 
-    rows = latest(rows, key, named)
+    rows = latest(rows, key)
     rows = [row | {"slices": row["shape"][0] // row["patch"][0]} for row in rows]
     rows.sort(key=lambda row: row[AXES[row["case"]]])
     cases = [case for case in AXES if any(row["case"] == case for row in rows)]
@@ -307,7 +307,7 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
             axes.legend(fontsize=8)
         tables += [growth(mine, axis, sizes, mode) for mode in ("training", "inference")]
         first = [row for row in mine if "p50_s" in row]
-        tables.append(losses((f"{named(r)}, {r['mode']}, {r[axis]} {axis}", r["times_ours"]) for r in first))
+        tables.append(losses((f"{named(r)}, {r['mode']}, {count(r[axis], axis)}", r["times_ours"]) for r in first))
     caption = (
         "A training step of growing studies. Seconds left, memory right, both axes logarithmic; lower is better, and a "
         "line ends where a model was not run or ran out of memory."
@@ -330,7 +330,7 @@ def growth(rows: Sequence[Row], axis: str, sizes: Sequence[int], mode: str) -> s
         return None
 
     models = dict.fromkeys(map(named, rows))
-    header = [f"{mode}: seconds (times ours)", *(f"{size} {axis}" for size in sizes)]
+    header = [f"{mode}: seconds (times ours)", *(count(size, axis) for size in sizes)]
     return table(header, [[model, *(cell(model, size) for size in sizes)] for model in models])
 
 
@@ -338,7 +338,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
     def key(row: Row) -> tuple[Any, ...]:
         return row["case"], row["dtype"], row["heads"], row["head_dim"]
 
-    rows = latest(rows, key, lambda row: (row["backend"], row["mode"]))
+    rows = latest(rows, key)
     measured = [row for row in rows if "reason" not in row]
     cases = list(dict.fromkeys(map(key, measured)))
     modes = list(dict.fromkeys(row["mode"] for row in measured))
@@ -416,6 +416,7 @@ STYLES = {"slice": ("C0", 5.0), "scan": ("C1", 3.0), "study": ("C2", 1.5)}  # wi
 
 
 def io(rows: list[Row], figures: Path) -> str:
+    rows = latest(rows, lambda _: "all")
     if not rows:
         return ""
     found = [row for row in rows if row["kind"] == "exponent"]

@@ -164,11 +164,12 @@ def test_claims_are_held_against_counts(
     monkeypatch.setattr(io, "SWEEPS", (short,))
     monkeypatch.setattr(io, "PUBLISHED", (33,))
     monkeypatch.setattr(io, "ENCODERS", {"clip_vit_base_scan_study_token1176": 2})
-    path = tmp_path / "io.json"
-    assert io.main(path) == int(claimed == 1)
+    path, results = tmp_path / "io.json", tmp_path / "io.jsonl"
+    assert io.main(path, results) == int(claimed == 1)
     output = capsys.readouterr()
     assert ("ours, forward, study, scans: 1.97" in output.err) == (claimed == 1)
     rows = json.loads(path.read_text())
+    assert rows == [json.loads(line) for line in results.read_text().splitlines()]
     exponents = [row for row in rows if row["kind"] == "exponent"]
     assert len(exponents) == 2 * 2 * 2 * 3  # ways, passes, quantities, levels
     for row in exponents:

@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import stat
+import sys
 import tarfile
 import zipfile
 from collections.abc import Generator, Mapping
@@ -127,8 +128,10 @@ def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
         for name, value in arrays.items():
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufUS":
                 raise ValueError(f"{name} is no array of numbers or texts")
-            if value.dtype.kind == "U":
-                value.tolist()  # raises where a character is none
+            if value.dtype.kind == "U":  # of which NumPy makes strings without a look at every character
+                characters = np.frombuffer(value.tobytes(), np.dtype(np.uint32).newbyteorder(value.dtype.byteorder))
+                if characters.max(initial=0) > sys.maxunicode:
+                    raise ValueError(f"{name} holds what is no character")
         return arrays
     except Exception as error:  # numpy's parser of headers raises many kinds
         raise ValueError(str(error) or type(error).__name__) from error
