@@ -42,7 +42,7 @@ bench: $(VENV)/.installed
 	$(ENCODER) --scaling scans --sizes 1 4 16 64 --rounds 2
 	$(ENCODER) --scaling scans --sizes 162 --rounds 1 --models hlip published --flash true
 	$(ENCODER) --scaling slices --sizes 2 8 32 --rounds 2
-	$(ENCODER) --scaling batch --sizes 1 4 8 --rounds 2
+	$(ENCODER) --scaling batch --sizes 1 4 --rounds 2
 	$(PACKING) --mix pub_brain_5 --dtype bf16 --rounds 5
 	for mix in brain_mri head_ct; do $(PACKING) --mix $$mix --studies 4 --rounds 3 || exit 1; done
 	$(BIN)/python bench/plot.py

@@ -14,8 +14,8 @@ turns on the same tensors, after their results were checked against float64. `ti
 ratios to our default backend, with its 95% interval. `prepare` is what a batch costs before the first layer: the layout
 for ours, masks and bounds for others. The first call is shown apart, as that is where compilers run. GFLOP/s and the
 part of a copy's bandwidth count the work itself, no padding, and stand beside a matrix product and a copy of the same
-run. What cannot run here is listed with the reason. On a CPU the process keeps the memory that tensors leave, as this
-library's programs do, which serves all ways alike.
+run. What cannot run here is listed with the reason. On a CPU the process keeps the memory that tensors leave while
+ways are timed, as this library's programs do, which serves all alike.
 
 `--io` needs no GPU; `io_complexity.py` says what is counted.
 
@@ -43,7 +43,6 @@ import torch
 import kernels
 import static
 import tune
-from hlip.model.memory import keep_memory
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D
 from peers import PEERS
 from report import print_table, write_json
@@ -71,7 +70,6 @@ def main() -> int:
 
 def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     torch.set_num_threads(args.threads)
-    keep_memory()
     gpu = args.device == "cuda"
     memory = (args.memory_limit or (QUICK_CPU_MEMORY if args.quick else CPU_MEMORY)) * 2**30
     if gpu and not args.memory_limit:

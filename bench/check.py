@@ -46,6 +46,7 @@ from kernels import BEFORE, DTYPES, TOLERANCE, Oracle, Way
 from peers import Ours, Problem
 from plot import table
 from report import provenance
+from timing import Peak
 
 GRIDS: list[list[Grid]] = [[(4, 7, 9)], [(2, 14, 14), (1, 3, 5), (6, 8, 8)], [(1, 3, 4)]]
 HEADS, HEAD_DIMS, WIDTH = 3, (16, 32, 64, 80, 96, 128), 768
@@ -171,13 +172,9 @@ def memory(device: str) -> Found:
         peer = Ours(problem, choose_backend("auto", device, problem.dtype, 64))
         peer.prepare()
         way = Way(peer, qkv, torch.randn(shape).to(device, problem.dtype))
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        with Peak() as peak:
             way.training()
-            used = torch.cuda.max_memory_allocated() - before
-        else:
-            used = way.first_call("training")[2]["saved_bytes"]
+        used = (peak.bytes if device == "cuda" else way.first_call("training")[2]["saved_bytes"]) or 0
         each.append(used / problem.num_rows)
         lines.append([problem.num_rows, f"{used / 1e6:.1f}", f"{each[-1]:.0f}"])
     return Found(table(["rows", "MB", "bytes a row"], lines), max(each) <= MEMORY_GROWTH * each[0])

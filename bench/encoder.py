@@ -59,7 +59,7 @@ from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, hold_weights
 from report import append_rows, print_table, provenance, write_json
-from timing import in_turns, percentiles, ratio
+from timing import in_turns, percentiles, process_bytes, ratio
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
 GRADIENTS = 2  # times that, of a parameter's gradient: it passes every layer twice
@@ -220,14 +220,14 @@ def training_memory(
     if limit_gb is not None and setting.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 2**30 / torch.cuda.mem_get_info()[1]))
     elif limit_gb is not None:
-        most = int(process_gb("VmSize") * 2**30 + limit_gb * 2**30)
+        most = int(process_bytes("VmSize") + limit_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         training_step(job, setting)
         return {"memory_gb": (torch.cuda.max_memory_allocated() - allocated) / 2**30}
-    before = process_gb("VmHWM")
+    before = process_bytes("VmHWM")
     kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in job.module.parameters()}
 
@@ -239,13 +239,7 @@ def training_memory(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         training_step(job, setting)
-    return {"memory_gb": process_gb("VmHWM") - before, "saved_gb": sum(kept.values()) / 2**30}
-
-
-def process_gb(line: str) -> float:
-    """Of this process: VmHWM, its largest resident size so far; VmSize, all its addresses."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(each for each in lines if each.startswith(line)).split()[1]) / 2**20
+    return {"memory_gb": (process_bytes("VmHWM") - before) / 2**30, "saved_gb": sum(kept.values()) / 2**30}
 
 
 def main() -> int:

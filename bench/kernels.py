@@ -33,11 +33,12 @@ import ceilings
 from cases import SCANS, draw_scans
 from ceilings import Ceilings
 from hlip.data.batch import Draws, patch_dropout
+from hlip.model.memory import keep_memory, release_memory
 from hlip_kernels import Grid, Level, StudyLayout
 from hlip_kernels.backends import choose_backend
 from peers import PEERS, Ours, Peer, Problem
-from report import append_rows, print_table, provenance, write_json
-from timing import clock, in_turns, percentiles, ratio, synchronise
+from report import append_rows, megabytes, print_table, provenance, write_json
+from timing import Peak, clock, in_turns, percentiles, ratio, synchronise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # of norms; gradients twice
@@ -159,11 +160,12 @@ class Way:
     def run(self, mode: str) -> Callable[[], Any]:
         return self.forward if mode == "forward" else self.training
 
-    def first_call(self, mode: str) -> tuple[dict[str, Tensor], float, dict[str, int]]:
+    def first_call(self, mode: str) -> tuple[dict[str, Tensor], float, dict[str, int | None]]:
         """
         Returns:
             In the order of the level's tensor: out (R, H, D), and after training the gradient of qkv (R, 3, H, D).
-            Seconds of the call. On a CPU, bytes that autograd kept for backward beyond the inputs.
+            Seconds of the call. Bytes of memory at most, and on a CPU those that autograd kept for backward beyond the
+            inputs.
         """
         own = {x.untyped_storage().data_ptr() for x in self.inputs}
         kept: dict[int, int] = {}
@@ -177,16 +179,19 @@ class Way:
         hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.peer.problem.device == "cpu":  # elsewhere compilers would see them; and peak memory says more
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        begin = time.perf_counter()
-        with hooks:
+        with Peak() as peak, hooks:
+            begin = time.perf_counter()
             found = self.run(mode)()
             synchronise()
-        seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
         out, grads = (found, None) if mode == "forward" else found
         results = {"out": self.peer.take([x.detach() for x in out])}
         if grads is not None:
             results["grad"] = self.peer.grads(grads)
-        return results, seconds, {"saved_bytes": sum(kept.values())}
+        memory = {"peak_bytes": peak.bytes}
+        if self.peer.problem.device == "cpu":
+            memory["saved_bytes"] = sum(kept.values())
+        return results, seconds, memory
 
 
 class Oracle:
@@ -327,7 +332,10 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
         checked, refused = first_calls(ways, mode, oracle, settings)
         yield from (facts | row for row in refused)
         runs = {name: ways[name].run(mode) for name in checked}
+        keep_memory()
+        in_turns(runs, 1)  # from now on the process has the pages that calls write
         seconds = in_turns(runs, settings.rounds, settings.calls)
+        release_memory()
         for name, mine in seconds.items():
             times = ratio(mine, seconds[ours]) if ours in seconds else None
             row = {"backend": name, "mode": mode, "times_ours": times, "prepare_s": prepare[name]}
@@ -354,8 +362,10 @@ def first_calls(
             continue
         try:
             results, first, memory = way.first_call(mode)
-            if settings.device == "cuda":  # the first call may have compiled, and tried kernels
-                memory = peak_bytes(way.run(mode))
+            if settings.device == "cuda" or way.peer.compiles:
+                with Peak() as peak:  # now that nothing is compiled or tried any more
+                    way.run(mode)()
+                memory["peak_bytes"] = peak.bytes
         except Exception as error:  # as in `run`
             if isinstance(way.peer, Ours):
                 raise
@@ -402,14 +412,6 @@ def trace(runs: Mapping[str, Callable[[], Any]], path: Path) -> None:
     print(f"{path}: for ui.perfetto.dev or chrome://tracing")
 
 
-def peak_bytes(run: Callable[[], Any]) -> dict[str, int]:
-    """What the GPU's memory holds at most during a call, beyond what it held before."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-
-
 def show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
     first = rows[0]
     dropped = f", patch dropout {case.dropout}" if case.dropout else ""
@@ -417,9 +419,8 @@ def show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
         f"\n{case.name}: {first['groups']} groups of {first['shortest']} to {first['longest']} rows, "
         f"{first['rows']} in all{dropped}"
     )
-    memory = "peak_bytes" if any("peak_bytes" in row for row in rows) else "saved_bytes"
     header = ["backend", "mode", "ms", "times ours", "GFLOP/s", "of matmul", "of copy", "Mtokens/s"]
-    header += [f"{memory.split('_')[0]} MB", "prepare ms", "first call s", "error"]
+    header += ["peak MB", "prepare ms", "first call s", "error"]
     lines: list[list[object]] = []
     for row in rows:
         if "reason" not in row:
@@ -427,7 +428,7 @@ def show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
                 [
                     row["backend"], row["mode"], f"{1000 * row['p50_s']:.4g}", row["times_ours"],
                     f"{row['flop_per_s'] / 1e9:.4g}", f"{row['of_matmul']:.0%}", f"{row['of_copy']:.0%}",
-                    f"{row['tokens_per_s'] / 1e6:.3g}", f"{row[memory] / 1e6:.4g}", f"{1000 * row['prepare_s']:.3g}",
+                    f"{row['tokens_per_s'] / 1e6:.3g}", megabytes(row, "peak_bytes"), f"{1000 * row['prepare_s']:.3g}",
                     f"{row['first_s']:.3g}", f"{row['error']:.1g}",
                 ]
             )  # fmt: skip

@@ -92,6 +92,7 @@ class Peer:
     by `take`; neither is timed."""
 
     name: ClassVar[str] = ""
+    compiles: ClassVar[bool] = False  # in its first call, also without a GPU
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -297,6 +298,7 @@ class Flex(Packed):
     """On a CPU the block mask is made without compiling, which would take longer than it saves."""
 
     name = "flex"
+    compiles = True
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

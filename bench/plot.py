@@ -41,6 +41,7 @@ from page import (
     where,
     wrapped,
 )
+from report import megabytes
 
 MARKERS = "ovs^Dp<>*Xhd"
 WAYS = {
@@ -104,7 +105,8 @@ forward with backward (`training`)? A case is named by its level and the rows of
 are a slice of 14 x 14 patches, 1177 a scan of six slices, 4705 a study of four scans; or by a mix, in which studies
 have differing scan counts, with `drop50` after half of the patches were dropped. GFLOP/s count the work itself, no
 padding; `of a product` is the share of what a large matrix product reached in the same run. MB kept is what a training
-step holds for its backward, or on a GPU the peak. `prepare` is paid once a batch, for all layers, and is not in the
+step holds for its backward (counted on CPUs), MB peak what a call adds at most to the process, or to the GPU's memory:
+results, scratch, and what lies between. `prepare` is paid once a batch, for all layers, and is not in the
 ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run. Other
 libraries get their rows in the order of groups, which favours them: a packed model would pay a gather before the call
 and a scatter after. Results are compared with the formula in float64 before anything is timed."""
@@ -367,7 +369,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
     tables = []
     for case in cases:
         mine = [row for row in measured if key(row) == case]
-        first, memory = mine[0], "peak_bytes" if any("peak_bytes" in row for row in mine) else "saved_bytes"
+        first = mine[0]
         lengths = " to ".join(str(n) for n in dict.fromkeys((first["shortest"], first["longest"])))
         groups = f"{first['groups']} group{'s' * (first['groups'] > 1)} of {lengths} rows"
         tables += [
@@ -378,13 +380,14 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
                 f"{first['copy_bytes_per_s'] / 1e9:.3g} GB/s."
             ),
             table(
-                ["way", "mode", "ms", "times ours", "GFLOP/s", "of a product", "of a copy", "MB kept", "prepare, ms",
-                 "first call, s", "error"],
+                ["way", "mode", "ms", "times ours", "GFLOP/s", "of a product", "of a copy", "MB kept", "MB peak",
+                 "prepare, ms", "first call, s", "error"],
                 [
                     [
                         row["backend"], row["mode"], f"{1000 * row['p50_s']:.3g}", times(row["times_ours"]),
                         f"{row['flop_per_s'] / 1e9:.3g}", f"{row['of_matmul']:.0%}", f"{row['of_copy']:.0%}",
-                        f"{row[memory] / 1e6:.3g}", f"{1000 * row['prepare_s']:.3g}", f"{row['first_s']:.2g}",
+                        megabytes(row, "saved_bytes"), megabytes(row, "peak_bytes"),
+                        f"{1000 * row['prepare_s']:.3g}", f"{row['first_s']:.2g}",
                         f"{row['error']:.1g}",
                     ]
                     for row in mine

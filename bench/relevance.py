@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,36 +21,9 @@ import torch
 from hlip.tasks.relevance import times_matrix
 from hlip_kernels import StudyLayout
 from report import print_table, provenance, write_json
+from timing import Peak
 
 GIB = 2**30
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-class Peak:
-    """The most memory that this process holds while it is entered, looked at every 5 ms."""
-
-    def __enter__(self) -> Peak:
-        self.before = self.most = resident()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.done.wait(0.005):
-            self.most = max(self.most, resident())
-
-    def __exit__(self, *error: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    @property
-    def extra(self) -> int:
-        return self.most - self.before
 
 
 def main() -> int:
@@ -78,7 +50,7 @@ def main() -> int:
     found = {
         "tokens": layout.num_tokens,
         "given_gib": round((qkv.nbytes + grad_out.nbytes) / GIB, 2),
-        "extra_gib": round(peak.extra / GIB, 2),
+        "extra_gib": peak.bytes and round(peak.bytes / GIB, 2),
         "dense_gib_a_head": round(3 * 4 * rows**2 / GIB, 1),
         "seconds": round(seconds, 1),
     }

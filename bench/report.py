@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def megabytes(row: Mapping[str, Any], key: str) -> str | None:
+    """Of a number of bytes that a row may have."""
+    return None if row.get(key) is None else f"{row[key] / 1e6:.3g}"
 
 
 def write_json(rows: Sequence[dict[str, Any]], path: Path) -> None:

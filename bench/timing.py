@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from hlip.model.memory import return_memory
+from hlip_kernels.native import release_scratch
+
 Way = TypeVar("Way", bound=Hashable)
 DRAWS = 2000  # of the bootstrap
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: 5 sets VmHWM to what is resident
 
 
 class Ratio(NamedTuple):
@@ -66,6 +71,38 @@ def ratio(slower: list[float], faster: list[float], seed: int = 0) -> Ratio:
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_s": float(np.percentile(seconds, p)) for p in (20, 50, 80)}
+
+
+class Peak:
+    """What memory holds at most while this is entered, beyond what it held before: `bytes`. Of a GPU as its allocator
+    counts; of a CPU in resident pages of the process, None where the system does not say.
+
+    For a CPU the C library's allocator must be as it is: one that keeps memory leaves gaps, and fills others."""
+
+    bytes: int | None = None
+
+    def __enter__(self) -> Peak:
+        if torch.cuda.is_available():
+            self.before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        elif RESET_PEAK.exists():
+            release_scratch()
+            return_memory()
+            RESET_PEAK.write_text("5")
+            self.before = process_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+        elif RESET_PEAK.exists():
+            self.bytes = process_bytes("VmHWM") - self.before
+
+
+def process_bytes(line: str) -> int:
+    """Of this process: VmRSS, what is resident; VmHWM, the most so far; VmSize, all its addresses."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(each for each in lines if each.startswith(line)).split()[1])
 
 
 def synchronise() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hlip.model.memory import release_memory
 from hlip_kernels import Level, StudyLayout, available_backends, hier_attention
 from test_external import HEADS, SlowKernels, import_flash_source, needs_flash_source, take_cpu_tensors
 
@@ -27,6 +28,7 @@ import ceilings  # noqa: E402
 import kernels  # noqa: E402
 import peers  # noqa: E402
 from cases import draw_scans  # noqa: E402
+from timing import RESET_PEAK, Peak  # noqa: E402
 
 RAGGED = [[(2, 3, 3), (3, 2, 4)], [(1, 5, 2)]]
 EQUAL = [[(2, 3, 3)] * 2] * 2
@@ -171,9 +173,9 @@ def test_what_autograd_keeps() -> None:
     case = problem(EQUAL, "study")
     rows = case.num_rows * HEADS
     *_, dense = way_of("sdpa-dense", case).first_call("training")
-    assert dense == {"saved_bytes": rows * 16 * 4 + rows * 4}  # out and its log-sum-exp
+    assert dense["saved_bytes"] == rows * 16 * 4 + rows * 4  # out and its log-sum-exp
     assert way_of("nested", case).first_call("training")[2]["saved_bytes"] > dense["saved_bytes"]
-    assert way_of("sdpa-dense", case).first_call("forward")[2] == {"saved_bytes": 0}
+    assert way_of("sdpa-dense", case).first_call("forward")[2]["saved_bytes"] == 0
 
 
 # Checks
@@ -347,6 +349,7 @@ def test_the_program(program: Callable[..., int], tmp_path: Path, capsys: pytest
         assert low <= middle <= high
         assert backend != ours or middle == low == high == 1
         assert (row["saved_bytes"] > 0) == (mode == "training")
+        assert 0 <= row["peak_bytes"] < 2**30
         assert (row["groups"], row["longest"], row["level"], row["dropout"]) == (24, 99, "slice", 0.5)
         assert row["versions"]["torch"] == torch.__version__
         assert row["checked"] == "24 of 24 groups, 2 of 2 heads"
@@ -409,3 +412,18 @@ def test_rows_of_groups_are_those_of_the_layout() -> None:
         assert rows.tolist() == [2 * g, 2 * g + 1, *range(6 + bounds[g], 6 + bounds[g + 1])]
     assert case.lengths.tolist() == [20, 26, 12]
     assert np.concatenate([rows.numpy() for rows in case.rows]).size == case.num_rows == 58
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="the system does not tell peaks")
+def test_peak_of_a_call() -> None:
+    """Of what is there at once, though nobody keeps it."""
+    release_memory()  # which other tests keep
+
+    def in_parts(parts: int) -> None:
+        for _ in range(parts):
+            torch.ones(2**27 // parts, dtype=torch.uint8)
+
+    for parts in (1, 2):
+        with Peak() as peak:
+            in_parts(parts)
+        assert peak.bytes == pytest.approx(2**27 / parts, rel=0.1)

@@ -25,6 +25,11 @@ def keep_memory() -> None:
 def release_memory(_: int = 0) -> None:
     """Undo `keep_memory`, and return what is free; a worker of a DataLoader may begin with it."""
     _set(DEFAULTS)
+    return_memory()
+
+
+def return_memory() -> None:
+    """Return what is free at the moment to the system."""
     if (trim := _libc("malloc_trim")) is not None:
         trim(0)
 

@@ -88,3 +88,8 @@ def scratch(size: int) -> tuple[int, mmap.mmap]:
             _scratch.memory = memory
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return -(-address // HUGE_PAGE) * HUGE_PAGE, memory
+
+
+def release_scratch() -> None:
+    """Give back what `scratch` keeps for the calling thread."""
+    _scratch.memory = None
