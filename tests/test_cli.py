@@ -22,7 +22,7 @@ def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path,
     out = tmp_path / "new" / "emb.npz"
     assert run("embed", *nifti_study, "--model", model_folder, "--out", out, "--dtype", "fp32") == 0
     saved = np.load(out, allow_pickle=False)
-    assert saved["study"].tolist() == [nifti_study[0].name]
+    assert saved["study"].tolist() == [nifti_study[0].parent.name]
     model = hlip.HLIPModel.from_pretrained(model_folder)
     study = hlip.load_study(nifti_study, model.config.recipe)
     with torch.no_grad():
@@ -73,17 +73,17 @@ def test_zeroshot(
     out = tmp_path / "p.json"
     prompts = ["--prompt", "glioma", "--prompt", "no abnormality"]
     assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts, "--out", out) == 0
-    table = json.loads(out.read_text())[nifti_study[0].name]
+    table = json.loads(out.read_text())[nifti_study[0].parent.name]
     assert sorted(table) == ["glioma", "no abnormality"]
     assert sum(table.values()) == pytest.approx(1, abs=1e-5)
     best = max(table, key=table.__getitem__)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == nifti_study[0].name
+    assert printed[0] == nifti_study[0].parent.name
     assert printed[1].split("  ")[1].strip() == best
     path = tmp_path / "prompts.yaml"
     path.write_text("classes: {a: [glioma], b: [no abnormality]}\n")
     assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", path, "--out", out) == 0
-    same = json.loads(out.read_text())[nifti_study[0].name]
+    same = json.loads(out.read_text())[nifti_study[0].parent.name]
     assert (same["a"], same["b"]) == (table["glioma"], table["no abnormality"])
 
 

@@ -335,5 +335,6 @@ def test_names_that_are_no_unicode(nifti_study: list[Path], model_folder: Path, 
 
 def test_names_of_studies_are_those_of_their_folders() -> None:
     assert study_names([Path("a/one"), Path("/b/two/")]) == ["one", "two"]
-    assert study_names([[Path("a/t2.nii"), Path("a/t1.nii")]]) == ["t1.nii"]
+    assert study_names([[Path("a/t2.nii"), Path("a/t1.nii")], [Path("b/t1.nii")]]) == ["a", "t1.nii"]
+    assert study_names([[Path("a/t2.nii"), Path("b/t1.nii")]]) == ["t2.nii"]
     assert study_names([Path("a/one"), Path("b/one")]) == ["a/one", "b/one"]

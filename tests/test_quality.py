@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from hlip import HLIPModel
 from hlip.data.preprocess import Recipe, load_recipe
 from hlip.data.quality import Rules, check_image_type, is_hounsfield, is_rescaled
 from hlip.data.readers import ScanError, Volume, read_scan
@@ -99,6 +101,14 @@ def test_a_ct_is_known_by_its_intensities_where_the_file_names_no_modality(modal
         except ScanError as error:
             assert error.rule == expected
     assert load_recipe("head-ct")(volume(brain_ct()))
+
+
+def test_the_recipe_of_a_model(model_folder: Path, tmp_path: Path) -> None:
+    assert load_recipe(str(model_folder)) == HLIPModel.from_pretrained(model_folder).config.recipe != Recipe()
+    for content, message in (({}, "saved without a recipe"), ({"recipe": {"sizes": 1}}, "unknown field 'sizes'")):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"{tmp_path}/config.json: .*{message}"):
+            load_recipe(str(tmp_path))
 
 
 def test_four_dimensions_by_rule() -> None:

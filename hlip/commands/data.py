@@ -40,7 +40,12 @@ def add(commands: Any) -> None:
         "input", type=Path, metavar="INPUT", help="folder of studies, study list (JSON) or table (CSV)"
     )
     prepare.add_argument("--out", required=True, type=Path, metavar="STORE", help="folder of the store, new or begun")
-    prepare.add_argument("--recipe", required=True, metavar="NAME", help="brain-mri, head-ct, chest-ct or FILE.yaml")
+    prepare.add_argument(
+        "--recipe",
+        required=True,
+        metavar="NAME",
+        help="brain-mri, head-ct, chest-ct, FILE.yaml, or the folder of a model, for its own",
+    )
     prepare.add_argument(
         "--root", type=Path, metavar="FOLDER", help="what paths of a list or table start from (default: its own folder)"
     )

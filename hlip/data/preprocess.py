@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plain import read_yaml
+from .plain import read_json, read_yaml
 from .quality import Rules, check_volume
 from .readers import ScanError, Volume, read_scan
 from .sources import ScanSource
@@ -361,18 +361,31 @@ RECIPES = {
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A recipe by its name, or from a YAML file with the fields of `Recipe`; what it leaves out is as in brain-mri.
+    """A recipe by its name, from a YAML file with the fields of `Recipe`, or that of a model, whose folder it is.
+
+    What a file leaves out is as in brain-mri.
 
     Raises:
-        ValueError: neither a name nor a readable file, or fields that do not fit.
+        ValueError: neither a name nor a readable file or model, or fields that do not fit.
     """
     if name_or_path in RECIPES:
         return RECIPES[name_or_path]
     path = Path(name_or_path)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        raise ValueError(f"unknown recipe {name_or_path!r}{_hint(name_or_path, RECIPES)}, or a file that ends in .yaml")
+    of_model = path.is_dir()
+    if not of_model and path.suffix.lower() not in (".yaml", ".yml"):
+        raise ValueError(
+            f"unknown recipe {name_or_path!r}{_hint(name_or_path, RECIPES)}, or a file that ends in .yaml, or a "
+            "model's folder"
+        )
     try:
-        content = read_yaml(path)
+        if of_model:
+            path /= "config.json"
+            config = read_json(path)
+            content = config.get("recipe") if isinstance(config, Mapping) else None
+            if content is None:
+                raise ValueError("this model was saved without a recipe")
+        else:
+            content = read_yaml(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable recipe ({error})") from error
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .batch import Study
@@ -27,7 +27,8 @@ def load_study(
         paths: scan files, of which each must be usable; or one folder, in which scans that are not (a localiser, say)
             are left out with a warning. Scans are taken in sorted order: a scan's place has a meaning.
         recipe: how to preprocess them; `Recipe()`, which is brain MRI's, if None.
-        uid: the study's name; the folder's, or the first file's, if None.
+        uid: the study's name; if None, that of the folder, or of the one that several files lie in, or of the first
+            file.
 
     Raises:
         ScanError: a file that cannot be used, or a folder without any that can; names it.
@@ -47,9 +48,16 @@ def load_study_on_grids(
     folder = isinstance(paths, (str, Path)) and Path(paths).is_dir()
     sources = find_scans(paths)
     if uid is None:
-        uid = Path(str(paths)).resolve().name if folder else sources[0].files[0].name
+        files = [file for scan in sources for file in scan.files]
+        uid = (Path(str(paths)) if folder else called_after(files)).resolve().name
     source = StudySource(uid, tuple(sources), impression, findings)
     return read_study(source, recipe or Recipe(), all_scans=not folder)
+
+
+def called_after(files: Sequence[Path]) -> Path:
+    """What a study is called after: of several files the folder that they all lie in, else the first of them."""
+    folders = {file.parent for file in files}
+    return folders.pop() if len(files) > len(folders) == 1 else min(files)
 
 
 def read_study(source: StudySource, recipe: Recipe, all_scans: bool = False) -> tuple[Study, list[Volume]]:

@@ -18,7 +18,7 @@ from ..data.files import printable
 from ..data.preprocess import Recipe
 from ..data.sources import Found
 from ..data.store import Store
-from ..data.studies import load_study, read_study
+from ..data.studies import called_after, load_study, read_study
 
 
 class Studies(Protocol):
@@ -70,7 +70,8 @@ class StoreStudies:
             uid = store.uids[int(np.searchsorted(store.first, wrong[0], "right")) - 1]
             raise ValueError(
                 f"{store.path}: study {uid} has a scan of {tuple(store.shapes[wrong[0]].tolist())} voxels, "
-                f"not a whole number of the model's patches of {tuple(patch_size)}"
+                f"not a whole number of the model's patches of {tuple(patch_size)} (hlip prepare --recipe MODEL makes "
+                "scans as the model was trained on)"
             )
         self.scan_tokens = (store.shapes.astype(np.int64) // np.array(patch_size)).prod(1)
         self.tokens = np.add.reduceat(self.scan_tokens, store.first[:-1])
@@ -116,8 +117,8 @@ class OneScan:
 
 
 def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
-    """Of each study its folder's name, or its first file's; as paths if names are not told apart by that."""
-    paths = [group if isinstance(group, Path) else min(group) for group in groups]
+    """Of each study the name of its folder, or of what its files are called after; as paths if two are the same."""
+    paths = [group if isinstance(group, Path) else called_after(group) for group in groups]
     names = [printable(path.resolve().name) for path in paths]
     return names if len(set(names)) == len(names) else [printable(str(path)) for path in paths]
 
