@@ -68,10 +68,15 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
         embed(model, StoreStudies(store, model.config.vision.patch_size), out=folder / f"{name}.parquet")
     rng = np.random.default_rng(0)
     names = [f"studies/s{i:03d}/{scan}.nii.gz" for i in range(3) for scan in ("t1", "flair")]
-    for name in [*names, "t1.nii.gz", "flair.nii.gz", "dwi.nii.gz", "path/to/study/t1.nii.gz"]:
+    for name in [*names, "t1.nii.gz", "flair.nii.gz", "dwi.nii.gz", "path/to/study/t1.nii.gz",
+                 "data/demo-0/studies/test-0003/t1.nii.gz"]:  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image = nibabel.Nifti1Image(rng.integers(0, 1000, (18, 18, 8), dtype=np.int16), np.diag([1.0, 1.0, 3.0, 1.0]))
         nibabel.save(image, folder / name)
+    text = (folder / "labels.csv").read_text()
+    (folder / "data/demo-0/labels.csv").write_text(text.lower().replace("metastasis", "metastases"))
+    prompts = {"classes": {name: [name] for name in ("normal", "stroke", "glioma", "meningioma", "metastases")}}
+    (folder / "data/demo-0/prompts.yaml").write_text(yaml.safe_dump(prompts), encoding="utf-8")
     (folder / "reports.csv").write_text("study,report\ns000,Normal brain.\ns001,Glioma.\n", encoding="utf-8")
     return folder
 

@@ -76,7 +76,7 @@ def montage(
         colour = paint((heat[places] / top).numpy())
         opacity = colour[..., 3:]
         pictures = scan[places].numpy()[..., None] / 255 * (1 - opacity) + colour[..., :3] * opacity
-        axes.imshow(np.concatenate(list(pictures), axis=1))
+        axes.imshow(np.concatenate(list(pictures), axis=1).clip(0, 1))  # rounding may go beyond
         axes.set_axis_off()
         slices = ", ".join(str(z + 1) for z in places)
         name = f"{found.names[m]}: {found.shares[m]:.0%} of all relevance; slices {slices} of {len(scan)}"
