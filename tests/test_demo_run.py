@@ -50,3 +50,7 @@ def test_a_demo_that_cannot_be_says_so(tmp_path: Path) -> None:
     done = demo("--data", tmp_path / "data", "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "demo.py: error: " in done.stderr and str(tmp_path / "data") in done.stderr
+    done = demo("--data", tmp_path / "new", "--processes", 0)
+    assert done.returncode == 2
+    assert "--processes must be at least 1, got 0" in done.stderr
+    assert not (tmp_path / "new").exists()

@@ -19,7 +19,7 @@ from hlip.model.config import ModelConfig, TextConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
-from engine import MicroBatch, backward
+from engine import MicroBatch, backward, start
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("clip", "siglip", "dual")
@@ -156,3 +156,9 @@ def test_pieces_of_processes_have_the_gradient_of_the_whole(world: int, tmp_path
             shared = found[f"{objective} {local_loss}"]
             assert abs(shared.pop("loss") - loss) <= 1e-9
             assert_close(shared, gradients(whole))
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "100")
+    with pytest.raises(ValueError, match="'cuda': this process wants cuda:100, and PyTorch sees"):
+        start("cuda")

@@ -51,7 +51,8 @@ class TrainConfig:
         init: model to begin with, in any layout: a folder, a training checkpoint, or a hub name.
         lock_text: keep the text tower fixed but for its projection; the model's own choice if not given.
         unlocked_layers: of a locked text tower, the last so many layers are trained.
-        patch_dropout, drop_path: of the encoder; the model's own if not given.
+        patch_dropout: share of the patches that are left out in training; the model's own if not given.
+        drop_path: rate of stochastic depth in the last block, rising to it from 0; the model's own if not given.
         val: store to evaluate on by zero-shot classification; needs `prompts`.
         labels: CSV with a column `study` and one of 0 and 1 per class; the labels in the store if not given.
         prompts: YAML with each class's names, and templates.
@@ -155,9 +156,11 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one of them ends the run")
         if self.init is not None and self.vision is not None:
-            raise ValueError("init and vision are both given: one of them says what weights to begin with")
+            raise ValueError(
+                f"init {self.init} and vision {self.vision} are both given: one of them says what weights to begin with"
+            )
         if (self.val is None) != (self.prompts is None) or (self.labels is not None and self.val is None):
-            raise ValueError("evaluation needs both val and prompts")
+            raise ValueError(f"evaluation needs both val and prompts, got val {self.val}, prompts {self.prompts}")
         if self.fsdp and self.balance == "cost":
             raise ValueError("fsdp needs balance 'studies': its processes must run as many pieces as one another")
 

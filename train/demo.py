@@ -63,6 +63,9 @@ def main() -> int:
         "--one_scan", action="store_true", help="also train as long on one random scan of a study at each step"
     )
     args = parser.parse_args()
+    for name, least in {"train": 1, "test": 1, "steps": 1, "processes": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     try:
         run(args)
     except (ValueError, OSError, ImportError) as error:

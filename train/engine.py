@@ -145,7 +145,11 @@ class World:
 
 
 def start(device: str) -> tuple[torch.device, World]:
-    """Join the processes that torchrun or Slurm's srun started, with NCCL on GPUs and gloo on CPUs."""
+    """Join the processes that torchrun or Slurm's srun started, with NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        ValueError: fewer GPUs than processes on this machine.
+    """
     environment = os.environ
     # Only srun sets a step's variables: a batch script's own process is alone, whatever the job's number of tasks.
     if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -156,6 +160,8 @@ def start(device: str) -> tuple[torch.device, World]:
     place = torch.device("cpu")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         place = torch.device("cuda", int(environment.get("LOCAL_RANK", 0)))
+        if place.index >= (found := torch.cuda.device_count()):
+            raise ValueError(f"device {device!r}: this process wants {place}, and PyTorch sees {found} GPUs")
         torch.cuda.set_device(place)
     if "RANK" in environment:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")

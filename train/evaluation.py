@@ -13,7 +13,7 @@ from hlip.model.config import ModelConfig
 from hlip.tasks.labels import read_labels
 from hlip.tasks.metrics import macro_auc
 from hlip.tasks.zeroshot import Prompts, zeroshot
-from loading import open_store
+from loading import check_patches, open_store
 
 
 class HeldOut:
@@ -31,7 +31,8 @@ class HeldOut:
         """
         if config.val is None or config.prompts is None:
             return None
-        prompts, store = Prompts.read(config.prompts), open_store(config.val, model)
+        prompts, store = Prompts.read(config.prompts), open_store(config.val)
+        check_patches(store, model)
         names = list(prompts.classes)
         if config.labels is not None:
             source, table = config.labels, read_labels(config.labels, names)

@@ -45,7 +45,7 @@ from hlip.model.memory import keep_memory, release_memory
 from hlip.tasks.output import write_whole
 from hlip.tasks.processes import say_error
 from hlip_kernels.env import describe_backends
-from loading import MicroBatches, open_store, scan_tokens
+from loading import MicroBatches, check_patches, open_store, scan_tokens
 from log import Log, Watch, check_loggers, memory_gb
 from sampler import Cost, StepSampler
 
@@ -138,8 +138,9 @@ def train(config: TrainConfig) -> None:
         raise ValueError(f"{config.out} holds checkpoints: pass --resume auto to go on, or choose another folder")
     check_loggers(config)
     torch.manual_seed(config.seed)
+    store = open_store(config.data)
     model = make_model(config).to(device)
-    store = open_store(config.data, model.config)
+    check_patches(store, model.config)
     checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
     held_out = HeldOut.read(config, model.config)
     per_epoch = len(store) // config.batch_size
