@@ -79,6 +79,7 @@ EXTRAS = {
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
     "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],  # both are built for one torch: take the release that fits yours
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings>=0.28", "mkdocstrings-python>=1.14"],
+    "fuzz": ["atheris>=3"],  # wheels for Linux and Python 3.11 or newer
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
@@ -94,7 +95,7 @@ EXTRAS = {
     ],
 }
 EXTRAS["dev"] += EXTRAS["scale"] + EXTRAS["docs"]
-NOT_IN_ALL = ("baselines", "dev", "docs", "gpu", "scale")
+NOT_IN_ALL = ("baselines", "dev", "docs", "fuzz", "gpu", "scale")
 EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in NOT_IN_ALL for req in reqs})
 
 setup(

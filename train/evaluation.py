@@ -46,7 +46,7 @@ class HeldOut:
             labels = values[:, [known.index(name) for name in names]]
             unknown = store.uids[~np.isin(labels, (0, 1)).all(1)].tolist()
         if unknown:
-            raise ValueError(f"{source}: no label for study {unknown[0]} ({len(unknown)} studies lack one)")
+            raise ValueError(f"{source}: no label for study {unknown[0]} ({len(unknown)} of {len(store)} lack one)")
         try:
             macro_auc(labels, np.zeros(labels.shape))
         except ValueError as error:

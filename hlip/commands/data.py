@@ -96,7 +96,11 @@ def add(commands: Any) -> None:
     )
     prepare.set_defaults(run=_prepare)
 
-    store = commands.add_parser("store", help="look at, check, join and share out stores")
+    store = commands.add_parser(
+        "store",
+        help="look at, check, join and share out stores",
+        description="Look at, check, join and share out stores, which `hlip prepare` writes.",
+    )
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
@@ -218,7 +222,8 @@ def _verify(args: argparse.Namespace) -> int:
     problems = verify(args.store, _bar("shard"))
     for problem in problems:
         print(problem)
-    print(f"{args.store}: {f'{len(problems)} problems' if problems else 'whole'}")
+    found = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "whole"
+    print(f"{args.store}: {found}")
     return 1 if problems else 0
 
 
