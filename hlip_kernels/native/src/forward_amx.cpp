@@ -143,14 +143,14 @@ struct Pipeline {
     template <bool SCORE, bool SOFTEN, bool SUM>
     INLINE void turn(const Step& a, const Step& b, const Step& c, int parity) const {
         constexpr int PRODUCTS = N + 2 * K;
-        if constexpr (SUM && RESIDENT)
-            if (c.zero || c.load) repeat<N>([&](auto i) { begin<i.value>(c); });
         repeat<PRODUCTS>([&](auto i) {
             constexpr int I = i.value;
-            if constexpr (I < N) {
-                if constexpr (SUM) sum_up<I>(c, parity);
+            if constexpr (I < 2 * K) {
+                if constexpr (SCORE) score<I>(a);
             } else {
-                if constexpr (SCORE) score<I - N>(a);
+                if constexpr (SUM && RESIDENT && I == 2 * K)
+                    if (c.zero || c.load) repeat<N>([&](auto j) { begin<j.value>(c); });
+                if constexpr (SUM) sum_up<I - 2 * K>(c, parity);
             }
             if constexpr (SOFTEN)
                 for (int r = ROWS * I / PRODUCTS; r < ROWS * (I + 1) / PRODUCTS; ++r) soften(b, parity ^ 1, r);
