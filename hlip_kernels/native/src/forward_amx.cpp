@@ -1,8 +1,9 @@
 // Forward attention in bfloat16 on AMX.
 //
-// A step is 16 queries x 32 keys, a unit. Three steps are under way at a time: the scores of one, the softmax of the one before
-// and the product with the values of the one before that; the tile unit and the vector units work side by side only if
-// their instructions alternate closely. The result of 16 queries stays in tile registers for up to 64 columns.
+// A step is 16 queries x 32 keys, a unit. Three steps are under way at a time: the scores of one, the softmax of the one
+// before and the product with the values of the one before that; the tile unit and the vector units work side by side
+// only if their instructions alternate closely. The result of 16 queries stays in tile registers for up to 64 columns.
+// Keys and values pass by once for each 16 queries, past the first cache, which holds what the softmax needs.
 //
 // Weights are 2^score without the maximum of the row taken off: floating point does not mind, as long as nothing
 // overflows or vanishes. The row sums tell, and if any is out of range, its block of queries is done again with the
@@ -13,7 +14,7 @@ namespace amx {
 namespace {
 
 const int BLOCK = 256;  // queries of a task
-const int CHUNK = 4;  // steps whose keys and values stay in the first cache while the queries of a block pass
+const int CHUNK = 32;  // steps whose keys and values stay in the second cache while the queries of a block pass
 const float LEAST_SUM = 0x1p-60f, MOST_SUM = 0x1p40f;
 const float SLACK = 8;  // by how many powers of two a score may exceed the maximum that is taken off
 
@@ -116,7 +117,7 @@ struct Pipeline {
             tile_zero<5>();
         }
         if constexpr (I % 2 == 0) tile_load<6>(s.q + I / 2 * TILE);
-        tile_load<7>(s.k + I * TILE);
+        tile_stream<7>(s.k + I * TILE);
         tile_multiply<4 + I % 2, 6, 7>();
     }
 
@@ -134,7 +135,7 @@ struct Pipeline {
     INLINE void sum_up(const Step& s, int parity) const {
         if constexpr (I == 0) tile_load<6>(local.weights[parity]);
         if constexpr (!RESIDENT) begin<I>(s);
-        tile_load<7>(s.v + I * TILE);
+        tile_stream<7>(s.v + I * TILE);
         tile_multiply<I % 4, 6, 7>();
         if constexpr (!RESIDENT) tile_store<I % 4>(s.out + I * ROWS * 16);
     }
@@ -151,14 +152,13 @@ struct Pipeline {
                 if constexpr (SUM && RESIDENT && I == 2 * K)
                     if (c.zero || c.load) repeat<N>([&](auto j) { begin<j.value>(c); });
                 if constexpr (SUM) sum_up<I - 2 * K>(c, parity);
+                // Late enough to wait for no product, early enough that the next softmax does not wait for them.
+                if constexpr (SCORE && I == PRODUCTS - 2) tile_store<4>(local.scores[parity][0]);
+                if constexpr (SCORE && I == PRODUCTS - 1) tile_store<5>(local.scores[parity][1]);
             }
             if constexpr (SOFTEN)
                 for (int r = ROWS * I / PRODUCTS; r < ROWS * (I + 1) / PRODUCTS; ++r) soften(b, parity ^ 1, r);
         });
-        if constexpr (SCORE) {
-            tile_store<4>(local.scores[parity][0]);
-            tile_store<5>(local.scores[parity][1]);
-        }
         if constexpr (SUM && RESIDENT)
             if (c.store) repeat<N>([&](auto i) { tile_store<i.value>(c.out + i.value * ROWS * 16); });
     }
