@@ -107,12 +107,10 @@ class _MlpOfNorm(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
         weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
     ) -> Tensor:  # fmt: skip
-        hidden = kernels.linear(y, weight1, bias1)
+        out, hidden = kernels.mlp_kept(y, (weight1, bias1), (weight2, bias2))
         ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
         ctx.eps = eps
-        parts = kernels.runs(hidden)
-        converted = kernels.converted(weight2, hidden, packed=len(parts) > 1)
-        return kernels.join([kernels.linear(F.gelu(hidden[run]), converted, bias2) for run in parts])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,7 +119,7 @@ class _MlpOfNorm(torch.autograd.Function):
         weight1, weight2 = (kernels.gradient_weight(weight, grad) for weight in (weight1, weight2))
         parts = []
         for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
-            active, inner = kernels.gelu_backward(kernels.input_gradient(grad[run], weight2), hidden[run])
+            active, inner = kernels.hidden_gradient(grad[run], weight2, hidden[run])
             if any(ctx.needs_input_grad[7:]):
                 sums2.add(grad[run], active)
             if any(ctx.needs_input_grad[5:7]):

@@ -158,9 +158,32 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     return join([linear(linear(x[run], weight1, fc1.bias, gelu=True), weight2, fc2.bias) for run in parts])
 
 
+def mlp_kept(x: Tensor, fc1: tuple[Tensor, Tensor], fc2: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """fc2(gelu(fc1(x))) (R, C) of layers given as weight and bias, and fc1(x) (R, D) for backward."""
+    x = x.to(product_dtype(x))
+    first = converted(fc1[0], x)
+    if isinstance(first, Tiles) and isinstance(second := converted(fc2[0], x), Tiles):
+        tiles, columns = zip(first, second, strict=True)
+        out: Tensor
+        out, hidden = torch.ops.hlip_kernels.amx_mlp(x, tiles, [fc1[1], fc2[1]], columns)
+        return out, hidden
+    hidden = linear(x, first, fc1[1])
+    parts = runs(hidden)
+    second = converted(fc2[0], hidden, packed=len(parts) > 1)
+    return join([linear(F.gelu(hidden[run]), second, fc2[1]) for run in parts]), hidden
+
+
 def join(parts: list[Tensor]) -> Tensor:
     """What was made for `runs`."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def hidden_gradient(grad: Tensor, weight: Tensor | Tiles, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(hidden) once more, (R, D), and the gradient of `hidden` from that of gelu(hidden) @ weight.T, (R, C)."""
+    if isinstance(weight, Tiles):
+        active, inner = torch.ops.hlip_kernels.amx_hidden_gradient(grad, weight.memory, hidden)
+        return active, inner
+    return gelu_backward(input_gradient(grad, weight), hidden)
 
 
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -203,6 +203,14 @@ def _amx_layers_fake(x: Tensor, tiles: list[Tensor], biases: list[Tensor], colum
     return x.new_empty(x.shape[0], columns[-1])
 
 
+def _amx_mlp_fake(x: Tensor, tiles: Any, biases: Any, columns: list[int]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], columns[1]), x.new_empty(x.shape[0], columns[0])
+
+
+def _amx_hidden_gradient_fake(grad: Tensor, tiles: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+
+
 _define("amx_tiles", "Tensor weight, bool transposed", "Tensor", amx.pack, _amx_tiles_fake)
 _define(
     "amx_layers",
@@ -210,6 +218,20 @@ _define(
     "Tensor",
     amx.layers,
     _amx_layers_fake,
+)
+_define(
+    "amx_mlp",
+    "Tensor x, Tensor[] tiles, Tensor[] biases, int[] columns",
+    "(Tensor out, Tensor hidden)",
+    amx.mlp,
+    _amx_mlp_fake,
+)
+_define(
+    "amx_hidden_gradient",
+    "Tensor grad, Tensor tiles, Tensor hidden",
+    "(Tensor active, Tensor grad_hidden)",
+    amx.hidden_gradient,
+    _amx_hidden_gradient_fake,
 )
 _define(
     "amx_weight_gradient",

@@ -148,7 +148,8 @@ needs_amx = pytest.mark.skipif(native().isa != "amx", reason="needs AMX")
 @pytest.mark.parametrize("widths", [(1, 8), (24, 72), (33, 100), (768, 32), (416, 520), (3000, 64)])
 @pytest.mark.parametrize("length", [0, 1, 31, 33, 700])
 def test_native_products_of_any_shape(length: int, widths: tuple[int, int]) -> None:
-    """One layer, one with a GELU, two, the transposed weight and its gradient, against float64."""
+    """One layer, one with a GELU, two, the transposed weight, gradients of the hidden rows and of a weight, against
+    float64."""
     inner, columns = widths
     torch.manual_seed(0)
     x, grad = (torch.randn(length, width).bfloat16() for width in widths)
@@ -162,22 +163,32 @@ def test_native_products_of_any_shape(length: int, widths: tuple[int, int]) -> N
         x_, w1, w2, g, b1, b2 = (t.to(dtype) for t in (x, weight1, weight2, grad, *biases))
         one = F.linear(x_, w1, b1)
         two = F.linear(F.gelu(one), w2, b2)
-        return {"one": one, "gelu": F.gelu(one), "two": two, "turned": x_ @ w2, "dweight": g.T @ x_, "dbias": g.sum(0)}
+        return {
+            "one": one, "gelu": F.gelu(one), "two": two, "turned": x_ @ w2, "active": F.gelu(g),
+            "dhidden": torch.ops.aten.gelu_backward(x_ @ w2, g), "dweight": g.T @ x_, "dbias": g.sum(0),
+        }  # fmt: skip
 
     weight, bias = torch.full((columns, inner), 5.0), torch.full((columns,), 5.0)
     ops.amx_weight_gradient(grad, x, weight, bias, False)
+    turned = ops.amx_tiles(weight2, True)
+    active, dhidden = ops.amx_hidden_gradient(x, turned, grad)
     ours = {
+        "active": active,
+        "dhidden": dhidden,
         "one": ops.amx_layers(x, tiles[:1], biases[:1], [columns], False),
         "gelu": ops.amx_layers(x, tiles[:1], biases[:1], [columns], True),
         "two": ops.amx_layers(x, tiles, biases, [columns, inner], False),
-        "turned": ops.amx_layers(x, [ops.amx_tiles(weight2, True)], [], [columns], False),
+        "turned": ops.amx_layers(x, [turned], [], [columns], False),
         "dweight": weight.bfloat16(),
         "dbias": bias.bfloat16(),
     }
+    kept, hidden = ops.amx_mlp(x, tiles, biases, [columns, inner])
+    assert torch.equal(kept, ours["two"])
+    assert torch.equal(hidden, ours["one"])
     if length == 0:
         assert not weight.any()
         assert not bias.any()
-        assert all(not len(ours[name]) for name in ("one", "gelu", "two", "turned"))
+        assert all(not len(ours[name]) for name in ("one", "gelu", "two", "turned", "active", "dhidden"))
         return
     assert_as_exact(ours, formulas(torch.bfloat16), formulas(torch.float64))
     ops.amx_weight_gradient(grad, x, weight, bias, True)
@@ -196,7 +207,8 @@ def test_native_products_do_not_depend_on_threads(many_threads: Callable[[int], 
         y = ops.amx_layers(x, [tiles], [torch.ones(160)], [160], True)
         gradients = torch.empty(160, 96), torch.empty(160)
         ops.amx_weight_gradient(y, x, *gradients, False)
-        found.append([tiles, y, *gradients])
+        of_hidden = ops.amx_hidden_gradient(x, tiles, y)
+        found.append([tiles, y, *gradients, *of_hidden])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -216,6 +228,25 @@ def test_native_gelu_of_extremes() -> None:
 
 
 @needs_amx
+def test_native_gradient_of_gelu_at_extremes() -> None:
+    """What is multiplied, and its gradient, is one."""
+    x = torch.cat([torch.linspace(-20, 20, 2046), torch.tensor([3e38, -3e38, float("nan")])]).bfloat16()
+    ops = torch.ops.hlip_kernels
+    tiles = ops.amx_tiles(torch.ones(len(x), 1).bfloat16(), False)
+    active, slope = ops.amx_hidden_gradient(torch.ones(1, 1).bfloat16(), tiles, x[None])
+    wide = x.double()
+    phi = torch.special.erfc(-wide * 0.5**0.5) / 2
+    exact = {"active": wide * phi, "dx": phi + wide * torch.exp(-(wide**2) / 2) * (2 * torch.pi) ** -0.5}
+    eager = {"active": F.gelu(x), "dx": torch.ops.aten.gelu_backward(torch.ones_like(x), x)}
+    ours = {"active": active[0], "dx": slope[0]}
+    finite = slice(0, -3)
+    assert_as_exact(*({name: t[finite] for name, t in each.items()} for each in (ours, eager, exact)))
+    assert active[0, -3:-1].tolist() == [float(x[-3]), 0]
+    assert slope[0, -3:-1].tolist() == [1, 0]
+    assert active[0, -1].isnan() and slope[0, -1].isnan()
+
+
+@needs_amx
 def test_opcheck() -> None:
     x, weight = torch.randn(5, 40).bfloat16(), torch.randn(24, 40).bfloat16()
     ops = torch.ops.hlip_kernels
@@ -223,6 +254,9 @@ def test_opcheck() -> None:
     tiles = ops.amx_tiles(weight, False)
     torch.library.opcheck(ops.amx_layers.default, (x, [tiles], [torch.zeros(24)], [24], True))
     y = ops.amx_layers(x, [tiles], [], [24], False)
+    turned = ops.amx_tiles(weight, True)
+    torch.library.opcheck(ops.amx_mlp.default, (x, [tiles, turned], [torch.zeros(24), torch.zeros(40)], [24, 40]))
+    torch.library.opcheck(ops.amx_hidden_gradient.default, (y, turned, x))
     torch.library.opcheck(ops.amx_weight_gradient.default, (y, x, torch.zeros(24, 40), torch.zeros(24), True))
 
 

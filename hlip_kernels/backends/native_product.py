@@ -33,6 +33,7 @@ class _Product(ctypes.Structure):
         ("rows", ctypes.c_int64),
         *((name, _Layer) for name in ("first", "second")),
         *((name, ctypes.c_int32) for name in ("gelu", "threads")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "active")),
     )
 
 
@@ -75,6 +76,35 @@ def layers(x: Tensor, tiles: Sequence[Tensor], biases: Sequence[Tensor], columns
         biases: of each layer, or none.
         columns: D of each layer.
     """
+    return _product(x, tiles, biases, columns, gelu=gelu)
+
+
+def mlp(x: Tensor, tiles: Sequence[Tensor], biases: Sequence[Tensor], columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Two layers as in `layers`; and the rows between them, before the GELU."""
+    hidden = x.new_empty(len(x), columns[0])
+    return _product(x, tiles, biases, columns, hidden=hidden), hidden
+
+
+def hidden_gradient(grad: Tensor, tiles: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(hidden) (R, D), and the gradient of `hidden` from that of layer(gelu(hidden)), (R, C).
+
+    Args:
+        tiles: of the layer's weight, as it makes D values of C.
+    """
+    hidden = hidden.contiguous()
+    active = torch.empty_like(hidden)
+    return active, _product(grad, [tiles], [], [hidden.shape[1]], hidden=hidden, active=active)
+
+
+def _product(
+    x: Tensor,
+    tiles: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    columns: Sequence[int],
+    gelu: bool = False,
+    hidden: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
     library = native().library
     assert library is not None
     library.hlip_product_scratch.restype = ctypes.c_int64
@@ -84,6 +114,7 @@ def layers(x: Tensor, tiles: Sequence[Tensor], biases: Sequence[Tensor], columns
     for i, (name, given) in enumerate(zip(("first", "second"), (x.shape[1], *columns[:-1]), strict=False)):
         bias = biases[i].data_ptr() if biases else None
         setattr(call, name, _Layer(tiles[i].data_ptr(), bias, given, columns[i]))
+    call.hidden, call.active = (None if t is None else t.data_ptr() for t in (hidden, active))
     call.scratch, memory = scratch(library.hlip_product_scratch(ctypes.byref(call)))
     library.hlip_product(ctypes.byref(call))
     del memory  # not before

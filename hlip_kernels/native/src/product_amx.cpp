@@ -19,49 +19,100 @@ const int64_t PANEL = 32;  // columns
 const int64_t STEP = 2 * TILE;  // bytes of 32 rows or columns x 32 of the inner width
 const int CHUNK = 12;  // steps: 24 KiB of a panel
 const int64_t SUMS = 4 * TILE;  // bytes of a job's sums
-const int64_t CACHED = 3 << 19, MOST_ROWS = 512;  // bytes and rows of a block
+const int64_t CACHED = 1 << 20;  // bytes of a block's rows, beside which weights pass through the second cache
+const int64_t MOST_ROWS = 512, MOST_HIDDEN = 320;  // of a block; fewer where each touches pages of three tensors
 const int64_t AROUND = 4 << 20;  // bytes of a result from which it is written around the caches
+
+INLINE __m512 widen(__m256i x) { return _mm512_cvtpbh_ps((__m256bh)x); }
 
 int64_t steps_of(int64_t width) { return round_up(width, PANEL) / PANEL; }
 
-// x Phi(x), of a relative error below 4e-4 for x of -5 or more; smaller ones are next to nothing. Phi(x) is
-// 1 / (1 + 2^(x q(x^2))) with a polynomial q.
-INLINE __m512 gelu(__m512 x) {
+// Phi(x), the normal distribution, of a relative error below 4e-4 for x of -5 or more; smaller ones are next to nothing.
+// It is 1 / (1 + 2^(x q(x^2))) with a polynomial q.
+INLINE __m512 normal(__m512 x) {
     const __m512 square = _mm512_min_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(25));
     __m512 q = _mm512_set1_ps(2.91014279e-08f);
     const float rest[] = {-2.05784780e-06f, 3.94217537e-05f, 8.46938833e-04f, -1.06869400e-01f, -2.30063402f};
     for (const float c : rest) q = _mm512_fmadd_ps(q, square, _mm512_set1_ps(c));
     const __m512 odds = exp2(_mm512_mul_ps(q, x), 0xffff);
-    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(odds, _mm512_set1_ps(1))));
+    return _mm512_rcp14_ps(_mm512_add_ps(odds, _mm512_set1_ps(1)));
 }
 
-// Where results go: rows of a tensor, or tiles.
-struct ToRows {
-    uint16_t* y;
+INLINE __m512 gelu(__m512 x) { return _mm512_mul_ps(x, normal(x)); }
+
+// Multiplies the gradient of gelu(x) to that of x, Phi(x) + x Phi'(x), and returns gelu(x).
+INLINE __m512 gelu_backward(__m512 x, __m512* grad) {
+    const __m512 phi = normal(x), steep = _mm512_mul_ps(x, _mm512_set1_ps(-0.5f * LOG2E));
+    const __m512 bell = _mm512_mul_ps(exp2(_mm512_mul_ps(x, steep), 0xffff), _mm512_set1_ps(0.398942280f));
+    *grad = _mm512_mul_ps(*grad, _mm512_fmadd_ps(x, bell, phi));
+    return _mm512_mul_ps(x, phi);
+}
+
+// A tensor (R, N) that is written by 32 columns of a row.
+struct Matrix {
+    uint16_t* data;
     int64_t columns;
     bool around;
 
-    // 32 columns of a row.
-    INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
-        uint16_t* to = y + row * columns + panel * PANEL;
+    Matrix(void* data, int64_t rows, int64_t columns)
+        : data(static_cast<uint16_t*>(data)), columns(columns),
+          around(rows * columns * 2 >= AROUND && columns % PANEL == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0) {}
+
+    INLINE uint16_t* at(int64_t row, int64_t panel) const { return data + row * columns + panel * PANEL; }
+    INLINE void put(int64_t row, int64_t panel, __m512i values) const {
         if (around)
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), narrow(low, high));
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(at(row, panel)), values);
         else
-            store_part(to, narrow(low, high), columns - panel * PANEL);
+            store_part(at(row, panel), values, columns - panel * PANEL);
     }
 };
-struct ToTiles {
-    char* tiles;
-    int64_t unit;  // bytes of 32 rows
+
+// Where results go, from which row of a tensor on, and what is done to them.
+template <bool GELU>
+struct ToRows {
+    const Matrix y;
+    const int64_t first;
 
     INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
-        _mm512_store_si512(tiles + row / UNIT * unit + panel * STEP + row % UNIT * 64, narrow(low, high));
+        if constexpr (GELU) {
+            low = gelu(low);
+            high = gelu(high);
+        }
+        y.put(first + row, panel, narrow(low, high));
+    }
+};
+struct ToTiles {  // of the next layer, through a GELU
+    char* const tiles;
+    const int64_t unit;  // bytes of 32 rows
+    const Matrix hidden;
+    const int64_t first;
+
+    INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
+        if (hidden.data) hidden.put(first + row, panel, narrow(low, high));
+        _mm512_store_si512(
+            tiles + row / UNIT * unit + panel * STEP + row % UNIT * 64, narrow(gelu(low), gelu(high))
+        );
+    }
+};
+struct ToHidden {  // back through a GELU
+    const Matrix y, active, hidden;
+    const int64_t first;
+
+    INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
+        row += first;
+        const uint16_t* x = hidden.at(row, panel);
+        _mm_prefetch(x + PANEL, _MM_HINT_T1);  // of the next panel: rows lie pages apart
+        const __m512i both = load_part(x, hidden.columns - panel * PANEL);
+        const __m512 first_half = gelu_backward(widen(_mm512_castsi512_si256(both)), &low);
+        const __m512 second_half = gelu_backward(widen(_mm512_extracti64x4_epi64(both, 1)), &high);
+        active.put(row, panel, narrow(first_half, second_half));
+        y.put(row, panel, narrow(low, high));
     }
 };
 struct ToSums {
-    float* y;
-    int64_t columns;
-    bool add;
+    float* const y;
+    const int64_t columns;
+    const bool add;
 
     INLINE void put(int64_t row, int64_t panel, __m512 low, __m512 high) const {
         float* to = y + row * columns + panel * PANEL;
@@ -77,7 +128,7 @@ struct ToSums {
 };
 
 // A panel of which all sums are there: its rows are finished one after the other.
-template <bool GELU, typename To>
+template <typename To>
 struct Panel {
     const To to;
     const float* sums = nullptr;
@@ -87,12 +138,7 @@ struct Panel {
     INLINE void finish_until(int64_t last) {
         for (; row < last; ++row) {
             const float* from = sums + row / UNIT * (SUMS / 4) + row % UNIT / ROWS * 512 + row % ROWS * 16;
-            __m512 x = _mm512_add_ps(_mm512_load_ps(from), low), y = _mm512_add_ps(_mm512_load_ps(from + 256), high);
-            if constexpr (GELU) {
-                x = gelu(x);
-                y = gelu(y);
-            }
-            to.put(row, panel, x, y);
+            to.put(row, panel, _mm512_add_ps(_mm512_load_ps(from), low), _mm512_add_ps(_mm512_load_ps(from + 256), high));
         }
     }
 };
@@ -153,12 +199,12 @@ struct Weight {
 };
 
 // All columns of so many rows, which are given in tiles.
-template <bool GELU, typename To>
+template <typename To>
 void multiply(const Weight& weight, int64_t rows, const char* a, float* memory, To to) {
     const int64_t steps = weight.steps, units = round_up(rows, UNIT) / UNIT, unit = steps * STEP;
     const int64_t jobs = round_up(steps, CHUNK) / CHUNK * units, lines = round_up(PANEL, units) / units;
     float *sums = memory, *other = memory + units * (SUMS / 4), *before = sums;
-    Panel<GELU, To> done = {to};
+    Panel<To> done = {to};
     for (int64_t p = 0; p < steps_of(weight.columns); ++p) {
         const char *b = weight.tiles + p * weight.stride, *ahead = b + weight.stride;
         int64_t job = 0;
@@ -225,8 +271,8 @@ void pack_columns(
             __m512i rows[32];
             load_square(grad, height, width, row + s * 32, column, rows);
             for (const __m512i r : rows) {
-                x = _mm512_add_ps(x, _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(r)));
-                y = _mm512_add_ps(y, _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(r, 1)));
+                x = _mm512_add_ps(x, widen(_mm512_castsi512_si256(r)));
+                y = _mm512_add_ps(y, widen(_mm512_extracti64x4_epi64(r, 1)));
             }
             pack_pairs(rows, to);
             transpose_tile(to);
@@ -258,8 +304,8 @@ struct Blocks {
 
     explicit Blocks(const Product& p) {
         const int64_t wide = steps_of(p.first.inner) * 64, inner = p.second.tiles ? steps_of(p.first.columns) * 64 : 0;
-        const int64_t most = CACHED / (wide + inner) / UNIT * UNIT;
-        const int64_t rows = most < UNIT ? UNIT : smaller(most, MOST_ROWS);
+        const int64_t most = CACHED / (wide > inner ? wide : inner) / UNIT * UNIT;
+        const int64_t rows = most < UNIT ? UNIT : smaller(most, p.active ? MOST_HIDDEN : MOST_ROWS);
         count = round_up(p.rows / rows + 1, p.threads);
         each = round_up((p.rows + count - 1) / count, UNIT);
         tiles = each * wide;
@@ -295,23 +341,29 @@ int64_t product_scratch(const Product& p) { return Blocks(p).total * p.threads; 
 void product(const Product& p) {
     const Blocks blocks(p);
     const Layer& last = p.second.tiles ? p.second : p.first;
-    const bool around = p.rows * last.columns * 2 >= AROUND && last.columns % PANEL == 0 &&
-                        reinterpret_cast<uintptr_t>(p.y) % 64 == 0;
+    const Matrix y(p.y, p.rows, last.columns), hidden(p.hidden, p.rows, p.first.columns);
+    const Matrix active(p.active, p.rows, p.first.columns);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
     for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t first = b * blocks.each, rows = smaller(blocks.each, p.rows - first);
         if (rows <= 0) continue;
         char* tiles = static_cast<char*>(p.scratch) + omp_get_thread_num() * blocks.total;
-        char* hidden = tiles + blocks.tiles;
-        float* sums = reinterpret_cast<float*>(hidden + blocks.hidden);
+        char* inside = tiles + blocks.tiles;
+        float* sums = reinterpret_cast<float*>(inside + blocks.hidden);
         const TilesInUse in_use;
         pack_rows(static_cast<const uint16_t*>(p.x) + first * p.first.inner, rows, p.first.inner, tiles);
-        const ToTiles inside = {hidden, steps_of(p.first.columns) * STEP};
-        if (p.second.tiles) multiply<true>(Weight(p.first), rows, tiles, sums, inside);
-        const ToRows to = {static_cast<uint16_t*>(p.y) + first * last.columns, last.columns, around};
-        const char* given = p.second.tiles ? hidden : tiles;
-        (p.gelu ? multiply<true, ToRows> : multiply<false, ToRows>)(Weight(last), rows, given, sums, to);
-        if (around) _mm_sfence();
+        if (p.second.tiles) {
+            const ToTiles to = {inside, steps_of(p.first.columns) * STEP, hidden, first};
+            multiply(Weight(p.first), rows, tiles, sums, to);
+            tiles = inside;
+        }
+        if (p.active)
+            multiply(Weight(last), rows, tiles, sums, ToHidden{y, active, hidden, first});
+        else if (p.gelu)
+            multiply(Weight(last), rows, tiles, sums, ToRows<true>{y, first});
+        else
+            multiply(Weight(last), rows, tiles, sums, ToRows<false>{y, first});
+        _mm_sfence();  // after what is written around the caches
     }
 }
 
@@ -343,7 +395,7 @@ void weight_gradient(const WeightGradient& g) {
                 static_cast<const uint16_t*>(g.grad), g.rows, g.columns, s * 32, count, first, last, tiles, g.bias, add
             );
             const ToSums to = {g.weight + first * g.inner, g.inner, add};
-            multiply<false>(Weight(memory + s * STEP, g.inner, count, stride), last - first, tiles, sums, to);
+            multiply(Weight(memory + s * STEP, g.inner, count, stride), last - first, tiles, sums, to);
         }
     }
 }
