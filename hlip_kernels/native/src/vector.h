@@ -66,6 +66,15 @@ inline float widen(bf16 x) {
     return result;
 }
 
+// sum + a b as `Product` rounds it. Left to itself, a compiler may round a product of its own here.
+inline float add_product(float a, float b, float sum) {
+#if defined(__FP_FAST_FMAF)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 // Rows of a group that are packed together: they lie pages apart, so there are few of them.
 template <typename T>
 struct Rows {
@@ -300,9 +309,9 @@ void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t 
             rows.pack_columns(slot + head * D, D, padded, to.kt + column);
             rows.pack_columns(2 * slot + head * D, D, padded, to.vt + column);
             for (int r = 0; r < Rows<T>::COUNT && i + r < last; ++r) {
-                float delta = 0;  // in the order of the products, or a softmax of one key would have a gradient
+                float delta = 0;  // rounded as the products are, or a softmax of one key would have a gradient
                 for (int64_t d = 0; d < D; ++d)
-                    delta += to.g[(i + r) * padded + d] * widen(out.at[r][head * D + d]);
+                    delta = add_product(to.g[(i + r) * padded + d], widen(out.at[r][head * D + d]), delta);
                 to.delta[i + r] = delta;
                 to.lse[i + r] = a.lse[head * a.rows + group.row(i + r)];
             }
