@@ -97,7 +97,7 @@ class _LinearOfNorm(torch.autograd.Function):
             return gradient, *[None] * 6
         sums = kernels.Gradients(weight)
         for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
-            sums.add(grad[run], _normalised(x[run], norm_weight, norm_bias, ctx.eps))
+            sums.add(grad[run], kernels.normalised(x[run], norm_weight, norm_bias, ctx.eps, grad.dtype))
         return gradient, None, None, None, None, *sums.total()
 
 
@@ -123,13 +123,9 @@ class _MlpOfNorm(torch.autograd.Function):
             if any(ctx.needs_input_grad[7:]):
                 sums2.add(grad[run], active)
             if any(ctx.needs_input_grad[5:7]):
-                sums1.add(inner, _normalised(x[run], norm_weight, norm_bias, ctx.eps))
+                sums1.add(inner, kernels.normalised(x[run], norm_weight, norm_bias, ctx.eps, inner.dtype))
             parts.append(kernels.input_gradient(inner, weight1))
         parameters: list[Tensor | None] = []
         for sums, wanted in ((sums1, ctx.needs_input_grad[5:7]), (sums2, ctx.needs_input_grad[7:])):
             parameters += sums.total() if any(wanted) else (None, None)
         return kernels.join(parts), None, None, None, None, *parameters
-
-
-def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), eps)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from . import ops  # noqa: F401  (what is called through torch.ops)
 from .backends import native_product, native_rows
-from .native import native
+from .native import DTYPES, native
 
 ROWS = 1024  # of hidden rows that a thread makes at once: 6 MiB of 3072 bfloat16 values
 ROWS_PACKED = 1024  # from which on a weight is packed for one product
@@ -194,6 +194,14 @@ def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
+def normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The LayerNorm of x (R, C) once more, in `dtype`."""
+    known = on_cpu(x, dtype) and x.dtype in DTYPES
+    if known and type(x) is Tensor and not native().reason:
+        return native_rows.normalised(x, weight, bias, eps, dtype)
+    return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
+
+
 def _native(grad: Tensor) -> bool:
     """Whether gradients of linear layers are the native library's."""
     known = type(grad) is Tensor and grad.dtype == torch.bfloat16 and on_cpu(grad, grad.dtype)
@@ -227,7 +235,6 @@ class Gradients:
 
     def add(self, grad: Tensor, given: Tensor) -> None:
         """A run: its product's gradient (r, D), and what the layer was given, (r, C)."""
-        given = given.to(grad.dtype)
         if _native(grad):
             first = self.weight is None
             if self.weight is None or self.bias is None:

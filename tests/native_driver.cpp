@@ -277,6 +277,7 @@ static void norm(const Change& c, bool bfloat16) {
 }
 
 static double gelu_of(double x) { return x * erfc(-x * sqrt(0.5)) / 2; }
+static double gelu_slope(double x) { return erfc(-x * sqrt(0.5)) / 2 + x * exp(-x * x / 2) / sqrt(2 * M_PI); }
 
 static void gelu(size_t size, bool bfloat16) {
     Tensor x(bfloat16, size), y(bfloat16, size), grad(bfloat16, size), kept(bfloat16, size);
@@ -286,7 +287,7 @@ static void gelu(size_t size, bool bfloat16) {
     for (size_t i = 0; i < size; ++i) {
         const double v = x.get(i);
         exact.push_back(gelu_of(v));
-        slope.push_back(kept.get(i) * (erfc(-v * sqrt(0.5)) / 2 + v * exp(-v * v / 2) / sqrt(2 * M_PI)));
+        slope.push_back(kept.get(i) * gelu_slope(v));
     }
     for (int32_t isa = 0; isa <= best(); ++isa) {
         memcpy(grad.data, kept.data, size * (bfloat16 ? 2 : 4));
@@ -340,7 +341,20 @@ static void products(int R, int K, int N) {
     report("transposed product", HLIP_AMX, true, error(y, product_formula(in, w2, none.numbers(), K, true, false)));
     multiply({x.data, z.data, nullptr, R, one, two, 0, 2});
     const Numbers hidden = product_formula(in, w1, b1, K, false, true);
-    report("two layers", HLIP_AMX, true, error(z, product_formula(hidden, w2, bias2.numbers(), N, false, false)));
+    const Numbers out = product_formula(hidden, w2, bias2.numbers(), N, false, false);
+    report("two layers", HLIP_AMX, true, error(z, out));
+    Tensor kept(true, R * N), active(true, R * N);
+    multiply({x.data, z.data, nullptr, R, one, two, 0, 2, kept.data, nullptr});
+    const Numbers before = product_formula(in, w1, b1, K, false, false);
+    report("two layers, kept", HLIP_AMX, true, fmax(error(z, out), error(kept, before)));
+    multiply({x.data, y.data, nullptr, R, {turned, nullptr, K, N}, {}, 0, 2, kept.data, active.data});
+    Numbers gradient = product_formula(in, w2, none.numbers(), K, true, false), again;
+    for (int i = 0; i < R * N; ++i) {
+        const double v = kept.get(i);
+        again.push_back(gelu_of(v));
+        gradient[i] *= gelu_slope(v);
+    }
+    report("gradient of hidden rows", HLIP_AMX, true, fmax(error(y, gradient), error(active, again)));
     for (void* tiles : {tiles1, tiles2, turned}) free(tiles);
 
     const auto room = find<decltype(hlip_weight_gradient_scratch)>("hlip_weight_gradient_scratch");
@@ -386,7 +400,7 @@ int main(int count, char** arguments) {
         products(1, 8, 24);
         products(70, 40, 100);
         products(600, 33, 520);  // several blocks
-        products(1100, 416, 65);  // several chunks and sections
+        products(2100, 416, 65);  // several chunks and sections
     }
     return wrong;
 }

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hlip.model.layers import Mlp
+from hlip_kernels import StudyLayout, add_regroup_norm, linear_of_norm, linear_of_pixels, mlp_of_norm
 from hlip_kernels import linear as kernels
-from hlip_kernels import linear_of_norm, linear_of_pixels, mlp_of_norm
 from hlip_kernels import native as library
 from hlip_kernels.backends import native_rows
 from hlip_kernels.native import ISAS, Native, native
@@ -320,6 +320,23 @@ def test_gradient_of_gelu(isa: str, dtype: torch.dtype, monkeypatch: pytest.Monk
     tail = (x >= -12) & (x < 0)  # relatively exact, too, where PyTorch's differences of nearly equal numbers are not
     wrong = (ours["y"].double() / exact["y"].detach() - 1).abs()[tail]
     assert float(wrong.max()) <= (4e-6 if dtype == torch.float32 else 4e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("width", [1, 33, 768])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_normalised_again_have_the_same_bits(
+    isa: str, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(isa, monkeypatch)
+    layout = StudyLayout.from_grids([[(2, 3, 3)] * 2])
+    x, weight, bias = torch.randn(38, width).to(dtype), torch.randn(width), torch.randn(width)
+    for kind in DTYPES:
+        nothing = torch.zeros(38, width, dtype=kind)
+        same, y = add_regroup_norm(x, nothing, layout, "scan", "scan", weight, bias, backend="native")
+        assert torch.equal(same, x)
+        assert torch.equal(native_rows.normalised(x, weight, bias, 1e-6, kind), y)
 
 
 @needs_library

@@ -124,6 +124,13 @@ def norm_backward(
     )
 
 
+def normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The LayerNorm of x (R, C) in bfloat16 or float32, with the bits that `norm_forward` gave its rows."""
+    y = x.new_empty(x.shape, dtype=dtype)
+    _run(None, len(x), eps, residual=x, weight=_single(weight), bias=_single(bias), y=y)
+    return y
+
+
 def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     """Make the gradient of gelu(x) that of x, in its place, and return gelu(x). Both contiguous, bfloat16 or float32.
 
@@ -139,27 +146,26 @@ def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def _run(regroup: Regroup, tokens: int, eps: float, **tensors: Tensor | None) -> None:
+def _run(regroup: Regroup | None, tokens: int, eps: float, **tensors: Tensor | None) -> None:
     functions, isa, _ = library.native()
     assert functions is not None
-    children = None if regroup.children is None else regroup.children.contiguous()
-    tensors |= {"cu_seqlens": regroup.cu_seqlens.contiguous(), "children": children}
-    kept = {name: None if t is None else t.contiguous() for name, t in tensors.items()}  # alive until the call is over
-    x, y = kept["x"], kept.get("y", kept.get("grad_y"))
-    assert x is not None and y is not None
+    groups = {}
+    if regroup is not None:
+        tensors |= {"cu_seqlens": regroup.cu_seqlens, "children": regroup.children}
+        groups = {name: getattr(regroup, name) for name in ("src_groups", "dst_groups", "num_prefix")}
+    kept = {name: t.contiguous() for name, t in tensors.items() if t is not None}  # alive until the call is over
+    x, y = (kept[a] if a in kept else kept[b] for a, b in (("x", "residual"), ("y", "grad_y")))
     call = _Norm(
-        **{name: None if t is None else t.data_ptr() for name, t in kept.items()},
+        **{name: t.data_ptr() for name, t in kept.items()},
+        **groups,
         tokens=tokens,
-        src_groups=regroup.src_groups,
-        dst_groups=regroup.dst_groups,
-        num_prefix=regroup.num_prefix,
         width=x.shape[1],
         bfloat16_x=x.dtype == torch.bfloat16,
         bfloat16_y=y.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
         eps=eps,
     )
-    backward = kept.get("grad_residual") is not None
+    backward = "grad_residual" in kept
     if backward:
         functions.hlip_norm_blocks.restype = ctypes.c_int64
         partial = torch.empty(functions.hlip_norm_blocks(ctypes.byref(call)), 3, x.shape[1])

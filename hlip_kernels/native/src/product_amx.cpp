@@ -284,7 +284,7 @@ void pack_columns(
 }
 
 // The same for the gradient of a weight: a block is some of its rows, and SECTION rows of the tensors.
-const int64_t SECTION = 1024, MOST_COLUMNS = 256;
+const int64_t SECTION = 2048, MOST_COLUMNS = 192;
 
 struct GradientBlocks {
     int64_t each, count, shared, tiles, total;

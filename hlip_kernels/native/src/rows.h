@@ -7,17 +7,17 @@
 // Residuals (x) are of one type, updates (y) of another: bfloat16 or float32.
 struct Norm {
     const void* residual;  // (R_src, C)
-    const void* update;  // (R_src, C); in backward only if there is a layer_scale
+    const void* update;  // (R_src, C), may be null in forward; in backward only if there is a layer_scale
     const float* path_scale;  // (G_src), may be null
     const float* layer_scale;  // (C), may be null
     const float* weight;  // (C)
     const float* bias;  // (C); forward only
     const int32_t* cu_seqlens;  // (G_src + 1), bounds of the groups of src in the patch stream
     const int32_t* children;  // (coarser G + 1), bounds of its runs of finer groups; null if the levels are the same
-    void* x;  // (R_dst, C), the new residual
+    void* x;  // (R_dst, C), the new residual; null in forward if y alone is wanted, of a residual as it is
     void* y;  // (R_dst, C), its normalised rows
-    float* mean;  // (R_dst)
-    float* rstd;  // (R_dst)
+    float* mean;  // (R_dst), with x
+    float* rstd;  // (R_dst), with x
     const void* grad_x;  // (R_dst, C), may be null; from here backward only
     const void* grad_y;  // (R_dst, C)
     void* grad_residual;  // (R_src, C)

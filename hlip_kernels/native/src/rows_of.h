@@ -131,25 +131,31 @@ struct Forward {
     // residual + path_scale * layer_scale * update of a row of src, to `sum` or added to it.
     void add(int64_t row, int32_t group, bool first, float* sum) const {
         const T* r = residual + row * width;
-        const U* u = update + row * width;
+        const U* u = update + (update ? row * width : 0);
         const vec path = fill(n.path_scale ? n.path_scale[group] : 1);
         each_vector(width, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-            vec more = get(u + c, count) * path;
-            if (n.layer_scale) more *= get(n.layer_scale + c, count);
-            more += get(r + c, count);
+            vec more = get(r + c, count);
+            if (update) {
+                vec scaled = get(u + c, count) * path;
+                if (n.layer_scale) scaled *= get(n.layer_scale + c, count);
+                more += scaled;
+            }
             store(sum + c, first ? more : load(sum + c) + more);
         });
     }
 
     // Writes a row of dst: the residual, which is `sum` times `factor`, and normalised.
     void write(int64_t row, float* sum, float factor) const {
-        T* x = static_cast<T*>(n.x) + row * width;
+        T* x = static_cast<T*>(n.x) + (n.x ? row * width : 0);
         U* y = static_cast<U*>(n.y) + row * width;
         vec total = {}, squares = {};
         each_vector(width, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-            put(x + c, count, load(sum + c) * factor);
-            const vec value = get(x + c, count);  // as it was rounded
-            store(sum + c, value);
+            vec value = load(sum + c) * factor;
+            if (n.x) {
+                put(x + c, count, value);
+                value = get(x + c, count);  // as it was rounded
+                store(sum + c, value);
+            }
             total += value;
         });
         const float mean = sum_of(total) / width;
@@ -162,6 +168,7 @@ struct Forward {
         each_vector(width, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
             put(y + c, count, load(sum + c) * rstd * get(n.weight + c, count) + get(n.bias + c, count));
         });
+        if (!n.x) return;
         n.mean[row] = mean;
         n.rstd[row] = rstd;
     }
