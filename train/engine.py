@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -187,7 +188,10 @@ def wrap(model: HLIPModel, world: World, shard: bool) -> nn.Module:
             register_fsdp_forward_method(model, name)
         return model
     if world.size > 1:
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as it was called
+        settings: dict[str, Any] = {name: False}
+        return DistributedDataParallel(model, **settings)
     return model
 
 
