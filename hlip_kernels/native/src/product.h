@@ -20,8 +20,8 @@ struct Product {
     int32_t gelu;  // whether what the last layer gives passes a GELU
     int32_t threads;
     // (R, N of the first layer), both may be null: the rows that a GELU is given, and gelu(hidden). Between two layers
-    // `hidden` is written. With `active`, what the only layer gives is the gradient of gelu(hidden): `active` is written,
-    // and y is the gradient of `hidden`.
+    // `hidden` is written. With `active`, what the only layer gives is the gradient of gelu(hidden): `active` is
+    // written, and y is the gradient of `hidden`.
     void *hidden, *active;
 };
 

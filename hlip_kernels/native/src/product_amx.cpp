@@ -27,8 +27,8 @@ INLINE __m512 widen(__m256i x) { return _mm512_cvtpbh_ps((__m256bh)x); }
 
 int64_t steps_of(int64_t width) { return round_up(width, PANEL) / PANEL; }
 
-// Phi(x), the normal distribution, of a relative error below 4e-4 for x of -5 or more; smaller ones are next to nothing.
-// It is 1 / (1 + 2^(x q(x^2))) with a polynomial q.
+// Phi(x), the normal distribution, of a relative error below 4e-4 for x of -5 or more; smaller ones are next to
+// nothing. It is 1 / (1 + 2^(x q(x^2))) with a polynomial q.
 INLINE __m512 normal(__m512 x) {
     const __m512 square = _mm512_min_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(25));
     __m512 q = _mm512_set1_ps(2.91014279e-08f);
@@ -138,7 +138,8 @@ struct Panel {
     INLINE void finish_until(int64_t last) {
         for (; row < last; ++row) {
             const float* from = sums + row / UNIT * (SUMS / 4) + row % UNIT / ROWS * 512 + row % ROWS * 16;
-            to.put(row, panel, _mm512_add_ps(_mm512_load_ps(from), low), _mm512_add_ps(_mm512_load_ps(from + 256), high));
+            const __m512 x = _mm512_add_ps(_mm512_load_ps(from), low);
+            to.put(row, panel, x, _mm512_add_ps(_mm512_load_ps(from + 256), high));
         }
     }
 };
