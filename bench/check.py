@@ -255,7 +255,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("--out", type=Path, default=Path("check.md"), help="the report (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no such folder")
+    return args
 
 
 if __name__ == "__main__":

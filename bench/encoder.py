@@ -475,7 +475,10 @@ def parse() -> argparse.Namespace:
     args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
     args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
     args.limit_gb = args.limit_gb or (8.0 if small else None)
-    if args.width % 64 or args.depth % 3 or min(args.rounds, args.threads, args.scans, *args.studies) < 1:
+    if args.sizes and not args.scaling:
+        parser.error("--sizes belongs to --scaling")
+    least = min(args.rounds, args.threads, args.scans, args.width, args.depth, *args.studies, *(args.sizes or ()))
+    if args.width % 64 or args.depth % 3 or least < 1:
         parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
     return args
 

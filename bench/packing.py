@@ -150,7 +150,8 @@ def parse() -> argparse.Namespace:
     args.grid = args.grid or ([6, 14, 14] if gpu else [6, 7, 7])
     args.patch = args.patch or ([8, 16, 16] if gpu else [4, 6, 6])
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
-    if args.width % 64 or args.depth % 3 or min(args.studies, args.max_scans, args.rounds, args.width, args.depth) < 1:
+    numbers = args.studies, args.max_scans, args.rounds, args.width, args.depth, *args.grid, *args.patch
+    if args.width % 64 or args.depth % 3 or min(numbers) < 1:
         parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
     return args
 

@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the row to this file")
     args = parser.parse_args()
+    if min(args.scans, args.heads, args.head_dim, *args.grid) < 1:
+        parser.error("all numbers must be at least 1")
     layout = StudyLayout.from_grids([[tuple(args.grid)] * args.scans])
     rows = 1 + layout.num_tokens
     torch.manual_seed(0)

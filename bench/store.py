@@ -145,10 +145,12 @@ def count(seconds: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=None)
-    parser.add_argument("--throughput", action="store_true")
+    parser.add_argument("--studies", type=int, help="default: 250000, with --throughput 96")
+    parser.add_argument("--throughput", action="store_true", help="measure how fast scans are read and written")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if not given")
     args = parser.parse_args()
+    if args.studies is not None and args.studies < 1:
+        parser.error(f"--studies must be at least 1, got {args.studies}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.throughput:
             throughput(Path(folder), args.studies or 96)

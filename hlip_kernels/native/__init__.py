@@ -41,7 +41,8 @@ def native() -> Native:
         ValueError: HLIP_NATIVE_ISA, which the tests set, names something that is not here.
     """
     if not PATH.exists():
-        return Native(None, "", "the native library is not built (install g++, then reinstall with pip install -v)")
+        how = "pip install -e . in a clone, else pip install --force-reinstall --no-deps --no-cache-dir hlip-kernels"
+        return Native(None, "", f"the native library is not built (install g++, then: {how})")
     try:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
