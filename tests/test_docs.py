@@ -331,7 +331,7 @@ FOREIGN = {
     "--gpus-per-task", "--requeue", "--signal",  # Slurm
     "--batch-size", "--accum-freq", "--save-frequency", "--num-scans",  # the released code, open_clip
     "--no-build-isolation", "--force-reinstall", "--no-deps", "--no-cache-dir",  # pip
-    "--strict",  # mypy
+    "--strict", "--exclude",  # mypy, auditwheel
 }  # fmt: skip
 
 
