@@ -434,14 +434,8 @@ def io(rows: list[Row], figures: Path) -> str:
             for row in shown:
                 colour, width = STYLES[row["level"]]
                 x = [row["times_longer"] * n if sweep == "N" else n for n in row["x"]]
-                axes.loglog(
-                    x,
-                    [count / 1e6 for count in row["counted"]],
-                    "o-",
-                    color=colour,
-                    linewidth=width,
-                    label=row["level"],
-                )
+                y = [each / 1e6 for each in row["counted"]]
+                axes.loglog(x, y, "o-", color=colour, linewidth=width, label=row["level"])
                 claimed = [row["counted"][0] / 1e6 * (n / row["x"][0]) ** row["claimed"] for n in row["x"]]
                 axes.loglog(x, claimed, "k:", linewidth=1)
                 axes.set_xticks(x, x)
