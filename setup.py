@@ -82,6 +82,7 @@ EXTRAS = {
     "fuzz": ["atheris>=3"],  # wheels for Linux and Python 3.11 or newer
     "dev": [
         "pytest>=8",
+        "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
         "coverage>=7.10",
         "hypothesis>=6.100",
