@@ -21,6 +21,7 @@ const int CHUNK = 12;  // steps: 24 KiB of a panel
 const int64_t SUMS = 4 * TILE;  // bytes of a job's sums
 const int64_t CACHED = 1 << 20;  // bytes of a block's rows, beside which weights pass through the second cache
 const int64_t MOST_ROWS = 512, MOST_HIDDEN = 320;  // of a block; fewer where each touches pages of three tensors
+const int64_t SECTION = 2048, MOST_COLUMNS = 192;  // rows of tensors, and of the gradient of a weight, in a block of it
 const int64_t AROUND = 4 << 20;  // bytes of a result from which it is written around the caches
 
 INLINE __m512 widen(__m256i x) { return _mm512_cvtpbh_ps((__m256bh)x); }
@@ -258,35 +259,40 @@ INLINE void load_square(
 }
 
 // Columns first to last of gradients (R, D), in `steps` of 32 rows from the first one on, as rows in tiles; and their
-// sums over the rows, to `sums` or added to them.
+// sums over the rows, to `sums` or added to them. Row by row through all columns: rows lie pages apart.
 void pack_columns(
     const uint16_t* grad, int64_t height, int64_t width, int64_t row, int64_t steps, int64_t first, int64_t last,
     char* to, float* sums, bool add
 ) {
-    for (int64_t column = first; column < last; column += 32) {
-        const __mmask16 low = first_lanes(last - column), high = first_lanes(last - column - 16);
-        float* own = sums + column;
-        __m512 x = add ? _mm512_maskz_loadu_ps(low, own) : _mm512_setzero_ps();
-        __m512 y = add ? _mm512_maskz_loadu_ps(high, own + 16) : _mm512_setzero_ps();
-        for (int64_t s = 0; s < steps; ++s, to += STEP) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    const int64_t panels = round_up(last - first, PANEL) / PANEL;
+    __m512 total[MOST_COLUMNS / 16];
+    for (int64_t i = 0; i < 2 * panels; ++i)
+        total[i] = add ? _mm512_maskz_loadu_ps(first_lanes(last - first - 16 * i), sums + first + 16 * i)
+                       : _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; ++s)
+        for (int64_t p = 0; p < panels; ++p) {
             __m512i rows[32];
-            load_square(grad, height, width, row + s * 32, column, rows);
-            for (const __m512i r : rows) {
-                x = _mm512_add_ps(x, widen(_mm512_castsi512_si256(r)));
-                y = _mm512_add_ps(y, widen(_mm512_extracti64x4_epi64(r, 1)));
+            load_square(grad, height, width, row + s * 32, first + p * PANEL, rows);
+            char* tiles = to + (p * steps + s) * STEP;
+            pack_pairs(rows, tiles);
+            for (int64_t i = 0; i < 2; ++i) {
+                __m512 parts[4] = {};  // each sum waits for the one before it
+                for (int64_t r = 0; r < ROWS; ++r)
+                    parts[r % 4] = _mm512_dpbf16_ps(
+                        parts[r % 4], (__m512bh)_mm512_load_si512(tiles + i * TILE + r * 64), ones
+                    );
+                const __m512 sum = _mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
+                total[2 * p + i] = _mm512_add_ps(total[2 * p + i], sum);
             }
-            pack_pairs(rows, to);
-            transpose_tile(to);
-            transpose_tile(to + TILE);
+            transpose_tile(tiles);
+            transpose_tile(tiles + TILE);
         }
-        _mm512_mask_storeu_ps(own, low, x);
-        _mm512_mask_storeu_ps(own + 16, high, y);
-    }
+    for (int64_t i = 0; i < 2 * panels; ++i)
+        _mm512_mask_storeu_ps(sums + first + 16 * i, first_lanes(last - first - 16 * i), total[i]);
 }
 
 // The same for the gradient of a weight: a block is some of its rows, and SECTION rows of the tensors.
-const int64_t SECTION = 2048, MOST_COLUMNS = 192;
-
 struct GradientBlocks {
     int64_t each, count, shared, tiles, total;
 
