@@ -260,12 +260,12 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
             f"### {mix}, {mode}, {dtype}, width {width}, {depth} layers, {count(studies, 'studies')} of at most "
             f"{count(mine[0]['max_scans'], 'scans')}",
             table(
-                ["policy", "studies/s", "times packed", "tokens", "GFLOP", "error"],
+                ["policy", "studies/s", "times packed", "tokens", "GFLOP", "MB peak", "error"],
                 [
                     [
                         row["policy"], number(row, "studies_per_s"),
                         row["packed_over_this"] and times([row["packed_over_this"], *row["interval"]]),
-                        row["tokens"], round(row["flops"] / 1e9),
+                        row["tokens"], round(row["flops"] / 1e9), megabytes(row, "peak_bytes"),
                         row["error"] if isinstance(row["error"], str) else f"{row['error']:.1g}",
                     ]
                     for row in mine
