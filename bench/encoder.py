@@ -28,7 +28,8 @@ Memory of training: on a GPU what PyTorch allocates at most beyond weights and i
 keeps for backward, and `memory_gb`, by how much the largest resident size of a fresh process grows in one step.
 
 `share` is that of the rate at which PyTorch multiplies two large matrices in the same run (`ceilings.py`): all
-products of the model by the time of all that it does.
+products of the model by the time of all that it does. `bytes_modelled` (GB moved) adds up what the ops of a pass are
+given and give, each tensor once for each op (`op_traffic.py`): the least that this sequence of ops can move.
 
 The paper's column was measured by its authors on an A40 and is printed beside for comparison.
 """
@@ -58,6 +59,7 @@ from hlip.model.config import Pattern, VisionConfig, level_pattern
 from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, hold_weights
+from op_traffic import OpTraffic
 from report import append_rows, print_table, provenance, write_json
 from timing import in_turns, percentiles, process_bytes, ratio
 
@@ -342,6 +344,7 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
     outputs: dict[Kind, Tensor] = {}
     expected = reference(case, setting, mode) if {"hlip", "published"} & {kind.model for kind in jobs} else {}
     errors: dict[Kind, float] = {}
+    moved: dict[Kind, int] = {}
     for kind, job in tqdm(jobs.items(), f"{case.name}, {mode}: first pass", unit="model", disable=None):
         if (kind, mode) in NOT_RUN:
             yield {**kind._asdict(), "mode": mode, "reason": NOT_RUN[kind, mode]}
@@ -349,8 +352,11 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         job.module.train(mode == "training").to(DTYPES[setting.dtype] if mode == "inference" else torch.float32)
         way = partial(inference, job) if mode == "inference" else partial(training_step, job, setting)
         try:
-            outputs[kind] = way().float()
-            ways[kind] = way
+            if mode == "inference" and kind.model in ("hlip", "published"):
+                way()  # packs weights, once for all passes
+            with OpTraffic() as traffic:
+                outputs[kind] = way().float()
+            ways[kind], moved[kind] = way, traffic.counts.bytes
         except torch.OutOfMemoryError:
             yield {**kind._asdict(), "mode": mode, "reason": "out of memory"}
             continue
@@ -365,13 +371,15 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
     if calls > 1:
         in_turns(ways, 1, calls)  # clocks and allocator settle
     seconds = in_turns(ways, rounds, calls)
-    rate = ceilings.measure(setting.device, DTYPES[setting.dtype]).flops
+    limits = ceilings.measure(setting.device, DTYPES[setting.dtype])
     ours = seconds.get(Kind("hlip", True))
     for kind, mine in seconds.items():
         row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_ours": ratio(mine, ours) if ours else None}
         if kind.model in ("hlip", "published", "vit"):
             work = operations(case, setting, kind.model) * (3 if mode == "training" else 1)
-            row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / rate}
+            row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / limits.flops}
+        bytes_per_s = moved[kind] / row["p50_s"]
+        row |= {"bytes_modelled": moved[kind], "bytes_per_s": bytes_per_s, "of_copy": bytes_per_s / limits.bytes}
         if case.name == "table9" and kind in PUBLISHED_A40:
             _, rate_a40, memory_a40 = PUBLISHED_A40[kind]
             row |= {"a40_vol_per_s": rate_a40} if mode == "inference" else {"a40_memory_gb": memory_a40}
@@ -416,7 +424,7 @@ def in_a_fresh_process(
 
 
 def show(rows: list[dict[str, Any]], case: Case) -> None:
-    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB", "GB saved", "error"]
+    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB moved", "GB", "GB saved"]
     lines: list[list[object]] = []
     for row in rows:
         line: list[object] = [row["model"], row["flash"], row.get("mode")]
@@ -424,12 +432,12 @@ def show(rows: list[dict[str, Any]], case: Case) -> None:
             continue
         memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
         line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_ours"]]
-        line += [f"{row['share']:.0%}" if "share" in row else None, *memory]
+        line += [f"{row['share']:.0%}" if "share" in row else None, f"{row['bytes_modelled'] / 1e9:.3g}", *memory]
         line += [None if row["error"] is None else f"{row['error']:.1g}"]
         line += [f"{row[key]} {unit}" for key, unit in A40_UNITS.items() if key in row] or [None]
         lines.append(line)
     print(f"{case.name}: {case.studies} x {case.scans} x {case.shape}, {rows[0]['dtype']}, {rows[0]['device']}")
-    print_table([*header, "the paper's A40"], lines)
+    print_table([*header, "error", "the paper's A40"], lines)
     for row in rows:
         if "reason" in row:
             print(f"  {row['model']}, flash {row['flash']}, {row.get('mode') or 'all modes'}: not run: {row['reason']}")

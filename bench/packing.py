@@ -18,7 +18,8 @@ shapes, with a training step as three forwards.
 
 `peak_bytes` is what the step that is compared takes at most beyond weights and input: on a GPU as PyTorch allocates, on
 a CPU in resident memory of the process, with the C library's allocator as it is. While steps are timed on a CPU, the
-process keeps the memory that tensors leave, which serves all.
+process keeps the memory that tensors leave, which serves all. `bytes_modelled` adds up what the ops of the step are
+given and give, each tensor once for each op (`op_traffic.py`).
 
 Without a GPU: a narrow model of few layers and small scans, in which attention costs as much beside the other products
 as in the published model (882 kept tokens of a scan to a width of 768; 294 to 256). The narrower it is, the more weigh
@@ -48,6 +49,7 @@ from hlip.model.memory import keep_memory
 from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, regroup_prefix
+from op_traffic import OpTraffic
 from report import append_rows, megabytes, print_table, provenance, write_json
 from timing import Peak, in_turns, percentiles, ratio
 
@@ -62,6 +64,7 @@ COLUMNS = (
     "tokens",
     "gflop",
     "peak_mb",
+    "moved_mb",
     "p20_s",
     "p50_s",
     "p80_s",
@@ -98,8 +101,9 @@ def main() -> int:
     shape = [n * p for n, p in zip(config.grid, config.patch_size, strict=True)]
     studies = [[torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(count)] for count in counts]
     step = functools.partial(train_step if args.mode == "train" else forward, encoder, dtype=args.dtype)
-    for job in policies(encoder, [studies[0][:1]], device).values():
-        step(job)  # what first calls load is no policy's memory
+    with OpTraffic():
+        for job in policies(encoder, [studies[0][:1]], device).values():
+            step(job)  # what first calls load is no policy's memory
     jobs = policies(encoder, studies, device)
     rows = measure(jobs, step, args.rounds, TOLERANCE[args.dtype])
     case = {
@@ -292,18 +296,20 @@ def measure(
         jobs: what others are compared with before them.
 
     Returns:
-        A row for each: bytes of its step at most, seconds of its rounds, and the median of their ratios to packed's of
-        the same round with its 95% interval (`timing.ratio`); no seconds of a job that ran out of memory.
+        A row for each: memory of its step at most, bytes that its ops move, seconds of its rounds, and the median of
+        their ratios to packed's of the same round with its 95% interval (`timing.ratio`); no seconds of a job that ran
+        out of memory.
 
     Raises:
         SystemExit: a job's results differ from its reference's.
     """
     errors: dict[str, float | str] = {}
     peaks: dict[str, int | None] = {}
+    moved: dict[str, int] = {}
     results: dict[str, list[Tensor]] = {}
     for name, job in jobs.items():
         try:
-            with Peak() as peak:
+            with Peak() as peak, OpTraffic() as traffic:
                 results[name] = step(job)
         except torch.OutOfMemoryError:
             errors[name] = "out of memory"
@@ -316,7 +322,7 @@ def measure(
         errors[name] = error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
         if not error <= tolerance:
             raise SystemExit(f"{name}: results are {error:.2g} of their norm away from {reference}")
-        peaks[name] = peak.bytes
+        peaks[name], moved[name] = peak.bytes, traffic.counts.bytes
     results.clear()
     if not torch.cuda.is_available():
         keep_memory()
@@ -331,15 +337,16 @@ def measure(
             times_packed = ratio(times[name], times["packed"])
             row |= percentiles(times[name])
             row |= {"packed_over_this": times_packed.median, "interval": [times_packed.low, times_packed.high]}
-        rows.append({"policy": name, **row, "peak_bytes": peaks.get(name), "error": found_error})
+        row |= {"peak_bytes": peaks.get(name), "bytes_modelled": moved.get(name), "error": found_error}
+        rows.append({"policy": name, **row})
     return rows
 
 
 def shown(row: dict[str, Any], column: str) -> object:
     if column == "gflop":
         return round(row["flops"] / 1e9)
-    if column == "peak_mb":
-        return megabytes(row, "peak_bytes")
+    if column in ("peak_mb", "moved_mb"):
+        return megabytes(row, {"peak_mb": "peak_bytes", "moved_mb": "bytes_modelled"}[column])
     if column == "interval":
         return row[column] and "{:.3g}-{:.3g}".format(*row[column])
     return f"{row[column]:.3g}" if isinstance(row[column], float) else row[column]

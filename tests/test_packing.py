@@ -24,6 +24,7 @@ sys.path.insert(0, str(BENCH))
 
 import packing  # noqa: E402
 from cases import SCANS, draw_scans  # noqa: E402
+from op_traffic import OpTraffic  # noqa: E402
 from timing import RESET_PEAK  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -126,15 +127,17 @@ def test_results_that_differ_stop_the_run(encoder: StudyEncoder, studies: list[l
 
 
 @pytest.mark.skipif(not RESET_PEAK.exists(), reason="the system does not say how much memory was resident")
-def test_padding_takes_memory(encoder: StudyEncoder) -> None:
+def test_padding_takes_memory_and_moves_bytes(encoder: StudyEncoder) -> None:
     many = [random_study([(4, 12, 12)] * count, seed=count) for count in (40, 1) * 5]
     jobs = {"packed": packing.packed(encoder, many, CPU), "pad_max": packing.dense(encoder, many, CPU)}
-    for job in jobs.values():
-        packing.train_step(encoder, job, "fp32")
+    with OpTraffic():
+        for job in jobs.values():
+            packing.train_step(encoder, job, "fp32")
     packed, padded = packing.measure(jobs, lambda job: packing.train_step(encoder, job, "fp32"), 1, 1e-4)
     release_memory()
     saved = 4 * 3690 * 64 * len(encoder.blocks) * 10  # rows of attention and MLP that autograd keeps, of a block
     assert saved < packed["peak_bytes"] < 0.6 * padded["peak_bytes"]
+    assert 2 * saved < packed["bytes_modelled"] < 0.6 * padded["bytes_modelled"]
     assert next(encoder.parameters()).grad is None  # gradients of one step are no memory of the next
 
 
