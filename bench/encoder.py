@@ -60,7 +60,7 @@ from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, hold_weights
 from op_traffic import OpTraffic
-from report import append_rows, print_table, provenance, write_json
+from report import append_rows, gigabytes, print_table, provenance, write_json
 from timing import in_turns, percentiles, process_bytes, ratio
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
@@ -366,6 +366,8 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         elif kind._replace(flash=True) in outputs and not kind.flash:
             others = {"out": outputs[kind._replace(flash=True)]}
             errors[kind] = compare(kind, {"out": outputs[kind]}, others, setting.dtype)
+        elif not outputs[kind].isfinite().all():
+            raise SystemExit(f"{kind}: the output is not finite")
     expected.clear()
     calls = GPU_CALLS if setting.device == "cuda" else 1
     if calls > 1:
@@ -424,7 +426,7 @@ def in_a_fresh_process(
 
 
 def show(rows: list[dict[str, Any]], case: Case) -> None:
-    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB moved", "GB", "GB saved"]
+    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB moved", "GiB", "GiB saved"]
     lines: list[list[object]] = []
     for row in rows:
         line: list[object] = [row["model"], row["flash"], row.get("mode")]
@@ -432,7 +434,7 @@ def show(rows: list[dict[str, Any]], case: Case) -> None:
             continue
         memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
         line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_ours"]]
-        line += [f"{row['share']:.0%}" if "share" in row else None, f"{row['bytes_modelled'] / 1e9:.3g}", *memory]
+        line += [f"{row['share']:.0%}" if "share" in row else None, gigabytes(row, "bytes_modelled"), *memory]
         line += [None if row["error"] is None else f"{row['error']:.1g}"]
         line += [f"{row[key]} {unit}" for key, unit in A40_UNITS.items() if key in row] or [None]
         lines.append(line)

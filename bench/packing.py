@@ -50,7 +50,7 @@ from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, regroup_prefix
 from op_traffic import OpTraffic
-from report import append_rows, megabytes, print_table, provenance, write_json
+from report import append_rows, gigabytes, megabytes, print_table, provenance, write_json
 from timing import Peak, in_turns, percentiles, ratio
 
 REPEAT = 10  # scans of every study in the published training
@@ -64,7 +64,7 @@ COLUMNS = (
     "tokens",
     "gflop",
     "peak_mb",
-    "moved_mb",
+    "moved_gb",
     "p20_s",
     "p50_s",
     "p80_s",
@@ -345,8 +345,10 @@ def measure(
 def shown(row: dict[str, Any], column: str) -> object:
     if column == "gflop":
         return round(row["flops"] / 1e9)
-    if column in ("peak_mb", "moved_mb"):
-        return megabytes(row, {"peak_mb": "peak_bytes", "moved_mb": "bytes_modelled"}[column])
+    if column == "peak_mb":
+        return megabytes(row, "peak_bytes")
+    if column == "moved_gb":
+        return gigabytes(row, "bytes_modelled")
     if column == "interval":
         return row[column] and "{:.3g}-{:.3g}".format(*row[column])
     return f"{row[column]:.3g}" if isinstance(row[column], float) else row[column]

@@ -61,9 +61,22 @@ def count(number: int, things: str) -> str:
     return f"{number} {one if number == 1 else things}"
 
 
-def where(row: Row) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"*{', '.join(machine_name(row))}; {versions}; commit {row['commit']}; {row['utc']}*"
+def where(rows: Iterable[Row]) -> str:
+    """Where rows were measured, with what, of which commits, and from when to when: all there is, each once."""
+    rows = sorted(rows, key=lambda row: row["utc"])
+    versions: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        for name, version in row["versions"].items():
+            versions[name][version] = None
+    commits = list(dict.fromkeys(row["commit"] or "unknown" for row in rows))
+    first, last = (f"{row['utc'][:10]} {row['utc'][11:16]}" for row in (rows[0], rows[-1]))
+    facts = [
+        " and ".join(dict.fromkeys(", ".join(machine_name(row)) for row in rows)),
+        ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()),
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
+        f"{first}{f' to {last}' * (last != first)} UTC",
+    ]
+    return f"*{'; '.join(facts)}*"
 
 
 def losses(lines: Iterable[tuple[str, Sequence[float] | None]]) -> str:
@@ -92,9 +105,9 @@ def not_run(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
     return "Not run here:\n\n" + "\n".join(lines)
 
 
-def heading(title: str, machine: str, text: str, row: Row | None = None) -> str:
-    """Of a section; says where it was measured, if one row stands for all."""
-    return f"## {title}{f': {machine}' * bool(machine)}\n\n{wrapped(text)}" + (f"\n\n{where(row)}" if row else "")
+def heading(title: str, machine: str, text: str, rows: Sequence[Row] = ()) -> str:
+    """Of a section; says where its rows were measured, if they are given."""
+    return f"## {title}{f': {machine}' * bool(machine)}\n\n{wrapped(text)}" + (f"\n\n{where(rows)}" if rows else "")
 
 
 def wrapped(text: str) -> str:
