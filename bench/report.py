@@ -27,7 +27,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 def short(value: float) -> str:
     """Three digits, or all before the point."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def megabytes(row: Mapping[str, Any], key: str) -> str | None:
