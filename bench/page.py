@@ -69,12 +69,13 @@ def where(rows: Iterable[Row]) -> str:
         for name, version in row["versions"].items():
             versions[name][version] = None
     commits = list(dict.fromkeys(row["commit"] or "unknown" for row in rows))
-    first, last = (f"{row['utc'][:10]} {row['utc'][11:16]}" for row in (rows[0], rows[-1]))
+    (day, begin), (last_day, end) = ((row["utc"][:10], row["utc"][11:16]) for row in (rows[0], rows[-1]))
+    last = end if day == last_day else f"{last_day} {end}"
     facts = [
         " and ".join(dict.fromkeys(", ".join(machine_name(row)) for row in rows)),
         ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()),
         f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
-        f"{first}{f' to {last}' * (last != first)} UTC",
+        f"{day} {begin}{f' to {last}' * (last != begin)} UTC",
     ]
     return f"*{'; '.join(facts)}*"
 
