@@ -60,6 +60,7 @@ from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, hold_weights
 from op_traffic import OpTraffic
+from options import add_device, number, written
 from report import append_rows, gigabytes, print_table, provenance, write_json
 from timing import in_turns, percentiles, process_bytes, ratio
 
@@ -91,6 +92,7 @@ PUBLISHED_A40 = {
 A40_UNITS = {"a40_vol_per_s": "vol/s", "a40_memory_gb": "GB"}
 NO_MEMORY = ("memory", "could not create a primitive", "could not execute a primitive")  # PyTorch's words, oneDNN's
 UNTRIED = "not tried, as a training step ran out of memory"
+BOTH = ("inference", "training")
 MODELS = tuple(dict.fromkeys(kind.model for kind in KINDS))
 
 
@@ -268,7 +270,9 @@ def main() -> int:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     if args.scaling:
-        return [scaling(args.scaling, size, args.device == "cuda") for size in args.sizes or SIZES[args.scaling]]
+        return [
+            scaling(args.scaling, size, args.device == "cuda") for size in sorted(args.sizes or SIZES[args.scaling])
+        ]
     return [table9(studies) if args.table9 else figure1b(studies, args.scans) for studies in args.studies]
 
 
@@ -451,45 +455,35 @@ def parse() -> argparse.Namespace:
     what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
     what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")
     what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
-    parser.add_argument("--sizes", nargs="+", type=int, help="of --scaling, increasing")
-    parser.add_argument(
-        "--limit-gb",
-        type=float,
-        help="of a training step, GiB (default: 8 with --scaling on a CPU, else what there is)",
-    )
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling"
-    )
-    parser.add_argument("--flash", choices=("true", "false"), help="only with or without (default: both)")
-    parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
-    parser.add_argument("--studies", nargs="+", type=int, default=[1], help="in a batch; a run for each (default: 1)")
-    parser.add_argument("--scans", type=int, default=8, help="of a study of Figure 1b (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each model (default: %(default)s)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
-    )
-    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 768)")
-    parser.add_argument("--depth", type=int, help="a multiple of 3 (default: 12)")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
-    parser.add_argument(
-        "--allocator", choices=("kept", "default"), default="kept", help="what a CPU process does with freed memory"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--results", type=Path, help="also append the rows to this .jsonl file")
+    add = parser.add_argument
+    add("--sizes", nargs="+", type=number, help="of --scaling (default: some of each)")
+    add("--limit-gb", type=float, metavar="GIB", help="of a training step (default: none; 8 with --scaling on a CPU)")
+    add("--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling")
+    add("--flash", choices=("true", "false"), help="only with or without (default: both)")
+    add("--modes", nargs="+", choices=BOTH, default=list(BOTH), help="default: both")
+    add("--studies", nargs="+", type=number, default=[1], help="in a batch; a run for each (default: 1)")
+    add("--scans", type=number, default=8, help="of a study of Figure 1b (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
+    add("--rounds", type=number, default=5, help="measurements of each model (default: %(default)s)")
+    add("--threads", type=number, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
+    add("--width", type=number, help="a multiple of 64 (default: 768; 128 with --scaling on a CPU)")
+    add("--depth", type=number, help="layers, a multiple of 3 (default: 12; 3 with --scaling on a CPU)")
+    add("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
+    add("--allocator", choices=("kept", "default"), default="kept", help="whether a CPU process keeps freed memory")
+    add_device(parser)
+    add("--json", type=written, help="also write the rows to this file")
+    add("--results", type=Path, help="also append the rows to this .jsonl file")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     small = args.scaling and args.device == "cpu"
     args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
     args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
-    args.limit_gb = args.limit_gb or (8.0 if small else None)
+    args.limit_gb = 8.0 if args.limit_gb is None and small else args.limit_gb
     if args.sizes and not args.scaling:
         parser.error("--sizes belongs to --scaling")
-    least = min(args.rounds, args.threads, args.scans, args.width, args.depth, *args.studies, *(args.sizes or ()))
-    if args.width % 64 or args.depth % 3 or least < 1:
-        parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
+    if args.limit_gb is not None and not args.limit_gb > 0:
+        parser.error(f"--limit-gb must be more than 0, got {args.limit_gb:g}")
+    if args.width % 64 or args.depth % 3:
+        parser.error(f"--width must be a multiple of 64, --depth of 3, got {args.width} and {args.depth}")
     return args
 
 

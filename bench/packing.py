@@ -50,6 +50,7 @@ from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, regroup_prefix
 from op_traffic import OpTraffic
+from options import add_device, number, written
 from report import append_rows, gigabytes, megabytes, print_table, provenance, write_json
 from timing import Peak, in_turns, percentiles, ratio
 
@@ -128,22 +129,27 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mix", choices=SCANS, default="pub_brain_5", help="how many scans studies have")
-    parser.add_argument("--mode", choices=("train", "forward"), default="train", help="train: and backward (default)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--mode",
+        choices=("train", "forward"),
+        default="train",
+        help="train is forward and backward (default), forward without gradients",
+    )
+    parser.add_argument("--json", type=written, help="also write the rows to this file")
     parser.add_argument("--results", type=Path, help="also append the rows to this .jsonl file")
-    parser.add_argument("--studies", type=int, help="of the batch (default: 8 without a GPU, 32 with one)")
-    parser.add_argument("--max-scans", type=int, default=10, help="more of a study are left out (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each policy (default: %(default)s)")
-    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 256 or 768)")
-    parser.add_argument("--depth", type=int, help="a multiple of 3 (default: 3 or 12)")
-    parser.add_argument("--grid", type=int, nargs=3, help="tokens of a scan (default: 6 7 7 or 6 14 14)")
-    parser.add_argument("--patch", type=int, nargs=3, help="voxels of a token (default: 4 6 6 or 8 16 16)")
+    parser.add_argument("--studies", type=number, help="of the batch (default: 8 without a GPU, 32 with one)")
+    parser.add_argument(
+        "--max-scans", type=number, default=10, help="more of a study are left out (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=number, default=5, help="measurements of each policy (default: %(default)s)")
+    parser.add_argument("--width", type=number, help="a multiple of 64 (default: 256 or 768)")
+    parser.add_argument("--depth", type=number, help="a multiple of 3 (default: 3 or 12)")
+    parser.add_argument("--grid", type=number, nargs=3, help="tokens of a scan (default: 6 7 7 or 6 14 14)")
+    parser.add_argument("--patch", type=number, nargs=3, help="voxels of a token (default: 4 6 6 or 8 16 16)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="of products (default: fp32 without a GPU, bf16 with one)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    add_device(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of scan counts and weights (default: %(default)s)")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = args.device == "cuda"
     args.studies = args.studies or (32 if gpu else 8)
     args.width = args.width or (768 if gpu else 256)
@@ -151,9 +157,8 @@ def parse() -> argparse.Namespace:
     args.grid = args.grid or ([6, 14, 14] if gpu else [6, 7, 7])
     args.patch = args.patch or ([8, 16, 16] if gpu else [4, 6, 6])
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
-    numbers = args.studies, args.max_scans, args.rounds, args.width, args.depth, *args.grid, *args.patch
-    if args.width % 64 or args.depth % 3 or min(numbers) < 1:
-        parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
+    if args.width % 64 or args.depth % 3:
+        parser.error(f"--width must be a multiple of 64, --depth of 3, got {args.width} and {args.depth}")
     return args
 
 

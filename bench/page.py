@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 Row = dict[str, Any]
+PROVENANCE = ("device", "threads", "versions", "commit", "utc")
 OURS, OTHERS = "#1f6fb4", "#9a9a9a"
 
 
@@ -21,14 +22,19 @@ def read(path: Path) -> list[Row]:
     """The rows of a file of one JSON object a line; none where there is no file.
 
     Raises:
-        ValueError: a line is no JSON; names the file.
+        ValueError: a line is not a benchmark's row; names file and line.
     """
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable results ({error})") from error
+    rows: list[Row] = []
+    for at, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {at}: no JSON ({error})") from error
+        missing = [key for key in PROVENANCE if key not in row] if isinstance(row, dict) else list(PROVENANCE)
+        if missing:
+            raise ValueError(f"{path}: line {at}: not a benchmark's row: {', '.join(missing)} missing")
+        rows.append(row)
+    return rows
 
 
 def latest(rows: Iterable[Row], case: Callable[[Row], object]) -> list[Row]:

@@ -62,12 +62,17 @@ MARKERS = "ovs^Dp<>*Xhd"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="default: %(default)s")
+    parser.add_argument(
+        "--results", type=Path, default=Path("bench/results"), help="folder of the .jsonl files (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
     args = parser.parse_args()
-    encoders, packed, calls, counted = (
-        read(args.results / f"{name}.jsonl") for name in ("encoder", "packing", "attention", "io")
-    )
+    try:
+        encoders, packed, calls, counted = (
+            read(args.results / f"{name}.jsonl") for name in ("encoder", "packing", "attention", "io")
+        )
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     whole = [row for row in encoders if not row["case"].startswith("scaling_")]
     growing = [row for row in encoders if row["case"].startswith("scaling_")]
     sections = [

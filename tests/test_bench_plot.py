@@ -61,9 +61,12 @@ def test_results_that_are_none_are_named(tmp_path: Path) -> None:
     done = program("plot.py", "--results", tmp_path, "--out", tmp_path / "docs")
     assert done.returncode == 2 and "no results; make bench measures some" in done.stderr
     assert not (tmp_path / "docs").exists()
-    (tmp_path / "encoder.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"encoder.jsonl: not readable results"):
-        pages.read(tmp_path / "encoder.jsonl")
+    for line, words in (("{", "line 1: no JSON"), ('{"utc": "1"}', "line 1: not a benchmark's row: device, threads")):
+        (tmp_path / "encoder.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=f"encoder.jsonl: {words}"):
+            pages.read(tmp_path / "encoder.jsonl")
+    done = program("plot.py", "--results", tmp_path, "--out", tmp_path / "docs")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 def test_the_latest_run_of_a_case_is_shown() -> None:
