@@ -69,10 +69,10 @@ about it: large results go back to the system, and every page is cleared again a
 PACKING = """How many studies a second does a step take, if studies have as many scans as they happen to have? The same
 studies and weights for all; embeddings, and in training gradients, are compared. Scan counts are those of three
 collections, of every study at most 10: `pub_brain_5`, counted, of which most studies have 1 or 4; `brain_mri` and
-`head_ct`, fitted to the paper's figures, of which most have more than 10, and 2 to 5. `tokens` are those encoded,
-repeats and padding among them, GFLOP those of their matrix products. MB peak is what a step adds at most to the
-process, or to the GPU's memory; GB moved adds up what its ops read and write, each tensor once for each op: modelled,
-not measured. Where `error` is 0 stands what others are compared with."""
+`head_ct`, fitted to the paper's figures, of which most have more than 10, and 2 to 5, respectively. `tokens` are those
+encoded, repeats and padding among them, GFLOP those of their matrix products. MB peak is what a step adds at most to
+the process, or to the GPU's memory; GB moved adds up what its ops read and write, each tensor once for each op:
+modelled, not measured. Where `error` is 0 stands what others are compared with."""
 GROWING = """How do time and memory of a step grow with the scans of a study, the slices of a scan, and the studies of a
 batch? In brackets, how many times as long as ours. On a CPU the model is small (width 128, three layers, scans of 294
 tokens, a study of four scans where slices or studies grow), and small inputs show what a call costs at least, where we
