@@ -44,6 +44,7 @@ import kernels
 import static
 import tune
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D
+from options import add_device, number, written
 from peers import PEERS
 from report import print_table, write_json
 
@@ -118,7 +119,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser.add_argument(
         "--head-dim", nargs="*", type=int, choices=BLOCK_D, help="default: 64; of --static and --tune all"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows to this file (not of --tune)")
+    parser.add_argument("--json", type=written, help="also write the rows to this file (not of --tune)")
     parser.add_argument(
         "--results", type=Path, metavar="JSONL", help="also append the rows to this file (not of --static, --tune)"
     )
@@ -131,40 +132,38 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     timing.add_argument(
         "--backends", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)} (default: all)"
     )
-    timing.add_argument("--modes", nargs="+", choices=kernels.MODES, default=list(kernels.MODES))
-    timing.add_argument("--heads", type=int, default=12, help="default: %(default)s")
+    timing.add_argument("--modes", nargs="+", choices=kernels.MODES, default=list(kernels.MODES), help="default: both")
+    timing.add_argument("--heads", type=number, default=12, help="default: %(default)s")
     timing.add_argument(
-        "--batch", type=int, help="studies of a case (default: 1, with a GPU 8); of a mix four times as many"
+        "--batch", type=number, help="studies of a case (default: 1, with a GPU 8); of a mix four times as many"
     )
-    timing.add_argument("--rounds", type=int, help=f"measurements of each way (default: {kernels.ROUNDS})")
+    timing.add_argument("--rounds", type=number, help=f"measurements of each way (default: {kernels.ROUNDS})")
     timing.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
+        "--threads", type=number, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
     )
     timing.add_argument(
         "--memory-limit", type=float, metavar="GIB",
         help=f"leave out what would need more (default: {CPU_MEMORY:g}, with --quick {QUICK_CPU_MEMORY:g}, of a GPU "
         f"{GPU_MEMORY:g} of what it has)",
     )  # fmt: skip
-    timing.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(timing)
     timing.add_argument("--profile", type=Path, metavar="FOLDER", help="write a Chrome trace of every case there")
     only = parser.add_argument_group("with --static")
     only.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
     only.add_argument(
-        "--width", nargs="*", type=int, default=static.WIDTHS, help="of the norm; default: %(default)s, may be none"
+        "--width", nargs="*", type=number, default=static.WIDTHS, help="of the norm; default: %(default)s, may be none"
     )
-    only.add_argument("--workers", type=int, default=os.cpu_count(), help="compiler processes (default: %(default)s)")
+    only.add_argument(
+        "--workers", type=number, default=os.cpu_count(), help="compiler processes (default: %(default)s)"
+    )
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU that PyTorch can use")
     if args.quick and args.cases:
         parser.error("--quick and --cases both choose cases: give one")
     timing_mode = not (args.io or args.static or args.tune)
     if timing_mode and "tf32" in (args.dtype or ()):
         parser.error("--dtype tf32 is for --static and --tune")
-    if min(args.heads, args.threads, *(1 if x is None else x for x in (args.rounds, args.batch))) < 1:
-        parser.error("--heads, --batch, --rounds and --threads must be at least 1")
+    if args.memory_limit is not None and not args.memory_limit > 0:
+        parser.error(f"--memory-limit must be more than 0, got {args.memory_limit:g}")
     return args, parser
 
 

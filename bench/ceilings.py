@@ -5,6 +5,7 @@ Neither is a data sheet's figure. Operands are random: products of zeros run fas
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ class Ceilings(NamedTuple):
     bytes: float
 
 
+@functools.cache  # of a run
 def measure(device: str, dtype: torch.dtype) -> Ceilings:
     side = SIDE[device]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -43,6 +43,7 @@ from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, choose_backend, not_s
 from hlip_kernels.env import report as environment_report
 from hlip_kernels.layout import LEVELS
 from kernels import BEFORE, DTYPES, TOLERANCE, Oracle, Way
+from options import written
 from peers import Ours, Problem
 from plot import table
 from report import provenance
@@ -252,13 +253,14 @@ def write(path: Path, text: str) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
-    parser.add_argument("--out", type=Path, default=Path("check.md"), help="the report (default: %(default)s)")
-    args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no such folder")
-    return args
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="what is checked (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in this order (default: all)"
+    )
+    parser.add_argument("--out", type=written, default="check.md", help="the report (default: %(default)s)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from options import number, written
 from report import print_table, write_json
 from timing import Ratio, ratio
 
@@ -151,14 +152,17 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options] [-- ...]"
     )
     parser.add_argument("--base", required=True, metavar="REV", help="a commit, tag or branch to compare with")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="default: both")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=BENCHMARKS,
+        default=list(BENCHMARKS),
+        help="one of the two benchmarks (default: both)",
+    )
+    parser.add_argument("--rounds", type=number, default=5, help="runs of each revision (default: %(default)s)")
+    parser.add_argument("--json", type=written, help="also write the rows to this file")
     parser.add_argument("options", nargs="*", help="after --, options for all benchmarks, such as --threads 1")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ Memory of training: on a GPU what PyTorch allocates at most beyond weights and i
 keeps for backward, and `memory_gb`, by how much the largest resident size of a fresh process grows in one step.
 
 `share` is that of the rate at which PyTorch multiplies two large matrices in the same run (`ceilings.py`): all
-products of the model by the time of all that it does.
+products of the model by the time of all that it does. `bytes_modelled` (GB moved) adds up what the ops of a pass are
+given and give, each tensor once for each op (`op_traffic.py`): the least that this sequence of ops can move.
 
 The paper's column was measured by its authors on an A40 and is printed beside for comparison.
 """
@@ -58,7 +59,9 @@ from hlip.model.config import Pattern, VisionConfig, level_pattern
 from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, hold_weights
-from report import append_rows, print_table, provenance, write_json
+from op_traffic import OpTraffic
+from options import add_device, number, written
+from report import append_rows, gigabytes, print_table, provenance, write_json
 from timing import in_turns, percentiles, process_bytes, ratio
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
@@ -89,6 +92,7 @@ PUBLISHED_A40 = {
 A40_UNITS = {"a40_vol_per_s": "vol/s", "a40_memory_gb": "GB"}
 NO_MEMORY = ("memory", "could not create a primitive", "could not execute a primitive")  # PyTorch's words, oneDNN's
 UNTRIED = "not tried, as a training step ran out of memory"
+BOTH = ("inference", "training")
 MODELS = tuple(dict.fromkeys(kind.model for kind in KINDS))
 
 
@@ -266,7 +270,9 @@ def main() -> int:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     if args.scaling:
-        return [scaling(args.scaling, size, args.device == "cuda") for size in args.sizes or SIZES[args.scaling]]
+        return [
+            scaling(args.scaling, size, args.device == "cuda") for size in sorted(args.sizes or SIZES[args.scaling])
+        ]
     return [table9(studies) if args.table9 else figure1b(studies, args.scans) for studies in args.studies]
 
 
@@ -342,6 +348,7 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
     outputs: dict[Kind, Tensor] = {}
     expected = reference(case, setting, mode) if {"hlip", "published"} & {kind.model for kind in jobs} else {}
     errors: dict[Kind, float] = {}
+    moved: dict[Kind, int] = {}
     for kind, job in tqdm(jobs.items(), f"{case.name}, {mode}: first pass", unit="model", disable=None):
         if (kind, mode) in NOT_RUN:
             yield {**kind._asdict(), "mode": mode, "reason": NOT_RUN[kind, mode]}
@@ -349,8 +356,11 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         job.module.train(mode == "training").to(DTYPES[setting.dtype] if mode == "inference" else torch.float32)
         way = partial(inference, job) if mode == "inference" else partial(training_step, job, setting)
         try:
-            outputs[kind] = way().float()
-            ways[kind] = way
+            if mode == "inference" and kind.model in ("hlip", "published"):
+                way()  # packs weights, once for all passes
+            with OpTraffic() as traffic:
+                outputs[kind] = way().float()
+            ways[kind], moved[kind] = way, traffic.counts.bytes
         except torch.OutOfMemoryError:
             yield {**kind._asdict(), "mode": mode, "reason": "out of memory"}
             continue
@@ -360,18 +370,22 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         elif kind._replace(flash=True) in outputs and not kind.flash:
             others = {"out": outputs[kind._replace(flash=True)]}
             errors[kind] = compare(kind, {"out": outputs[kind]}, others, setting.dtype)
+        elif not outputs[kind].isfinite().all():
+            raise SystemExit(f"{kind}: the output is not finite")
     expected.clear()
     calls = GPU_CALLS if setting.device == "cuda" else 1
     if calls > 1:
         in_turns(ways, 1, calls)  # clocks and allocator settle
     seconds = in_turns(ways, rounds, calls)
-    rate = ceilings.measure(setting.device, DTYPES[setting.dtype]).flops
+    limits = ceilings.measure(setting.device, DTYPES[setting.dtype])
     ours = seconds.get(Kind("hlip", True))
     for kind, mine in seconds.items():
         row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_ours": ratio(mine, ours) if ours else None}
         if kind.model in ("hlip", "published", "vit"):
             work = operations(case, setting, kind.model) * (3 if mode == "training" else 1)
-            row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / rate}
+            row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / limits.flops}
+        bytes_per_s = moved[kind] / row["p50_s"]
+        row |= {"bytes_modelled": moved[kind], "bytes_per_s": bytes_per_s, "of_copy": bytes_per_s / limits.bytes}
         if case.name == "table9" and kind in PUBLISHED_A40:
             _, rate_a40, memory_a40 = PUBLISHED_A40[kind]
             row |= {"a40_vol_per_s": rate_a40} if mode == "inference" else {"a40_memory_gb": memory_a40}
@@ -416,7 +430,7 @@ def in_a_fresh_process(
 
 
 def show(rows: list[dict[str, Any]], case: Case) -> None:
-    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB", "GB saved", "error"]
+    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB moved", "GiB", "GiB saved"]
     lines: list[list[object]] = []
     for row in rows:
         line: list[object] = [row["model"], row["flash"], row.get("mode")]
@@ -424,12 +438,12 @@ def show(rows: list[dict[str, Any]], case: Case) -> None:
             continue
         memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
         line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_ours"]]
-        line += [f"{row['share']:.0%}" if "share" in row else None, *memory]
+        line += [f"{row['share']:.0%}" if "share" in row else None, gigabytes(row, "bytes_modelled"), *memory]
         line += [None if row["error"] is None else f"{row['error']:.1g}"]
         line += [f"{row[key]} {unit}" for key, unit in A40_UNITS.items() if key in row] or [None]
         lines.append(line)
     print(f"{case.name}: {case.studies} x {case.scans} x {case.shape}, {rows[0]['dtype']}, {rows[0]['device']}")
-    print_table([*header, "the paper's A40"], lines)
+    print_table([*header, "error", "the paper's A40"], lines)
     for row in rows:
         if "reason" in row:
             print(f"  {row['model']}, flash {row['flash']}, {row.get('mode') or 'all modes'}: not run: {row['reason']}")
@@ -441,45 +455,35 @@ def parse() -> argparse.Namespace:
     what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
     what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")
     what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
-    parser.add_argument("--sizes", nargs="+", type=int, help="of --scaling, increasing")
-    parser.add_argument(
-        "--limit-gb",
-        type=float,
-        help="of a training step, GiB (default: 8 with --scaling on a CPU, else what there is)",
-    )
-    parser.add_argument(
-        "--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling"
-    )
-    parser.add_argument("--flash", choices=("true", "false"), help="only with or without (default: both)")
-    parser.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference", "training"])
-    parser.add_argument("--studies", nargs="+", type=int, default=[1], help="in a batch; a run for each (default: 1)")
-    parser.add_argument("--scans", type=int, default=8, help="of a study of Figure 1b (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each model (default: %(default)s)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
-    )
-    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 768)")
-    parser.add_argument("--depth", type=int, help="a multiple of 3 (default: 12)")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
-    parser.add_argument(
-        "--allocator", choices=("kept", "default"), default="kept", help="what a CPU process does with freed memory"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--results", type=Path, help="also append the rows to this .jsonl file")
+    add = parser.add_argument
+    add("--sizes", nargs="+", type=number, help="of --scaling (default: some of each)")
+    add("--limit-gb", type=float, metavar="GIB", help="of a training step (default: none; 8 with --scaling on a CPU)")
+    add("--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling")
+    add("--flash", choices=("true", "false"), help="only with or without (default: both)")
+    add("--modes", nargs="+", choices=BOTH, default=list(BOTH), help="default: both")
+    add("--studies", nargs="+", type=number, default=[1], help="in a batch; a run for each (default: 1)")
+    add("--scans", type=number, default=8, help="of a study of Figure 1b (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
+    add("--rounds", type=number, default=5, help="measurements of each model (default: %(default)s)")
+    add("--threads", type=number, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
+    add("--width", type=number, help="a multiple of 64 (default: 768; 128 with --scaling on a CPU)")
+    add("--depth", type=number, help="layers, a multiple of 3 (default: 12; 3 with --scaling on a CPU)")
+    add("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
+    add("--allocator", choices=("kept", "default"), default="kept", help="whether a CPU process keeps freed memory")
+    add_device(parser)
+    add("--json", type=written, help="also write the rows to this file")
+    add("--results", type=Path, help="also append the rows to this .jsonl file")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     small = args.scaling and args.device == "cpu"
     args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
     args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
-    args.limit_gb = args.limit_gb or (8.0 if small else None)
+    args.limit_gb = 8.0 if args.limit_gb is None and small else args.limit_gb
     if args.sizes and not args.scaling:
         parser.error("--sizes belongs to --scaling")
-    least = min(args.rounds, args.threads, args.scans, args.width, args.depth, *args.studies, *(args.sizes or ()))
-    if args.width % 64 or args.depth % 3 or least < 1:
-        parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
+    if args.limit_gb is not None and not args.limit_gb > 0:
+        parser.error(f"--limit-gb must be more than 0, got {args.limit_gb:g}")
+    if args.width % 64 or args.depth % 3:
+        parser.error(f"--width must be a multiple of 64, --depth of 3, got {args.width} and {args.depth}")
     return args
 
 

@@ -53,8 +53,9 @@ from hlip_kernels.backends import triton_norm
 from hlip_kernels.backends.groups import Regroup
 from hlip_kernels.configs import Tile, built_in_config, row_of
 from hlip_kernels.layout import LEVELS
+from op_traffic import Counts, OpTraffic
 from report import append_rows, print_table, provenance, write_json
-from traffic import Counts, OpTraffic, watched
+from traffic import watched
 from tune import Problem
 
 TOLERANCE = 0.05  # of exponents

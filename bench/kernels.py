@@ -265,12 +265,9 @@ def main(
         profile: a folder for traces of one more call of every way.
     """
     found: list[dict[str, Any]] = []
-    limits: dict[str, Ceilings] = {}
     try:
         for setting in settings:
-            if setting.dtype not in limits:
-                limits[setting.dtype] = ceilings.measure(setting.device, DTYPES[setting.dtype])
-            limit = limits[setting.dtype]
+            limit = ceilings.measure(setting.device, DTYPES[setting.dtype])
             print(
                 f"{setting.dtype}, {setting.heads} heads of {setting.head_dim}, "
                 f"{provenance(torch.device(setting.device))['device']}, {torch.get_num_threads()} threads. A matrix "

@@ -13,9 +13,13 @@ The same studies and the same weights, in one run and in turns:
 
 The dense encoder is a plain one: PyTorch's layers and `scaled_dot_product_attention` on the packed encoder's own
 parameters. Embeddings (and with `--mode train` the gradients) are compared in the same run: repeat10 with repeat10_us,
-the others with packed. On a CPU the process keeps the memory that tensors leave, which serves all. `tokens` are patch
-tokens that a policy encodes, `flops` those of its matrix products, by their shapes, with a training step as three
-forwards.
+the others with packed. `tokens` are patch tokens that a policy encodes, `flops` those of its matrix products, by their
+shapes, with a training step as three forwards.
+
+`peak_bytes` is what the step that is compared takes at most beyond weights and input: on a GPU as PyTorch allocates, on
+a CPU in resident memory of the process, with the C library's allocator as it is. While steps are timed on a CPU, the
+process keeps the memory that tensors leave, which serves all. `bytes_modelled` adds up what the ops of the step are
+given and give, each tensor once for each op (`op_traffic.py`).
 
 Without a GPU: a narrow model of few layers and small scans, in which attention costs as much beside the other products
 as in the published model (882 kept tokens of a scan to a width of 768; 294 to 256). The narrower it is, the more weigh
@@ -45,10 +49,13 @@ from hlip.model.memory import keep_memory
 from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, StudyLayout, regroup_prefix
-from report import append_rows, print_table, provenance, write_json
-from timing import in_turns, percentiles, ratio
+from op_traffic import OpTraffic
+from options import add_device, number, written
+from report import append_rows, gigabytes, megabytes, print_table, provenance, write_json
+from timing import Peak, in_turns, percentiles, ratio
 
 REPEAT = 10  # scans of every study in the published training
+REFERENCES = dict.fromkeys(("repeat10_us", "repeat10"), "repeat10_us")  # of results; of the others packed
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of norms
 COLUMNS = (
     "policy",
@@ -57,6 +64,8 @@ COLUMNS = (
     "interval",
     "tokens",
     "gflop",
+    "peak_mb",
+    "moved_gb",
     "p20_s",
     "p50_s",
     "p80_s",
@@ -83,7 +92,6 @@ def main() -> int:
     args = parse()
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    keep_memory()
     counts = draw_scans(args.mix, args.studies, args.seed, args.max_scans)
     levels = level_pattern("scan+study", args.depth, args.depth // 3)
     config = VisionConfig(
@@ -93,18 +101,12 @@ def main() -> int:
     encoder = StudyEncoder(config).to(device)
     shape = [n * p for n, p in zip(config.grid, config.patch_size, strict=True)]
     studies = [[torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(count)] for count in counts]
-    repeated = [[scans[m % len(scans)] for m in range(REPEAT)] for scans in studies]
-
-    jobs = {
-        "packed": packed(encoder, studies, device),
-        "repeat10": dense(encoder, repeated, device),
-        "repeat10_us": packed(encoder, repeated, device),
-        "pad_max": dense(encoder, studies, device),
-        "block_mask": block_mask(encoder, studies, device),
-    }
-    references = dict.fromkeys(jobs, jobs["packed"]) | dict.fromkeys(("repeat10", "repeat10_us"), jobs["repeat10_us"])
     step = functools.partial(train_step if args.mode == "train" else forward, encoder, dtype=args.dtype)
-    rows = measure(jobs, references, step, args.rounds, TOLERANCE[args.dtype])
+    with OpTraffic():
+        for job in policies(encoder, [studies[0][:1]], device).values():
+            step(job)  # what first calls load is no policy's memory
+    jobs = policies(encoder, studies, device)
+    rows = measure(jobs, step, args.rounds, TOLERANCE[args.dtype])
     case = {
         "mix": args.mix, "mode": args.mode, "dtype": args.dtype, "studies": args.studies, "scans": int(counts.sum()),
         "max_scans": args.max_scans, "width": args.width, "depth": args.depth, "grid": args.grid, "patch": args.patch,
@@ -127,22 +129,27 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mix", choices=SCANS, default="pub_brain_5", help="how many scans studies have")
-    parser.add_argument("--mode", choices=("train", "forward"), default="train", help="train: and backward (default)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--mode",
+        choices=("train", "forward"),
+        default="train",
+        help="train is forward and backward (default), forward without gradients",
+    )
+    parser.add_argument("--json", type=written, help="also write the rows to this file")
     parser.add_argument("--results", type=Path, help="also append the rows to this .jsonl file")
-    parser.add_argument("--studies", type=int, help="of the batch (default: 8 without a GPU, 32 with one)")
-    parser.add_argument("--max-scans", type=int, default=10, help="more of a study are left out (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each policy (default: %(default)s)")
-    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 256 or 768)")
-    parser.add_argument("--depth", type=int, help="a multiple of 3 (default: 3 or 12)")
-    parser.add_argument("--grid", type=int, nargs=3, help="tokens of a scan (default: 6 7 7 or 6 14 14)")
-    parser.add_argument("--patch", type=int, nargs=3, help="voxels of a token (default: 4 6 6 or 8 16 16)")
+    parser.add_argument("--studies", type=number, help="of the batch (default: 8 without a GPU, 32 with one)")
+    parser.add_argument(
+        "--max-scans", type=number, default=10, help="more of a study are left out (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=number, default=5, help="measurements of each policy (default: %(default)s)")
+    parser.add_argument("--width", type=number, help="a multiple of 64 (default: 256 or 768)")
+    parser.add_argument("--depth", type=number, help="a multiple of 3 (default: 3 or 12)")
+    parser.add_argument("--grid", type=number, nargs=3, help="tokens of a scan (default: 6 7 7 or 6 14 14)")
+    parser.add_argument("--patch", type=number, nargs=3, help="voxels of a token (default: 4 6 6 or 8 16 16)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="of products (default: fp32 without a GPU, bf16 with one)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    add_device(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of scan counts and weights (default: %(default)s)")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = args.device == "cuda"
     args.studies = args.studies or (32 if gpu else 8)
     args.width = args.width or (768 if gpu else 256)
@@ -150,13 +157,24 @@ def parse() -> argparse.Namespace:
     args.grid = args.grid or ([6, 14, 14] if gpu else [6, 7, 7])
     args.patch = args.patch or ([8, 16, 16] if gpu else [4, 6, 6])
     args.dtype = args.dtype or ("bf16" if gpu else "fp32")
-    numbers = args.studies, args.max_scans, args.rounds, args.width, args.depth, *args.grid, *args.patch
-    if args.width % 64 or args.depth % 3 or min(numbers) < 1:
-        parser.error("--width must be a multiple of 64, --depth of 3, and all numbers at least 1")
+    if args.width % 64 or args.depth % 3:
+        parser.error(f"--width must be a multiple of 64, --depth of 3, got {args.width} and {args.depth}")
     return args
 
 
 # --- policies
+
+
+def policies(encoder: StudyEncoder, studies: Studies, device: torch.device) -> dict[str, Job]:
+    """With what others are compared before them."""
+    repeated = [[scans[m % len(scans)] for m in range(REPEAT)] for scans in studies]
+    return {
+        "packed": packed(encoder, studies, device),
+        "repeat10_us": packed(encoder, repeated, device),
+        "repeat10": dense(encoder, repeated, device),
+        "pad_max": dense(encoder, studies, device),
+        "block_mask": block_mask(encoder, studies, device),
+    }
 
 
 def packed(encoder: StudyEncoder, studies: Studies, device: torch.device) -> Job:
@@ -261,12 +279,12 @@ def forward(encoder: StudyEncoder, job: Job, dtype: str) -> list[Tensor]:
 
 def train_step(encoder: StudyEncoder, job: Job, dtype: str) -> list[Tensor]:
     """Forward and backward. Returns the embeddings, then all gradients."""
-    encoder.zero_grad(set_to_none=True)
     with precision(encoder, dtype):
         embeddings = job.encode()
     weights = torch.linspace(-1, 1, embeddings.numel(), device=embeddings.device).view_as(embeddings)
     (embeddings * weights).sum().backward()
     grads = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    encoder.zero_grad(set_to_none=True)
     return [embeddings.detach(), torch.cat([grad.flatten() for grad in grads])]
 
 
@@ -275,36 +293,46 @@ def precision(encoder: StudyEncoder, dtype: str) -> contextlib.AbstractContextMa
 
 
 def measure(
-    jobs: dict[str, Job],
-    references: dict[str, Job],
-    step: Callable[[Job], list[Tensor]],
-    rounds: int,
-    tolerance: float,
+    jobs: dict[str, Job], step: Callable[[Job], list[Tensor]], rounds: int, tolerance: float
 ) -> list[dict[str, Any]]:
-    """Check every job once, which also warms it up, then time all of them in turns.
+    """Check every job once, which also warms it up and shows what memory it takes, then time all of them in turns.
+
+    Args:
+        jobs: what others are compared with before them.
 
     Returns:
-        A row for each: seconds of its rounds, and the median of their ratios to packed's of the same round with its
-        95% interval (`timing.ratio`); nothing of a job that ran out of memory.
+        A row for each: memory of its step at most, bytes that its ops move, seconds of its rounds, and the median of
+        their ratios to packed's of the same round with its 95% interval (`timing.ratio`); no seconds of a job that ran
+        out of memory.
 
     Raises:
         SystemExit: a job's results differ from its reference's.
     """
     errors: dict[str, float | str] = {}
+    peaks: dict[str, int | None] = {}
+    moved: dict[str, int] = {}
+    results: dict[str, list[Tensor]] = {}
     for name, job in jobs.items():
         try:
-            expected = [value.double() for value in step(references[name])]
-            found = [value.double() for value in step(job)]
+            with Peak() as peak, OpTraffic() as traffic:
+                results[name] = step(job)
         except torch.OutOfMemoryError:
             errors[name] = "out of memory"
             continue
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+        reference = REFERENCES.get(name, "packed")
+        if reference not in results:
+            errors[name] = f"not compared, as {reference} ran out of memory"
+            continue
+        pairs = [(a.double(), b.double()) for a, b in zip(results[name], results[reference], strict=True)]
+        errors[name] = error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
         if not error <= tolerance:
-            raise SystemExit(f"{name}: results are {error:.2g} of their norm away from packed")
-        errors[name] = error
-    times = in_turns(
-        {name: functools.partial(step, jobs[name]) for name, e in errors.items() if e != "out of memory"}, rounds
-    )
+            raise SystemExit(f"{name}: results are {error:.2g} of their norm away from {reference}")
+        peaks[name], moved[name] = peak.bytes, traffic.counts.bytes
+    results.clear()
+    if not torch.cuda.is_available():
+        keep_memory()
+        torch.ones(max(filter(None, peaks.values()), default=0), dtype=torch.uint8)  # pages that the steps will write
+    times = in_turns({name: functools.partial(step, jobs[name]) for name in peaks}, rounds)
     rows: list[dict[str, Any]] = []
     for name, found_error in errors.items():
         row: dict[str, Any] = dict.fromkeys(
@@ -314,13 +342,18 @@ def measure(
             times_packed = ratio(times[name], times["packed"])
             row |= percentiles(times[name])
             row |= {"packed_over_this": times_packed.median, "interval": [times_packed.low, times_packed.high]}
-        rows.append({"policy": name, **row, "error": found_error})
+        row |= {"peak_bytes": peaks.get(name), "bytes_modelled": moved.get(name), "error": found_error}
+        rows.append({"policy": name, **row})
     return rows
 
 
 def shown(row: dict[str, Any], column: str) -> object:
     if column == "gflop":
         return round(row["flops"] / 1e9)
+    if column == "peak_mb":
+        return megabytes(row, "peak_bytes")
+    if column == "moved_gb":
+        return gigabytes(row, "bytes_modelled")
     if column == "interval":
         return row[column] and "{:.3g}-{:.3g}".format(*row[column])
     return f"{row[column]:.3g}" if isinstance(row[column], float) else row[column]

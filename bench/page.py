@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 Row = dict[str, Any]
+PROVENANCE = ("device", "threads", "versions", "commit", "utc")
 OURS, OTHERS = "#1f6fb4", "#9a9a9a"
 
 
@@ -21,14 +22,19 @@ def read(path: Path) -> list[Row]:
     """The rows of a file of one JSON object a line; none where there is no file.
 
     Raises:
-        ValueError: a line is no JSON; names the file.
+        ValueError: a line is not a benchmark's row; names file and line.
     """
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable results ({error})") from error
+    rows: list[Row] = []
+    for at, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {at}: no JSON ({error})") from error
+        missing = [key for key in PROVENANCE if key not in row] if isinstance(row, dict) else list(PROVENANCE)
+        if missing:
+            raise ValueError(f"{path}: line {at}: not a benchmark's row: {', '.join(missing)} missing")
+        rows.append(row)
+    return rows
 
 
 def latest(rows: Iterable[Row], case: Callable[[Row], object]) -> list[Row]:
@@ -61,9 +67,23 @@ def count(number: int, things: str) -> str:
     return f"{number} {one if number == 1 else things}"
 
 
-def where(row: Row) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"*{', '.join(machine_name(row))}; {versions}; commit {row['commit']}; {row['utc']}*"
+def where(rows: Iterable[Row]) -> str:
+    """Where rows were measured, with what, of which commits, and from when to when: all there is, each once."""
+    rows = sorted(rows, key=lambda row: row["utc"])
+    versions: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        for name, version in row["versions"].items():
+            versions[name][version] = None
+    commits = list(dict.fromkeys(row["commit"] or "unknown" for row in rows))
+    (day, begin), (last_day, end) = ((row["utc"][:10], row["utc"][11:16]) for row in (rows[0], rows[-1]))
+    last = end if day == last_day else f"{last_day} {end}"
+    facts = [
+        " and ".join(dict.fromkeys(", ".join(machine_name(row)) for row in rows)),
+        ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()),
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
+        f"{day} {begin}{f' to {last}' * (last != begin)} UTC",
+    ]
+    return f"*{'; '.join(facts)}*"
 
 
 def losses(lines: Iterable[tuple[str, Sequence[float] | None]]) -> str:
@@ -92,9 +112,9 @@ def not_run(rows: Iterable[Row], name: Callable[[Row], str]) -> str:
     return "Not run here:\n\n" + "\n".join(lines)
 
 
-def heading(title: str, machine: str, text: str, row: Row | None = None) -> str:
-    """Of a section; says where it was measured, if one row stands for all."""
-    return f"## {title}{f': {machine}' * bool(machine)}\n\n{wrapped(text)}" + (f"\n\n{where(row)}" if row else "")
+def heading(title: str, machine: str, text: str, rows: Sequence[Row] = ()) -> str:
+    """Of a section; says where its rows were measured, if they are given."""
+    return f"## {title}{f': {machine}' * bool(machine)}\n\n{wrapped(text)}" + (f"\n\n{where(rows)}" if rows else "")
 
 
 def wrapped(text: str) -> str:

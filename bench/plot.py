@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -41,96 +42,46 @@ from page import (
     where,
     wrapped,
 )
-from report import megabytes
+from report import gigabytes, megabytes, short
+from words import (
+    ALLOCATORS,
+    ATTENTION,
+    BASELINE,
+    BYTES,
+    ENCODERS,
+    GROWING,
+    INTRODUCTION,
+    MODELS,
+    PACKING,
+    POLICIES,
+    WAYS,
+)
 
 MARKERS = "ovs^Dp<>*Xhd"
-WAYS = {
-    "hlip-native": "this library, its C++ kernels",
-    "hlip-cpu": "this library, PyTorch's dense attention on groups of like length",
-    "hlip-reference": "this library's plain formula",
-    "hlip-triton": "this library, its Triton kernels",
-    "hlip-varlen": "this library, by PyTorch's varlen attention",
-    "hlip-flash": "this library, by flash-attn",
-    "hlip-xformers": "this library, by xformers",
-    "sdpa": "PyTorch's `scaled_dot_product_attention`, one call for each group",
-    "sdpa-dense": "the same in one call, where all groups are of one length",
-    "published": "the same with the copies that the released code makes when the level changes",
-    "padded": "one call, all groups padded to the longest, a mask over the padding",
-    "block-mask": "one call over all rows with a block-diagonal mask",
-    "flex": "PyTorch's FlexAttention, compiled, with its block mask",
-    "nested": "PyTorch's nested tensors of jagged layout",
-    "varlen": "PyTorch's `torch.nn.attention.varlen`",
-    "flash-attn": "flash-attn's `flash_attn_varlen_qkvpacked_func`",
-    "xformers": "xformers' `memory_efficient_attention` with its block-diagonal mask",
-}
-INTRODUCTION = """# Benchmarks
-
-Made by `make bench` and `python bench/plot.py` from the rows in `bench/results/`; every row names its hardware,
-versions, commit and time. All ways of a table ran in one process, in turns, on the same data. `times ours` is how many
-times as long a way takes as this library: the median of the rounds' ratios, and in brackets its 95% interval, which of
-up to five rounds is about their range. Above 1 we are faster; where we are not, the row stays, and is listed under its
-table. `error` is the relative distance, in norms, from a result that another computation gives."""
-ENCODERS = """How many volumes a second does a whole encoder take? The paper's Table 9 encodes one volume of 224 x 224 x
-224 voxels in patches of 16; its Figure 1b studies of 8 scans of 48 x 224 x 224. `hlip` is this library's encoder,
-`published` the same weights computed as the released code does, `vit` a plain vision transformer. `swin` and `navit`
-are MONAI's: Swin-B's widths and depths, windows of 7 and patches of 4 voxels (MONAI's class ends in one more merging of
-patches, 17 M parameters that the paper's 87.9 M do not have), and NaViT of the same width and depth. Without flash,
-attention writes its weights to memory; on a CPU that can be the faster way to train, so of a model the faster row is
-the one to compare with. GB is by how much the largest resident size of a fresh process grows in a training step (on a
-GPU, what PyTorch allocates), saved GB what autograd keeps. The last column is what the paper's authors published for
-one A40, where `published` is their HLIP: another machine, not measured here."""
-BASELINE = """**The published way** keeps a dense tensor of groups, (groups, 1 + patches, width). Where the level
-changes it splits the cls rows off, averages or repeats them, reshapes the patches and concatenates: a copy of all
-tokens. Attention is PyTorch's `scaled_dot_product_attention`. It is run eagerly, not compiled, in its best settings
-otherwise: contiguous inputs that were cut into patches before, inference mode with weights in bf16, autocast in
-training. Ours holds weights packed for the processor, in inference; PyTorch's layers have no such thing. Embeddings,
-and in training the gradient of every parameter, of both are compared with the published way in float32."""
-ALLOCATORS = {
-    "kept": "The process keeps the memory that tensors leave, as this library's programs do: a favour to all models.",
-    "default": """The same with the C library's allocator as it is, which is what a program gets that does nothing
-about it: large results go back to the system, and every page is cleared again at the next call.""",
-}
-PACKING = """How many studies a second does a training step take, if studies have as many scans as they happen to have?
-Packed; repeated or cropped to 10 scans, as HLIP was trained (`repeat10`); padded to the longest of the batch
-(`pad_max`); and in one sequence with a block mask. These three run PyTorch's layers; `repeat10_us` is the repeated
-studies by our own encoder, so that what it takes is what packing saves, and the rest is our kernels. Scan counts are
-those of three collections; the same studies and weights for all, embeddings and gradients compared. `tokens` are those
-encoded, repeats and padding among them."""
-GROWING = """A step against scans of a study, slices of a scan, and studies of a batch. On a CPU the model is small
-(width 128, three layers, scans of 294 tokens, four of them where slices or studies grow), and small inputs show what a
-call costs at least, where we lose. A model runs out of memory when a training step in a process of its own would map
-more than 8 GiB beyond what it started with (on a GPU: allocate)."""
-ATTENTION = """How long does one call of attention within the groups of a level take, forward alone (`forward`), and
-forward with backward (`training`)? A case is named by its level and the rows of a group, patches and a prefix row: 197
-are a slice of 14 x 14 patches, 1177 a scan of six slices, 4705 a study of four scans; or by a mix, in which studies
-have differing scan counts, with `drop50` after half of the patches were dropped. GFLOP/s count the work itself, no
-padding; `of a product` is the share of what a large matrix product reached in the same run. MB kept is what a training
-step holds for its backward (counted on CPUs), MB peak what a call adds at most to the process, or to the GPU's memory:
-results, scratch, and what lies between. `prepare` is paid once a batch, for all layers, and is not in the
-ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run. Other
-libraries get their rows in the order of groups, which favours them: a packed model would pay a gather before the call
-and a scatter after. Results are compared with the formula in float64 before anything is timed."""
-BYTES = """Counted, not timed: every byte that the Triton kernels request, seen by Triton's interpreter, and what
-attention that writes its weights to memory would move (`standard`). Does it grow as theory says? The claims are those
-of the paper's section 3.1 and, for flash attention, N^2 D^2 / S: N tokens, M scans, d slices of a scan, D head dim, S
-fast memory, for which the rows of a tile stand."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="default: %(default)s")
+    parser.add_argument(
+        "--results", type=Path, default=Path("bench/results"), help="folder of the .jsonl files (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
     args = parser.parse_args()
-    encoders = read(args.results / "encoder.jsonl")
+    try:
+        encoders, packed, calls, counted = (
+            read(args.results / f"{name}.jsonl") for name in ("encoder", "packing", "attention", "io")
+        )
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     whole = [row for row in encoders if not row["case"].startswith("scaling_")]
     growing = [row for row in encoders if row["case"].startswith("scaling_")]
     sections = [
-        summary(whole, read(args.results / "packing.jsonl"), read(args.results / "io.jsonl")),
+        summary(whole, packed, calls, counted),
         *of_machines(encoder, whole, args.out / "figures"),
-        *of_machines(packing, read(args.results / "packing.jsonl"), args.out / "figures"),
+        *of_machines(packing, packed, args.out / "figures"),
         *of_machines(scaling, growing, args.out / "figures"),
-        *of_machines(attention, read(args.results / "attention.jsonl"), args.out / "figures"),
-        io(read(args.results / "io.jsonl"), args.out / "figures"),
+        *of_machines(attention, calls, args.out / "figures"),
+        io(counted, args.out / "figures"),
     ]
     if not any(sections):
         parser.exit(2, f"{parser.prog}: {args.results}: no results; make bench measures some\n")
@@ -143,7 +94,7 @@ def main() -> int:
     return 0
 
 
-def summary(whole: list[Row], packed: list[Row], counted: list[Row]) -> str:
+def summary(whole: list[Row], packed: list[Row], calls: list[Row], counted: list[Row]) -> str:
     """What the rows say to the questions that people come with; of no rows, nothing."""
     lines = []
     found = [row for row in whole if row["case"] == "table9" and "reason" not in row and row["times_ours"]]
@@ -154,13 +105,18 @@ def summary(whole: list[Row], packed: list[Row], counted: list[Row]) -> str:
         others = [f"{named(row)} {row['times_ours'][0]:.2f}" for row in rows if row["model"] != "hlip"]
         if others:
             with_it = " with the C library's allocator as it is" * (allocator == "default")
-            lines.append(f"- Table 9, {rows[0]['dtype']}, {mode}{with_it}, times as long as ours: {', '.join(others)}.")
+            lines.append(
+                f"- Whole encoders, the paper's Table 9, {rows[0]['dtype']}, {mode}{with_it}: times as long as ours "
+                f"take {', '.join(others)}."
+            )
     packed = [row for row in packed if row["policy"] == "repeat10" and row["packed_over_this"]]
-    for row in latest(packed, lambda row: (row["mix"], row["dtype"], row["threads"])):
+    for row in latest(packed, lambda row: (row["mix"], row["mode"], row["dtype"], row["threads"])):
+        what = "A training step" if row["mode"] == "train" else "A forward pass"
         lines.append(
-            f"- A training step on {row['mix']}, {row['dtype']}: repeating every study to 10 scans, the published way, "
-            f"takes {row['packed_over_this']:.2f} times as long as packing with ours."
+            f"- {what} on {row['mix']}, {row['dtype']}: repeating every study to 10 scans, the published way, takes "
+            f"{row['packed_over_this']:.2f} times as long as packing with ours."
         )
+    lines += list(fastest_others(calls))
     exponents = [row for row in latest(counted, lambda _: "all") if row["kind"] == "exponent"]
     if exponents:
         worst = max(exponents, key=lambda row: abs(row["exponent"] - row["claimed"]))
@@ -171,7 +127,25 @@ def summary(whole: list[Row], packed: list[Row], counted: list[Row]) -> str:
             else f"- **An exponent is {worst['exponent']:.3f} and not {worst['claimed']}** ({worst['quantity']}, "
             f"{worst['sweep']}, {worst['pass']})."
         )
-    return "## In short\n\n" + "\n".join(map(item, lines)) if lines else ""
+    words = wrapped("`published` is the same model as ours, computed as its released code does; the sections say more.")
+    return "\n\n".join(["## In short", words, "\n".join(map(item, lines))]) if lines else ""
+
+
+def fastest_others(calls: list[Row]) -> Iterator[str]:
+    """Of each machine and mode: how attention of the fastest other way compares, over all cases."""
+    found: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in latest(calls, lambda row: (row["device"], row["threads"], row["dtype"], row["case"])):
+        if row.get("times_ours") and not row["backend"].startswith("hlip"):
+            times_ours = found[row["device"], row["threads"], row["dtype"], row["mode"]][row["case"]]
+            times_ours.append(row["times_ours"][0])
+    for (device, threads, dtype, mode), cases in found.items():
+        best = sorted(map(min, cases.values()))
+        where_it_is = f" ({device}, {count(threads, 'threads')})" if len({key[:2] for key in found}) > 1 else ""
+        lines = f"{best[0]:.2f} to {best[-1]:.2f}" if len(best) > 1 else f"{best[0]:.2f}"
+        yield (
+            f"- Attention alone, {dtype}, {mode}{where_it_is}: the fastest way of others takes {lines} times as long "
+            f"as ours in {count(len(best), 'cases')}."
+        )
 
 
 def named(row: Row) -> str:
@@ -184,7 +158,8 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
         return row["case"], row["dtype"], row["allocator"], *size
 
     rows = latest(rows, lambda row: (*key(row), row["mode"]))
-    parts = [heading("Whole encoders", machine, ENCODERS), wrapped(BASELINE)]
+    models = [[f"`{name}`", what] for name, what in MODELS.items() if any(row["model"] == name for row in rows)]
+    parts = [heading("Whole encoders", machine, ENCODERS), table(["model", "what it is"], models), wrapped(BASELINE)]
     titles = {"table9": "Table 9", "figure1b": "Figure 1b"}
     for case in dict.fromkeys(map(key, rows)):
         mine = [row for row in rows if key(row) == case]
@@ -194,7 +169,7 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
         title = f"{titles[name]}: {what}, {dtype}" + ", the C library's allocator" * (allocator == "default")
         small = "" if (width, depth) == (768, 12) else f" width {width}, {depth} layers"
         title += f",{small}" * bool(small)
-        parts += [f"### {title}", where(mine[0])]
+        parts += [f"### {title}", where(mine)]
         if allocator:
             parts.append(wrapped(ALLOCATORS[allocator]))
         modes = list(dict.fromkeys(row["mode"] for row in measured))
@@ -211,14 +186,16 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
         parts.append(save(figure, figures / picture, caption))
         for mode in modes:
             of_mode = [row for row in measured if row["mode"] == mode]
-            memory = ["GB", "saved GB"] if mode == "training" else []
+            memory = ["GiB peak", "GiB kept"] if mode == "training" else []
             parts.append(
                 table(
-                    [mode, "M parameters", "volumes/s", "times ours", "of a product", *memory, "error", "paper, A40"],
+                    [mode, "M parameters", "volumes/s", "times ours", "of a product", "GB moved", *memory, "error",
+                     "paper, A40"],
                     [
                         [
                             named(row), f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}",
                             times(row["times_ours"]), number(row, "share", ".0%"),
+                            gigabytes(row, "bytes_modelled"),
                             *([number(row, "memory_gb", ".2f"), number(row, "saved_gb", ".2g")] if memory else []),
                             number(row, "error", ".1g"),
                             f"{row['a40_vol_per_s']} vol/s" if "a40_vol_per_s" in row
@@ -233,7 +210,7 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-OUR_POLICIES = {"packed": "hlip, packed", "repeat10_us": "hlip, repeat10"}
+OUR_POLICIES = ("packed", "repeat10_us")
 
 
 def packing(rows: list[Row], figures: Path, machine: str) -> str:
@@ -248,24 +225,26 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes in panels[len(cases) :]:
         axes.set_visible(False)
-    parts = [heading("Packing", machine, PACKING, rows[-1])]
+    policies = [[f"`{name}`", what] for name, what in POLICIES.items()]
+    parts = [heading("Packing", machine, PACKING, rows), table(["policy", "what it is"], policies)]
     tables = []
     for axes, case in zip(panels, cases, strict=False):
         mix, mode, dtype, width, depth, studies = case
         mine = [row for row in rows if key(row) == case]
         ran = [row for row in mine if row["studies_per_s"]]
-        names = [str(OUR_POLICIES.get(row["policy"], row["policy"])) for row in ran]
-        bars(axes, names, [row["studies_per_s"] for row in ran], f"{mix}, {dtype}, width {width}", "studies a second")
+        names = [f"{'hlip, ' * (row['policy'] in OUR_POLICIES)}{row['policy']}" for row in ran]
+        bars(axes, names, [row["studies_per_s"] for row in ran], f"{mix}, {mode}, {dtype}", "studies a second")
         tables += [
             f"### {mix}, {mode}, {dtype}, width {width}, {depth} layers, {count(studies, 'studies')} of at most "
             f"{count(mine[0]['max_scans'], 'scans')}",
             table(
-                ["policy", "studies/s", "times packed", "tokens", "GFLOP", "error"],
+                ["policy", "studies/s", "times packed", "tokens", "GFLOP", "MB peak", "GB moved", "error"],
                 [
                     [
                         row["policy"], number(row, "studies_per_s"),
                         row["packed_over_this"] and times([row["packed_over_this"], *row["interval"]]),
-                        row["tokens"], round(row["flops"] / 1e9),
+                        row["tokens"], round(row["flops"] / 1e9), megabytes(row, "peak_bytes"),
+                        gigabytes(row, "bytes_modelled"),
                         row["error"] if isinstance(row["error"], str) else f"{row['error']:.1g}",
                     ]
                     for row in mine
@@ -273,11 +252,12 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
             ),
             losses((row["policy"], [row["packed_over_this"], *row["interval"]]) for row in ran),
         ]  # fmt: skip
-    caption = "Studies a second of packed batches and of other ways. Longer is faster; packing in blue."
+    caption = "Studies a second of packed batches and of other ways. Longer is faster; this library in blue."
     return "\n\n".join([*parts, save(figure, figures / file_name("packing", machine), caption), *tables])
 
 
 AXES = {"scaling_scans": "scans", "scaling_slices": "slices", "scaling_batch": "studies"}
+LABELS = {"scans": "scans of a study", "slices": "slices of tokens of a scan", "studies": "studies of a batch"}
 
 
 def scaling(rows: list[Row], figures: Path, machine: str) -> str:
@@ -300,12 +280,12 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
             x = [row[axis] for row in steps]
             left.loglog(x, [row["p50_s"] for row in steps], f"{marker}-", label=model)
             right.loglog(x, [row.get("memory_gb", nan) for row in steps], f"{marker}-", label=model)
-        for axes, what in ((left, "seconds of a training step"), (right, "GB of a training step")):
+        for axes, what in ((left, "seconds of a training step"), (right, "GiB of a training step")):
             axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
             plain_numbers(axes)
             axes.grid(alpha=0.3)
-            axes.set(xlabel=axis, ylabel=what)
+            axes.set(xlabel=LABELS[axis], ylabel=what)
             axes.legend(fontsize=8)
         tables += [growth(mine, axis, sizes, mode) for mode in ("training", "inference")]
         first = [row for row in mine if "p50_s" in row]
@@ -315,18 +295,18 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
         "line ends where a model was not run or ran out of memory."
     )
     picture = save(figure, figures / file_name("scaling", machine), caption)
-    return "\n\n".join([heading("Growing studies", machine, GROWING, rows[-1]), picture, *filter(None, tables)])
+    return "\n\n".join([heading("Growing studies", machine, GROWING, rows), picture, *filter(None, tables)])
 
 
 def growth(rows: Sequence[Row], axis: str, sizes: Sequence[int], mode: str) -> str:
-    """A line for every model: seconds, times ours and GB at each size."""
+    """A line for every model: seconds, times ours and GiB at each size."""
 
     def cell(model: str, size: int) -> str | None:
         for row in rows:
             if (named(row), row[axis]) == (model, size) and row["mode"] == mode:
                 if "reason" in row:
                     return "out of memory" if row["reason"].startswith("out of memory") else "not tried"
-                memory = f", {row['memory_gb']:.2g} GB" if "memory_gb" in row else ""
+                memory = f", {row['memory_gb']:.2g} GiB" if "memory_gb" in row else ""
                 ours = f" ({row['times_ours'][0]:.2f})" if row["times_ours"] and model != "hlip" else ""
                 return f"{row['p50_s']:.3g} s{ours}{memory}"
         return None
@@ -384,10 +364,10 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
                  "prepare, ms", "first call, s", "error"],
                 [
                     [
-                        row["backend"], row["mode"], f"{1000 * row['p50_s']:.3g}", times(row["times_ours"]),
-                        f"{row['flop_per_s'] / 1e9:.3g}", f"{row['of_matmul']:.0%}", f"{row['of_copy']:.0%}",
+                        row["backend"], row["mode"], short(1000 * row["p50_s"]), times(row["times_ours"]),
+                        short(row["flop_per_s"] / 1e9), f"{row['of_matmul']:.0%}", f"{row['of_copy']:.0%}",
                         megabytes(row, "saved_bytes"), megabytes(row, "peak_bytes"),
-                        f"{1000 * row['prepare_s']:.3g}", f"{row['first_s']:.2g}",
+                        short(1000 * row["prepare_s"]), f"{row['first_s']:.2g}",
                         f"{row['error']:.1g}",
                     ]
                     for row in mine
@@ -403,7 +383,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
         filter(
             None,
             [
-                heading("Attention", machine, ATTENTION, rows[-1]),
+                heading("Attention", machine, ATTENTION, rows),
                 save(figure, figures / file_name("attention", machine), caption),
                 table(["way", "what it is"], [[way, WAYS.get(way, "")] for way in ways]),
                 *tables,
@@ -450,7 +430,8 @@ def io(rows: list[Row], figures: Path) -> str:
         "Bytes of attention as tokens, scans, slices and tiles grow. Both axes logarithmic, where a power is a "
         "straight line; dotted: the power that is claimed, from the first point. Above what our kernels request; below "
         "standard attention, which has no tiles, on groups 16 times as long: the two rows are not to be compared with "
-        "each other (the next table but one does that). Lines of levels that cost the same lie on each other."
+        "each other (the table of groups of the released models does that). Lines of levels that cost the same lie on "
+        "each other."
     )
     levels = list(dict.fromkeys(row["level"] for row in found))
     of_bytes = {
@@ -461,7 +442,7 @@ def io(rows: list[Row], figures: Path) -> str:
     lines = list(dict.fromkeys(line for line, _ in of_bytes))
     off = {q: max(abs(r["exponent"] - r["claimed"]) for r in found if r["quantity"] == q) for q in ("bytes", "flops")}
     parts = [
-        heading("Bytes and operations", "", BYTES, rows[0]),
+        heading("Bytes and operations", "", BYTES, rows),
         save(figure, figures / "io.png", caption),
         "### Exponents of bytes, measured (claimed)",
         table(
@@ -477,7 +458,7 @@ def io(rows: list[Row], figures: Path) -> str:
         table(
             ["rows", "pass", "MB ours", "MB writing weights", "MB at least"],
             [
-                [r["rows"], r["pass"], *(f"{r[k] / 1e6:.3g}" for k in ("bytes", "standard_bytes", "least_bytes"))]
+                [r["rows"], r["pass"], *(megabytes(r, k) for k in ("bytes", "standard_bytes", "least_bytes"))]
                 for r in lengths
             ],
         ),
@@ -485,7 +466,7 @@ def io(rows: list[Row], figures: Path) -> str:
         "prefix rows.",
         table(
             ["model", "scans", "changes", "forward, published", "ours", "backward, published", "ours"],
-            [[r["model"], r["scans"], r["changes"], *(f"{r[key] / 1e6:.3g}" for key in REGROUP)] for r in changes],
+            [[r["model"], r["scans"], r["changes"], *(megabytes(r, key) for key in REGROUP)] for r in changes],
         ),
     ]
     return "\n\n".join(parts)

@@ -42,6 +42,7 @@ from hlip.data.studies import load_study_on_grids
 from hlip.model.clip import HLIPModel, create_model
 from hlip.tasks.relevance import relevance
 from hlip.tasks.zeroshot import Prompts, zeroshot_classifier
+from options import number, written
 from report import print_table, provenance, write_json
 
 PART = 1  # the held-out studies' place in the seeds of `make_demo`
@@ -139,17 +140,28 @@ def maps_of(name: str, model: HLIPModel, prompts: Prompts) -> Iterator[tuple[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Whether relevance points at the lesions of the demo studies.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/demo-0"), help="demo studies (default: %(default)s)")
     parser.add_argument("--model", default="runs/demo/model", help="trained on them (default: %(default)s)")
-    parser.add_argument("--studies", type=int, help="only the first so many with a lesion (default: all)")
+    parser.add_argument("--studies", type=number, help="only the first so many with a lesion (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of random maps and untrained model (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=written, help="also write the rows to this file")
     args = parser.parse_args()
+    try:
+        return measure(args)
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}; make demo makes studies and model\n")
+
+
+def measure(args: argparse.Namespace) -> int:
+    """
+    Raises:
+        FileNotFoundError, ValueError: no demo studies, or no model.
+    """
+    prompts = Prompts.read(args.data / "prompts.yaml")
     trained = HLIPModel.from_pretrained(args.model)
     torch.manual_seed(args.seed)
     untrained = create_model("demo", pretrained_text=trained.config.text.name).eval()
-    prompts = Prompts.read(args.data / "prompts.yaml")
     every = list(cases(args.data, trained.config.preprocess, trained.config.vision.patch_size, args.studies))
     every = [case for case in every if case.lesion.any()]
     rng = np.random.default_rng(args.seed)

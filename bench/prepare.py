@@ -1,6 +1,6 @@
 """Prepare scans as `hlip prepare` does, beside a straight-line implementation (SimpleITK and one PyTorch resize).
 
-    PYTHONPATH=.:tests python bench/prepare.py --out rows.json
+    python bench/prepare.py --json rows.json
 
 Rows: real and realistic scans, each by both, in turns on one core; the results are compared in the same run. The
 ratio is of medians. Files are in the page cache: what is measured is decoding and arithmetic.
@@ -9,6 +9,7 @@ ratio is of medians. Files are in the page cache: what is measured is decoding a
 from __future__ import annotations
 
 import argparse
+import runpy
 import statistics
 import tempfile
 import time
@@ -21,15 +22,22 @@ import torch
 
 from hlip.data.preprocess import load_recipe
 from hlip.data.sources import ScanSource
+from options import number, written
 from report import print_table, write_json
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"  # have the straight line, and write DICOM files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Scans prepared per second and core, beside a straight line.")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default: %(default)s)")
-    parser.add_argument("--slices", type=int, default=300, help="of the CT (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=number, default=5, help="measurements of each (default: %(default)s)")
+    parser.add_argument(
+        "--slices", type=number, default=300, help="of the CT scans, at least 50 (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=written, help="also write the rows to this file")
     args = parser.parse_args()
+    if args.slices < 50:  # of which JPEG 2000 gets a tenth, and a recipe wants 5
+        parser.error(f"--slices must be at least 50, got {args.slices}")
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -37,8 +45,8 @@ def main() -> None:
             rows.append(measure(*case, rounds=args.rounds))
             print(f"{rows[-1]['case']}: {rows[-1]['ratio']} times as fast", flush=True)
     print_table(list(rows[0]), [list(row.values()) for row in rows])
-    if args.out:
-        write_json(rows, args.out)
+    if args.json:
+        write_json(rows, args.json)
 
 
 def make_cases(folder: Path, slices: int) -> list[tuple[str, str, str, list[Path]]]:
@@ -46,8 +54,7 @@ def make_cases(folder: Path, slices: int) -> list[tuple[str, str, str, list[Path
     import nilearn.datasets
     import SimpleITK as sitk
 
-    from dicom_files import write_series
-
+    write_series = runpy.run_path(str(TESTS / "dicom_files.py"))["write_series"]
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     mni = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
     brain = sitk.ReadImage(str(mni), sitk.sitkFloat32)
@@ -86,10 +93,9 @@ def resampled(image: Any, size: tuple[int, int, int]) -> Any:
 
 
 def measure(case: str, recipe: str, kind: Any, files: list[Path], rounds: int) -> dict[str, object]:
-    import straight_line
-
     prepare, source = load_recipe(recipe).prepare, ScanSource("scan", kind, tuple(files))
-    oracle: Callable[[list[Path]], Any] = getattr(straight_line, recipe.replace("-", "_"))
+    straight_line = runpy.run_path(str(TESTS / "straight_line.py"))
+    oracle: Callable[[list[Path]], Any] = straight_line[recipe.replace("-", "_")]
     times: dict[str, list[float]] = {"hlip": [], "straight": []}
     for _ in range(rounds + 1):
         start = time.perf_counter()

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from hlip.tasks.relevance import times_matrix
 from hlip_kernels import StudyLayout
+from options import number, written
 from report import print_table, provenance, write_json
 from timing import Peak
 
@@ -27,15 +27,13 @@ GIB = 2**30
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Peak memory of one layer of relevance at study level, on the CPU.")
-    parser.add_argument("--scans", type=int, default=40, help="of the study (default: %(default)s)")
-    parser.add_argument("--grid", type=int, nargs=3, default=(6, 14, 14), help="tokens of a scan (default: 6 14 14)")
-    parser.add_argument("--heads", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--head-dim", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="also write the row to this file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scans", type=number, default=40, help="of the study (default: %(default)s)")
+    parser.add_argument("--grid", type=number, nargs=3, default=(6, 14, 14), help="tokens of a scan (default: 6 14 14)")
+    parser.add_argument("--heads", type=number, default=12, help="of attention (default: %(default)s)")
+    parser.add_argument("--head-dim", type=number, default=64, help="width of a head (default: %(default)s)")
+    parser.add_argument("--json", type=written, help="also write the row to this file")
     args = parser.parse_args()
-    if min(args.scans, args.heads, args.head_dim, *args.grid) < 1:
-        parser.error("all numbers must be at least 1")
     layout = StudyLayout.from_grids([[tuple(args.grid)] * args.scans])
     rows = 1 + layout.num_tokens
     torch.manual_seed(0)

@@ -25,9 +25,19 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
 def megabytes(row: Mapping[str, Any], key: str) -> str | None:
     """Of a number of bytes that a row may have."""
-    return None if row.get(key) is None else f"{row[key] / 1e6:.3g}"
+    return None if row.get(key) is None else short(row[key] / 1e6)
+
+
+def gigabytes(row: Mapping[str, Any], key: str) -> str | None:
+    """As `megabytes`."""
+    return None if row.get(key) is None else short(row[key] / 1e9)
 
 
 def write_json(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -31,6 +31,7 @@ from hlip.data.prepare import prepare
 from hlip.data.preprocess import load_recipe
 from hlip.data.sources import Found, ScanSource, StudySource
 from hlip.data.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
+from options import number
 from report import print_table
 
 PER_SHARD = 500
@@ -145,12 +146,16 @@ def count(seconds: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, help="default: 250000, with --throughput 96")
+    parser.add_argument("--studies", type=number, help="of the store (default: 250000, with --throughput 96)")
     parser.add_argument("--throughput", action="store_true", help="measure how fast scans are read and written")
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if not given")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to make the temporary folder that is worked in (default: where the system has them)",
+    )
     args = parser.parse_args()
-    if args.studies is not None and args.studies < 1:
-        parser.error(f"--studies must be at least 1, got {args.studies}")
+    if args.folder and not args.folder.is_dir():
+        parser.error(f"--folder {args.folder}: there is no such folder")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.throughput:
             throughput(Path(folder), args.studies or 96)

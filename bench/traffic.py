@@ -1,4 +1,4 @@
-"""Bytes and operations, counted as they are asked for: of Triton's kernels in its interpreter, and of PyTorch's ops.
+"""Bytes and operations of Triton's kernels, counted in its interpreter as they are asked for.
 
 The interpreter runs where `TRITON_INTERPRET=1` is set before this module is imported. All loads and stores of a kernel
 pass through two of its methods, all products through a third.
@@ -13,35 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from hlip_kernels.backends import triton_attention, triton_norm
+from op_traffic import Counts
 
 KERNELS = {
     triton_attention: ("attention_forward", "attention_dq", "attention_dkdv"),
     triton_norm: ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward"),
 }
-
-
-@dataclass
-class Counts:
-    """Bytes that were asked for, and operations of matrix products. A byte asked for twice counts twice."""
-
-    loaded: int = 0
-    stored: int = 0
-    flops: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return self.loaded + self.stored
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.loaded + other.loaded, self.stored + other.stored, self.flops + other.flops)
-
-    def __mul__(self, times: int) -> Counts:
-        return Counts(self.loaded * times, self.stored * times, self.flops * times)
 
 
 @dataclass
@@ -126,19 +106,3 @@ def watched(compute: bool = True) -> Iterator[Traffic]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, value)
         yield traffic
-
-
-class OpTraffic(TorchDispatchMode):
-    """Bytes of PyTorch's ops, forward and backward: each reads its tensors once and writes its results once, views and
-    empty tensors nothing. That is the least they can do. Works on meta tensors, which have no memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counts()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and not func.__name__.startswith(("_unsafe_view", "empty", "new_empty")):
-            self.counts.loaded += sum(x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-            self.counts.stored += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor))
-        return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a chec
 def test_this_revision_beside_itself(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     command = [*COMPARE, "--base", "HEAD", "--only", "attention", "--rounds", "2", "--json", str(rows), "--", *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(rows.read_text())
     assert {row["case"] for row in found} >= {"slice-197", "scan-1177", "study-4705"}
@@ -31,7 +33,7 @@ def test_this_revision_beside_itself(tmp_path: Path) -> None:
         assert low == pytest.approx(min(pairs)) and high == pytest.approx(max(pairs)) and low <= middle <= high
         assert f"{row['case']}  forward" in done.stdout
     trees = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "/base " not in trees  # nothing is left of the base
+    assert str(tmp_path) not in trees  # nothing is left of the base
 
 
 def test_a_base_that_there_is_not() -> None:

@@ -123,9 +123,12 @@ def test_the_program(tmp_path: Path) -> None:
     for row in rows:
         assert row["vol_per_s"] == pytest.approx(4 * row["studies"] / row["p50_s"])
         assert row["p20_s"] <= row["p50_s"] <= row["p80_s"] and len(row["times_ours"]) == 3
+        assert row["bytes_modelled"] == pytest.approx(row["bytes_per_s"] * row["p50_s"]) and row["of_copy"] > 0
         assert ("memory_gb" in row) == (row["mode"] == "training")
         assert 0 < row["error"] < 5e-2
         assert (row["width"], row["depth"], row["case"], row["allocator"]) == (64, 3, "scaling_batch", "kept")
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["bytes_modelled"] < theirs["bytes_modelled"]  # which copies all tokens where the level changes
     assert len(results.read_text().splitlines()) == 2 * len(rows)
 
 

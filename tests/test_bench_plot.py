@@ -16,7 +16,8 @@ sys.path.insert(0, str(BENCH))
 import ceilings  # noqa: E402
 import kernels  # noqa: E402
 import page as pages  # noqa: E402
-from report import append_rows  # noqa: E402
+import plot  # noqa: E402
+from report import append_rows, short  # noqa: E402
 
 
 def program(name: str, *options: object) -> subprocess.CompletedProcess[str]:
@@ -60,9 +61,12 @@ def test_results_that_are_none_are_named(tmp_path: Path) -> None:
     done = program("plot.py", "--results", tmp_path, "--out", tmp_path / "docs")
     assert done.returncode == 2 and "no results; make bench measures some" in done.stderr
     assert not (tmp_path / "docs").exists()
-    (tmp_path / "encoder.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"encoder.jsonl: not readable results"):
-        pages.read(tmp_path / "encoder.jsonl")
+    for line, words in (("{", "line 1: no JSON"), ('{"utc": "1"}', "line 1: not a benchmark's row: device, threads")):
+        (tmp_path / "encoder.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=f"encoder.jsonl: {words}"):
+            pages.read(tmp_path / "encoder.jsonl")
+    done = program("plot.py", "--results", tmp_path, "--out", tmp_path / "docs")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 def test_the_latest_run_of_a_case_is_shown() -> None:
@@ -83,7 +87,51 @@ def test_machines_are_kept_apart() -> None:
     assert pages.file_name("table9 1 bf16", "cpu, 1 thread") == "table9_1_bf16_cpu_1_thread.png"
 
 
+def test_rows_of_several_runs_are_said_to_be() -> None:
+    first = {
+        "device": "cpu",
+        "threads": 2,
+        "versions": {"torch": "2.13"},
+        "commit": "aaa",
+        "utc": "2026-01-01T10:20:30",
+    }
+    assert pages.where([first]) == "*cpu, 2 threads; torch 2.13; commit aaa; 2026-01-01 10:20 UTC*"
+    later = first | {"commit": "bbb", "versions": {"torch": "2.14", "monai": "1.6"}, "utc": "2026-02-03T00:00:00"}
+    stamp = (
+        "*cpu, 2 threads; torch 2.13 and 2.14, monai 1.6; commits aaa, bbb; 2026-01-01 10:20 to 2026-02-03 00:00 UTC*"
+    )
+    assert pages.where([later, first]) == stamp
+    same_day = first | {"commit": None, "utc": "2026-01-01T11:00:00"}
+    assert pages.where([first, same_day]).endswith("commits aaa, unknown; 2026-01-01 10:20 to 11:00 UTC*")
+
+
+def test_the_summary_compares_with_the_fastest_other_way() -> None:
+    machine = {"device": "cpu", "threads": 2, "dtype": "bf16", "utc": "1"}
+    calls = [
+        machine | {"case": case, "mode": mode, "backend": way, "times_ours": [times, times, times]}
+        for case, mode, way, times in (
+            ("a", "forward", "hlip-native", 1), ("a", "forward", "hlip-cpu", 0.5), ("a", "forward", "sdpa", 3),
+            ("a", "forward", "padded", 2), ("b", "forward", "sdpa", 0.9), ("a", "training", "sdpa", 4),
+        )
+    ]  # fmt: skip
+    calls.append(machine | {"case": "a", "mode": None, "backend": "flex", "reason": "none here"})
+    packed = [{"mix": "few", "mode": mode, "policy": "repeat10", "packed_over_this": 2.5, **machine}
+              for mode in ("train", "forward")]  # fmt: skip
+    found = " ".join(plot.summary([], packed, calls, []).split())
+    assert (
+        "Attention alone, bf16, forward: the fastest way of others takes 0.90 to 2.00 times as long as ours in 2 cases."
+        in found
+    )
+    assert (
+        "Attention alone, bf16, training: the fastest way of others takes 4.00 times as long as ours in 1 case."
+        in found
+    )
+    assert "A training step on few" in found and "A forward pass on few" in found
+    assert plot.summary([], [], [], []) == ""
+
+
 def test_words_of_the_page() -> None:
+    assert [short(x) for x in (0.012345, 999.9, 1000.4, 123456)] == ["0.0123", "1000", "1000", "123456"]
     assert [pages.count(n, "studies") for n in (1, 2)] == ["1 study", "2 studies"]
     assert pages.count(1, "scans") == "1 scan"
     assert pages.times([1.5, 1.25, 2]) == "1.50 (1.25-2.00)" and pages.times(None) is None

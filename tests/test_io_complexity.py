@@ -20,7 +20,8 @@ sys.path.insert(0, str(BENCH))
 import io_complexity as io  # noqa: E402
 from baselines import regroup, unfused  # noqa: E402
 from hlip_kernels.configs import Tile  # noqa: E402
-from traffic import Counts, OpTraffic, watched  # noqa: E402
+from op_traffic import Counts, OpTraffic  # noqa: E402
+from traffic import watched  # noqa: E402
 from tune import Problem  # noqa: E402
 
 KERNELS = ("forward", "dq", "dkdv")
@@ -95,6 +96,23 @@ def test_views_and_empty_tensors_move_nothing() -> None:
     with OpTraffic() as traffic:
         x[:2].add_(1)
     assert traffic.counts == Counts(loaded=2 * 6 * 4, stored=2 * 6 * 4)
+
+
+def test_parts_of_an_op_are_counted_and_not_the_whole() -> None:
+    """In inference mode a linear layer and a reshape arrive as one op each; the reshape is a view."""
+    x, weight = torch.randn(4, 6), torch.randn(2, 6)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), OpTraffic() as traffic:
+            torch.nn.functional.linear(x.reshape(2, 2, 6).flatten(0, 1), weight)
+        assert traffic.counts == Counts(loaded=4 * (24 + 12), stored=4 * 8)
+
+
+def test_what_an_op_changes_it_writes() -> None:
+    """Though it gives nothing back."""
+    x, y = torch.zeros(3, 4), torch.ones(3, 4)
+    with OpTraffic() as traffic:
+        torch._foreach_add_([x], [y])
+    assert traffic.counts == Counts(loaded=x.nbytes + y.nbytes, stored=x.nbytes)
 
 
 def test_an_address_outside_is_found() -> None:

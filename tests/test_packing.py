@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_study
 from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.memory import release_memory
 from hlip.model.vit import StudyEncoder
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -23,6 +24,8 @@ sys.path.insert(0, str(BENCH))
 
 import packing  # noqa: E402
 from cases import SCANS, draw_scans  # noqa: E402
+from op_traffic import OpTraffic  # noqa: E402
+from timing import RESET_PEAK  # noqa: E402
 
 CPU = torch.device("cpu")
 COUNTS = (3, 1, 2)
@@ -41,7 +44,7 @@ def test_the_program(mix: str, mode: str, tmp_path: Path) -> None:
     done = bench("--mix", mix, "--mode", mode, "--json", path, *SMALL)
     assert done.returncode == 0, done.stderr
     rows: dict[str, dict[str, Any]] = {row["policy"]: row for row in json.loads(path.read_text())}
-    assert list(rows) == ["packed", "repeat10", "repeat10_us", "pad_max", "block_mask"]
+    assert list(rows) == ["packed", "repeat10_us", "repeat10", "pad_max", "block_mask"]
     counts = draw_scans(mix, 4, most=10)
     scans = {
         "packed": counts.sum(),
@@ -117,11 +120,25 @@ def test_results_that_differ_stop_the_run(encoder: StudyEncoder, studies: list[l
         return packing.forward(encoder, job, "fp32")
 
     with pytest.raises(SystemExit, match="other: results are"):
-        packing.measure({"packed": jobs["packed"], "other": other}, dict.fromkeys(("packed", "other"), jobs["packed"]),
-                        step, 1, 1e-4)  # fmt: skip
+        packing.measure({"packed": jobs["packed"], "other": other}, step, 1, 1e-4)
     full, _ = packing.train_step(encoder, jobs["packed"], "fp32"), packing.train_step(encoder, other, "fp32")
     assert len(full) == 2
     assert full[1].numel() == sum(p.numel() for p in encoder.parameters())
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="the system does not say how much memory was resident")
+def test_padding_takes_memory_and_moves_bytes(encoder: StudyEncoder) -> None:
+    many = [random_study([(4, 12, 12)] * count, seed=count) for count in (40, 1) * 5]
+    jobs = {"packed": packing.packed(encoder, many, CPU), "pad_max": packing.dense(encoder, many, CPU)}
+    with OpTraffic():
+        for job in jobs.values():
+            packing.train_step(encoder, job, "fp32")
+    packed, padded = packing.measure(jobs, lambda job: packing.train_step(encoder, job, "fp32"), 1, 1e-4)
+    release_memory()
+    saved = 4 * 3690 * 64 * len(encoder.blocks) * 10  # rows of attention and MLP that autograd keeps, of a block
+    assert saved < packed["peak_bytes"] < 0.6 * padded["peak_bytes"]
+    assert 2 * saved < packed["bytes_modelled"] < 0.6 * padded["bytes_modelled"]
+    assert next(encoder.parameters()).grad is None  # gradients of one step are no memory of the next
 
 
 @pytest.mark.parametrize("mix", SCANS)

@@ -389,7 +389,7 @@ def test_what_was_measured_before_an_interruption_is_kept(
     [
         (["--cases", "nothing"], "no case 'nothing'; there are slice-197"),
         (["--dtype", "tf32"], "--dtype tf32 is for --static and --tune"),
-        (["--rounds", "0"], "must be at least 1"),
+        (["--rounds", "0"], "--rounds: must be an integer of at least 1"),
         (["--cases", "scan-*", "--quick"], "give one"),
         (["--device", "cuda"], "there is no GPU"),
     ],

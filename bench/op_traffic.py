@@ -1,0 +1,58 @@
+"""Bytes that PyTorch's ops move, and ours among them, as the tensors say that they are given and give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Counts:
+    """Bytes that were asked for, and operations of matrix products. A byte asked for twice counts twice."""
+
+    loaded: int = 0
+    stored: int = 0
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.loaded + self.stored
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.loaded + other.loaded, self.stored + other.stored, self.flops + other.flops)
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(self.loaded * times, self.stored * times, self.flops * times)
+
+
+class OpTraffic(TorchDispatchMode):
+    """Counts the bytes of the ops inside the block, forward and backward: each reads its tensors once and writes its
+    results once, views and empty tensors nothing. That is the least they can do; what an op keeps to itself is not
+    seen. Works on meta tensors, which have no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode ops arrive that consist of others, views among them
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        if not func.is_view and not func.__name__.startswith(("_unsafe_view", "empty", "new_empty")):
+            said = zip(args, func._schema.arguments, strict=False)
+            changed = [x for x, of in said if of.alias_info is not None and of.alias_info.is_write]
+            self.counts.loaded += _bytes(tree_leaves((args, kwargs)))
+            self.counts.stored += _bytes(tree_leaves((out, changed)))
+        return out
+
+
+def _bytes(leaves: list[Any]) -> int:
+    """Of the tensors, each once."""
+    return sum(x.nbytes for x in {id(x): x for x in leaves if isinstance(x, Tensor)}.values())
