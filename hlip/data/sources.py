@@ -29,7 +29,7 @@ from .files import (
     walk,
 )
 from .lists import ListedStudy, each_once, read_csv_list, read_json_list
-from .reports import ReportText, SectionRules, read_reports
+from .reports import ReportText, SectionRules, read_reports, text_columns
 from .scans import Rejection as Rejection
 from .scans import Scan, accession_of, clean, make_scans, named
 from .scans import ScanSource as ScanSource
@@ -89,7 +89,8 @@ def find_studies(
     Args:
         path: a folder, a study list (`.json`) or a table (`.csv`).
         root: what the paths of a list or table are relative to; its folder if None.
-        reports: see `read_reports`; a report there takes the place of one in the list.
+        reports: see `read_reports`; a report there takes the place of one in the list. A table of reports gives no
+            labels, unless it is that of `labels`, too.
         labels: a CSV with a column of studies and columns of numbers; in place of those in the list.
         label_columns: of that CSV, or of the table; see `Table.labels`.
         join: what reports and labels call a study: its uid, or DICOM's AccessionNumber, which is not kept.
@@ -109,7 +110,9 @@ def find_studies(
     texts = {} if reports is None else read_reports(reports, rules)
     numbers = {} if labels is None else Table.read(labels).labels((), label_columns)
     if label_columns is not None and labels is None and path.suffix.lower() != ".csv":
-        raise ValueError(f"label_columns {', '.join(label_columns)}: there is no table of labels")
+        raise ValueError(f"label_columns {', '.join(label_columns)}: there is no table of labels; give labels, too")
+    if reports is not None and labels is None:
+        _say_untaken_labels(Path(reports))
     rejected: list[Rejection] = []
     if path.suffix.lower() in (".json", ".csv") and not is_folder(path):
         if path.suffix.lower() == ".json":
@@ -376,6 +379,20 @@ def _without_unusable(
         else:
             rejected.append(Rejection(study.uid, "", "no_scans", "no scan of it can be used"))
     return kept
+
+
+def _say_untaken_labels(reports: Path) -> None:
+    """A table of reports gives texts only, so that no column gets into a store which nobody has asked for."""
+    if reports.suffix.lower() != ".csv" or is_folder(reports):
+        return
+    table = Table.read(reports)
+    if columns := table.likely_labels(text_columns(table)):
+        logger.warning(
+            "%s: columns that are not taken as labels, as this is a table of reports: %s; to take them, give it as "
+            "--labels, too",
+            reports,
+            ", ".join(columns),
+        )
 
 
 def _check_join(path: Path | str | None, entries: Collection[str], uids: Collection[str]) -> None:
