@@ -335,7 +335,7 @@ REFUSED: dict[str, tuple[bad.Make, str, list[str], str]] = {
     "no such label": (
         table("study,path,x\na,a.nii,1\n"), "table.csv", ["--label_columns", "y"], "no column 'y' of labels"
     ),
-    "no such input": (bad.void, "absent", [], "absent: expected a folder"),
+    "no such input": (bad.void, "absent", [], "absent: no such file or folder"),
     "an input of no kind": (bad.named("notes.txt", b"hello"), "notes.txt", [], "expected a folder, a study list"),
     "a folder without scans": (bad.void, "", [], "no scans"),
     "nothing that can be used": (bad.named("a.dcm", b"x"), "", [], r"\(1 rejected, such as a.dcm: not a DICOM file"),

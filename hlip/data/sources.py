@@ -22,6 +22,7 @@ from .files import (
     is_file,
     is_folder,
     kind_of,
+    near,
     printable,
     read_headers,
     silent,
@@ -127,8 +128,10 @@ def find_studies(
         studies = _folder_studies(path, workers, progress, rejected)
         if not studies and not rejected:
             raise ValueError(f"{path}: no scans ({_wanted()}) in this folder")
-    else:
+    elif path.exists():
         raise ValueError(f"{path}: expected a folder, a study list (.json) or a table (.csv)")
+    else:
+        raise ValueError(f"{path}: no such file or folder{near(path)}")
     studies = _without_unusable(studies, workers, progress, rejected)
     keys = {study.uid: study.accession if join == "accession" else study.uid for study in studies}
     _check_join(reports, texts, set(keys.values()))
@@ -146,7 +149,7 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
     """The scans of one study in their fixed order, from its files or one folder.
 
     Raises:
-        ValueError: no scan, one that is given twice, or DICOM files of two studies.
+        ValueError: no scan, one that is given twice, DICOM files of two studies, or a folder of many studies.
         ScanError: a file that cannot be used; names it.
     """
     given = each_once([Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths])
@@ -164,6 +167,11 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
         raise ValueError(f"{given[0]}: DICOM files of {len(studies)} studies: {', '.join(studies[:3])}")
     inside = Counter(Path(path).parent for path in names if kind_of(path) is not None and len(given) == 1)
     if len(inside) > 1 and min(inside.values()) > 1:
+        if inside.total() > MANY_SCANS:
+            raise ValueError(
+                f"{given[0]}: {inside.total()} scans in {len(inside)} folders are more than a study has; give each "
+                "study's folder by itself"
+            )
         logger.warning(
             "%s: taken as one study, with several scans in each of %d folders; if these are studies, give each",
             given[0],
