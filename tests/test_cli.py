@@ -103,7 +103,7 @@ def test_bad_input_is_named_and_nothing_is_written(
     cases = [
         ([text, *model], "notes.nii.gz: not a readable NIfTI file"),
         ([nifti_study[0], truncated, *model], "cut.nii.gz: truncated or corrupt"),
-        ([tmp_path / "none.nii", *model], "none.nii: no such file"),
+        ([tmp_path / "none.nii", *model], "none.nii: no such file or folder"),
         ([empty_study, *model], "empty: no scans"),
         ([nifti_study[0], nifti_study[0].parent, *model], "is not a folder"),
         ([nifti_study[0], nifti_study[0], *model], "scan_0.nii.gz is given twice"),

@@ -330,12 +330,12 @@ REFUSED: dict[str, tuple[bad.Make, str, list[str], str]] = {
     "a column twice": (table("study,x,x\na,1,2\n"), "table.csv", [], "no column twice"),
     "a ragged table": (table("study,path\na\n"), "table.csv", [], "line 2: expected 2 cells"),
     "labels in words": (
-        table("study,path,x\na,a.nii,?\n"), "table.csv", ["--label_columns", "x"], "'x' of labels has '\\?'"
+        table("study,path,x\na,a.nii,?\n"), "table.csv", ["--label_columns", "x"], "'x' of labels: expected a number"
     ),
     "no such label": (
         table("study,path,x\na,a.nii,1\n"), "table.csv", ["--label_columns", "y"], "no column 'y' of labels"
     ),
-    "no such input": (bad.void, "absent", [], "absent: expected a folder"),
+    "no such input": (bad.void, "absent", [], "absent: no such file or folder"),
     "an input of no kind": (bad.named("notes.txt", b"hello"), "notes.txt", [], "expected a folder, a study list"),
     "a folder without scans": (bad.void, "", [], "no scans"),
     "nothing that can be used": (bad.named("a.dcm", b"x"), "", [], r"\(1 rejected, such as a.dcm: not a DICOM file"),

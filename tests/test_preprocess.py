@@ -412,7 +412,7 @@ def test_refuses_bad_recipe_files(text: str, reason: str, tmp_path: Path) -> Non
 
 
 def test_unknown_recipes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'brain_mri'; did you mean brain-mri"):
+    with pytest.raises(ValueError, match="unknown recipe 'brain_mri': expected brain-mri, head-ct, chest-ct, a file"):
         load_recipe("brain_mri")
     with pytest.raises(ValueError, match=r"absent\.yaml: not a readable recipe"):
         load_recipe(str(tmp_path / "absent.yaml"))

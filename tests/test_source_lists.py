@@ -254,10 +254,10 @@ def test_only_numbers_within_one_are_labels_unless_asked(tmp_path: Path, caplog:
     table = write(tmp_path / "labels.csv", "\n".join(map(",".join, [content.keys(), *rows])) + "\n")
     found = Table.read(table).labels()
     assert found == {"s1": (("nodule", 1.0), ("soft", 0.5)), "s2": (("nodule", -1.0),)}
-    assert "unless they are asked for: acc, Geburtsdatum, thickness, contrast" in caplog.text
+    assert "unless they are asked for (--label_columns): acc, Geburtsdatum, thickness, contrast" in caplog.text
     assert Table.read(table).labels((), ["acc"])["s2"] == (("acc", 7731002.0),)
     for wanted, message in [
-        ("age", "labels.csv: line 4: column 'age' of labels has '75Y'"),
+        ("age", "labels.csv: line 4: column 'age' of labels: expected a number, got '75Y'"),
         ("thickness", "labels.csv: line 3: another labels of study s1"),
         ("sex", "labels.csv: no column 'sex' of labels; there are acc, "),
     ]:
@@ -265,12 +265,25 @@ def test_only_numbers_within_one_are_labels_unless_asked(tmp_path: Path, caplog:
             Table.read(table).labels((), [wanted])
 
 
+def test_a_table_of_reports_gives_labels_where_it_is_given_as_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nifti(tmp_path / "in" / "p7" / "a.nii", 0)
+    table = write(tmp_path / "r.csv", "study,impression,tumor,age\np7,Normal.,0,75\n")
+    found = find_studies(tmp_path / "in", reports=table)
+    assert (found.studies[0].impression, found.studies[0].labels) == ("Normal.", ())
+    assert f"{table}: columns that are not taken as labels, as this is a table of reports: tumor; to" in caplog.text
+    caplog.clear()
+    assert find_studies(tmp_path / "in", reports=table, labels=table).studies[0].labels == (("tumor", 0.0),)
+    assert "table of reports" not in caplog.text
+
+
 def test_labels_of_a_list_are_asked_for_too(tmp_path: Path) -> None:
     nifti(tmp_path / "a.nii", 0)
     path = write(tmp_path / "t.csv", "study,path,age,tumor\np7,a.nii,75,1\n")
     assert find_studies(path).studies[0].labels == (("tumor", 1.0),)
     assert find_studies(path, label_columns=["age"]).studies[0].labels == (("age", 75.0),)
-    with pytest.raises(ValueError, match="label_columns age: there is no table of labels"):
+    with pytest.raises(ValueError, match="label_columns age: there is no table of labels; give labels, too"):
         find_studies(tmp_path, label_columns=["age"])
 
 

@@ -277,11 +277,17 @@ def test_a_folder_of_studies_that_is_taken_for_one_gives_a_warning(
     assert caplog.text.count("taken as one study") == 2
 
 
-def test_folders_of_several_scans_in_one_study_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_of_several_scans_in_one_study_give_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(4):
         nifti(tmp_path / f"p{seed % 2}" / f"s{seed}.nii", seed)
     assert len(find_scans(tmp_path)) == 4
     assert "taken as one study, with several scans in each of 2 folders" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr("hlip.data.sources.MANY_SCANS", 3)
+        with pytest.raises(ValueError, match="4 scans in 2 folders are more than a study has"):
+            find_scans(tmp_path)
     caplog.clear()
     (tmp_path / "p0" / "s0.nii").unlink()
     assert len(find_scans(tmp_path)) == 3 and not caplog.text

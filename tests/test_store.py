@@ -286,7 +286,7 @@ def test_merge_and_split_refuse(path: Path, damaged: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="holds no study s999"):
         Store(path).indices(["s999"])
     (damaged / "store.json").unlink()
-    with pytest.raises(ValueError, match="copy: not finished"):
+    with pytest.raises(ValueError, match="copy: the store is not finished"):
         merge([damaged], tmp_path / "c")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "other"]
 

@@ -103,7 +103,9 @@ class Checkpoints:
         """
         found = self.all()
         if not found:
-            raise ValueError(f"{self.folder}: no checkpoint to resume from")
+            raise ValueError(
+                f"{self.folder}: no checkpoint to resume from; with --resume auto a run without any begins"
+            )
         for path in reversed(found):
             try:
                 state = load_tensors(path, checksums=True)

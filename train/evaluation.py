@@ -8,12 +8,12 @@ import torch
 from config import TrainConfig
 from engine import World, gathered
 from hlip.data.dataset import StudyDataset
+from hlip.data.store import Store
 from hlip.model.clip import HLIPModel
 from hlip.model.config import ModelConfig
 from hlip.tasks.labels import read_labels
 from hlip.tasks.metrics import macro_auc
 from hlip.tasks.zeroshot import Prompts, zeroshot
-from loading import check_patches, open_store
 
 
 class HeldOut:
@@ -31,8 +31,9 @@ class HeldOut:
         """
         if config.val is None or config.prompts is None:
             return None
-        prompts, store = Prompts.read(config.prompts), open_store(config.val)
-        check_patches(store, model)
+        prompts, store = Prompts.read(config.prompts), Store(config.val)
+        store.check_finished()
+        store.scan_tokens(model.vision.patch_size)  # or an error before training, not after
         names = list(prompts.classes)
         if config.labels is not None:
             source, table = config.labels, read_labels(config.labels, names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -71,36 +70,3 @@ def draw_text(
     elif texts == "sentence":
         sentences = [sentences[int(random.integers(len(sentences)))]]
     return " ".join(sentences), findings
-
-
-def open_store(path: Path) -> Store:
-    """The store, if there is anything to train on.
-
-    Raises:
-        ValueError: no store, none finished, or an empty one.
-    """
-    store = Store(path)
-    if not store.info:
-        raise ValueError(f"{path}: the store is not finished: run hlip prepare again to go on with it")
-    if len(store) == 0:
-        raise ValueError(f"{path}: the store holds no studies")
-    return store
-
-
-def check_patches(store: Store, model: ModelConfig) -> None:
-    """Raises ValueError where a scan is no whole number of the model's patches."""
-    patch = np.array(model.vision.patch_size)
-    wrong = np.flatnonzero((store.shapes % patch).any(1))
-    if len(wrong):
-        study = int(np.searchsorted(store.first, wrong[0], "right")) - 1
-        shape = tuple(store.shapes[wrong[0]].tolist())
-        raise ValueError(
-            f"{store.path}: study {store.uids[study]} has a scan of {shape} voxels, not a whole number of the model's "
-            f"patches of {tuple(patch.tolist())} ({len(wrong)} of {len(store.shapes)} scans)"
-        )
-
-
-def scan_tokens(store: Store, model: ModelConfig) -> list[np.ndarray]:
-    """Patch tokens of every scan, one array a study."""
-    tokens = (store.shapes // np.array(model.vision.patch_size)).prod(1)
-    return np.split(tokens, store.first[1:-1])

@@ -45,7 +45,7 @@ from hlip.model.memory import keep_memory, release_memory
 from hlip.tasks.output import write_whole
 from hlip.tasks.processes import say_error
 from hlip_kernels.env import describe_backends
-from loading import MicroBatches, check_patches, open_store, scan_tokens
+from loading import MicroBatches
 from log import Log, Watch, check_loggers, memory_gb
 from sampler import Cost, StepSampler
 
@@ -138,9 +138,10 @@ def train(config: TrainConfig) -> None:
         raise ValueError(f"{config.out} holds checkpoints: pass --resume auto to go on, or choose another folder")
     check_loggers(config)
     torch.manual_seed(config.seed)
-    store = open_store(config.data)
+    store = Store(config.data)
+    store.check_finished()
     model = make_model(config).to(device)
-    check_patches(store, model.config)
+    scan_tokens = np.split(store.scan_tokens(model.config.vision.patch_size), store.first[1:-1])  # study by study
     checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
     held_out = HeldOut.read(config, model.config)
     per_epoch = len(store) // config.batch_size
@@ -156,7 +157,7 @@ def train(config: TrainConfig) -> None:
     check_agreement(world, first_step, checkpoints)
 
     sampler = StepSampler(
-        scan_tokens(store, model.config), Cost(model.config.vision), config.batch_size, steps, config.seed, world.rank,
+        scan_tokens, Cost(model.config.vision), config.batch_size, steps, config.seed, world.rank,
         world.size, config.max_scans, config.micro_tokens, config.balance == "cost", first_step,
     )  # fmt: skip
     loader = DataLoader(

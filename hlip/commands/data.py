@@ -49,9 +49,18 @@ def add(commands: Any) -> None:
     prepare.add_argument(
         "--root", type=Path, metavar="FOLDER", help="what paths of a list or table start from (default: its own folder)"
     )
-    prepare.add_argument("--reports", type=Path, metavar="FILE", help="reports (JSON, CSV or a folder of TXT)")
-    prepare.add_argument("--sections", type=Path, metavar="FILE.yaml", help="headings of the sections of reports")
-    prepare.add_argument("--labels", type=Path, metavar="FILE", help="table of labels (CSV)")
+    prepare.add_argument(
+        "--reports", type=Path, metavar="FILE", help="texts of reports by study (JSON, CSV or a folder of TXT)"
+    )
+    prepare.add_argument(
+        "--sections",
+        type=Path,
+        metavar="FILE.yaml",
+        help="headings by which a report is cut into impression and findings",
+    )
+    prepare.add_argument(
+        "--labels", type=Path, metavar="FILE", help="table of labels by study (CSV); may be that of --reports"
+    )
     prepare.add_argument(
         "--label_columns",
         nargs="+",
@@ -112,17 +121,23 @@ def add(commands: Any) -> None:
     verify.set_defaults(run=_verify)
     merge = action("merge", "join stores of one recipe into a new one; shards are linked where possible")
     merge.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="stores to join, in this order")
-    merge.add_argument("--out", required=True, type=Path, metavar="STORE", help="the new one")
+    merge.add_argument("--out", required=True, type=Path, metavar="STORE", help="the new store")
     merge.set_defaults(run=_merge)
     split = action("split", "copy the studies of a store into new ones, a part each")
-    split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new one for each part")
+    split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new store for each part")
     parts = split.add_mutually_exclusive_group(required=True)
-    parts.add_argument("--fractions", nargs="+", type=float, metavar="F", help="of the studies, at random; add up to 1")
-    parts.add_argument("--list", type=Path, metavar="FILE", help="uids, one a line: the first part; the rest: a second")
-    split.add_argument("--seed", type=int, default=0, help="of --fractions (default: 0)")
+    parts.add_argument(
+        "--fractions", nargs="+", type=float, metavar="F", help="shares of the studies, drawn at random; add up to 1"
+    )
+    parts.add_argument(
+        "--list", type=Path, metavar="FILE", help="uids of the first part, one a line; the others are the second"
+    )
+    split.add_argument("--seed", type=int, default=0, help="of the drawing for --fractions (default: 0)")
     split.set_defaults(run=_split)
     stats = action("stats", "count scans per study, slices per scan and planes, and draw them")
-    stats.add_argument("--out", type=Path, metavar="FILE", help=".png, .pdf or .svg; a .json is written beside it")
+    stats.add_argument(
+        "--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg; a .json is written beside it"
+    )
     stats.set_defaults(run=_stats)
     slices = actions.add_parser(
         "slices",
@@ -135,7 +150,9 @@ def add(commands: Any) -> None:
     slices.set_defaults(run=_slices)
     for each in (info, verify, split, stats):
         each.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
-    slices.add_argument("--store", required=True, type=Path, metavar="STORE", help="whose studies they are")
+    slices.add_argument(
+        "--store", required=True, type=Path, metavar="STORE", help="store of the studies that the masks belong to"
+    )
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -110,7 +110,11 @@ def add(commands: Any) -> None:
         help="leave out studies without labels and labels without a study, instead of stopping",
     )
     command.add_argument(
-        "--draws", type=int, default=DRAWS, metavar="N", help="of studies, for intervals (default: %(default)s)"
+        "--draws",
+        type=int,
+        default=DRAWS,
+        metavar="N",
+        help="how often studies are drawn anew, for intervals (default: %(default)s)",
     )
     command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     command.add_argument(

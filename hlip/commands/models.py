@@ -34,7 +34,9 @@ def add(commands: Any) -> None:
         help="hlip: config.json, model.safetensors and text/; open_clip: that of the released models (default: hlip)",
     )
     convert.add_argument("--model", metavar="NAME", help="which model it is, where neither files nor shapes can say")
-    convert.add_argument("--text", metavar="FOLDER", help="configuration and tokenizer of the text tower")
+    convert.add_argument(
+        "--text", metavar="FOLDER", help="configuration and tokenizer of the text tower, where the hub is out of reach"
+    )
     convert.set_defaults(run=_convert)
 
     plot = commands.add_parser(
@@ -44,7 +46,10 @@ def add(commands: Any) -> None:
     )
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
     plot.add_argument(
-        "--out", type=Path, metavar="FILE", help=".png, .pdf or .svg (default: curves.png in the first RUN)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="picture to write: .png, .pdf or .svg (default: curves.png in the first RUN)",
     )
     plot.set_defaults(run=_plot)
 

@@ -49,7 +49,9 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     probe.add_argument("embeddings", type=Path, metavar="EMBEDDINGS", help=".parquet or .npz of `hlip embed`")
-    probe.add_argument("other", nargs="?", type=Path, metavar="OTHER", help="of another model, to compare with")
+    probe.add_argument(
+        "other", nargs="?", type=Path, metavar="OTHER", help="the same of another model, to compare with"
+    )
     probe.add_argument(
         "--labels",
         type=Path,
@@ -57,9 +59,13 @@ def add(commands: Any) -> None:
         help="a column study, study_uid or VolumeName, and one for each class: 1, 0, or -1 or empty if missing",
     )
     probe.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
-    probe.add_argument("--names", nargs="+", metavar="NAME", help="of the models (default: the files' names)")
+    probe.add_argument(
+        "--names", nargs="+", metavar="NAME", help="what to call the models in results (default: the files' names)"
+    )
     classes = probe.add_mutually_exclusive_group()
-    classes.add_argument("--classes", nargs="+", default=[], metavar="COLUMN", help="default: all columns of labels")
+    classes.add_argument(
+        "--classes", nargs="+", default=[], metavar="COLUMN", help="columns of labels to probe for (default: all)"
+    )
     classes.add_argument("--protocol", choices=sorted(PROTOCOLS), help="the columns that this benchmark is probed for")
     probe.add_argument(
         "--split",
@@ -74,9 +80,13 @@ def add(commands: Any) -> None:
         type=float,
         default=(0.7, 0.1, 0.2),
         metavar=("TRAIN", "VAL", "TEST"),
-        help="of a random split; 0 for VAL cross-validates (default: 0.7 0.1 0.2)",
+        help="shares of a random split; 0 for VAL cross-validates (default: 0.7 0.1 0.2)",
     )
-    probe.add_argument("--patients", metavar="COLUMN", help="names patients: none is in two parts of a random split")
+    probe.add_argument(
+        "--patients",
+        metavar="COLUMN",
+        help="column that names patients, none of whom is then in two parts of a random split",
+    )
     probe.add_argument("--seed", type=int, default=0, help="of the split and the draws (default: %(default)s)")
     probe.add_argument(
         "--minimum",
@@ -91,9 +101,15 @@ def add(commands: Any) -> None:
     probe.add_argument("--c", nargs="+", type=float, metavar="C", help="inverse penalties to choose from")
     probe.add_argument("--as_is", action="store_true", help="do not standardise the embeddings")
     probe.add_argument(
-        "--draws", type=int, default=DRAWS, metavar="N", help="of studies, for intervals (default: %(default)s)"
+        "--draws",
+        type=int,
+        default=DRAWS,
+        metavar="N",
+        help="how often studies are drawn anew, for intervals (default: %(default)s)",
     )
-    probe.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that fit (default: 1)")
+    probe.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes that fit classes side by side (default: 1)"
+    )
     probe.add_argument("--apply", type=Path, metavar="PROBE", help="score this fitted probe; --labels may be left out")
     probe.set_defaults(run=_probe)
 

@@ -71,7 +71,9 @@ def add(commands: Any) -> None:
         help="what `hlip embed` wrote of the store with this model (default: they are made)",
     )
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
-    command.add_argument("--k", nargs="+", type=int, default=KS, metavar="K", help=f"default: {' '.join(map(str, KS))}")
+    command.add_argument(
+        "--k", nargs="+", type=int, default=KS, metavar="K", help=f"recall at each (default: {' '.join(map(str, KS))})"
+    )
     command.add_argument(
         "--query", action="append", default=[], metavar="TEXT", help="show the studies it fits; repeat"
     )

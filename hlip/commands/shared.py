@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.batch import Study
+from ..data.files import near
 from ..data.store import Store
 from ..data.studies import load_study
 from ..model.clip import HLIPModel
@@ -40,7 +41,9 @@ def add_model(command: argparse.ArgumentParser, of_slices: bool = False) -> None
     command.add_argument(
         "--model", required=True, help=f"a saved or released model: its folder, its file, or its name on the hub{also}"
     )
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)"
+    )
     if of_slices:
         command.add_argument(
             "--pool", choices=get_args(Pool), help="of a 2D model: how its slices become a study (default: mean)"
@@ -96,7 +99,7 @@ def add_embedding(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=get_args(Dtype),
         default="auto",
-        help="of products of matrices (default: bf16 on GPUs, and on CPUs with instructions for it; otherwise fp32)",
+        help="type of matrix products (default: bf16 on GPUs, and on CPUs with instructions for it; otherwise fp32)",
     )
     command.add_argument(
         "--workers",
@@ -203,6 +206,8 @@ def study_paths(files: list[Path]) -> list[Path | list[Path]]:
     """One entry per study: a folder each, or all the files together."""
     if len(set(files)) < len(files):
         raise ValueError(f"{max(files, key=files.count)} is given twice")
+    if missing := [path for path in files if not os.path.lexists(path)]:
+        raise ValueError(f"{missing[0]}: no such file or folder{near(missing[0])}")
     folders = [path for path in files if path.is_dir()]
     if folders and len(folders) < len(files):
         other = next(path for path in files if not path.is_dir())

@@ -6,6 +6,7 @@ Nothing here decodes an image. A file that cannot be used is a `Problem`, never 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import gzip
 import hashlib
@@ -120,6 +121,16 @@ def why(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def near(path: Path) -> str:
+    """Names beside a missing path that are close to its own, as words to add to an error."""
+    try:
+        names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in close)}?" if close else ""
 
 
 def is_file(path: Path) -> bool:

@@ -410,7 +410,7 @@ def _locked(out: Path) -> Iterator[Path]:
     """The folder `work/` of a new or unfinished store, for this run alone."""
     work = out / "work"
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file")
+        raise ValueError(f"{out}: is a file; give a folder for the store")
     if out.exists() and not (out / "shards").is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: neither empty nor a store: choose another folder")
     for folder in (out / "shards", work):
@@ -419,7 +419,9 @@ def _locked(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{out}: another run is writing this store") from error
+            raise ValueError(
+                f"{out}: another run is writing this store; wait for its end, or choose another folder"
+            ) from error
         _remove_temporary(work)  # of runs that were killed
         try:
             yield work

@@ -374,8 +374,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     of_model = path.is_dir()
     if not of_model and path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(
-            f"unknown recipe {name_or_path!r}{_hint(name_or_path, RECIPES)}, or a file that ends in .yaml, or a "
-            "model's folder"
+            f"unknown recipe {name_or_path!r}: expected {', '.join(RECIPES)}, a file that ends in .yaml, or a model's "
+            "folder"
         )
     try:
         if of_model:

@@ -22,6 +22,7 @@ from .files import (
     is_file,
     is_folder,
     kind_of,
+    near,
     printable,
     read_headers,
     silent,
@@ -29,7 +30,7 @@ from .files import (
     walk,
 )
 from .lists import ListedStudy, each_once, read_csv_list, read_json_list
-from .reports import ReportText, SectionRules, read_reports
+from .reports import ReportText, SectionRules, read_reports, text_columns
 from .scans import Rejection as Rejection
 from .scans import Scan, accession_of, clean, make_scans, named
 from .scans import ScanSource as ScanSource
@@ -89,7 +90,8 @@ def find_studies(
     Args:
         path: a folder, a study list (`.json`) or a table (`.csv`).
         root: what the paths of a list or table are relative to; its folder if None.
-        reports: see `read_reports`; a report there takes the place of one in the list.
+        reports: see `read_reports`; a report there takes the place of one in the list. A table of reports gives no
+            labels, unless it is that of `labels`, too.
         labels: a CSV with a column of studies and columns of numbers; in place of those in the list.
         label_columns: of that CSV, or of the table; see `Table.labels`.
         join: what reports and labels call a study: its uid, or DICOM's AccessionNumber, which is not kept.
@@ -109,7 +111,9 @@ def find_studies(
     texts = {} if reports is None else read_reports(reports, rules)
     numbers = {} if labels is None else Table.read(labels).labels((), label_columns)
     if label_columns is not None and labels is None and path.suffix.lower() != ".csv":
-        raise ValueError(f"label_columns {', '.join(label_columns)}: there is no table of labels")
+        raise ValueError(f"label_columns {', '.join(label_columns)}: there is no table of labels; give labels, too")
+    if reports is not None and labels is None:
+        _say_untaken_labels(Path(reports))
     rejected: list[Rejection] = []
     if path.suffix.lower() in (".json", ".csv") and not is_folder(path):
         if path.suffix.lower() == ".json":
@@ -124,8 +128,10 @@ def find_studies(
         studies = _folder_studies(path, workers, progress, rejected)
         if not studies and not rejected:
             raise ValueError(f"{path}: no scans ({_wanted()}) in this folder")
-    else:
+    elif path.exists():
         raise ValueError(f"{path}: expected a folder, a study list (.json) or a table (.csv)")
+    else:
+        raise ValueError(f"{path}: no such file or folder{near(path)}")
     studies = _without_unusable(studies, workers, progress, rejected)
     keys = {study.uid: study.accession if join == "accession" else study.uid for study in studies}
     _check_join(reports, texts, set(keys.values()))
@@ -143,7 +149,7 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
     """The scans of one study in their fixed order, from its files or one folder.
 
     Raises:
-        ValueError: no scan, one that is given twice, or DICOM files of two studies.
+        ValueError: no scan, one that is given twice, DICOM files of two studies, or a folder of many studies.
         ScanError: a file that cannot be used; names it.
     """
     given = each_once([Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths])
@@ -161,6 +167,11 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
         raise ValueError(f"{given[0]}: DICOM files of {len(studies)} studies: {', '.join(studies[:3])}")
     inside = Counter(Path(path).parent for path in names if kind_of(path) is not None and len(given) == 1)
     if len(inside) > 1 and min(inside.values()) > 1:
+        if inside.total() > MANY_SCANS:
+            raise ValueError(
+                f"{given[0]}: {inside.total()} scans in {len(inside)} folders are more than a study has; give each "
+                "study's folder by itself"
+            )
         logger.warning(
             "%s: taken as one study, with several scans in each of %d folders; if these are studies, give each",
             given[0],
@@ -376,6 +387,20 @@ def _without_unusable(
         else:
             rejected.append(Rejection(study.uid, "", "no_scans", "no scan of it can be used"))
     return kept
+
+
+def _say_untaken_labels(reports: Path) -> None:
+    """A table of reports gives texts only, so that no column gets into a store which nobody has asked for."""
+    if reports.suffix.lower() != ".csv" or is_folder(reports):
+        return
+    table = Table.read(reports)
+    if columns := table.likely_labels(text_columns(table)):
+        logger.warning(
+            "%s: columns that are not taken as labels, as this is a table of reports: %s; to take them, give it as "
+            "--labels, too",
+            reports,
+            ", ".join(columns),
+        )
 
 
 def _check_join(path: Path | str | None, entries: Collection[str], uids: Collection[str]) -> None:

@@ -381,6 +381,32 @@ class Store:
         except KeyError as error:
             raise ValueError(f"{self.path}: holds no study {error.args[0]}") from error
 
+    def check_finished(self) -> None:
+        """Raises ValueError if the store is not finished, or empty."""
+        if not self.info:
+            raise ValueError(f"{self.path}: the store is not finished: run hlip prepare again to go on with it")
+        if len(self) == 0:
+            raise ValueError(f"{self.path}: the store holds no studies")
+
+    def scan_tokens(self, patch_size: Sequence[int]) -> np.ndarray:
+        """Patch tokens of every scan, study by study: (S) int64.
+
+        Args:
+            patch_size: (pd, ph, pw) voxels of a patch of the model.
+
+        Raises:
+            ValueError: scans that are no whole number of patches; names the first's study.
+        """
+        wrong = np.flatnonzero((self.shapes % np.array(patch_size)).any(1))
+        if len(wrong):
+            uid = self.uids[int(np.searchsorted(self.first, wrong[0], "right")) - 1]
+            raise ValueError(
+                f"{self.path}: study {uid} has a scan of {tuple(self.shapes[wrong[0]].tolist())} voxels, not a whole "
+                f"number of the model's patches of {tuple(patch_size)} ({len(wrong)} of {len(self.shapes)} scans); "
+                "hlip prepare --recipe MODEL makes scans as the model was trained on"
+            )
+        return (self.shapes.astype(np.int64) // np.array(patch_size)).prod(1)
+
     def scan(self, i: int, m: int) -> Tensor:
         """Scan `m` of study `i`: (D, H, W) uint8 in the memory map of its file, which writing to it does not change.
 

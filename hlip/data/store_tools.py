@@ -125,7 +125,8 @@ def _check_alike(stores: Sequence[Store]) -> None:
         for key in ("recipe_hash", "hidden_ids"):
             if store.info[key] != stores[0].info[key]:
                 raise ValueError(
-                    f"{store.path}: its {key} is {store.info[key]}, that of {stores[0].path} {stores[0].info[key]}"
+                    f"{store.path}: its {key} is {store.info[key]}, that of {stores[0].path} {stores[0].info[key]}; "
+                    "stores can be joined where these are the same"
                 )
         for uid in store.uids:
             if uid in homes:
@@ -194,7 +195,7 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[PreparedStudy]:
 def _finished(path: Path) -> Store:
     store = Store(path)
     if not store.info:
-        raise ValueError(f"{path}: not finished: run `hlip prepare` to its end first")
+        raise ValueError(f"{path}: the store is not finished: run hlip prepare again to go on with it")
     if lacking := sorted(INFO.keys() - store.info):
         raise ValueError(f"{path}: its store.json has no {lacking[0]}")
     return store

@@ -118,21 +118,24 @@ class Table:
         if absent := [name for name in wanted or () if name not in self.columns]:
             raise ValueError(f"{self.path}: no column {absent[0]!r} of labels; there are {', '.join(self.columns)}")
         given = [name for name in self.columns if name and name not in leave and (wanted is None or name in wanted)]
-        columns, others = [], []
-        for name in given:
-            numbers = self._numbers(name, strict=wanted is not None)
-            if numbers and (wanted is not None or all(-1 <= number <= 1 for number in numbers)):
-                columns.append(name)
-            elif numbers:
-                others.append(name)
+        columns = [name for name in given if self._numbers(name, strict=wanted is not None)]
         if wanted is None:
-            several = [name for name in columns if self._has_several(name)]
-            columns, others = [name for name in columns if name not in several], [*others, *several]
-        if others:
-            logger.warning(
-                "%s: columns that are not taken as labels unless they are asked for: %s", self.path, ", ".join(others)
-            )
+            likely = self.likely_labels(leave)
+            if others := ", ".join(name for name in columns if name not in likely):
+                what = "columns that are not taken as labels unless they are asked for (--label_columns)"
+                logger.warning("%s: %s: %s", self.path, what, others)
+            columns = likely
         return self.by_study(lambda row: tuple((n, float(row[n])) for n in columns if row[n].strip()), "labels")
+
+    def likely_labels(self, leave: Collection[str] = ()) -> list[str]:
+        """The columns, but for those of `leave`, whose numbers all lie within -1 and 1, one value for each study."""
+        return [
+            name
+            for name in self.columns
+            if name and name not in leave
+            if (numbers := self._numbers(name, strict=False)) and all(-1 <= number <= 1 for number in numbers)
+            if not self._has_several(name)
+        ]
 
     def _numbers(self, column: str, strict: bool) -> list[float]:
         """Of a column; none if it has words."""
@@ -140,7 +143,7 @@ class Table:
         words = [(line, cell) for line, cell in cells if not _is_number(cell)]
         if words and strict:
             line, cell = words[0]
-            raise ValueError(f"{self.path}: line {line}: column {column!r} of labels has {cell!r}")
+            raise ValueError(f"{self.path}: line {line}: column {column!r} of labels: expected a number, got {cell!r}")
         return [] if words else [float(cell) for _, cell in cells]
 
     def _has_several(self, column: str) -> bool:

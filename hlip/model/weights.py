@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data import plain
+from ..data.files import near
 from ..data.plain import is_whole, load_tensors
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,9 @@ def find_weights(folder: Path) -> Path:
     """
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise ValueError(f"{folder}: no weights: none of {', '.join(WEIGHT_FILES)}")
+        inside = folder / "model"  # as a run of the trainer leaves it
+        hint = f"; did you mean {inside}?" if inside.is_dir() else ""
+        raise ValueError(f"{folder}: no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
     return found
 
 
@@ -175,17 +177,7 @@ def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
         return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"no such folder{near(Path(name))}, and not to be had from the hub: {reason}") from error
-
-
-def near(path: Path) -> str:
-    """Names beside a missing path that are close to its own, as words to add to an error."""
-    try:
-        names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=3)
-    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in close)}?" if close else ""
+        raise ValueError(f"no such folder, and not to be had from the hub ({reason}){near(Path(name))}") from error
 
 
 def shorten(items: list[str], most: int = 8) -> str:

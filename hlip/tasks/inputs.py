@@ -56,24 +56,13 @@ class StoreStudies:
     lost: Sequence[tuple[str, str]] = ()
 
     def __init__(self, store: Store, patch_size: Sequence[int] | None = None) -> None:
-        if not store.info:
-            raise ValueError(f"{store.path}: the store is not finished: run hlip prepare again to go on with it")
-        if len(store) == 0:
-            raise ValueError(f"{store.path}: the store holds no studies")
+        store.check_finished()
         self.store = store
         self.uids: Sequence[str] = store.uids.tolist()
         if patch_size is None:
             self.scan_tokens, self.tokens = np.zeros(len(store.shapes), np.int64), np.zeros(len(store), np.int64)
             return
-        wrong = np.flatnonzero((store.shapes % np.array(patch_size)).any(1))
-        if len(wrong):
-            uid = store.uids[int(np.searchsorted(store.first, wrong[0], "right")) - 1]
-            raise ValueError(
-                f"{store.path}: study {uid} has a scan of {tuple(store.shapes[wrong[0]].tolist())} voxels, "
-                f"not a whole number of the model's patches of {tuple(patch_size)} (hlip prepare --recipe MODEL makes "
-                "scans as the model was trained on)"
-            )
-        self.scan_tokens = (store.shapes.astype(np.int64) // np.array(patch_size)).prod(1)
+        self.scan_tokens = store.scan_tokens(patch_size)
         self.tokens = np.add.reduceat(self.scan_tokens, store.first[:-1])
 
     def read(self, i: int) -> Study:
