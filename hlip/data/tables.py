@@ -125,7 +125,7 @@ class Table:
                 what = "columns that are not taken as labels unless they are asked for (--label_columns)"
                 logger.warning("%s: %s: %s", self.path, what, others)
             columns = likely
-        return self.by_study(lambda row: tuple((n, float(row[n])) for n in columns if row[n].strip()), "labels")
+        return self.by_study(lambda row: tuple((n, float(cell)) for n in columns if (cell := row[n].strip())), "labels")
 
     def likely_labels(self, leave: Collection[str] = ()) -> list[str]:
         """The columns, but for those of `leave`, whose numbers all lie within -1 and 1, one value for each study."""
