@@ -7,9 +7,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+#define INLINE __attribute__((always_inline)) inline
+#define LAMBDA __attribute__((always_inline))
 
 namespace {
 
@@ -29,6 +34,13 @@ typedef uint16_t bf16;
 
 inline vec fill(float x) { return x - vec{}; }  // x + 0 would be an addition: it is not x for x = -0
 inline vec larger(vec a, vec b) { return a > b ? a : b; }  // b if any is not a number
+inline vec smaller(vec a, vec b) { return a < b ? a : b; }
+// The first `count` lanes; zero in the others.
+inline vec present(vec x, int64_t count) {
+    ivec lane;
+    for (int i = 0; i < WIDTH; ++i) lane[i] = i;
+    return lane < int32_t(count) ? x : vec{};
+}
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline vec load(const bf16* p) {
@@ -62,6 +74,14 @@ inline float largest_of(vec x) {
     return larger(x, swap<1>(x))[0];
 }
 
+inline bool any_above(vec x, float limit) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)fill(limit), _CMP_GT_OQ) != 0;
+#else
+    return largest_of(x) > limit;
+#endif
+}
+
 // (WIDTH, WIDTH), transposed: at each step, two rows whose numbers differ in one bit exchange the lanes in which that
 // bit is not their own.
 template <int H = 1>
@@ -88,25 +108,49 @@ inline float sum_of(vec x) {
     return sum;
 }
 
-// 2^x, relative error 1.6e-7; 0 below 2^-126, at least 2^127 where it cannot be told, and not a number if x is none.
+// The sums of WIDTH vectors, each likewise.
+inline vec totals(const vec* rows) {
+    vec columns[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) columns[i] = rows[i];
+    transpose(columns);
+    vec sum = columns[0];
+    for (int i = 1; i < WIDTH; ++i) sum += columns[i];
+    return sum;
+}
+
+// 2^x, relative error 1.5e-7; 0 below 2^-126, at least 2^127 where it cannot be told, and not a number if x is none.
 inline vec exp2(vec x) {
+#if defined(__AVX512F__)
+    const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x less its floor
+#else
     const vec magic = fill(12582912 + 127);  // 1.5 * 2^23: what is added to it is rounded to an integer
-#if !defined(__AVX512F__)
     x = larger(fill(-127), x);
     x = x > 127.0f ? fill(127) : x;
+    const vec shifted = (x - 0.49999997f) + magic, f = x - (shifted - magic);  // 0 to 1; x less a half would take 0 for 1 - 1
 #endif
-    const vec shifted = x + magic, n = shifted - magic, f = x - n;
-    vec p = fill(1.32647273e-03f);
-    p = p * f + 9.67151299e-03f;
-    p = p * f + 5.55073358e-02f;
-    p = p * f + 2.40222424e-01f;
-    p = p * f + 6.93147004e-01f;
+    vec p = fill(1.86713017e-03f);
+    p = p * f + 9.01702978e-03f;
+    p = p * f + 5.57999127e-02f;
+    p = p * f + 2.40164444e-01f;
+    p = p * f + 6.93151295e-01f;
     p = p * f + 1.0f;
 #if defined(__AVX512F__)
-    return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+    return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
 #else
     return p * (vec)((ivec)shifted << 23);
 #endif
+}
+
+// ln x to about 1e-7, for positive normal numbers; not a number if x is none.
+inline vec log(vec x) {
+    const ivec e = ((ivec)x - 0x3f400000) >> 23;  // x = 2^e m, m of 0.75 to 1.5
+    const vec m = (vec)((ivec)x - (e << 23)), s = (m - 1) / (m + 1), square = s * s;  // ln m = 2 artanh s
+    vec p = fill(2.0f / 9);
+    p = p * square + 2.0f / 7;
+    p = p * square + 2.0f / 5;
+    p = p * square + 2.0f / 3;
+    p = p * square + 2.0f;
+    return __builtin_convertvector(e, vec) * 0.693147181f + p * s + (x - x);
 }
 
 // e^x to a unit in the last place or two, for x of at most 0; 0 below 2^-126.

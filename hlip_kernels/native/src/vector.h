@@ -13,16 +13,18 @@ const int QUERIES = 64;  // of a block in backward
 const int TILE_QUERIES = 6;  // of a tile in forward
 const int TASK_QUERIES = 64 * TILE_QUERIES;
 const float LOG2E = 1.44269504f;
-const float MOST_WEIGHT = 0x1p40f;  // of a key, before the maximum that is taken off is raised
+const float LN2 = 0.693147181f;
+const float LEAST_WEIGHT = 0x1p-40f, MOST_WEIGHT = 0x1p40f;  // sums of a block
+const int FORWARD_VECTORS = WIDTH == 16 ? 4 : 2;
 
 // A product of matrices whose rows and steps (along the dimension that is summed over) are so many floats apart: known
 // when compiling, or the addresses would take more instructions than the sums. It is made in tiles of ROWS rows and up
 // to VECTORS vectors, which registers hold.
 template <int ROWS, int VECTORS, int A_ROW, int A_STEP, int B_STEP, int C_ROW>
 struct Product {
-    // A tile of ROWS x (N * WIDTH) of c = a b, or c += a b.
-    template <int N>
-    static inline void tile(const float* a, const float* b, int64_t steps, float* c, bool add) {
+    // A tile of ROWS x (N * WIDTH) of a b, whose row i is given to end(i, its N vectors).
+    template <int N, typename End>
+    static INLINE void tile(const float* a, const float* b, int64_t steps, End end) {
         vec sum[ROWS][N] = {};
         for (int64_t k = 0; k < steps; ++k) {
             vec right[N];
@@ -34,27 +36,45 @@ struct Product {
             }
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; ++j) {
-                float* to = c + i * C_ROW + j * WIDTH;
-                store(to, add ? load(to) + sum[i][j] : sum[i][j]);
-            }
+        for (int i = 0; i < ROWS; ++i) end(i, sum[i]);
     }
 
-    template <int N = VECTORS>
-    static inline void tile_of(int64_t vectors, const float* a, const float* b, int64_t steps, float* c, bool add) {
-        if (vectors >= N)
-            tile<N>(a, b, steps, c, add);
-        else if constexpr (N > 1)
-            tile_of<N - 1>(vectors, a, b, steps, c, add);
+    // f(N, at) for every tile of columns, which begins at `at` and has N vectors. Columns are rounded up to WIDTH.
+    template <typename F>
+    static INLINE void for_columns(int64_t columns, F f) {
+        for (int64_t at = 0; at < columns; at += VECTORS * WIDTH)
+            with_vectors<VECTORS>((columns - at + WIDTH - 1) / WIDTH, [&](auto n) LAMBDA { f(n, at); });
     }
 
-    // Rows are rounded up to ROWS and columns to WIDTH: both c and a must have room.
+    // c = a b, or c += a b. Rows are rounded up to ROWS and columns to WIDTH: all must have room.
     static void run(const float* a, const float* b, int64_t steps, float* c, int64_t rows, int64_t columns, bool add) {
-        for (int64_t j = 0; j < columns; j += VECTORS * WIDTH)
-            for (int64_t i = 0; i < rows; i += ROWS)
-                tile_of((columns - j + WIDTH - 1) / WIDTH, a + i * A_ROW, b + j, steps, c + i * C_ROW + j, add);
+        if (add)
+            run_as<true>(a, b, steps, c, rows, columns);
+        else
+            run_as<false>(a, b, steps, c, rows, columns);
+    }
+
+private:
+    template <int N, typename F>
+    static INLINE void with_vectors(int64_t vectors, F f) {
+        if (vectors >= N)
+            f(std::integral_constant<int, N>());
+        else if constexpr (N > 1)
+            with_vectors<N - 1>(vectors, f);
+    }
+
+    template <bool add>
+    static void run_as(const float* a, const float* b, int64_t steps, float* c, int64_t rows, int64_t columns) {
+        for_columns(columns, [&](auto n, int64_t at) LAMBDA {
+            constexpr int N = n.value;
+            for (int64_t row = 0; row < rows; row += ROWS) {
+                float* to = c + row * C_ROW + at;
+                tile<N>(a + row * A_ROW, b + at, steps, [=](int i, const vec* sums) LAMBDA {
+                    float* at = to + i * C_ROW;
+                    for (int j = 0; j < N; ++j, at += WIDTH) store(at, add ? load(at) + sums[j] : sums[j]);
+                });
+            }
+        });
     }
 };
 
@@ -89,10 +109,10 @@ struct Rows {
     // WIDTH elements of row i.
     vec part(int i, int64_t column) const { return at[i] ? load(at[i] + column) : vec{}; }
 
-    // D elements of each, a multiple of 16, to rows of padded D.
-    void pack(int64_t column, int64_t head_dim, int64_t padded, float* to) const {
+    // D elements of each, a multiple of 16, times a factor, to rows of padded D.
+    void pack(int64_t column, int64_t head_dim, int64_t padded, float* to, float factor = 1) const {
         for (int i = 0; i < COUNT; ++i, to += padded) {
-            for (int64_t d = 0; d < head_dim; d += WIDTH) store(to + d, part(i, column + d));
+            for (int64_t d = 0; d < head_dim; d += WIDTH) store(to + d, part(i, column + d) * factor);
             for (int64_t d = head_dim; d < padded; d += WIDTH) store(to + d, vec{});
         }
     }
@@ -121,7 +141,7 @@ struct Matrices {
 };
 
 const int FORWARD_MATRICES = 3;  // q, k^T, v
-const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then lse and delta
+const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then lse in powers of two, and delta
 
 struct ForwardTiles {
     float *q, *kt, *v;
@@ -139,7 +159,7 @@ size_t forward_tile_bytes(const Attention& a, int64_t length) {
 }
 
 size_t forward_local_bytes(const Attention& a) {
-    return (2 * TILE_QUERIES * KEYS + TASK_QUERIES * (padded_head_dim(a) + 1 + WIDTH)) * sizeof(float);
+    return (2 * TILE_QUERIES * KEYS + TASK_QUERIES * padded_head_dim(a) + (TASK_QUERIES + WIDTH) * (1 + WIDTH)) * sizeof(float);
 }
 
 template <typename T>
@@ -150,60 +170,42 @@ void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t f
         const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
         for (int head = heads.first; head < heads.last; ++head) {
             const ForwardTiles to(a, group.length, head - heads.first, tiles);
-            rows.pack(head * D, D, padded, to.q + i * padded);
+            rows.pack(head * D, D, padded, to.q + i * padded, a.softmax_scale * LOG2E);
+        }
+        for (int head = heads.first; head < heads.last; ++head) {
+            const ForwardTiles to(a, group.length, head - heads.first, tiles);
             rows.pack_columns(slot + head * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+        }
+        for (int head = heads.first; head < heads.last; ++head) {
+            const ForwardTiles to(a, group.length, head - heads.first, tiles);
             rows.pack(2 * slot + head * D, D, padded, to.v + i * padded);
         }
     }
 }
 
-// The softmax of a tile of queries, block by block of keys. What is taken off the scores of a row is near their
-// maximum, and changes only where a score exceeds it by far.
-struct Softmax {
-    float scale;
-    float* most;  // (TILE_QUERIES), what is taken off
-    vec* sum;  // (TILE_QUERIES)
+// A tile of queries against blocks of keys. Scores are powers of two: queries were packed with that factor.
+template <int padded>
+struct QueryTile {
+    using Scores = Product<TILE_QUERIES, FORWARD_VECTORS, padded, 1, KEYS, KEYS>;  // of rows with columns
+    const float* q;  // (TILE_QUERIES, padded)
+    float* most;  // (TILE_QUERIES), what is taken off the scores
+    vec* sum;  // (TILE_QUERIES), of weights
 
-    // The scores of a row in its last vector, at j; those of keys that do not exist are `rest`.
-    static vec last(const float* row, int64_t j, int64_t keys, float rest) {
-        ivec lane;
-        for (int i = 0; i < WIDTH; ++i) lane[i] = i;
-        return lane < int32_t(keys - j) ? load(row + j) : fill(rest);
+    // Weights (TILE_QUERIES, KEYS) of keys, unless they are too large, or too small to begin with: then false. Those of
+    // keys that do not exist are undefined.
+    bool weigh(const float* kt, int64_t keys, bool begun, float* weights) const {
+        return keys == KEYS ? weigh_as<true>(kt, keys, begun, weights) : weigh_as<false>(kt, keys, begun, weights);
     }
 
-    // Weights in place of scores (TILE_QUERIES, KEYS), unless any is too large: then false.
-    bool weigh(float* scores, int64_t keys) const {
-        const int64_t j = round_up(keys, WIDTH) - WIDTH;
-        const float factor = scale * LOG2E;
-        vec total[TILE_QUERIES], highest = {};
+    // Takes off the largest score, if it is more or nothing was summed up to `out`; `scores` is memory for a block.
+    void rise(const float* kt, int64_t keys, bool begun, float* scores, float* out) const {
+        Scores::run(q, kt, padded, scores, TILE_QUERIES, keys, false);
         for (int i = 0; i < TILE_QUERIES; ++i) {
-            float* row = scores + i * KEYS;
-            total[i] = exp2((last(row, j, keys, factor < 0 ? INFINITY : -INFINITY) - most[i]) * factor);
-            store(row + j, total[i]);
-            for (int64_t at = 0; at < j; at += WIDTH) {
-                const vec weights = exp2((load(row + at) - most[i]) * factor);
-                store(row + at, weights);
-                total[i] += weights;
-            }
-            highest = larger(total[i], highest);
-        }
-        if (largest_of(highest) > MOST_WEIGHT) return false;
-        for (int i = 0; i < TILE_QUERIES; ++i) sum[i] += total[i];
-        return true;
-    }
-
-    // Takes off the maximum; `out`, what was summed before, is null if nothing was.
-    void rise(const float* scores, int64_t keys, float* out, int64_t padded) const {
-        const int64_t j = round_up(keys, WIDTH) - WIDTH;
-        const float factor = scale * LOG2E, sign = scale < 0 ? -1 : 1;
-        for (int i = 0; i < TILE_QUERIES; ++i) {
-            const float* row = scores + i * KEYS;
-            vec found = last(row, j, keys, -sign * INFINITY) * sign;
-            for (int64_t at = 0; at < j; at += WIDTH) found = larger(found, load(row + at) * sign);
-            const float largest = largest_of(found) * sign;
-            if (out) {
-                if (!((largest - most[i]) * factor > 0)) continue;
-                const vec shrink = exp2(fill((most[i] - largest) * factor));
+            float largest = scores[i * KEYS];
+            for (int64_t j = 1; j < keys; ++j) largest = scores[i * KEYS + j] > largest ? scores[i * KEYS + j] : largest;
+            if (begun) {
+                if (!(largest > most[i])) continue;
+                const vec shrink = exp2(fill(most[i] - largest));
                 sum[i] *= shrink;
                 for (int64_t d = 0; d < padded; d += WIDTH)
                     store(out + i * padded + d, load(out + i * padded + d) * shrink);
@@ -211,38 +213,80 @@ struct Softmax {
             most[i] = largest;
         }
     }
+
+private:
+    template <bool whole>
+    bool weigh_as(const float* kt, int64_t keys, bool begun, float* weights) const {
+        vec total[TILE_QUERIES] = {};
+        Scores::for_columns(whole ? KEYS : keys, [&](auto n, int64_t at) LAMBDA {
+            constexpr int N = n.value;
+            Scores::template tile<N>(q, kt + at, padded, [&](int i, const vec* scores) LAMBDA {
+                for (int j = 0; j < N; ++j) {
+                    const int64_t key = at + j * WIDTH;
+                    const vec weight = exp2(scores[j] - most[i]);
+                    store(weights + i * KEYS + key, weight);
+                    total[i] += whole ? weight : present(weight, keys - key);
+                }
+            });
+        });
+        vec highest = {}, lowest = fill(INFINITY);
+#pragma GCC unroll 16
+        for (int i = 0; i < TILE_QUERIES; ++i) {
+            highest = larger(total[i], highest);
+            lowest = smaller(total[i], lowest);
+        }
+        if (any_above(highest, MOST_WEIGHT) || !(begun || any_above(lowest, LEAST_WEIGHT))) return false;
+#pragma GCC unroll 16
+        for (int i = 0; i < TILE_QUERIES; ++i) sum[i] += total[i];
+        return true;
+    }
 };
+
+// The result of a tile's queries, `first` to `last` of a group, from what was summed up.
+template <typename T, int padded>
+inline void conclude(
+    const Attention& a, const Group& group, int head, int64_t first, int64_t last, const vec* sum, const float* most,
+    const float* out
+) {
+    const int64_t D = a.head_dim, rows = smaller(TILE_QUERIES, last - first);
+    for (int64_t at = 0; at < rows; at += WIDTH) {
+        const vec total = totals(sum + at), inverse = 1 / total, lse = load(most + at) * LN2 + log(total);
+        for (int64_t i = at; i < smaller(at + WIDTH, rows); ++i) {
+            const int64_t row = group.row(first + i);
+            T* to = static_cast<T*>(a.out) + (row * a.heads + head) * D;
+            for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(out + i * padded + d) * inverse[i - at]);
+            a.lse[head * a.rows + row] = lse[i - at];
+        }
+    }
+}
 
 template <typename T, int padded>
 void forward_run(
     const Attention& a, const Group& group, int head, int64_t first, int64_t last, char* tiles, char* local, Turns
 ) {
-    const int ROWS = TILE_QUERIES, VECTORS = WIDTH == 16 ? 4 : 2;
-    using Scores = Product<ROWS, VECTORS, padded, 1, KEYS, KEYS>;  // of rows with columns
-    using Sums = Product<ROWS, VECTORS, KEYS, 1, padded, padded>;  // of rows of a block with rows
-    const int64_t D = a.head_dim, rows = last - first, count = (rows + ROWS - 1) / ROWS;
+    const int ROWS = TILE_QUERIES;
+    using Sums = Product<ROWS, FORWARD_VECTORS, KEYS, 1, padded, padded>;  // of rows of a block with rows
+    const int64_t count = (last - first + ROWS - 1) / ROWS;
     const ForwardTiles from(a, group.length, 0, tiles);
-    vec* sum = reinterpret_cast<vec*>(local);  // (TASK_QUERIES)
-    float* scores = reinterpret_cast<float*>(sum + TASK_QUERIES);  // (2, TILE_QUERIES, KEYS)
-    float* out = scores + 2 * ROWS * KEYS;  // (TASK_QUERIES, padded)
-    float* most = out + TASK_QUERIES * padded;  // (TASK_QUERIES)
-    for (int64_t i = 0; i < count * ROWS; ++i) sum[i] = vec{};
+    vec* sum = reinterpret_cast<vec*>(local);  // (TASK_QUERIES + WIDTH)
+    float* weights = reinterpret_cast<float*>(sum + TASK_QUERIES + WIDTH);  // (2, TILE_QUERIES, KEYS)
+    float* out = weights + 2 * ROWS * KEYS;  // (TASK_QUERIES, padded)
+    float* most = out + TASK_QUERIES * padded;  // (TASK_QUERIES + WIDTH)
+    for (int64_t i = 0; i < count * ROWS + WIDTH; ++i) {
+        sum[i] = vec{};
+        most[i] = 0;
+    }
     for (int64_t key = 0; key < group.length; key += KEYS) {
         const int64_t keys = smaller(KEYS, group.length - key);
         const float *kt = from.kt + key * padded, *v = from.v + key * padded;
         // A tile is summed up after the next one's scores, which do not wait for its weights.
         for (int64_t t = 0; t <= count; ++t) {
-            float* now = scores + t % 2 * ROWS * KEYS;
+            float* now = weights + t % 2 * ROWS * KEYS;
             if (t < count) {
-                const float* q = from.q + (first + t * ROWS) * padded;
-                const Softmax softmax = {a.softmax_scale, most + t * ROWS, sum + t * ROWS};
-                float* sums = key == 0 ? nullptr : out + t * ROWS * padded;
-                Scores::run(q, kt, padded, now, ROWS, keys, false);
-                if (key == 0) softmax.rise(now, keys, sums, padded);
-                if (!softmax.weigh(now, keys)) {
-                    Scores::run(q, kt, padded, now, ROWS, keys, false);
-                    softmax.rise(now, keys, sums, padded);
-                    softmax.weigh(now, keys);
+                const QueryTile<padded> tile = {from.q + (first + t * ROWS) * padded, most + t * ROWS, sum + t * ROWS};
+                if (group.length == 1 || !tile.weigh(kt, keys, key != 0, now)) {  // one key weighs 1, not nearly 1
+                    tile.rise(kt, keys, key != 0, now, out + t * ROWS * padded);
+                    tile.weigh(kt, keys, true, now);
                 }
             }
             // The next tile into the first cache, and its share of the next block of keys into the second.
@@ -255,17 +299,13 @@ void forward_run(
                 __builtin_prefetch(v + KEYS * padded + i, 0, 2);
             }
             if (t > 0) {
-                const float* weights = scores + (t - 1) % 2 * ROWS * KEYS;
-                Sums::run(weights, v, keys, out + (t - 1) * ROWS * padded, ROWS, padded, key != 0);
+                const float* before = weights + (t - 1) % 2 * ROWS * KEYS;
+                const int64_t at = (t - 1) * ROWS;
+                Sums::run(before, v, keys, out + at * padded, ROWS, padded, key != 0);
+                if (key + KEYS >= group.length)
+                    conclude<T, padded>(a, group, head, first + at, last, sum + at, most + at, out + at * padded);
             }
         }
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = group.row(first + i);
-        const float total = sum_of(sum[i]), inverse = 1 / total;
-        T* to = static_cast<T*>(a.out) + (row * a.heads + head) * D;
-        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(out + i * padded + d) * inverse);
-        a.lse[head * a.rows + row] = most[i] * a.softmax_scale + logf(total);
     }
 }
 
@@ -303,7 +343,7 @@ void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t 
         for (int head = heads.first; head < heads.last; ++head) {
             const BackwardTiles to(a, group.length, head - heads.first, tiles);
             const int64_t column = i / KEYS * KEYS * padded + i % KEYS;
-            rows.pack(head * D, D, padded, to.q + i * padded);
+            rows.pack(head * D, D, padded, to.q + i * padded, a.softmax_scale * LOG2E);
             grads.pack(head * D, D, padded, to.g + i * padded);
             rows.pack(slot + head * D, D, padded, to.k + i * padded);
             rows.pack_columns(slot + head * D, D, padded, to.kt + column);
@@ -313,7 +353,7 @@ void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t 
                 for (int64_t d = 0; d < D; ++d)
                     delta = add_product(to.g[(i + r) * padded + d], widen(out.at[r][head * D + d]), delta);
                 to.delta[i + r] = delta;
-                to.lse[i + r] = a.lse[head * a.rows + group.row(i + r)];
+                to.lse[i + r] = a.lse[head * a.rows + group.row(i + r)] * LOG2E;
             }
         }
     }
@@ -321,11 +361,11 @@ void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t 
 
 // scores to weights, and grad_weights to the gradient of the scores without its factor softmax_scale; both in place.
 inline void softmax_gradient(
-    float* scores, float* grads, const float* lse, const float* delta, float scale, int64_t queries, int64_t keys
+    float* scores, float* grads, const float* lse, const float* delta, int64_t queries, int64_t keys
 ) {
     for (int64_t i = 0; i < queries; ++i)
         for (int64_t j = 0; j < keys; j += WIDTH) {
-            const vec weights = exp2((load(scores + i * KEYS + j) * scale - lse[i]) * LOG2E);
+            const vec weights = exp2(load(scores + i * KEYS + j) - lse[i]);
             store(scores + i * KEYS + j, weights);
             store(grads + i * KEYS + j, weights * (load(grads + i * KEYS + j) - delta[i]));
         }
@@ -351,7 +391,7 @@ void backward_run(
         const float *q = from.q + query * padded, *g = from.g + query * padded;
         Scores::run(q, kt, padded, weights, queries, keys, false);
         Scores::run(g, vt, padded, grads, queries, keys, false);
-        softmax_gradient(weights, grads, from.lse + query, from.delta + query, a.softmax_scale, queries, keys);
+        softmax_gradient(weights, grads, from.lse + query, from.delta + query, queries, keys);
         ColumnSums::run(weights, g, queries, grad_v, keys, padded, query != 0);
         ColumnSums::run(grads, q, queries, grad_k, keys, padded, query != 0);
         turns.wait(query / QUERIES, first / KEYS);
@@ -360,7 +400,7 @@ void backward_run(
     }
     for (int64_t j = 0; j < keys; ++j) {
         T* to = static_cast<T*>(a.grad_qkv) + ((group.row(first + j) * 3 + 1) * a.heads + head) * D;
-        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_k + j * padded + d) * a.softmax_scale);
+        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_k + j * padded + d) * LN2);
         to += a.heads * D;
         for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_v + j * padded + d));
     }
