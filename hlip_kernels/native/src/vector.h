@@ -140,16 +140,15 @@ struct Matrices {
     }
 };
 
-const int FORWARD_MATRICES = 3;  // q, k^T, v
+const int FORWARD_MATRICES = 2;  // k^T, v
 const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then lse in powers of two, and delta
 
 struct ForwardTiles {
-    float *q, *kt, *v;
+    float *kt, *v;
 
     ForwardTiles(const Attention& a, int64_t length, int head, char* tiles) {
         const Matrices m(a, length);
-        q = reinterpret_cast<float*>(tiles) + head * FORWARD_MATRICES * m.matrix;
-        kt = q + m.matrix;
+        kt = reinterpret_cast<float*>(tiles) + head * FORWARD_MATRICES * m.matrix;
         v = kt + m.matrix;
     }
 };
@@ -159,19 +158,15 @@ size_t forward_tile_bytes(const Attention& a, int64_t length) {
 }
 
 size_t forward_local_bytes(const Attention& a) {
-    return (2 * TILE_QUERIES * KEYS + TASK_QUERIES * padded_head_dim(a) + (TASK_QUERIES + WIDTH) * (1 + WIDTH)) * sizeof(float);
+    const int64_t matrices = 2 * TASK_QUERIES * padded_head_dim(a) + 2 * TILE_QUERIES * KEYS;
+    return (matrices + (TASK_QUERIES + WIDTH) * (1 + WIDTH)) * sizeof(float);
 }
 
 template <typename T>
 void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     const int64_t D = a.head_dim, slot = a.heads * D, padded = padded_head_dim(a);
-    const int64_t end = last == group.length ? round_up(last, TILE_QUERIES) : last;
-    for (int64_t i = first; i < end; i += Rows<T>::COUNT) {
+    for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
         const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
-        for (int head = heads.first; head < heads.last; ++head) {
-            const ForwardTiles to(a, group.length, head - heads.first, tiles);
-            rows.pack(head * D, D, padded, to.q + i * padded, a.softmax_scale * LOG2E);
-        }
         for (int head = heads.first; head < heads.last; ++head) {
             const ForwardTiles to(a, group.length, head - heads.first, tiles);
             rows.pack_columns(slot + head * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
@@ -190,15 +185,18 @@ struct QueryTile {
     const float* q;  // (TILE_QUERIES, padded)
     float* most;  // (TILE_QUERIES), what is taken off the scores
     vec* sum;  // (TILE_QUERIES), of weights
+    bool& risen;  // whether `most` may be other than 0
 
     // Weights (TILE_QUERIES, KEYS) of keys, unless they are too large, or too small to begin with: then false. Those of
     // keys that do not exist are undefined.
     bool weigh(const float* kt, int64_t keys, bool begun, float* weights) const {
-        return keys == KEYS ? weigh_as<true>(kt, keys, begun, weights) : weigh_as<false>(kt, keys, begun, weights);
+        if (keys < KEYS) return weigh_as<false, true>(kt, keys, begun, weights);
+        return risen ? weigh_as<true, true>(kt, KEYS, begun, weights) : weigh_as<true, false>(kt, KEYS, begun, weights);
     }
 
     // Takes off the largest score, if it is more or nothing was summed up to `out`; `scores` is memory for a block.
     void rise(const float* kt, int64_t keys, bool begun, float* scores, float* out) const {
+        risen = true;
         Scores::run(q, kt, padded, scores, TILE_QUERIES, keys, false);
         for (int i = 0; i < TILE_QUERIES; ++i) {
             float largest = scores[i * KEYS];
@@ -215,7 +213,7 @@ struct QueryTile {
     }
 
 private:
-    template <bool whole>
+    template <bool whole, bool risen>
     bool weigh_as(const float* kt, int64_t keys, bool begun, float* weights) const {
         vec total[TILE_QUERIES] = {};
         Scores::for_columns(whole ? KEYS : keys, [&](auto n, int64_t at) LAMBDA {
@@ -223,7 +221,7 @@ private:
             Scores::template tile<N>(q, kt + at, padded, [&](int i, const vec* scores) LAMBDA {
                 for (int j = 0; j < N; ++j) {
                     const int64_t key = at + j * WIDTH;
-                    const vec weight = exp2(scores[j] - most[i]);
+                    const vec weight = exp2(risen ? scores[j] - most[i] : scores[j]);
                     store(weights + i * KEYS + key, weight);
                     total[i] += whole ? weight : present(weight, keys - key);
                 }
@@ -271,11 +269,16 @@ void forward_run(
     vec* sum = reinterpret_cast<vec*>(local);  // (TASK_QUERIES + WIDTH)
     float* weights = reinterpret_cast<float*>(sum + TASK_QUERIES + WIDTH);  // (2, TILE_QUERIES, KEYS)
     float* out = weights + 2 * ROWS * KEYS;  // (TASK_QUERIES, padded)
-    float* most = out + TASK_QUERIES * padded;  // (TASK_QUERIES + WIDTH)
+    float* q = out + TASK_QUERIES * padded;  // (TASK_QUERIES, padded)
+    float* most = q + TASK_QUERIES * padded;  // (TASK_QUERIES + WIDTH)
+    for (int64_t i = 0; i < count * ROWS; i += Rows<T>::COUNT)
+        Rows<T>(a.qkv, group, first + i, last, 3 * a.heads * a.head_dim)
+            .pack(head * a.head_dim, a.head_dim, padded, q + i * padded, a.softmax_scale * LOG2E);
     for (int64_t i = 0; i < count * ROWS + WIDTH; ++i) {
         sum[i] = vec{};
         most[i] = 0;
     }
+    bool risen = false;
     for (int64_t key = 0; key < group.length; key += KEYS) {
         const int64_t keys = smaller(KEYS, group.length - key);
         const float *kt = from.kt + key * padded, *v = from.v + key * padded;
@@ -283,7 +286,7 @@ void forward_run(
         for (int64_t t = 0; t <= count; ++t) {
             float* now = weights + t % 2 * ROWS * KEYS;
             if (t < count) {
-                const QueryTile<padded> tile = {from.q + (first + t * ROWS) * padded, most + t * ROWS, sum + t * ROWS};
+                const QueryTile<padded> tile = {q + t * ROWS * padded, most + t * ROWS, sum + t * ROWS, risen};
                 if (group.length == 1 || !tile.weigh(kt, keys, key != 0, now)) {  // one key weighs 1, not nearly 1
                     tile.rise(kt, keys, key != 0, now, out + t * ROWS * padded);
                     tile.weigh(kt, keys, true, now);
@@ -291,7 +294,7 @@ void forward_run(
             }
             // The next tile into the first cache, and its share of the next block of keys into the second.
             for (int i = 0; i < ROWS * padded; i += 16) {
-                __builtin_prefetch(from.q + (first + (t + 1) * ROWS) * padded + i);
+                __builtin_prefetch(q + (t + 1) * ROWS * padded + i);
                 __builtin_prefetch(out + t * ROWS * padded + i);
             }
             for (int64_t i = t * KEYS * padded / count; i < (t + 1) * KEYS * padded / count; i += 16) {
