@@ -14,8 +14,9 @@ const int TILE_QUERIES = 6;  // of a tile in forward
 const int TASK_QUERIES = 64 * TILE_QUERIES;
 const float LOG2E = 1.44269504f;
 const float LN2 = 0.693147181f;
-const float LEAST_WEIGHT = 0x1p-40f, MOST_WEIGHT = 0x1p40f;  // sums of a block
-const int FORWARD_VECTORS = WIDTH == 16 ? 4 : 2;
+const int FORWARD_VECTORS = WIDTH == 16 ? 4 : 2;  // of a tile: sums and keys fill the registers
+// Of weights summed up over a block of keys, one in WIDTH, as long as nothing is taken off the scores.
+const float LEAST_WEIGHT = 0x1p-40f, MOST_WEIGHT = 0x1p40f;
 
 // A product of matrices whose rows and steps (along the dimension that is summed over) are so many floats apart: known
 // when compiling, or the addresses would take more instructions than the sums. It is made in tiles of ROWS rows and up
@@ -130,12 +131,12 @@ struct Rows {
     }
 };
 
-// Matrices of a head, each (rows for whole blocks and tiles, padded D), transposed ones in blocks (padded D, KEYS).
+// Matrices of a head, each (rows for whole blocks, padded D), transposed ones in blocks (padded D, KEYS).
 struct Matrices {
     int64_t matrix, rows, padded;
 
     Matrices(const Attention& a, int64_t length)
-        : rows(round_up(round_up(length, TILE_QUERIES), KEYS)), padded(padded_head_dim(a)) {
+        : rows(round_up(length, KEYS)), padded(padded_head_dim(a)) {
         matrix = rows * padded;
     }
 };
