@@ -201,7 +201,8 @@ struct QueryTile {
         Scores::run(q, kt, padded, scores, TILE_QUERIES, keys, false);
         for (int i = 0; i < TILE_QUERIES; ++i) {
             float largest = scores[i * KEYS];
-            for (int64_t j = 1; j < keys; ++j) largest = scores[i * KEYS + j] > largest ? scores[i * KEYS + j] : largest;
+            for (int64_t j = 1; j < keys; ++j)
+                if (scores[i * KEYS + j] > largest) largest = scores[i * KEYS + j];
             if (begun) {
                 if (!(largest > most[i])) continue;
                 const vec shrink = exp2(fill(most[i] - largest));
