@@ -197,6 +197,13 @@ def test_native_products_of_any_shape(length: int, widths: tuple[int, int]) -> N
 
 
 @needs_amx
+def test_weight_gradient_of_a_layer_without_outputs() -> None:
+    weight, bias = torch.empty(0, 32), torch.empty(0)
+    grad, x = torch.empty(40, 0, dtype=torch.bfloat16), torch.randn(40, 32).bfloat16()
+    torch.ops.hlip_kernels.amx_weight_gradient(grad, x, weight, bias, False)
+
+
+@needs_amx
 def test_native_products_do_not_depend_on_threads(many_threads: Callable[[int], None]) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(1500, 96).bfloat16(), torch.randn(160, 96).bfloat16()

@@ -152,6 +152,33 @@ def test_what_is_not_a_number_shows_and_stays_in_its_row(isa: str, dtype: torch.
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_scores_stay_in_their_row(isa: str, dtype: torch.dtype) -> None:
+    """In row 3 the scores of the second block of keys are infinite but for the first, which is inf * 0."""
+    torch.manual_seed(0)
+    qkv = torch.randn(128, 3, 1, 32)
+    qkv[:, 0, 0, 0], qkv[:65, 1, 0, 0], qkv[65:, 1, 0, 0] = 0, 0, 1
+    expected, expected_lse = backend.forward(qkv.to(dtype), plain_groups((128,), 0), 0.2)
+    qkv[3, 0, 0, 0] = torch.inf
+    out, lse = backend.forward(qkv.to(dtype), plain_groups((128,), 0), 0.2)
+    others = torch.arange(128) != 3
+    assert out[3].isnan().all()
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out[others], expected[others], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse[:, others], expected_lse[:, others], rtol=tolerance, atol=tolerance)
+
+
+@needs_library
+def test_gradients_of_enormous_scores_are_finite(isa: str) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(40, 3, 2, 64)
+    qkv[:, :2] *= 3e4
+    for lengths in ((1,) * 40, (40,)):
+        out, lse, grad = results(backend, qkv, lengths, 0, 0.125)
+        assert out.isfinite().all() and lse.isfinite().all() and grad.isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_scale_below_zero(isa: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     qkv = (8 * torch.randn(130, 3, 2, 32)).to(dtype)

@@ -298,7 +298,7 @@ struct GradientBlocks {
 
     explicit GradientBlocks(const WeightGradient& g) {
         count = round_up((g.columns + MOST_COLUMNS - 1) / MOST_COLUMNS, g.threads);
-        each = round_up((g.columns + count - 1) / count, UNIT);
+        each = count ? round_up((g.columns + count - 1) / count, UNIT) : 0;
         shared = steps_of(g.rows) * steps_of(g.inner) * STEP;
         tiles = each * smaller(SECTION, round_up(g.rows, UNIT)) * 2;
         total = tiles + each / UNIT * 2 * SUMS;

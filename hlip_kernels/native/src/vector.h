@@ -142,7 +142,7 @@ struct Matrices {
 };
 
 const int FORWARD_MATRICES = 2;  // k^T, v
-const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then lse in powers of two, and delta
+const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then queries
 
 struct ForwardTiles {
     float *kt, *v;
@@ -204,7 +204,7 @@ struct QueryTile {
             for (int64_t j = 1; j < keys; ++j)
                 if (scores[i * KEYS + j] > largest) largest = scores[i * KEYS + j];
             if (begun) {
-                if (!(largest > most[i])) continue;
+                if (largest <= most[i]) continue;  // what is not a number is taken off, too
                 const vec shrink = exp2(fill(most[i] - largest));
                 sum[i] *= shrink;
                 for (int64_t d = 0; d < padded; d += WIDTH)
@@ -314,26 +314,32 @@ void forward_run(
     }
 }
 
+// What backward knows of a query. Its lse, in powers of two, is the sum of two numbers: rounded to one it would show in
+// the weights of large scores.
+struct Query {
+    float lse, rounding, delta;
+};
+
+size_t backward_tile_bytes(const Attention& a, int64_t length) {
+    const Matrices m(a, length);
+    return BACKWARD_MATRICES * m.matrix * sizeof(float) + m.rows * sizeof(Query);
+}
+
 struct BackwardTiles {
-    float *q, *g, *k, *kt, *vt, *grad_q, *lse, *delta;
+    float *q, *g, *k, *kt, *vt, *grad_q;
+    Query* queries;
 
     BackwardTiles(const Attention& a, int64_t length, int head, char* tiles) {
         const Matrices m(a, length);
-        q = reinterpret_cast<float*>(tiles) + head * (BACKWARD_MATRICES * m.matrix + 2 * m.rows);
+        q = reinterpret_cast<float*>(tiles + head * backward_tile_bytes(a, length));
         g = q + m.matrix;
         k = g + m.matrix;
         kt = k + m.matrix;
         vt = kt + m.matrix;
         grad_q = vt + m.matrix;
-        lse = grad_q + m.matrix;
-        delta = lse + m.rows;
+        queries = reinterpret_cast<Query*>(grad_q + m.matrix);
     }
 };
-
-size_t backward_tile_bytes(const Attention& a, int64_t length) {
-    const Matrices m(a, length);
-    return (BACKWARD_MATRICES * m.matrix + 2 * m.rows) * sizeof(float);
-}
 
 size_t backward_local_bytes(const Attention& a) {
     return (2 * QUERIES * KEYS + 2 * KEYS * padded_head_dim(a)) * sizeof(float);
@@ -357,22 +363,21 @@ void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t 
                 float delta = 0;  // rounded as the products are, or a softmax of one key would have a gradient
                 for (int64_t d = 0; d < D; ++d)
                     delta = add_product(to.g[(i + r) * padded + d], widen(out.at[r][head * D + d]), delta);
-                to.delta[i + r] = delta;
-                to.lse[i + r] = a.lse[head * a.rows + group.row(i + r)] * LOG2E;
+                const double lse = a.lse[head * a.rows + group.row(i + r)] * 1.4426950408889634;
+                to.queries[i + r] = {float(lse), float(lse - float(lse)), delta};
             }
         }
     }
 }
 
 // scores to weights, and grad_weights to the gradient of the scores without its factor softmax_scale; both in place.
-inline void softmax_gradient(
-    float* scores, float* grads, const float* lse, const float* delta, int64_t queries, int64_t keys
-) {
+inline void softmax_gradient(float* scores, float* grads, const Query* rows, int64_t queries, int64_t keys) {
     for (int64_t i = 0; i < queries; ++i)
         for (int64_t j = 0; j < keys; j += WIDTH) {
-            const vec weights = exp2(load(scores + i * KEYS + j) - lse[i]);
+            const vec power = load(scores + i * KEYS + j) - rows[i].lse - rows[i].rounding;
+            const vec weights = exp2(smaller(vec{}, power));  // at most 1, whatever lse was rounded to
             store(scores + i * KEYS + j, weights);
-            store(grads + i * KEYS + j, weights * (load(grads + i * KEYS + j) - delta[i]));
+            store(grads + i * KEYS + j, weights * (load(grads + i * KEYS + j) - rows[i].delta));
         }
 }
 
@@ -396,7 +401,7 @@ void backward_run(
         const float *q = from.q + query * padded, *g = from.g + query * padded;
         Scores::run(q, kt, padded, weights, queries, keys, false);
         Scores::run(g, vt, padded, grads, queries, keys, false);
-        softmax_gradient(weights, grads, from.lse + query, from.delta + query, queries, keys);
+        softmax_gradient(weights, grads, from.queries + query, queries, keys);
         ColumnSums::run(weights, g, queries, grad_v, keys, padded, query != 0);
         ColumnSums::run(grads, q, queries, grad_k, keys, padded, query != 0);
         turns.wait(query / QUERIES, first / KEYS);
