@@ -6,7 +6,8 @@ It takes the weights by their published names and shares nothing with the packag
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -20,29 +21,100 @@ LARGE_SCAN_STUDY = [*["scan"] * 5, "study"] * 4
 LARGE_H3 = [*["slice"] * 4, "scan", "study"] * 4
 
 
+PUBMED_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
+CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"
+# Where a model's settings are written down: in the paper, or in a configuration file beside the weights. Rates of
+# patch dropout are those of the runs that made the weights.
+PAPER = "arXiv 2505.21862, appendix B"
+FILE = "hlip/model_configs/{}.json of the release"
+
+
 class Facts(NamedTuple):
+    """What the release states of a model.
+
+    source: where it does.
+    embed_dim: width of the embedding.
+    scale, bias: what logit_scale and logit_bias begin with.
+    features: width of the encoder's outputs that a projection reads; 0 without one.
+    """
+
+    source: str
     levels: list[str]
     patch: tuple[int, int, int]
     grid: tuple[int, int, int]
     prefix: int = 1
     head: str = "token"
+    width: int = 768
+    heads: int = 12
+    max_scans: int = 0
+    features: int = 768
+    embed_dim: int = 512
+    per_prefix: bool = True
+    objective: str = "clip"
+    scale: float = math.log(1 / 0.07)
+    bias: float | None = None
+    patch_dropout: float = 0.25
+    drop_path: float = 0.2
+    text: str = PUBMED_BERT
+    context_length: int = 256
+    pooling: str = "cls"
+    locked: bool = False
+
+
+BRAIN = Facts(PAPER, SCAN_STUDY, (8, 16, 16), (6, 14, 14), max_scans=40)
+CHEST = Facts(
+    PAPER, SLICE_SCAN, (8, 24, 24), (14, 14, 14), patch_dropout=0.0, text=CXR_BERT, context_length=512, locked=True
+)
+OCTOBER = Facts(
+    FILE.format("ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568"),
+    SCAN_STUDY, (6, 16, 16), (8, 14, 14), head="dinotxt", features=1536, embed_dim=768, patch_dropout=0.5,
+)  # fmt: skip
+DUAL: dict[str, Any] = {
+    "prefix": 2, "head": "dinotxt", "features": 1536, "embed_dim": 768, "objective": "dual", "bias": math.log(1 / 0.07)
+}  # fmt: skip
+LARGE: dict[str, Any] = {"width": 1024, "heads": 16, "features": 2048}
+
+
+def _dual(name: str, base: Facts, levels: list[str], **large: Any) -> dict[str, Facts]:
+    return {name: base._replace(source=FILE.format(name), levels=levels, **{**DUAL, **large})}
 
 
 RELEASED = {
-    "clip_vit_base_slice_scan_token2744": Facts(SLICE_SCAN, (8, 24, 24), (14, 14, 14)),
-    "vit_base_singlescan_h2_token2744": Facts(SLICE_SCAN, (8, 24, 24), (14, 14, 14)),
-    "clip_vit_base_scan_study_token1176": Facts(SCAN_STUDY, (8, 16, 16), (6, 14, 14)),
-    "vit_base_multiscan_h2_token1176": Facts(SCAN_STUDY, (8, 16, 16), (6, 14, 14)),
-    "vit_base_multiscan_h2_token588": Facts(SCAN_STUDY, (16, 16, 16), (3, 14, 14)),
-    "vit_base_multiscan_h3_token1176": Facts(H3, (8, 16, 16), (6, 14, 14)),
-    "hlip-2025_10_08": Facts(SCAN_STUDY, (6, 16, 16), (8, 14, 14), head="dinotxt"),
-    "clip_vit_base_scan_study_dualdinotxt1568": Facts(SCAN_STUDY, (6, 16, 16), (8, 14, 14), 2, "dinotxt"),
-    "clip_vit_base_slice_scan_study_dualdinotxt1568": Facts(H3, (6, 16, 16), (8, 14, 14), 2, "dinotxt"),
-    "clip_vit_large_scan_study_dualdinotxt1568": Facts(LARGE_SCAN_STUDY, (6, 16, 16), (8, 14, 14), 2, "dinotxt"),
-    "clip_vit_large_slice_scan_study_dualdinotxt1568": Facts(LARGE_H3, (6, 16, 16), (8, 14, 14), 2, "dinotxt"),
-    "clip_vit_base_slice_scan_dualdinotxt2744": Facts(SLICE_SCAN, (8, 24, 24), (14, 14, 14), 2, "dinotxt"),
-    "siglip_vit_base_singlescan_h2_token2744": Facts(SLICE_SCAN, (8, 24, 24), (14, 14, 14), 1, "attention_pool"),
+    "clip_vit_base_slice_scan_token2744": CHEST,
+    "vit_base_singlescan_h2_token2744": CHEST._replace(per_prefix=False),
+    "clip_vit_base_scan_study_token1176": BRAIN,
+    "vit_base_multiscan_h2_token1176": BRAIN._replace(per_prefix=False),
+    "vit_base_multiscan_h2_token588": BRAIN._replace(patch=(16, 16, 16), grid=(3, 14, 14), per_prefix=False),
+    "vit_base_multiscan_h3_token1176": BRAIN._replace(levels=H3, per_prefix=False),
+    "hlip-2025_10_08": OCTOBER,
+    **_dual("clip_vit_base_scan_study_dualdinotxt1568", OCTOBER, SCAN_STUDY),
+    **_dual("clip_vit_base_slice_scan_study_dualdinotxt1568", OCTOBER, H3),
+    **_dual("clip_vit_large_scan_study_dualdinotxt1568", OCTOBER, LARGE_SCAN_STUDY, **LARGE),
+    **_dual("clip_vit_large_slice_scan_study_dualdinotxt1568", OCTOBER, LARGE_H3, **LARGE),
+    **_dual("clip_vit_base_slice_scan_dualdinotxt2744", CHEST, SLICE_SCAN),
+    "siglip_vit_base_singlescan_h2_token2744": CHEST._replace(
+        source=FILE.format("siglip_vit_base_singlescan_h2_token2744"), head="attention_pool", features=0, embed_dim=768,
+        per_prefix=False, objective="siglip", scale=math.log(10), bias=-10.0,
+    ),
+}  # fmt: skip
+# Spellings of the same models, in releases of other dates and on the hub.
+OTHER_NAMES = {
+    "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568": "hlip-2025_10_08",
+    "hlip-2025-10-08": "hlip-2025_10_08",
+    "clip_vit_base_singlescan_h2_token2744": "vit_base_singlescan_h2_token2744",
+    "clip_vit_base_multiscan_h2_token1176": "vit_base_multiscan_h2_token1176",
+    "clip_vit_base_multiscan_h2_token588": "vit_base_multiscan_h2_token588",
+    "clip_vit_base_multiscan_h3_token1176": "vit_base_multiscan_h3_token1176",
+    "ablate_seqposemb_clip_vit_base_multiscan_h2_dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
+    "ablate_seqposemb_clip_vit_base_multiscan_h3_dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
+    "ablate_seqposemb_clip_vit_large_multiscan_h2_dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
+    "ablate_seqposemb_clip_vit_large_multiscan_h3_dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
+    "clip-vit_base-scan_study-dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
+    "clip-vit_base-slice_scan_study-dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
+    "clip-vit_large-scan_study-dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
+    "clip-vit_large-slice_scan_study-dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
 }
+FACTS = RELEASED | {name: RELEASED[model] for name, model in OTHER_NAMES.items()}
 
 
 def released_encoder(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hlip
 from hlip.model.config import ALIASES, MODELS, preset
+from published import FACTS
 
 NAMES = [name for name in (*MODELS, *ALIASES) if name != "demo"]
 State = dict[str, Tensor]
@@ -47,7 +48,11 @@ def released_json(name: str, **changes: Any) -> dict[str, Any]:
     }
     vision = {"timm_model_name": TRUNKS[name], "timm_model_pretrained": True, "timm_drop_path": 0.2,
               "timm_pool": "token", "timm_proj": "linear"}  # fmt: skip
-    return {"embed_dim": preset(name).embed_dim, "vision_cfg": vision, "text_cfg": {**text, **changes}}
+    return {
+        "embed_dim": FACTS[name].embed_dim // 16,  # as `small_models`
+        "vision_cfg": vision,
+        "text_cfg": {**text, **changes},
+    }
 
 
 def hub_folder(folder: Path, state: State, *names: str, **text: Any) -> Path:

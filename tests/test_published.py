@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 import hlip
 from conftest import random_study
 from hlip.model.config import ALIASES, MODELS, preset
+from hlip.model.published import identify
 from hlip.model.vit import StudyEncoder
-from published import RELEASED, released_encoder
+from hlip.model.weights import Weights, check_fit
+from published import FACTS, RELEASED, Facts, released_encoder
+from test_model import published_shapes
 
 HEADS = 2
 
@@ -36,7 +40,44 @@ def scans_of(name: str, count: int, seed: int, grid: tuple[int, int, int] | None
 
 
 def test_all_names_are_here() -> None:
-    assert {*MODELS, *ALIASES} - {"demo"} == RELEASED.keys() | {name for name in ALIASES if name.startswith("ablate_")}
+    assert {*MODELS, *ALIASES} - {"demo"} == FACTS.keys()
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_settings_are_the_released_ones(name: str) -> None:
+    facts, config = FACTS[name], preset(name)
+    vision, text = config.vision, config.text
+    with torch.device("meta"):
+        model = hlip.HLIPModel(config)
+    own = Facts(
+        facts.source, list(vision.levels), vision.patch_size, vision.grid, vision.num_prefix, vision.head,
+        vision.width, vision.heads, vision.max_scans, vision.num_features if config.projection else 0,
+        config.embed_dim, config.per_prefix, config.objective, facts.scale, facts.bias,
+        vision.patch_dropout, vision.drop_path, text.name, text.context_length, text.pooling, text.locked,
+    )  # fmt: skip
+    assert own == facts
+    assert (vision.mlp_ratio, vision.width // vision.heads, vision.positions) == (4.0, 64, "tiled")
+    assert (text.unlocked_layers, vision.scan_dropout) == (0, 0.0)
+    assert model.visual.trunk.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.usefixtures("small_models")
+def test_scale_and_bias_begin_as_released(name: str) -> None:
+    model = hlip.create_model(name)
+    begins = [p.item() for key, p in model.named_parameters() if key in ("logit_scale", "logit_bias")]
+    assert begins == pytest.approx([value for value in (FACTS[name].scale, FACTS[name].bias) if value is not None])
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_weights_of_the_released_shapes_are_those_of_the_preset(name: str) -> None:
+    """Not one field is replaced to make them fit, whether the name is told or read from the run's."""
+    path = Path("epoch_5.pt")
+    state = {key: torch.empty(shape, device="meta") for key, shape in published_shapes(name).items()}
+    for run, told in (("", name), (f"of-{name}-1", None)):
+        assert identify(Weights(path, state, run), None, told).config == preset(name)
+    with torch.device("meta"):
+        check_fit(hlip.HLIPModel(preset(name)), state, path)
 
 
 @torch.no_grad()

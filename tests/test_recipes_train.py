@@ -27,6 +27,7 @@ HEAD: dict[str, Any] = {
     "epochs": 20, "max_scans": 10, "patch_dropout": 0.25, "drop_path": 0.2, "lock_text": False,
     "grad_checkpointing": True,
 }  # fmt: skip
+DINOTXT: dict[str, Any] = {**HEAD, "patch_dropout": 0.5}
 CHEST: dict[str, Any] = {
     "lr": 1e-5, "lr_batch": 64, "batch_size": 512, "warmup": 47, "betas": (0.9, 0.98), "weight_decay": 0.2,
     "epochs": 20, "max_scans": 1, "patch_dropout": 0.0, "drop_path": 0.2, "lock_text": True,
@@ -35,9 +36,9 @@ CHEST: dict[str, Any] = {
 PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
     "brain_mri": (HEAD, "clip"),
     "head_ct": (HEAD, "clip"),
-    "hlip-2025_10_08": (HEAD, "clip"),
-    "dual": (HEAD, "dual"),
-    "dual_large": (HEAD, "dual"),
+    "hlip-2025_10_08": (DINOTXT, "clip"),
+    "dual": (DINOTXT, "dual"),
+    "dual_large": (DINOTXT, "dual"),
     "chest_ct": (CHEST, "clip"),
     "dual_chest_ct": (CHEST, "dual"),
     "siglip_chest_ct": (CHEST, "siglip"),

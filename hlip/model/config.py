@@ -293,7 +293,10 @@ def _recipe(shape: tuple[int, ...]) -> Recipe | None:
 
 _CHEST_TEXT = TextConfig(CXR_BERT, context_length=512, locked=True)
 _CHEST: dict[str, Any] = {"patch_size": (8, 24, 24), "grid": (14, 14, 14), "text": _CHEST_TEXT, "patch_dropout": 0.0}
-_HEAD: dict[str, Any] = {"patch_size": (6, 16, 16), "grid": (8, 14, 14), "head": "dinotxt", "max_scans": 0}
+_HEAD: dict[str, Any] = {
+    "patch_size": (6, 16, 16), "grid": (8, 14, 14), "head": "dinotxt", "max_scans": 0, "embed_dim": 768,
+    "patch_dropout": 0.5,
+}  # fmt: skip
 _DUAL: dict[str, Any] = {**_HEAD, "num_prefix": 2}
 
 _TWO_HEADS = "brain MRI and head CT, any number of scans, impression and findings apart; PubMedBERT"
@@ -316,19 +319,18 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "scan+study", advice="brain MRI and head CT, any number of scans; PubMedBERT", **_HEAD
     ),
     "clip_vit_base_scan_study_dualdinotxt1568": _published(
-        "scan+study", advice=_TWO_HEADS, embed_dim=768, **_DUAL
+        "scan+study", advice=_TWO_HEADS, **_DUAL
     ),
     "clip_vit_base_slice_scan_study_dualdinotxt1568": _published(
-        "slice+scan+study", advice=f"{_TWO_HEADS}; three levels", embed_dim=768, **_DUAL
+        "slice+scan+study", advice=f"{_TWO_HEADS}; three levels", **_DUAL
     ),
     "clip_vit_large_scan_study_dualdinotxt1568": _published(
-        "scan+study", advice=f"{_TWO_HEADS}; ViT-L", size="large", embed_dim=768, **_DUAL
+        "scan+study", advice=f"{_TWO_HEADS}; ViT-L", size="large", **_DUAL
     ),
     "clip_vit_large_slice_scan_study_dualdinotxt1568": _published(
         "slice+scan+study",
         advice=f"{_TWO_HEADS}; ViT-L, three levels",
         size="large",
-        embed_dim=768,
         **_DUAL,
     ),
     "clip_vit_base_slice_scan_dualdinotxt2744": _published(
@@ -367,12 +369,22 @@ MODELS["siglip_vit_base_singlescan_h2_token2744"] = (
 # The models of the paper's first release, which gave one embedding a study.
 for _name in ("vit_base_multiscan_h2_token588", "vit_base_multiscan_h3_token1176"):
     MODELS[_name] = (replace(MODELS[_name][0], per_prefix=False), MODELS[_name][1])
-# Other names: of which model, and what differs.
+# Other names, of other releases and of the hub: of which model, and what differs.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_base_singlescan_h2_token2744": ("clip_vit_base_slice_scan_token2744", {"per_prefix": False}),
     "vit_base_multiscan_h2_token1176": ("clip_vit_base_scan_study_token1176", {"per_prefix": False}),
     "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568": ("hlip-2025_10_08", {}),
+    "clip_vit_base_singlescan_h2_token2744": ("clip_vit_base_slice_scan_token2744", {"per_prefix": False}),
+    "clip_vit_base_multiscan_h2_token1176": ("clip_vit_base_scan_study_token1176", {"per_prefix": False}),
+    "clip_vit_base_multiscan_h2_token588": ("vit_base_multiscan_h2_token588", {}),
+    "clip_vit_base_multiscan_h3_token1176": ("vit_base_multiscan_h3_token1176", {}),
+    "hlip-2025-10-08": ("hlip-2025_10_08", {}),
 }
+for _size in ("base", "large"):
+    for _levels, _old in {"scan_study": "h2", "slice_scan_study": "h3"}.items():
+        _dual = f"clip_vit_{_size}_{_levels}_dualdinotxt1568", {}
+        ALIASES[f"ablate_seqposemb_clip_vit_{_size}_multiscan_{_old}_dualdinotxt1568"] = _dual
+        ALIASES[f"clip-vit_{_size}-{_levels}-dualdinotxt1568"] = _dual
 
 
 def preset(name: str) -> ModelConfig:

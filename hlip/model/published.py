@@ -94,6 +94,7 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     shapes = Shapes.of_weights(weights)
     embed_dim = shapes.embed_dim  # it differs between releases of one model, and says nothing of the levels
     fitting = [name for name in names() if Shapes.of_config(preset(name))._replace(embed_dim=embed_dim) == shapes]
+    models = [name for name in fitting if name in MODELS]  # each by one of its names
     files = _json_files(folder) if folder else {}
     guessed = False
     if model is None and weights.name in MODELS:  # a checkpoint of our own trainer
@@ -113,15 +114,15 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     elif not fitting:
         raise ValueError(
             f"{weights.path}: fits no released model: {shapes}; if it has the levels of one, name it with "
-            f"model= or --model: {', '.join(names())}"
+            f"model= or --model: {', '.join(name for name in names() if name in MODELS)}"
         )
     elif len(_families(fitting)) > 1:
         raise ValueError(
-            f"{weights.path}: fits {' and '.join(fitting)}, which differ in what weights do not tell: choose with "
+            f"{weights.path}: fits {' and '.join(models)}, which differ in what weights do not tell: choose with "
             "model= or --model"
         )
     else:
-        rest = f" ({', '.join(fitting[1:])} fits too, and has the same levels)" if fitting[1:] else ""
+        rest = f" ({', '.join(models[1:])} fits too, and has the same levels)" if models[1:] else ""
         config, guessed = preset(fitting[0]), True
         how = f"{fitting[0]}, guessed from its shapes{rest}"
     if config.projection and embed_dim:
