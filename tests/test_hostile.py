@@ -327,7 +327,7 @@ REFUSED: dict[str, tuple[bad.Make, str, list[str], str]] = {
     "a zero byte in a table": (table("study,path\na,a\0.nii\n"), "table.csv", [], "line 2: no path|NUL"),
     "a scan twice": (listed('{"a": {"scans": ["x.nii", "x.nii"]}}'), "list.json", [], "the same scan is given twice"),
     "a table without studies": (table("name,path\na,b\n"), "table.csv", [], "needs a column of study"),
-    "a column twice": (table("study,x,x\na,1,2\n"), "table.csv", [], "no column twice"),
+    "a column twice": (table("study,x,x\na,1,2\n"), "table.csv", [], "column 'x' occurs twice"),
     "a ragged table": (table("study,path\na\n"), "table.csv", [], "line 2: expected 2 cells"),
     "labels in words": (
         table("study,path,x\na,a.nii,?\n"), "table.csv", ["--label_columns", "x"], "'x' of labels: expected a number"

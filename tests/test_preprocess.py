@@ -395,7 +395,7 @@ def test_every_field_changes_the_hash() -> None:
         ("size: [48, 256, true]", r"recipe.size\[2\]: expected int, got True"),
         ("rules: {four_d: some}", "recipe.rules.four_d: expected .*, got 'some'"),
         ("rules: 3", "recipe.rules: expected fields, got 3"),
-        ("percentiles: [0, .nan]", r"recipe.percentiles\[1\]: expected float, got nan"),
+        ("percentiles: [0, .nan]", r"recipe.percentiles\[1\]: expected float, got '.nan'"),
         ("windows: [{low: 0}]", r"recipe.windows\[0\]: .*'high'"),
         ("- 1", r"recipe: expected fields"),
         ("", r"recipe: expected fields"),

@@ -195,7 +195,7 @@ def test_a_table_of_studies_in_a_folder(tmp_path: Path) -> None:
     [
         ("", "not a readable table .*needs a column of study, study_uid, VolumeName"),
         ("patient,path\nx,y\n", "not a readable table .*needs a column of study"),
-        ("study,a,a\nx,1,2\n", "not a readable table .*no column twice"),
+        ("study,a,a\nx,1,2\n", "not a readable table .*line 1: column 'a' occurs twice"),
         ("study,path\n", "it has no rows"),
         ("study,path\np7\n", "line 2: expected 2 cells"),
         ("study,path\np7,a,b\n", "line 2: expected 2 cells"),

@@ -83,6 +83,19 @@ def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
     assert len(load_task(path).classes) == 4
 
 
+def test_names_and_texts_of_a_task_are_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "classes: {yes: on, 1.50: 1e3}\ncolumns: {yes: 007, 1.50: off}\ngroups: {yes: y, 1.50: 2024-01-01}\n"
+        "templates: {n: {y: '{}.', 2024-01-01: '{}!'}}\n"
+        "published: {source: 2025, columns: [auc], rows: {012: [71.5], no: [null]}}\n"
+    )
+    task = load_task(path)
+    assert task.sentences(task.positive) == {"yes": ["on."], "1.50": ["1e3!"]}
+    assert task.columns == {"yes": "007", "1.50": "off"}
+    assert task.published.source == "2025" and task.published.rows == {"012": (71.5,), "no": (None,)}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -92,7 +105,7 @@ def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
         ("classes: {a: x, b: []}", "classes: b: expected a text"),
         ("classes: {a: x, b: y}\ncolumns: {a: null}", "classes: too few"),
         ("classes: {a: x, b: y}\ncolumns: {c: d}", "columns: there is no class 'c'"),
-        ("classes: {a: x, b: y}\ncolumns: {a: 3}", "columns: expected a name or null for a"),
+        ("classes: {a: x, b: y}\ncolumns: {a: [3]}", "columns: expected a name or null for a"),
         ("classes: {a: x, b: y}\ntemplates: none", "expected exactly one {} in 'none'"),
         ("classes: {a: x, b: y}\ntemplates: {t: {lung: '{}'}}", "none for the group None of a"),
         ("classes: {a: x, b: y}\nkind: other", "kind: expected multi-class, pairs, similarity"),
@@ -104,6 +117,8 @@ def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
         ("classes: {a: x, b: y}\nsubtasks: {t: [a, c]}", "subtasks: t: expected at least two"),
         ("kind: similarity\nclasses: {a: x}\nsubtasks: {t: [a]}", "only a multi-class task"),
         ("classes: {a: x, b: y}\npublished: {columns: [m], rows: {r: [1, 2]}}", "published: r: expected 1 numbers"),
+        ("classes: {a: x, b: y}\npublished: {columns: [m], rows: {r: [.nan]}}", "published: r: expected 1 numbers"),
+        ("classes: {a: x, b: y, a: z}", "line 1: 'a' occurs twice"),
         ("classes: {a: x, b: y}\nprompts: {a: x}", "unknown fields prompts"),
         ("like: nothing", "no task 'nothing' comes with the package"),
         ("[1]", "expected fields"),

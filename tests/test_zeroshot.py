@@ -62,7 +62,7 @@ def test_prompt_files(tmp_path: Path) -> None:
         "classes: {}",
         "classes: {a: x}",
         "classes: {a: x, b: ' '}",
-        "classes: {a: x, b: [1]}",
+        "classes: {a: x, b: [[1]]}",
         "[1, 2]",
         "classes: {a: []}",
         "a: [",
@@ -74,3 +74,14 @@ def test_prompt_files(tmp_path: Path) -> None:
             Prompts.read(path)
     with pytest.raises(ValueError, match=r"missing.yaml"):
         Prompts.read(tmp_path / "missing.yaml")
+
+
+def test_prompt_files_keep_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_text("classes: {yes: [on, 1_000, 2024-01-01], no: 1e3, 0012: '0012', 1:30: true}\n")
+    assert Prompts.read(path).classes == {
+        "yes": ["on", "1_000", "2024-01-01"], "no": ["1e3"], "0012": ["0012"], "1:30": ["true"],
+    }  # fmt: skip
+    path.write_text("classes:\n  a: stroke\n  b: normal\n  a: mass\n")
+    with pytest.raises(ValueError, match=r"prompts.yaml.*line 4: 'a' occurs twice, first on line 2"):
+        Prompts.read(path)

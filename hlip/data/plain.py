@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import pickle
 import re
 import stat
 import sys
 import tarfile
 import zipfile
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,36 +54,130 @@ def read_lines(path: Path) -> Generator[str, None, None]:
             yield line
 
 
-def parse_json(text: str, **options: Any) -> Any:
-    """`json.loads`, whose errors are all ValueError."""
+class _GivenTwice(ValueError):
+    """Says that an object has a name twice; and, once it is known, on which line the object begins."""
+
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" in the object that begins on line {self.line}" if self.line else "")
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of pairs. Raises ValueError where a key stands in several, of which it could hold only one."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _GivenTwice(f"{key!r} occurs twice")
+    return content
+
+
+class _Locating(json.JSONDecoder):
+    """The same in plain Python, which is slow, and says where an object is that has a name twice."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=unique_keys)
+        self.parse_object = self._object
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+    def _object(self, place: tuple[str, int], *rest: Any) -> Any:
+        try:
+            return json.decoder.JSONObject(place, *rest)  # type: ignore[attr-defined]
+        except _GivenTwice as error:
+            error.line = error.line or place[0].count("\n", 0, place[1]) + 1  # objects around it come later
+            raise
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, whose errors are all ValueError, of objects that have no name twice."""
     try:
-        return json.loads(text, **options)
+        try:
+            return json.loads(text, object_pairs_hook=unique_keys)
+        except _GivenTwice:
+            return json.loads(text, cls=_Locating)  # raises it again, with its line
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def read_json(path: Path, **options: Any) -> Any:
-    return parse_json(read_text(path), **options)
+def read_json(path: Path) -> Any:
+    return parse_json(read_text(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """Of plain values, each written out: a few lines of references can stand for more than any memory holds."""
+    """Of values that are written out: a few lines of references can stand for more than any memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"a reference to another value (*{self.peek_event().anchor}); write the value out")
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line}: a reference to another value (*{event.anchor}); write the value out")
+        if event.tag is not None:
+            raise ValueError(f"line {line}: a tag ({event.tag}); write the plain value, texts in quotes")
         return super().compose_node(parent, index)
 
 
-def read_yaml(path: Path) -> Any:
-    """Plain values from YAML of at most `MOST_YAML` bytes, without references."""
-    text = read_text(path, MOST_YAML)
+# What YAML 1.2 and JSON agree on. Of YAML 1.1 also yes, 012, 1:30, 1_000 and 2024-01-01 would be something else than
+# the text that they are, and 1e-4 would be none.
+_NULLS, _BOOLS = ("", "~", "null", "Null", "NULL"), {"true": True, "false": False}
+_NUMBER = re.compile(r"[-+]?(?:0|[1-9][0-9]*|(?=\.[0-9]))(?P<rest>(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)")
+
+
+def _scalar(text: str, texts: bool) -> Any:
+    """The value of a scalar without quotes."""
+    if text in _NULLS:
+        return None
+    if texts:
+        return text
+    if text in (text.lower(), text.title(), text.upper()) and text.lower() in _BOOLS:
+        return _BOOLS[text.lower()]
+    if not (number := _NUMBER.fullmatch(text)):
+        return text
+    if not number["rest"]:
+        return int(text)
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is beyond all numbers that can be held")
+    return float(text)
+
+
+def _value(node: yaml.Node, texts: bool) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, texts) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line}: expected a name before the colon, got a list or names with values")
+            if key.value in lines:
+                raise ValueError(f"line {line}: {key.value!r} occurs twice, first on line {lines[key.value]}")
+            lines[key.value] = line
+        return {key.value: _value(value, texts) for key, value in node.value}
+    assert isinstance(node, yaml.ScalarNode)
+    if node.style is not None:  # in quotes, or a block of text
+        return node.value
     try:
-        return _Loader(text).get_single_data()
+        return _scalar(node.value, texts)
+    except ValueError as error:
+        raise ValueError(f"line {node.start_mark.line + 1}: {error}") from error
+
+
+def parse_yaml(text: str, texts: bool = False) -> Any:
+    """Plain values from YAML without references and tags. Names are texts, as they are written, and none stands twice.
+
+    texts: values are, too, but for null. Otherwise true, false and decimal numbers, as JSON has them, are no texts.
+    """
+    try:
+        node = _Loader(text).get_single_node()
+        return None if node is None else _value(node, texts)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except (yaml.YAMLError, OverflowError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise ValueError(str(error)) from error  # dates and numbers that are none raise the others
+    except (yaml.YAMLError, OverflowError, IndexError) as error:
+        raise ValueError(str(error)) from error  # tokens that are none raise the others
+
+
+def read_yaml(path: Path, texts: bool = False) -> Any:
+    """What `parse_yaml` makes of a file of at most `MOST_YAML` bytes."""
+    return parse_yaml(read_text(path, MOST_YAML), texts)
 
 
 def load_tensors(path: Path, checksums: bool = False) -> Any:

@@ -107,7 +107,7 @@ class SectionRules:
             ValueError: not such a file; names it and the field.
         """
         try:
-            content = read_yaml(Path(path))
+            content = read_yaml(Path(path), texts=True)
             known = [field.name for field in fields(cls)]
             if not isinstance(content, dict) or not set(content) <= set(known):
                 raise ValueError(f"expected some of the fields {', '.join(known)}")

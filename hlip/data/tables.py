@@ -7,14 +7,13 @@ import csv
 import logging
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .files import printable, stem
-from .plain import read_json, read_lines
+from .plain import read_json, read_lines, unique_keys
 
 logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
@@ -29,21 +28,13 @@ def read_json_studies(path: Path, what: str) -> dict[str, Any]:
         ValueError: not such a file; names it.
     """
     try:
-        content = read_json(path, object_pairs_hook=_unique_keys)
+        content = read_json(path)
         if isinstance(content, dict):
-            content = _unique_keys([(printable(uid), entry) for uid, entry in content.items()])
+            content = unique_keys([(printable(uid), entry) for uid, entry in content.items()])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable {what} ({error})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected an object with one entry per study")
-    return content
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{key!r} occurs twice")
     return content
 
 
@@ -85,8 +76,10 @@ class Table:
                 columns = [name.strip() for name in reader.fieldnames or ()]
                 reader.fieldnames = columns
                 uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
-                if uid_column is None or len(set(columns)) < len(columns):
-                    raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}, and no column twice")
+                if uid_column is None:
+                    raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}")
+                if len(set(columns)) < len(columns):
+                    raise ValueError(f"line {reader.line_num}: column {max(columns, key=columns.count)!r} occurs twice")
                 rows = []
                 for row in reader:
                     line = reader.line_num

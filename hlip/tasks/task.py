@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,7 @@ def load_task(name: Path | str) -> Task:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_yaml(path)
+    content = read_yaml(path, texts=True)
     if not isinstance(content, dict):
         raise ValueError("expected fields, such as `classes`")
     if "like" in content:
@@ -249,19 +250,25 @@ def _published(value: Any) -> Published:
         _texts(content.get("columns"), "published: columns"),
         _mapping(content.get("rows"), "published: rows"),
     )
-    for name, row in rows.items():
-        numbers = isinstance(row, list) and all(x is None or type(x) in (int, float) for x in row)
-        if not numbers or len(row) != len(columns):
-            raise ValueError(f"published: {name}: expected {len(columns)} numbers or nulls, got {row!r}")
-    return Published(str(content.get("source", "")), columns, {name: tuple(row) for name, row in rows.items()})
+    return Published(
+        str(content.get("source", "")), columns, {name: _figures(row, name, len(columns)) for name, row in rows.items()}
+    )
+
+
+def _figures(row: Any, name: str, count: int) -> tuple[float | None, ...]:
+    try:
+        numbers = [None if text is None else float(text) for text in row] if isinstance(row, list) else []
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers if number is not None):
+        raise ValueError(f"published: {name}: expected {count} numbers or nulls, got {row!r}")
+    return tuple(numbers)
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{where}: expected names with values, got {value!r}")
-    if wrong := [key for key in value if isinstance(key, bool)]:
-        raise ValueError(f"{where}: YAML reads yes, no, on and off as {wrong[0]}; put the name into quotes")
-    return {str(key): each for key, each in value.items()}
+    return value
 
 
 def _within(value: Any, classes: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Prompts:
             ValueError: not such a file; names it and the reason.
         """
         try:
-            content = read_yaml(Path(path))
+            content = read_yaml(Path(path), texts=True)
             classes = {str(name): _words(words) for name, words in content["classes"].items()}
             return cls(classes, tuple(_words(content.get("templates", DEFAULT_TEMPLATE))))
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:

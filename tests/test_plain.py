@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hlip.data.plain import parse_json, parse_yaml, read_json, read_yaml
+from hlip.data.preprocess import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True), ("False", False), ("3", 3), ("-2", -2), ("1e-4", 1e-4), ("2E3", 2000.0), (".5", 0.5),
+        ("5.", 5.0),
+        ("null", None), ("~", None), ("", None), ("yes", "yes"), ("no", "no"), ("on", "on"), ("Off", "Off"), ("y", "y"),
+        ("tRUE", "tRUE"), ("012", "012"), ("-00.5", "-00.5"), ("1_000", "1_000"), ("0x1F", "0x1F"), ("0o17", "0o17"),
+        ("1:30", "1:30"), ("2024-01-01", "2024-01-01"), (".inf", ".inf"), (".nan", ".nan"), ("=", "="), ("<<", "<<"),
+        ("'1'", "1"), ('"true"', "true"), ("e3", "e3"), (".", "."), ("1e", "1e"),
+    ],
+)  # fmt: skip
+def test_values_of_yaml(text: str, value: Any) -> None:
+    for content in (parse_yaml(f"a: {text}")["a"], parse_yaml(f"- {text}")[0]):
+        assert (type(content), content) == (type(value), value)
+    assert parse_yaml(f"a: {text}", texts=True) == {"a": None if value is None else text.strip("'\"")}
+
+
+@pytest.mark.parametrize(
+    "name", ["yes", "no", "on", "n", "true", "null", "~", "1e3", "012", "1:30", "2024-01-01", "<<"]
+)
+def test_names_of_yaml_are_what_is_written(name: str) -> None:
+    assert parse_yaml(f"{name}: 1\nb: {{{name}: x}}") == {name: 1, "b": {name: "x"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' occurs twice, first on line 1"),
+        ("- {x: {no: 1}}\n- {x: {no: 1, 'no': 2}}", "line 2: 'no' occurs twice"),
+        ("1: x\n'1': y", "line 2: '1' occurs twice"),
+        ("a: 1\nb: 1e999", "line 2: 1e999 is beyond"),
+        ("a:\n  - !!int '3'", "line 2: a tag"),
+        ("a: !own x", "line 1: a tag"),
+        ("a: &x 1\nb: *x", "line 2: a reference"),
+        ("b: 1\n? [a]\n: 1", "line 2: expected a name"),
+        ("a: 1\n---\na: 2", "single document"),
+    ],
+)
+def test_yaml_that_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    for texts in (False, True) if "1e999" not in text else (False,):
+        with pytest.raises(ValueError, match=reason):
+            read_yaml(path, texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": 1, "a": 1}', "'a' occurs twice in the object that begins on line 1"),
+        ('{"a": [{"b": 1}],\n "c":\n  {"b": 1, "d": {},\n "b": 2}}', "'b' occurs twice in the object .* line 3"),
+    ],
+)
+def test_names_that_occur_twice_in_json(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text.encode())
+    assert parse_json('{"a": {"a": 1}, "b": [{"a": 2}]}') == {"a": {"a": 1}, "b": [{"a": 2}]}
+
+
+def test_settings_of_a_recipe_are_typed_and_none_is_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("percentiles: null\nwindows: [{low: -1e3, high: 1e3, name: no}]\n")
+    window = load_recipe(str(path)).windows[0]
+    assert (window.low, window.high, window.name) == (-1000.0, 1000.0, "no")
+    path.write_text("percentiles: null\nwindows: []\npercentiles: [1, 99]\n")
+    with pytest.raises(ValueError, match="line 3: 'percentiles' occurs twice"):
+        load_recipe(str(path))
