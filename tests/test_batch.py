@@ -265,3 +265,11 @@ def test_batch_survives_pickling() -> None:
     for level in LEVELS:
         assert torch.equal(copy.layout.cu_seqlens(level), batch.layout.cu_seqlens(level))
     assert torch.equal(copy.layout.children("slice", "study"), batch.layout.children("slice", "study"))
+
+
+def test_a_study_may_stand_alone() -> None:
+    study = Study("s", make_scans(some_grids(2)))
+    assert torch.equal(pack(study, PATCH).patches, pack([study], PATCH).patches)
+    for wrong in (["a.nii"], [["a.nii"]]):
+        with pytest.raises(ValueError, match="study 0, scan 0: expected a uint8 tensor"):
+            pack(wrong, PATCH)

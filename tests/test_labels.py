@@ -65,3 +65,9 @@ def test_bad_tables_are_named(path: Path, text: str, classes: list[str], reason:
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none.csv"):
         read_labels(tmp_path / "none.csv", ["a"])
+
+
+def test_one_class_is_not_its_letters(path: Path) -> None:
+    path.write_text("study,mass\nu,1\nv,0\n")
+    assert read_label_table(path, "mass").classes == ("mass",)
+    assert {uid: row.tolist() for uid, row in read_labels(path, "mass").items()} == {"u": [1], "v": [0]}

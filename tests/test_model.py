@@ -266,3 +266,10 @@ def test_text_pooling_ignores_padding(bert_folder: str) -> None:
         torch.testing.assert_close(together[:1], tower(["stroke"]), rtol=1e-4, atol=1e-5)
     hidden = tower.transformer(**tower.tokenizer(["a mass"], return_tensors="pt")).last_hidden_state
     torch.testing.assert_close(tower.features(["a mass"]), hidden.mean(1))
+
+
+def test_what_is_no_batch_is_refused(tiny_model: hlip.HLIPModel) -> None:
+    study = hlip.Study("s", random_study([(8, 16, 16)], 0))
+    for wrong in (study, [study], study.scans[0], "s.nii.gz", None):
+        with pytest.raises(ValueError, match="expected a batch of"):
+            tiny_model.encode_image(wrong)

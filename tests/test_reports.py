@@ -93,7 +93,7 @@ def test_rules_can_be_set(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[impression]", "expected some of the fields impression, findings"),
-        ("impresion: [x]", "expected some of the fields impression, findings"),
+        ("impresion: [x]", r"unknown field 'impresion'; did you mean impression\?"),
         ("impression: x", "impression: unexpected value 'x'"),
         ("impression: [[3]]", "impression: a heading must be words in lower case, got .*3"),
         ("impression: [Befund]", "impression: a heading must be words in lower case"),
@@ -315,3 +315,25 @@ def test_volumes_of_a_study_share_its_labels(tmp_path: Path) -> None:
     assert Table.read(path).labels() == {"valid_1_a": ()}
     with pytest.raises(ValueError, match=r"l.csv: line 3: another labels of study valid_1_a"):
         Table.read(path).labels((), ["Nodule"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"impresion": "x"}, "unknown field 'impresion'; did you mean impression"),
+        ({"Findings_EN": "x", "findngs": "y"}, "unknown field 'findngs'"),
+        ({"findings": "x", "Findings_EN": "y"}, "'findings' and 'Findings_EN' are the same section"),
+    ],
+)
+def test_misspelt_and_repeated_sections(entry: dict[str, str], reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"p7": entry}))
+    with pytest.raises(ValueError, match=f"r.json: study p7: {reason}"):
+        read_reports(path)
+
+
+def test_two_columns_of_one_section_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("study,Findings,Findings_EN\np7,x,y\n")
+    with pytest.raises(ValueError, match="are the same section"):
+        read_reports(path)

@@ -299,3 +299,30 @@ def test_reports_are_joined_by_accession_number(tmp_path: Path) -> None:
     assert "A1" not in repr(found)
     with pytest.raises(ValueError, match="none of its 2 studies was found"):
         find_studies(tmp_path / "in", reports=reports)
+
+
+@pytest.mark.parametrize(
+    ("entry", "close"),
+    [
+        ({"scans": ["a.nii"], "reprot": ["x"]}, "report"),
+        ({"scans": ["a.nii"], "impression": ["x"]}, "impressions"),
+        ({"scans": ["a.nii"], "Findings": ["x"]}, "findings"),
+    ],
+)
+def test_misspelt_names_of_a_list(entry: dict[str, Any], close: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"p7": entry}))
+    with pytest.raises(ValueError, match=f"list.json: study p7: unknown field .*; did you mean {close}"):
+        find_studies(path)
+    nifti(tmp_path / "a.nii")
+    path.write_text(json.dumps({"p7": {"scans": ["a.nii"], "age": 3, "scanner": "x"}}))
+    assert [study.uid for study in find_studies(path).studies] == ["p7"]
+
+
+def test_misspelt_columns_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nifti(tmp_path / "a.nii")
+    path = tmp_path / "t.csv"
+    path.write_text("study,path,Impresion_EN,age\np7,a.nii,Normal.,3\n")
+    find_studies(path)
+    assert "column 'Impresion_EN' is not read: unknown field 'impresion'; did you mean impression" in caplog.text
+    assert "'age'" not in caplog.text

@@ -374,6 +374,9 @@ def test_what_is_no_study_is_refused(folder: Path, tmp_path: Path) -> None:
         find_scans([folder / "a.nii", folder / "c.nii.gz", folder / "a.nii"])
     with pytest.raises(ValueError, match="at least one scan file"):
         find_scans([])
+    for wrong in (None, b"a.nii", 3, [None], [folder / "a.nii", float("nan")], {"a": folder / "a.nii"}):
+        with pytest.raises(ValueError, match="expected a path or a list of paths"):
+            find_scans(wrong)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}/empty: no scans"):
         find_scans(tmp_path / "empty")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -34,3 +36,24 @@ def test_a_prompt_that_is_too_long_is_named(tiny_model: HLIPModel) -> None:
     embed_prompts(tiny_model, [[fits], ["x"]])
     with pytest.raises(ValueError, match=r"prompt 'word word .*' has 33 tokens, the model's text tower reads 32"):
         embed_prompts(tiny_model, [["x"], [fits + "word"]])
+
+
+def test_one_text_is_not_its_letters(tiny_model: HLIPModel) -> None:
+    with torch.no_grad():
+        expected = tiny_model.encode_text(["glioma"])
+        assert torch.equal(tiny_model.encode_text("glioma"), expected)
+        assert tiny_model.text.features("glioma").shape[0] == 1
+    assert torch.equal(embed_texts(tiny_model, "glioma"), expected)
+    torch.testing.assert_close(embed_prompts(tiny_model, "glioma"), expected)
+    torch.testing.assert_close(embed_prompts(tiny_model, ["glioma", ["normal"]])[:1], expected)
+    with pytest.raises(ValueError, match="prompt 'word word"):
+        embed_prompts(tiny_model, ["word " * 40, "x"])
+
+
+@pytest.mark.parametrize(
+    "texts", [None, b"glioma", 3, [], ["a", float("nan")], ["a", None], [b"a"], [["a"]], {"a": "glioma"}, {"a", "b"}]
+)
+def test_what_is_no_text_is_refused(texts: Any, tiny_model: HLIPModel) -> None:
+    for read in (tiny_model.encode_text, lambda given: embed_texts(tiny_model, given)):
+        with pytest.raises(ValueError, match="texts: expected a text"):
+            read(texts)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 import hlip
 from conftest import random_study
 from hlip.tasks.embed import embed_studies
+from hlip.tasks.task import load_task
 from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot, zeroshot_classifier
 
 PROMPTS = Prompts({"stroke": ["stroke", "infarct"], "tumor": ["mass"]}, ("{}.", "This shows {}."))
@@ -66,7 +68,13 @@ def test_prompt_files(tmp_path: Path) -> None:
         "[1, 2]",
         "classes: {a: []}",
         "a: [",
-        "classes: {a: [x]}\ntemplates: ['no place']",
+        "classes: {a: [x], b: [y]}\ntemplates: ['no place']",
+        "classes: {a: [x], b: [y]}\ntemplate: 'It is {}.'",
+        "classes: {a: [x], b: [y]}\nclases: {c: z}",
+        "classes: {a: [x], b: [y], A: [z]}",
+        "kind: similarity\nclasses: {a: [x], b: [y]}",
+        "kind: pairs\nclasses: {a: {positive: x, negative: y}}",
+        "classes: {a: x, b: y}\ngroups: {a: g, b: h}\ntemplates: {t: {g: '{}', h: '{}'}}",
     ]
     for text in bad:
         path.write_text(text)
@@ -85,3 +93,35 @@ def test_prompt_files_keep_what_is_written(tmp_path: Path) -> None:
     path.write_text("classes:\n  a: stroke\n  b: normal\n  a: mass\n")
     with pytest.raises(ValueError, match=r"prompts.yaml.*line 4: 'a' occurs twice, first on line 2"):
         Prompts.read(path)
+
+
+def test_prompt_files_are_read_as_tasks_are(tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text("like: pub-brain-5\ntemplates: {one: ['It is {}.'], other: ['{}!']}\n")
+    prompts, task = Prompts.read(path), load_task(path)
+    assert prompts.sentences == task.sentences(task.positive)
+    assert prompts.sentences["Stroke"] == ["It is Acute stroke."]
+    path.write_text("classes: {a: x, b: y}\ntemplate: 'It is {}.'\n")
+    for read in (Prompts.read, load_task):
+        with pytest.raises(ValueError, match=r"task.yaml: .*unknown field 'template'; did you mean templates\?"):
+            read(path)
+
+
+def test_a_text_alone_is_a_list_of_one() -> None:
+    prompts = Prompts({"a": "stroke", "b": ("mass", "tumour")}, "It is {}.")
+    assert prompts.sentences == {"a": ["It is stroke."], "b": ["It is mass.", "It is tumour."]}
+
+
+@pytest.mark.parametrize(
+    ("classes", "templates"),
+    [
+        ({"a": "x"}, "{}"), ({"a": "x", "b": float("nan")}, "{}"), ({"a": "x", "b": [None]}, "{}"),
+        ({"a": "x", "b": b"y"}, "{}"), ({"a": "x", "b": {"y": "z"}}, "{}"), ({"a": "x", "b": " "}, "{}"),
+        (["a", "b"], "{}"), ("ab", "{}"), ({"a": "x", "b": "y"}, ()), ({"a": "x", "b": "y"}, None),
+        ({"a": "x", "b": "y"}, "{} {}"), ({"a": "x", "b": "y"}, "{name}"), ({"a": "x", "b": "y"}, "{} }"),
+        ({"a b": "x", "A  B": "y"}, "{}"),
+    ],
+)  # fmt: skip
+def test_prompts_that_are_refused(classes: Any, templates: Any) -> None:
+    with pytest.raises(ValueError):
+        Prompts(classes, templates)

@@ -67,11 +67,12 @@ class PackedBatch:
         return replace(self, patches=self.patches[rows], positions=positions, layout=layout)
 
 
-def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> PackedBatch:
+def pack(studies: Study | Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> PackedBatch:
     """Cut studies into patches and lay them into one stream.
 
     Args:
-        studies: each a `Study`, or the (D, H, W) uint8 scans of one; they may differ in number and size.
+        studies: each a `Study`, or the (D, H, W) uint8 scans of one; they may differ in number and size. A `Study` may
+            stand alone.
         patch_size: (pd, ph, pw) voxels; every scan must be a whole number of patches along each axis.
 
     Raises:
@@ -79,6 +80,7 @@ def pack(studies: Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> Packe
     """
     if len(patch_size) != 3 or min(patch_size) < 1:
         raise ValueError(f"patch_size must be three positive integers, got {tuple(patch_size)}")
+    studies = [studies] if isinstance(studies, Study) else studies
     items = [s if isinstance(s, Study) else Study(f"study {i}", list(s)) for i, s in enumerate(studies)]
     grids = []
     for study in items:
@@ -111,6 +113,8 @@ def join_report(impression: str, findings: str) -> str:
 def _grid(study: Study, m: int, patch_size: Grid) -> Grid:
     scan = study.scans[m]
     name = f"{study.uid}, scan {study.names[m] if m < len(study.names) else m}"
+    if not isinstance(scan, Tensor):
+        raise ValueError(f"{name}: expected a uint8 tensor (D, H, W), got {scan!r}")
     if scan.dtype != torch.uint8 or scan.dim() != 3:
         raise ValueError(f"{name}: expected a uint8 tensor (D, H, W), got {scan.dtype} {tuple(scan.shape)}")
     if 0 in scan.shape or any(n % p for n, p in zip(scan.shape, patch_size, strict=True)):

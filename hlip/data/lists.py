@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .files import NIFTI_SUFFIXES, TENSOR_SUFFIX, is_file
-from .reports import ReportText, SectionRules, report_of, table_reports, text_columns
+from .plain import check_keys
+from .reports import ReportText, SectionRules, report_of, say_misspelt, table_reports, text_columns
 from .tables import Labels, Table, read_json_studies
 
 PATH_COLUMNS = ("path", "scan", "file", "scan_path", "file_name", "filename")
+TEXTS = ("report", "impressions", "findings")
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[ListedSt
             given = [key for key in ("scans", "recons", "series") if isinstance(entry, dict) and key in entry]
             if len(given) != 1 or not isinstance(entry[given[0]], dict if given == ["series"] else list):
                 raise ValueError("expected an object with a list of 'scans', or of 'recons', or an object 'series'")
+            check_keys(entry, ("scans", "recons", "series", *TEXTS), also=True)
             scans = _listed(given[0], entry[given[0]], root, uid)
-            for key in ("report", "impressions", "findings"):
+            for key in TEXTS:
                 if not isinstance(entry.get(key, []), list):
                     raise ValueError(f"'{key}' must be a list of sentences")
             report = report_of(_texts(entry), rules)
@@ -61,7 +64,7 @@ def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[ListedSt
 
 
 def _texts(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("report", "impressions", "findings") if key in entry}
+    return {key: entry[key] for key in TEXTS if key in entry}
 
 
 def _listed(key: str, scans: Any, root: Path, uid: str) -> tuple[tuple[str, Path], ...]:
@@ -123,6 +126,7 @@ def read_csv_list(
         ValueError: not such a file; names it and the line.
     """
     table = Table.read(path)
+    say_misspelt(table, PATH_COLUMNS)
     column = next((name for name in PATH_COLUMNS if name in table.columns), None)
     texts = text_columns(table)
     reports = table_reports(table, rules) if texts else {}

@@ -7,6 +7,7 @@ with the reason alone; callers add what the file was to be.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import math
@@ -17,7 +18,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,37 @@ def parse_yaml(text: str, texts: bool = False) -> Any:
 def read_yaml(path: Path, texts: bool = False) -> Any:
     """What `parse_yaml` makes of a file of at most `MOST_YAML` bytes."""
     return parse_yaml(read_text(path, MOST_YAML), texts)
+
+
+def as_texts(value: object, what: str = "texts", least: int = 1) -> list[str]:
+    """A list of texts, of which one may stand alone.
+
+    Raises:
+        ValueError: fewer than `least`, or something else than texts, such as the number that stands for an empty cell.
+    """
+    if isinstance(value, str):
+        return [value]
+    unordered = isinstance(value, (bytes, Mapping, Set))
+    texts = list(value) if isinstance(value, Iterable) and not unordered else None
+    if texts is None or len(texts) < least:
+        raise ValueError(f"{what}: expected a text or a list of texts, got {value!r}")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{what}: expected a text at place {i} of the list, got {text!r}")
+    return texts
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to write in place of an unknown name: those that are like it, or else all."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(known)}"
+
+
+def check_keys(content: Iterable[str], known: Collection[str], also: bool = False) -> None:
+    """Raises ValueError at a name that is not among the known ones; with `also`, only if it looks like one misspelt."""
+    for name in content:
+        if name not in known and (not also or difflib.get_close_matches(name.lower(), known, 1, 0.8)):
+            raise ValueError(f"unknown field {name!r}{hint(name, known)}")
 
 
 def load_tensors(path: Path, checksums: bool = False) -> Any:

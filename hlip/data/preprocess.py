@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plain import read_json, read_yaml
+from .plain import hint, read_json, read_yaml
 from .quality import Rules, check_volume
 from .readers import ScanError, Volume, read_scan
 from .sources import ScanSource
@@ -394,11 +393,6 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _hint(name: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(known)}"
-
-
 def _build(kind: Any, value: Any, where: str) -> Any:
     """`value`, of JSON or YAML, as `kind`: a dataclass, a tuple, a Literal, None or a plain type."""
     if is_dataclass(kind):
@@ -407,7 +401,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         kinds = get_type_hints(kind)
         for name in value:
             if name not in kinds:
-                raise ValueError(f"{where}: unknown field {name!r}{_hint(name, kinds)}")
+                raise ValueError(f"{where}: unknown field {name!r}{hint(str(name), kinds)}")
         try:
             return kind(**{name: _build(kinds[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
         except TypeError as error:

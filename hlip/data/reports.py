@@ -7,22 +7,25 @@ the file and the place.
 from __future__ import annotations
 
 import functools
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from .files import printable, why
-from .plain import MOST_TEXT, read_text, read_yaml
+from .plain import MOST_TEXT, check_keys, read_text, read_yaml
 from .tables import Table, read_json_studies
 
+logger = logging.getLogger(__name__)
 # Keys of JSON entries and columns of tables, in lower case, "_en" cut off.
 _TEXT_KEYS = {
     "impression": ("impression", "impressions"),
     "findings": ("findings",),
     "report": ("report", "text"),
 }
+_SPELLINGS = [spelling for spellings in _TEXT_KEYS.values() for spelling in spellings]
 _ABBREVIATIONS = frozenset(
     [
         "approx",
@@ -109,8 +112,9 @@ class SectionRules:
         try:
             content = read_yaml(Path(path), texts=True)
             known = [field.name for field in fields(cls)]
-            if not isinstance(content, dict) or not set(content) <= set(known):
+            if not isinstance(content, dict):
                 raise ValueError(f"expected some of the fields {', '.join(known)}")
+            check_keys(content, known)
             for name, value in content.items():
                 if not isinstance(value, str if name == "unlabelled" else list):
                     raise ValueError(f"{name}: unexpected value {value!r}")
@@ -231,13 +235,17 @@ def read_reports(path: Path | str, rules: SectionRules | None = None) -> dict[st
     if path.is_dir():
         return _folder_reports(path, rules)
     if path.suffix.lower() == ".csv":
-        return table_reports(Table.read(path), rules)
+        table = Table.read(path)
+        say_misspelt(table)
+        return table_reports(table, rules)
     if path.suffix.lower() != ".json":
         raise ValueError(f"{path}: reports must be a .json or .csv file, or a folder of .txt files")
     reports = {}
     for uid, entry in read_json_studies(path, "file of reports").items():
         try:
-            reports[uid] = report_of(entry if isinstance(entry, dict) else {"report": entry}, rules)
+            entry = entry if isinstance(entry, dict) else {"report": entry}
+            check_keys((key.lower().removesuffix("_en") for key in entry), _SPELLINGS, also=True)
+            reports[uid] = report_of(entry, rules)
         except ValueError as error:
             raise ValueError(f"{path}: study {uid}: {error}") from error
     return reports
@@ -272,9 +280,17 @@ def table_reports(table: Table, rules: SectionRules) -> dict[str, ReportText]:
     return table.by_study(lambda row: report_of({name: row[name] for name in columns}, rules), "report")
 
 
+def say_misspelt(table: Table, others: Sequence[str] = ()) -> None:
+    """Name on the log the columns that look like one that would be read; a table may have any others."""
+    for name in table.columns:
+        try:
+            check_keys([name.lower().removesuffix("_en")], [*_SPELLINGS, *others], also=True)
+        except ValueError as error:
+            logger.warning("%s: column %r is not read: %s", table.path, name, error)
+
+
 def text_columns(table: Table) -> list[str]:
-    known = {spelling for spellings in _TEXT_KEYS.values() for spelling in spellings}
-    return [name for name in table.columns if name.lower().removesuffix("_en") in known]
+    return [name for name in table.columns if name.lower().removesuffix("_en") in _SPELLINGS]
 
 
 def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
@@ -284,7 +300,10 @@ def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
         ValueError: a text that is neither a string nor a list of strings.
     """
     texts = {}
-    keys = {key.lower().removesuffix("_en"): key for key in entry}
+    keys: dict[str, str] = {}
+    for key in entry:
+        if (other := keys.setdefault(key.lower().removesuffix("_en"), key)) != key:
+            raise ValueError(f"'{other}' and '{key}' are the same section")
     for part, spellings in _TEXT_KEYS.items():
         given = [keys[s] for s in spellings if s in keys and entry[keys[s]] is not None]
         found = [entry[key] for key in given]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .files import (
     NIFTI_SUFFIXES,
@@ -152,7 +152,11 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
         ValueError: no scan, one that is given twice, DICOM files of two studies, or a folder of many studies.
         ScanError: a file that cannot be used; names it.
     """
-    given = each_once([Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths])
+    listed: Any = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    listed = list(listed) if isinstance(listed, Iterable) and not isinstance(listed, Mapping) else [listed]
+    if wrong := [path for path in listed if not isinstance(path, (str, os.PathLike))]:
+        raise ValueError(f"expected a path or a list of paths, got {wrong[0]!r}")
+    given = each_once(list(map(Path, listed)))
     if not given:
         raise ValueError("a study needs at least one scan file, got none")
     names, problems = _files([("", path) for path in given])

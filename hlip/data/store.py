@@ -36,7 +36,7 @@ from torch import Tensor
 from . import plain
 from .batch import Study
 from .manifest import Columns, columns_of, manifest_of, map_manifest, pyarrow
-from .plain import check_regular, parse_json, read_lines
+from .plain import as_texts, check_regular, parse_json, read_lines
 from .readers import ScanError
 from .sources import Rejection
 
@@ -377,7 +377,7 @@ class Store:
         """
         places = {uid: i for i, uid in enumerate(self.uids)}
         try:
-            return np.array([places[uid] for uid in uids], dtype=np.int64)
+            return np.array([places[uid] for uid in as_texts(uids, "studies", 0)], dtype=np.int64)
         except KeyError as error:
             raise ValueError(f"{self.path}: holds no study {error.args[0]}") from error
 

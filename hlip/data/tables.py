@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .files import printable, stem
-from .plain import read_json, read_lines, unique_keys
+from .plain import as_texts, read_json, read_lines, unique_keys
 
 logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
@@ -108,6 +108,7 @@ class Table:
             ValueError: a wanted column that there is not, that has words, or several values of a study; names the
                 file, and the line.
         """
+        wanted = None if wanted is None else as_texts(wanted, "columns of labels", 0)
         if absent := [name for name in wanted or () if name not in self.columns]:
             raise ValueError(f"{self.path}: no column {absent[0]!r} of labels; there are {', '.join(self.columns)}")
         given = [name for name in self.columns if name and name not in leave and (wanted is None or name in wanted)]

@@ -75,10 +75,12 @@ class HLIPModel(nn.Module):
 
     def encode_image(self, batch: PackedBatch | TokenBatch) -> Tensor:
         """Embeddings of the batch's studies, of unit length: (B, E), or (B, P, E) if `config.per_prefix`."""
+        if not isinstance(batch, (PackedBatch, TokenBatch)):
+            raise ValueError(f"expected a batch of hlip.pack([study, ...], patch_size), got {type(batch).__name__}")
         return F.normalize(at_least_float32(self.visual(batch.to(self.device))), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts: (N, E), of unit length."""
+        """Embeddings of texts: (N, E), of unit length; of one text (1, E)."""
         return F.normalize(at_least_float32(self.text(texts)), dim=-1)
 
     def forward(self, batch: PackedBatch | TokenBatch, texts: Sequence[str] | Tensor) -> Outputs:

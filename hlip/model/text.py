@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.plain import as_texts
 from .config import BERT_BASE, TextConfig
 from .weights import find_weights, load_strict, local_folder, read_json, read_weights, shorten
 
@@ -132,9 +133,10 @@ class TextTower(nn.Module):
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def _tokens(self, texts: Sequence[str]) -> Any:
+        texts = as_texts(texts)
         try:
             tokens = self.tokenizer(
-                list(texts), padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt"
+                texts, padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt"
             )
             last, known = int(tokens["input_ids"].max()), self.transformer.config.vocab_size
             if last >= known:

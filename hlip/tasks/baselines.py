@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Study
-from ..data.plain import parse_json, read_json, read_text
+from ..data.plain import as_texts, parse_json, read_json, read_text
 from ..data.store import Store
 from ..model.weights import weights_digest
 
@@ -219,7 +219,7 @@ class SliceEncoder:
         """Tokens of each text, and the most that the model reads; its tokenizer would cut what is longer in silence."""
         most = self.tokenizer([""]).shape[1]
         counts = []
-        for text in texts:
+        for text in as_texts(texts, least=0):
             # No text has more tokens than bytes, so that the last of so many places is padding.
             room = max(most, len(text.encode("utf-8", "surrogateescape")) + 8)
             (row,) = self.tokenizer([text], context_length=room)
@@ -229,7 +229,7 @@ class SliceEncoder:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts: (K, E), of unit length. The model's tokenizer cuts a text that is too long."""
-        features = self.model.encode_text(self.tokenizer(list(texts)).to(self.device))
+        features = self.model.encode_text(self.tokenizer(as_texts(texts)).to(self.device))
         return F.normalize(features.float(), dim=-1)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..data.plain import as_texts
 from ..data.tables import Table
 
 MISSING = -1
@@ -43,11 +44,11 @@ def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTabl
         ValueError: no such table or column, a cell that is no label in a column asked for, or a study with several
             labels of a class; names it.
     """
-    table = Table.read(path)
+    table, classes = Table.read(path), as_texts(classes, "classes", 0)
     if missing := [name for name in classes if name not in table.columns]:
         raise ValueError(f"{path}: has no column {', '.join(missing)} (there are {', '.join(table.columns)})")
     if len(set(classes)) < len(classes):
-        raise ValueError(f"{path}: class {max(classes, key=list(classes).count)} is asked for twice")
+        raise ValueError(f"{path}: class {max(classes, key=classes.count)} is asked for twice")
     codes = {name: [_code(row[name]) for _, _, row in table.rows] for name in classes or table.columns if name}
     for name in classes:
         if None in codes[name]:
@@ -81,6 +82,7 @@ def read_labels(path: Path | str, columns: Sequence[str]) -> dict[str, np.ndarra
     Raises:
         ValueError: as `read_label_table`.
     """
+    columns = as_texts(columns, "columns")
     table = read_label_table(path, tuple(dict.fromkeys(columns)))
     places = [table.classes.index(name) for name in columns]
     return dict(zip(table.uids, table.values[:, places], strict=True))

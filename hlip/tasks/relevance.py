@@ -106,6 +106,8 @@ def relevance(
 @torch.no_grad()
 def _embedding(model: HLIPModel, text: str | Tensor) -> Tensor:
     """(E), of unit length, on the model's device."""
+    if not isinstance(text, (str, Tensor)):
+        raise ValueError(f"expected a text, or its embedding, got {text!r}")
     if isinstance(text, str):
         check_lengths(model, [text])
     embedding = model.encode_text([text])[0] if isinstance(text, str) else text.to(model.device)

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..data.plain import read_yaml
+from ..data.plain import as_texts, check_keys, read_yaml
 from .metrics import AT_THRESHOLD
 
 FOLDER = Path(__file__).with_name("benchmarks")
@@ -39,6 +40,9 @@ METRICS: dict[str, tuple[str, ...]] = {
     "similarity": ("auc",),
 }
 TEMPLATE = "This study shows: {}."
+FIELDS = (
+    "kind", "classes", "templates", "groups", "columns", "metrics", "subtasks", "unit", "released", "published", "like",
+)  # fmt: skip
 ALL = ""  # the group of a class without one
 
 
@@ -131,9 +135,17 @@ def load_task(name: Path | str) -> Task:
             raise ValueError(f"unknown task {str(name)!r}; {hint}There are {', '.join(list_tasks())}, or FILE.yaml")
         path = FOLDER / f"{name}.yaml"
     try:
-        return _build(path.stem, _read(path))
+        return read_task(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable task ({error})") from error
+
+
+def read_task(path: Path, template: str = TEMPLATE) -> Task:
+    """A task of a YAML file. Raises OSError or ValueError with the reason alone.
+
+    template: what its prompts are put into, if it does not say.
+    """
+    return _build(path.stem, _read(path), template)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -148,27 +160,15 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _build(name: str, content: dict[str, Any]) -> Task:
-    known = {
-        "kind",
-        "classes",
-        "templates",
-        "groups",
-        "columns",
-        "metrics",
-        "subtasks",
-        "released",
-        "published",
-        "unit",
-    }
-    if unknown := sorted(str(key) for key in content.keys() - known):
-        raise ValueError(f"unknown fields {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+def _build(name: str, content: dict[str, Any], template: str) -> Task:
+    check_keys(content, FIELDS)
     kind = content.get("kind", "multi-class")
     if kind not in get_args(Kind):
         raise ValueError(f"kind: expected {', '.join(get_args(Kind))}, got {kind!r}")
     if (unit := content.get("unit", "study")) not in ("study", "scan"):
         raise ValueError(f"unit: expected study or scan, got {unit!r}")
     given = _mapping(content.get("classes"), "classes")
+    check_names(given)
     columns = {each: each for each in given} | _within(content.get("columns", {}), given, "columns")
     if wrong := [each for each, column in columns.items() if column is not None and not isinstance(column, str)]:
         raise ValueError(f"columns: expected a name or null for {wrong[0]}, got {columns[wrong[0]]!r}")
@@ -193,7 +193,7 @@ def _build(name: str, content: dict[str, Any]) -> Task:
         kind,
         positive,
         negative,
-        _templates(content.get("templates", TEMPLATE), classes, groups),
+        _templates(content.get("templates", template), classes, groups),
         groups,
         {each: columns[each] for each in classes},
         metrics,
@@ -212,9 +212,8 @@ def _templates(
     for name, given in _mapping(sets, "templates").items():
         by_group = given if isinstance(given, dict) else {ALL: given}
         found[name] = {str(group): _texts(texts, f"templates: {name}") for group, texts in by_group.items()}
-        wrong = [text for texts in found[name].values() for text in texts if text.count("{}") != 1]
-        if wrong:
-            raise ValueError(f"templates: {name}: expected exactly one {{}} in {wrong[0]!r}")
+        for texts in found[name].values():
+            check_templates(texts, f"templates: {name}: ")
         lacking = [each for each in classes if ALL not in found[name] and groups.get(each) not in found[name]]
         if lacking:
             raise ValueError(f"templates: {name}: none for the group {groups.get(lacking[0])!r} of {lacking[0]}")
@@ -246,6 +245,7 @@ def _published(value: Any) -> Published:
     if value is None:
         return Published()
     content = _mapping(value, "published")
+    check_keys(content, ("source", "columns", "rows"))
     columns, rows = (
         _texts(content.get("columns"), "published: columns"),
         _mapping(content.get("rows"), "published: rows"),
@@ -265,6 +265,22 @@ def _figures(row: Any, name: str, count: int) -> tuple[float | None, ...]:
     return tuple(numbers)
 
 
+def check_templates(templates: Sequence[str], where: str = "") -> None:
+    """Raises ValueError where a sentence has no place for the prompt, several, or other braces."""
+    for text in templates:
+        if text.count("{}") != 1 or {"{", "}"} & set(text.replace("{}", "")):
+            raise ValueError(f"{where}expected exactly one {{}} in {text!r}, and no other brace")
+
+
+def check_names(classes: Iterable[str]) -> None:
+    """Raises ValueError where names of classes are the same but for capitals, spaces and forms of Unicode."""
+    names: dict[str, str] = {}
+    for name in classes:
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        if (other := names.setdefault(plain, name)) != name:
+            raise ValueError(f"classes: {other!r} and {name!r} are the same but for capitals and spaces")
+
+
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{where}: expected names with values, got {value!r}")
@@ -279,7 +295,7 @@ def _within(value: Any, classes: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = as_texts(value, where)
+    if not all(text.strip() for text in texts):
         raise ValueError(f"{where}: expected a text or a list of texts, got {value!r}")
     return tuple(texts)

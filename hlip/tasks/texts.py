@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.plain import as_texts
 from ..model.clip import HLIPModel
 from .baselines import SliceEncoder
 
@@ -33,12 +34,11 @@ class TextEncoder(Protocol):
 
 def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:
     """Raises ValueError where a text is longer than what the model's text tower reads; names it and the counts."""
+    texts = as_texts(texts, least=0)
     if isinstance(model, SliceEncoder):
         counts, most = model.count_tokens(texts)
     elif isinstance(model, HLIPModel):
-        counts = (
-            [len(tokens) for tokens in model.text.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
-        )
+        counts = [len(tokens) for tokens in model.text.tokenizer(texts, verbose=False)["input_ids"]] if texts else []
         most = model.config.text.context_length
     else:
         return
@@ -52,18 +52,21 @@ def embed_prompts(model: TextEncoder, prompts: Iterable[Sequence[str]]) -> Tenso
     """(K, E): of every prompt the normalised mean over the embeddings of its sentences.
 
     Raises:
-        ValueError: a sentence that is too long for the text tower.
+        ValueError: no prompt, or a sentence that is too long for the text tower.
     """
     rows = []
-    for sentences in prompts:
+    for sentences in [prompts] if isinstance(prompts, str) else prompts:
         check_lengths(model, sentences)
-        rows.append(F.normalize(model.encode_text(list(sentences)).mean(0), dim=0))
+        rows.append(F.normalize(model.encode_text(sentences).mean(0), dim=0))
+    if not rows:
+        raise ValueError("there is no prompt")
     return torch.stack(rows)
 
 
 @torch.no_grad()
 def embed_texts(model: TextEncoder, texts: Sequence[str], batch: int = 64, progress: Progress = iter) -> Tensor:
     """(n, E) float32 of unit length, on the host. Equal texts are embedded once, and so are equal to the last bit."""
+    texts = as_texts(texts)
     # Texts of about one length lie in a batch, so that little of it is padding.
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     starts = range(0, len(distinct), batch)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Study
-from ..data.plain import read_yaml
+from ..data.plain import as_texts
 from ..model.clip import HLIPModel
 from .embed import embed_studies
+from .task import ALL, check_names, check_templates, read_task
 from .texts import TextEncoder, embed_prompts
 
 DEFAULT_TEMPLATE = "This MRI study shows: {}."
@@ -23,19 +24,22 @@ DEFAULT_TEMPLATE = "This MRI study shows: {}."
 
 @dataclass(frozen=True)
 class Prompts:
-    """Each class's names, and the sentences they are put into at `{}`."""
+    """Each class's names, and the sentences they are put into at `{}`. A text may stand for a list of one."""
 
     classes: Mapping[str, Sequence[str]]
     templates: Sequence[str] = (DEFAULT_TEMPLATE,)
 
     def __post_init__(self) -> None:
-        empty = [name for name, words in self.classes.items() if not words or not all(w.strip() for w in words)]
-        if len(self.classes) < 2 or empty:
-            what = f"class {empty[0]!r} has no name or an empty one" if empty else f"got {len(self.classes)} class"
-            raise ValueError(f"prompts missing: at least two classes are needed, each with a name in words; {what}")
-        bad = [template for template in self.templates if template.count("{}") != 1]
-        if bad or not self.templates:
-            raise ValueError(f"a template needs exactly one {{}}, got {bad[0] if bad else 'no template'!r}")
+        if not isinstance(self.classes, Mapping) or len(self.classes) < 2:
+            raise ValueError(f"prompts missing: expected at least two classes with their names, got {self.classes!r}")
+        classes = {name: as_texts(words, f"classes: {name}") for name, words in self.classes.items()}
+        if empty := [name for name, words in classes.items() if not all(word.strip() for word in words)]:
+            raise ValueError(f"prompts missing: class {empty[0]!r} has an empty name")
+        templates = as_texts(self.templates, "templates")
+        check_names(classes)
+        check_templates(templates, "templates: ")
+        object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "templates", templates)
 
     @property
     def sentences(self) -> dict[str, list[str]]:
@@ -47,24 +51,22 @@ class Prompts:
 
     @classmethod
     def read(cls, path: Path | str) -> Prompts:
-        """Read a YAML file with `classes: {class: [name, ...]}` and `templates: [...]`.
+        """Read a YAML file with `classes: {class: [name, ...]}` and `templates: [...]`, or any other task (`task.Task`)
+        in which classes are compared with one another; of several sets of templates, the first.
 
         Raises:
             ValueError: not such a file; names it and the reason.
         """
         try:
-            content = read_yaml(Path(path), texts=True)
-            classes = {str(name): _words(words) for name, words in content["classes"].items()}
-            return cls(classes, tuple(_words(content.get("templates", DEFAULT_TEMPLATE))))
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            task = read_task(Path(path), DEFAULT_TEMPLATE)
+            if task.kind != "multi-class":
+                raise ValueError(f"kind: expected multi-class, for classes that are compared, got {task.kind}")
+            templates = next(iter(task.templates.values()))
+            if ALL not in templates:
+                raise ValueError("templates: expected the same for all classes; groups are for hlip eval")
+            return cls(task.positive, templates[ALL])
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a readable prompts file ({error})") from error
-
-
-def _words(value: object) -> list[str]:
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"expected a text or a list of texts, got {value!r}")
-    return words
 
 
 def zeroshot_classifier(model: TextEncoder, prompts: Prompts) -> Tensor:
