@@ -24,7 +24,7 @@ from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shar
 from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, read_slices
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.texts import embed_prompts
-from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot_classifier
+from hlip.tasks.zeroshot import Prompts, class_shares, zeroshot_classifier
 from open_clip_beside import open_clip_imported
 from rank_job import free_port
 from released_files import Evil
@@ -178,7 +178,7 @@ def test_zero_shot_classification_takes_it_as_it_takes_ours(encoder: SliceEncode
     (uid, embedding), (_, similarity) = (
         next(encoder.encode_studies([study()])), next(encoder.similarities([study()], classifier))
     )  # fmt: skip
-    found = class_probabilities(encoder, embedding[None], classifier)
+    found = class_shares(encoder, embedding[None], classifier)
     assert uid == "s"
     assert found.sum().item() == pytest.approx(1)
     assert found.argmax() == similarity.argmax()

@@ -73,18 +73,50 @@ def test_zeroshot(
     out = tmp_path / "p.json"
     prompts = ["--prompt", "glioma", "--prompt", "no abnormality"]
     assert run("zeroshot", *nifti_study, "--model", model_folder, *prompts, "--out", out) == 0
-    table = json.loads(out.read_text())[nifti_study[0].parent.name]
+    entry = json.loads(out.read_text())[nifti_study[0].parent.name]
+    assert sorted(entry) == ["cosine", "left_out", "scans", "share_among_these_prompts"]
+    table = entry["share_among_these_prompts"]
     assert sorted(table) == ["glioma", "no abnormality"]
     assert sum(table.values()) == pytest.approx(1, abs=1e-5)
+    assert (entry["scans"], entry["left_out"]) == ([path.name for path in nifti_study], [])
+    model = hlip.HLIPModel.from_pretrained(model_folder)
+    with torch.no_grad():
+        batch = hlip.pack(hlip.load_study(nifti_study, model.config.recipe), model.config.vision.patch_size)
+        texts = model.encode_text([f"This MRI study shows: {name}." for name in entry["cosine"]])
+        expected = (model.encode_image(batch) @ texts.T)[0]
+    assert list(entry["cosine"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
     best = max(table, key=table.__getitem__)
-    printed = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    printed = shown.splitlines()
     assert printed[0] == nifti_study[0].parent.name
-    assert printed[1].split("  ")[1].strip() == best
+    assert "share among these prompts" in printed[1] and "probab" not in shown.lower()
+    assert printed[2].split("  ")[1].strip() == best
+    assert f"{entry['cosine'][best]:.3f}" in printed[2]
+    assert all(path.name in printed[4] for path in nifti_study)
     path = tmp_path / "prompts.yaml"
     path.write_text("classes: {a: [glioma], b: [no abnormality]}\n")
     assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", path, "--out", out) == 0
-    same = json.loads(out.read_text())[nifti_study[0].parent.name]
+    same = json.loads(out.read_text())[nifti_study[0].parent.name]["share_among_these_prompts"]
     assert (same["a"], same["b"]) == (table["glioma"], table["no abnormality"])
+
+
+def test_scans_that_zeroshot_leaves_out_are_told(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = nifti_study[0].parent, tmp_path / "p.json"
+    (folder / "cut.nii.gz").write_bytes(nifti_study[0].read_bytes()[:500])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.nii.gz").write_bytes(nifti_study[0].read_bytes())
+    args = ["--model", model_folder, "--prompt", "glioma", "--prompt", "broken arm", "--out", out]
+    assert run("zeroshot", folder, other, *args) == 3
+    table = json.loads(out.read_text())
+    (entry,) = table[folder.name]["left_out"]
+    assert (entry["scan"], entry["rule"]) == ("cut.nii.gz", "unreadable") and entry["reason"]
+    assert table[folder.name]["scans"] == [path.name for path in nifti_study]
+    assert (table["other"]["scans"], table["other"]["left_out"]) == (["a.nii.gz"], [])
+    assert f"left out: cut.nii.gz (unreadable: {entry['reason']})" in capsys.readouterr().out
+    assert run("zeroshot", other, *args) == 0
 
 
 @pytest.mark.parametrize("command", ["embed", "zeroshot"])

@@ -192,6 +192,7 @@ def test_study_lists(nifti_study: list[Path], model_folder: Path, tmp_path: Path
     table = Embeddings.read(out)
     assert table.study.tolist() == ["A", "B"]
     assert [uid for uid, _ in table.facts["failed"]] == ["C"]
+    assert [entry[:3] for entry in table.facts["left_out"]] == [["B", "cut.nii.gz", "unreadable"]]
     assert run("embed", *nifti_study[:2], "--model", model_folder, "--out", tmp_path / "a.npz") == 0
     np.testing.assert_array_equal(Embeddings.read(tmp_path / "a.npz").embedding, table.embedding[:1])
 
@@ -338,3 +339,26 @@ def test_names_of_studies_are_those_of_their_folders() -> None:
     assert study_names([[Path("a/t2.nii"), Path("a/t1.nii")], [Path("b/t1.nii")]]) == ["a", "t1.nii"]
     assert study_names([[Path("a/t2.nii"), Path("b/t1.nii")]]) == ["t2.nii"]
     assert study_names([Path("a/one"), Path("b/one")]) == ["a/one", "b/one"]
+
+
+def test_scans_that_are_left_out_are_told(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that cannot be read, and those of a list that are not read at all."""
+    folder, cut = nifti_study[0].parent, nifti_study[0].parent / "cut.nii.gz"
+    cut.write_bytes(nifti_study[0].read_bytes()[:500])
+    rest = ["--model", model_folder, "--workers", 0, "--dtype", "fp32", "--out"]
+    for out in (tmp_path / "e.npz", tmp_path / "e.parquet"):
+        assert run("embed", folder, *rest, out) == 3
+        assert [entry[:3] for entry in Embeddings.read(out).facts["left_out"]] == [
+            [folder.name, "cut.nii.gz", "unreadable"]
+        ]
+        assert Embeddings.read(out).facts["failed"] == []
+        assert f"left out {folder.name}, scan cut.nii.gz: unreadable: " in capsys.readouterr().err
+    scans = [path.name for path in nifti_study]
+    (folder / "again.nii.gz").write_bytes(nifti_study[0].read_bytes())
+    (folder / "list.json").write_text(json.dumps({"A": {"scans": [*scans, "none.nii.gz", "again.nii.gz"]}}))
+    assert run("embed", folder / "list.json", *rest, tmp_path / "l.npz") == 3
+    lost = Embeddings.read(tmp_path / "l.npz").facts["left_out"]
+    assert sorted(entry[2] for entry in lost) == ["duplicate", "missing"]
+    assert all(entry[0] == "A" for entry in lost)

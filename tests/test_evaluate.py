@@ -141,7 +141,7 @@ def test_multi_class_by_hand(tmp_path: Path) -> None:
     true = [0, 0, 1, 1, 2, 2, 2]
     labels = {f"u{i}": np.eye(3, dtype=int)[k] for i, k in enumerate(true[:6])}
     found = evaluate(task, table_of(embedding), labels, Axes(["p", "q", "r"]), draws=200)
-    # Likeliest of n and s: n s s n, of which 0 and 2 are right: half of each. Of all three: n g s n g g.
+    # The nearest of n and s: n s s n, of which 0 and 2 are right: half of each. Of all three: n g s n g g.
     assert found.metrics["stroke_balanced_accuracy"] == pytest.approx((1 / 2 + 1 / 2) / 2)
     assert found.metrics["all_balanced_accuracy"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
     # F1 of n and s: 2 / (2 + 2) both. Among all, s is found once, which is right, and g three times, of which two are.
@@ -151,8 +151,8 @@ def test_multi_class_by_hand(tmp_path: Path) -> None:
     assert found.metrics["stroke_auc"] == pytest.approx(sklearn_metrics.roc_auc_score([1, 1, 0, 0], first))
     assert found.metrics["all_auc"] == found.metrics["macro_auc"]
     assert found.intervals["stroke_auc"] is not None and found.intervals["all_weighted_f1"] is not None
-    probabilities = np.exp(2 * embedding) / np.exp(2 * embedding).sum(1, keepdims=True)
-    aucs = [sklearn_metrics.roc_auc_score(np.array(true[:6]) == k, probabilities[:, k]) for k in range(3)]
+    shares = np.exp(2 * embedding) / np.exp(2 * embedding).sum(1, keepdims=True)
+    aucs = [sklearn_metrics.roc_auc_score(np.array(true[:6]) == k, shares[:, k]) for k in range(3)]
     assert [found.metrics[f"{name}_auc"] for name in "nsg"] == pytest.approx(aucs)
     assert found.metrics["macro_auc"] == pytest.approx(np.mean(aucs))
     low, high = found.intervals["all_balanced_accuracy"]

@@ -41,8 +41,13 @@ def test_interpret_files(
     study = hlip.load_study(nifti_study, model.config.recipe)
     classes = Prompts({name: [name] for name in ("glioma", "normal", "stroke")})
     expected = zeroshot(model, [study], classes)[1][0].tolist()
-    assert list(result["probabilities"]) == list(classes.classes)
-    assert list(result["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+    assert list(result["share_among_these_prompts"]) == list(result["cosine"]) == list(classes.classes)
+    assert list(result["share_among_these_prompts"].values()) == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        image = model.encode_image(hlip.pack(study, model.config.vision.patch_size))[0]
+        cosines = (model.encode_text([text for (text,) in classes.sentences.values()]) @ image).tolist()
+    assert list(result["cosine"].values()) == pytest.approx(cosines, abs=1e-5)
+    assert result["left_out"] == []
     texts = ["This MRI study shows: glioma.", "This MRI study shows: normal."]
     found = relevance(model, study, texts[0], "all", texts[1])
     saved = np.load(out / "relevance.npz", allow_pickle=False)
@@ -55,7 +60,21 @@ def test_interpret_files(
         assert nibabel.load(out / entry["overlay"]).shape == nibabel.load(path).shape
     printed = capsys.readouterr().out
     assert "relevance to 'glioma' against 'normal'" in printed and "scan_2.nii.gz" in printed
-    assert "glioma" in (out / "page.html").read_text()
+    shown = (out / "page.html").read_text()
+    assert "glioma" in shown and "Share among these prompts" in shown and f"{cosines[0]:.3f}" in shown
+    assert "probab" not in (printed + shown + (out / "relevance.json").read_text()).lower()
+
+
+def test_scans_that_are_left_out_are_told(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = nifti_study[0].parent, tmp_path / "out"
+    (folder / "cut.nii.gz").write_bytes(nifti_study[0].read_bytes()[:500])
+    assert run(folder, "--model", model_folder, "--target", "glioma", "--out", out) == 3
+    (entry,) = json.loads((out / "relevance.json").read_text())["left_out"]
+    assert (entry["scan"], entry["rule"]) == ("cut.nii.gz", "unreadable")
+    assert "left out: cut.nii.gz" in capsys.readouterr().out
+    assert "Scans left out" in (out / "page.html").read_text()
 
 
 def test_a_folder_and_a_prompts_file_again_into_the_same_folder(
@@ -95,7 +114,7 @@ def test_a_study_of_a_store(model_folder: Path, tmp_path: Path, capsys: pytest.C
     assert run("p2", "--store", store, *flags) == 0
     result = json.loads((tmp_path / "out" / "relevance.json").read_text())
     assert result["study"] == "p2" and [entry["overlay"] for entry in result["scans"]] == [None, None]
-    assert result["probabilities"] == {}
+    assert result["share_among_these_prompts"] == result["cosine"] == {}
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [f for f in FILES if f != "overlays"]
     capsys.readouterr()
     for args, message in ((["p3"], "holds no study p3"), (["p1", "p2"], "the uid of one study, got p1, p2")):

@@ -126,7 +126,9 @@ class Page(HTMLParser):
 
 
 def make_page(study: hlip.Study, found: Relevance) -> str:
-    return page(study, found, EVIL, {"Model": EVIL, "Layers": "{{data}}"}, {EVIL: 0.25, "normal": 0.75})
+    return page(
+        study, found, EVIL, {"Model": EVIL, "Layers": "{{data}}"}, {EVIL: (0.25, -0.125), "normal": (0.75, 0.5)}
+    )
 
 
 def test_page_is_whole_and_keeps_to_itself(study: hlip.Study, found: Relevance) -> None:

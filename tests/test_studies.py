@@ -85,8 +85,10 @@ def test_dicom_series_are_scans(tmp_path: Path) -> None:
     for number in (1, 2):
         options = {"study_uid": "1.2.3", "series_uid": f"1.2.3.{number}", "modality": "MR"}
         write_series(tmp_path / str(number), array + number, np.diag([1.0, 1.0, 4.0, 1.0]), **options)
+    write_series(tmp_path / "3", array, np.eye(4), study_uid="1.2.3", series_uid="1.2.3.3", modality="CT")
     study = load_study(tmp_path, RECIPE)
     assert [tuple(scan.shape) for scan in study.scans] == [RECIPE.shape] * 2
+    assert [(each.study, each.rule) for each in study.left_out] == [(tmp_path.name, "modality")]
     write_series(tmp_path / "other", array, np.eye(4), study_uid="1.2.4", series_uid="1.2.4.1", modality="MR")
     with pytest.raises(ValueError, match=r"DICOM files of 2 studies: 1\.2\.3, 1\.2\.4"):
         load_study(tmp_path, RECIPE)
@@ -105,7 +107,9 @@ def test_an_unusable_scan_is_named_or_left_out(folder: Path, caplog: pytest.LogC
     with pytest.raises(ScanError, match=r"c.nii.gz: not a readable NIfTI file"):
         load_study([folder / "a.nii", folder / "c.nii.gz"], RECIPE)
     with caplog.at_level(logging.WARNING):
-        assert load_study(folder, RECIPE).names == ["a.nii", "sub b.nii.gz"]
+        study = load_study(folder, RECIPE)
+    assert study.names == ["a.nii", "sub b.nii.gz"]
+    assert [(each.study, each.scan, each.rule) for each in study.left_out] == [(folder.name, "c.nii.gz", "unreadable")]
     assert "left out a scan: " in caplog.text
     for file in ("a.nii", "sub/b.nii.gz"):
         (folder / file).unlink()

@@ -11,7 +11,7 @@ import hlip
 from conftest import random_study
 from hlip.tasks.embed import embed_studies
 from hlip.tasks.task import load_task
-from hlip.tasks.zeroshot import Prompts, class_probabilities, zeroshot, zeroshot_classifier
+from hlip.tasks.zeroshot import Prompts, class_shares, zeroshot, zeroshot_classifier
 
 PROMPTS = Prompts({"stroke": ["stroke", "infarct"], "tumor": ["mass"]}, ("{}.", "This shows {}."))
 
@@ -23,18 +23,18 @@ def test_classifier_is_the_normalised_mean_over_names_and_templates(tiny_model: 
     torch.testing.assert_close(zeroshot_classifier(tiny_model, PROMPTS), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_probabilities(tiny_model: hlip.HLIPModel) -> None:
+def test_shares(tiny_model: hlip.HLIPModel) -> None:
     studies = [hlip.Study(f"s{i}", random_study([(8, 16, 16)] * (i + 1), i)) for i in range(5)]
-    uids, probabilities = zeroshot(tiny_model, studies, PROMPTS)
+    uids, shares = zeroshot(tiny_model, studies, PROMPTS)
     assert uids == [f"s{i}" for i in range(5)]
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
+    torch.testing.assert_close(shares.sum(1), torch.ones(5))
     with torch.no_grad():
         image = tiny_model.encode_image(hlip.pack(studies[3:4], (4, 8, 8)))
         logits = image @ zeroshot_classifier(tiny_model, PROMPTS).T / 0.07
-    torch.testing.assert_close(probabilities[3:4], logits.softmax(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shares[3:4], logits.softmax(1), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="no study"):
         zeroshot(tiny_model, [], PROMPTS)
-    assert class_probabilities(tiny_model, image, zeroshot_classifier(tiny_model, PROMPTS)).shape == (1, 2)
+    assert class_shares(tiny_model, image, zeroshot_classifier(tiny_model, PROMPTS)).shape == (1, 2)
 
 
 def test_embedding_in_batches_keeps_order_and_mode(tiny_model: hlip.HLIPModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,10 +105,10 @@ def run(args: argparse.Namespace) -> None:
     train, test = stores["train"], stores["test"]
     labels = np.stack([table[uid] for uid in test.uids])
     studies = [test.study(i) for i in range(len(test))]
-    probabilities = zeroshot(model, studies, prompts)[1].numpy()
+    shares = zeroshot(model, studies, prompts)[1].numpy()
     results = {
         "auc_untrained": macro_auc(labels, zeroshot(untrained, studies, prompts)[1].numpy()),
-        "auc_trained": macro_auc(labels, probabilities),
+        "auc_trained": macro_auc(labels, shares),
         "auc_shuffled_reports": macro_auc(labels, zeroshot(control, studies, prompts)[1].numpy()),
         "auc_one_scan": macro_auc(labels, zeroshot(model, one_scan_each(studies, args.seed), prompts)[1].numpy()),
         "auc_scan_types": scan_types_auc(train, test, np.stack([table[uid] for uid in train.uids]), labels, args.seed),
@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> None:
         },
     }
     plot_loss(args.out)
-    plot_roc(args.out, labels, probabilities, list(prompts.classes))
-    plot_study(args.out, studies, labels, probabilities, list(prompts.classes))
+    plot_roc(args.out, labels, shares, list(prompts.classes))
+    plot_study(args.out, studies, labels, shares, list(prompts.classes))
     content = json.dumps(results, indent=1) + "\n"
     write_whole(args.out / "results.json", lambda file: file.write(content.encode()))
     print_table(results, args.out)
@@ -240,10 +240,10 @@ def plot_loss(out: Path) -> None:
     _save(figure, out / "loss.png")
 
 
-def plot_roc(out: Path, labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> None:
+def plot_roc(out: Path, labels: np.ndarray, shares: np.ndarray, classes: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(5, 5))
     for k, name in enumerate(classes):
-        false, true, _ = roc_curve(labels[:, k], probabilities[:, k])
+        false, true, _ = roc_curve(labels[:, k], shares[:, k])
         axes.plot(false, true, label=f"{name} ({auc(false, true):.3f})")
     axes.plot([0, 1], [0, 1], ":", color="grey")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="Zero-shot, one class against the rest")
@@ -255,7 +255,7 @@ def plot_study(
     out: Path,
     studies: Sequence[Study],
     labels: np.ndarray,
-    probabilities: np.ndarray,
+    shares: np.ndarray,
     classes: list[str],
 ) -> None:
     """The first held-out study with a lesion and at least 5 scans: the brightest slice of each, and the verdict."""
@@ -272,8 +272,8 @@ def plot_study(
     axes = grid.flat[len(study.scans)]
     axes.axis("on")
     truth = int(labels[i].argmax())
-    axes.barh(classes, probabilities[i], color=["tab:green" if k == truth else "tab:grey" for k in range(len(classes))])
-    axes.set(xlim=(0, 1), title=f"zero-shot (truth: {classes[truth]})")
+    axes.barh(classes, shares[i], color=["tab:green" if k == truth else "tab:grey" for k in range(len(classes))])
+    axes.set(xlim=(0, 1), title=f"share among these prompts (truth: {classes[truth]})")
     axes.invert_yaxis()
     figure.suptitle(f"{study.uid}: real anatomy (MNI152), synthetic pathology")
     figure.tight_layout()

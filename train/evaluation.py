@@ -59,8 +59,8 @@ class HeldOut:
         mine = range(world.rank, len(self.dataset), world.size)
         with gathered(model), torch.no_grad():
             scores = zeroshot(model, (self.dataset[i] for i in mine), self.prompts)[1].numpy() if mine else None
-        probabilities = np.empty(self.labels.shape, dtype=np.float32)
+        shares = np.empty(self.labels.shape, dtype=np.float32)
         for rank, part in enumerate(world.gather(scores)):
             if part is not None:
-                probabilities[rank :: world.size] = part
-        return macro_auc(self.labels, probabilities)
+                shares[rank :: world.size] = part
+        return macro_auc(self.labels, shares)

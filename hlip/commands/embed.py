@@ -37,7 +37,8 @@ Several processes share the work, and change no bit of the result:
 
 exit status:
   0    all was embedded
-  3    some studies could not be read and were left out; `failed` in the file's facts says which and why
+  3    some studies or scans could not be used and were left out; `failed` (studies) and `left_out` (scans) in the
+       file's facts say which and why
   2    error
   130  interrupted; the same command goes on where it stopped"""
 

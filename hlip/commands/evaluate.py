@@ -63,7 +63,8 @@ Embed studies, compare them with a task's prompts, and compare what comes out wi
 same command goes on where it stopped."""
 EPILOG = f"""\
 writes into FOLDER:
-  {SCORES:17}  a row a study: each class' probability (of some tasks: likeness to the prompt) and label
+  {SCORES:17}  a row a study: each class' share among the prompts it is told from (of kind similarity: the cosine with
+                     its prompt), and label
   {METRICS:17}  all figures with 95% intervals by drawing studies, numbers of labels, what was left out
   {TABLE:17}  the table that is printed: this run beside published figures, in percent
   {MARKDOWN:17}  the same
@@ -163,6 +164,7 @@ def _eval(args: argparse.Namespace) -> int:
         "draws": args.draws,
         "seed": args.seed,
         "left_out": table.facts.get("failed", []),
+        "left_out_scans": table.facts.get("left_out", []),
     }
     write_evaluation(found, args.out, facts)
     print(f"{task.name}: {sizes(found)}; percent, with 95% intervals")

@@ -17,18 +17,20 @@ from ..data.volume import Volume
 from ..model.checkpoint import replace_folder
 from ..model.clip import HLIPModel
 from ..tasks.embed import embed_studies
-from ..tasks.maps import as_arrays, montage, order_of, page, write_overlays
+from ..tasks.maps import Classes, as_arrays, montage, order_of, page, write_overlays
 from ..tasks.output import check_folder, check_writable, new_figure
 from ..tasks.relevance import Relevance, relevance
 from ..tasks.texts import embed_prompts
-from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_probabilities
-from .shared import FILES_HELP, add_model, load_model, study_paths
+from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares
+from .shared import FILES_HELP, SHARE, SOME_LEFT_OUT, add_model, load_model, rejections, study_paths
 
 OWN = ("relevance.json", "relevance.npz", "montage.png", "page.html", "overlays")  # what the folder holds
 DESCRIPTION = """\
 Say which patches of a study make its embedding like that of a text: attention times its gradient (Chefer et al. 2021).
 FOLDER gets montage.png; page.html, to look through all scans in a browser; overlays/, an image for each scan to be laid
-over its file in a viewer such as 3D Slicer; relevance.npz with the maps; and relevance.json with each scan's share."""
+over its file in a viewer such as 3D Slicer; relevance.npz with the maps; and relevance.json with each scan's share of
+the relevance, and of several classes what `hlip zeroshot` says of them. Exit status 3: some scans of a folder could
+not be used; relevance.json and the page say which and why."""
 
 
 def add(commands: Any) -> None:
@@ -50,7 +52,7 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="another class, for probabilities; repeat for each",
+        help="another class, for shares among the classes; repeat for each",
     )
     interpret.add_argument(
         "--template",
@@ -76,7 +78,7 @@ def add(commands: Any) -> None:
     interpret.set_defaults(run=_interpret)
 
 
-def _interpret(args: argparse.Namespace) -> None:
+def _interpret(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     _check_out(args.out)
     if args.store:
@@ -99,19 +101,23 @@ def _interpret(args: argparse.Namespace) -> None:
     against = texts[names.index(args.against)] if args.against else None
     target = texts[names.index(args.target)]
     found = relevance(model, study, target, args.layers, against, args.normalize, _bar("going back", "layer"))
-    probabilities: dict[str, float] = {}
+    classes: Classes = {}
     if len(names) > 1:
         ((_, image),) = embed_studies(model, [study])
-        row = class_probabilities(model, image[None].to(texts), texts)[0].tolist()
-        probabilities = dict(zip(names, row, strict=True))
-    replace_folder(args.out, lambda folder: _fill(folder, args, model, study, found, grids, probabilities))
+        image = image[None].to(texts)
+        rows = class_shares(model, image, texts)[0].tolist(), (image @ texts.T)[0].tolist()
+        classes = dict(zip(names, zip(*rows, strict=True), strict=True))
+    replace_folder(args.out, lambda folder: _fill(folder, args, model, study, found, grids, classes))
     width = max(map(len, found.names))
     print(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
-    for name, p in sorted(probabilities.items(), key=lambda item: -item[1]):
-        print(f"  probability of {name}: {p:.1%}")
+    for name, (share, cosine) in sorted(classes.items(), key=lambda item: -item[1][0]):
+        print(f"  share of {name} among these prompts: {share:.1%}; cosine {cosine:.3f}")
     for m in order_of(found):
         print(f"  {found.names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
+    for entry in rejections(study.left_out):
+        print(f"  left out: {entry['scan']} ({entry['rule']}: {entry['reason']})")
     print(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")
+    return SOME_LEFT_OUT if study.left_out else 0
 
 
 def _prompts(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -153,7 +159,7 @@ def _fill(
     study: Study,
     found: Relevance,
     grids: list[Volume] | None,
-    probabilities: dict[str, float],
+    classes: Classes,
 ) -> None:
     title = f"{found.uid}: relevance to {_target(args)}"
     with (folder / "montage.png").open("wb") as file:
@@ -164,7 +170,9 @@ def _fill(
         + ", normalized" * args.normalize,
         "Cosine of study and text": f"{found.similarity:.3f}",
     }
-    content = page(study, found, title, facts, probabilities, _bar("drawing scans", "scan"))
+    if study.left_out:
+        facts["Scans left out"] = "; ".join(f"{each.scan} ({each.rule}: {each.reason})" for each in study.left_out)
+    content = page(study, found, title, facts, classes, _bar("drawing scans", "scan"))
     (folder / "page.html").write_text(content, encoding="utf-8")
     overlays: list[str | None] = [None] * len(found.maps)
     if grids is not None:
@@ -184,8 +192,10 @@ def _fill(
         "normalize": args.normalize,
         "model": args.model,
         "similarity": round(found.similarity, 6),
-        "probabilities": {name: round(p, 6) for name, p in probabilities.items()},
+        SHARE: {name: round(share, 6) for name, (share, _) in classes.items()},
+        "cosine": {name: round(cosine, 6) for name, (_, cosine) in classes.items()},
         "scans": entries,
+        "left_out": rejections(study.left_out),
     }
     (folder / "relevance.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

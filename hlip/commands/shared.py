@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..data.batch import Study
 from ..data.files import near
+from ..data.scans import Rejection
 from ..data.store import Store
 from ..data.studies import load_study
 from ..model.clip import HLIPModel
@@ -32,6 +33,7 @@ Model = TypeVar("Model", HLIPModel, SliceEncoder)
 FILES_HELP = "image files, which together are one study; or folders, each of which holds the scans of one study"
 EMBEDDINGS = "embeddings.npz"  # what commands that make embeddings by the way call them
 SOME_LEFT_OUT = 3
+SHARE = "share_among_these_prompts"  # in JSON
 SHOWN = 10  # lines of a list that are printed
 
 
@@ -179,13 +181,21 @@ def read_embeddings(path: Path, model: HLIPModel | SliceEncoder) -> Embeddings:
 
 
 def report_failed(table: Embeddings, command: str) -> int:
-    """Say which studies were left out; the exit status."""
-    failed = table.facts.get("failed", [])
-    for uid, reason in failed[:SHOWN]:
-        print(f"hlip {command}: left out {uid}: {reason}", file=sys.stderr)
-    if len(failed) > SHOWN:
-        print(f"hlip {command}: left out {len(failed) - SHOWN} more", file=sys.stderr)
-    return SOME_LEFT_OUT if failed else 0
+    """Say which studies and scans were left out; the exit status."""
+    lost = [(uid, reason) for uid, reason in table.facts.get("failed", ())]
+    lost += [
+        (f"{uid}, scan {scan}", f"{rule}: {reason}") for uid, scan, rule, reason in table.facts.get("left_out", ())
+    ]
+    for what, reason in lost[:SHOWN]:
+        print(f"hlip {command}: left out {what}: {reason}", file=sys.stderr)
+    if len(lost) > SHOWN:
+        print(f"hlip {command}: left out {len(lost) - SHOWN} more", file=sys.stderr)
+    return SOME_LEFT_OUT if lost else 0
+
+
+def rejections(left_out: Iterable[Rejection]) -> list[dict[str, str]]:
+    """Scans of one study that were left out, for JSON, in the words of a store's rejected.jsonl."""
+    return [{"scan": each.scan, "rule": each.rule, "reason": each.reason} for each in left_out]
 
 
 def report_unjoined(what: str, uids: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from hlip_kernels import Grid, Level, StudyLayout
 
+from .scans import Rejection
+
 
 @dataclass
 class Study:
@@ -22,6 +24,7 @@ class Study:
     scans: each (D, H, W) uint8, through-plane axis first; sizes may differ.
     names: what to call each scan, in the same order.
     impression, findings: the report's two sections; empty if absent.
+    left_out: scans of its files that could not be used, and why.
     """
 
     uid: str
@@ -29,6 +32,7 @@ class Study:
     names: list[str] = field(default_factory=list)
     impression: str = ""
     findings: str = ""
+    left_out: list[Rejection] = field(default_factory=list)
 
 
 @dataclass

@@ -145,8 +145,11 @@ def find_studies(
     return Found(found, sorted(rejected, key=attrgetter("study", "scan", "rule", "reason")))
 
 
-def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
+def find_scans(paths: Path | str | Iterable[Path | str], rejected: list[Rejection] | None = None) -> list[ScanSource]:
     """The scans of one study in their fixed order, from its files or one folder.
+
+    Args:
+        rejected: what is left out is added to it, such as a DICOM series without pixels.
 
     Raises:
         ValueError: no scan, one that is given twice, DICOM files of two studies, or a folder of many studies.
@@ -181,7 +184,7 @@ def find_scans(paths: Path | str | Iterable[Path | str]) -> list[ScanSource]:
             given[0],
             len(inside),
         )
-    scans = named(make_scans(names, headers, "", []))
+    scans = named(make_scans(names, headers, "", [] if rejected is None else rejected))
     if not scans:
         raise ValueError(f"{given[0]}: no scans ({_wanted()}) in this folder")
     return [scan.source for scan in scans]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .batch import Study
 from .preprocess import Recipe
 from .readers import ScanError, Volume, read_scan
+from .scans import Rejection
 from .sources import StudySource, find_scans
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ def load_study(
 
     Args:
         paths: scan files, of which each must be usable; or one folder, in which scans that are not (a localiser, say)
-            are left out with a warning. Scans are taken in sorted order: a scan's place has a meaning.
+            are left out with a warning, and listed in the study's `left_out`. Scans are taken in sorted order: a scan's
+            place has a meaning.
         recipe: how to preprocess them; `Recipe()`, which is brain MRI's, if None.
         uid: the study's name; if None, that of the folder, or of the one that several files lie in, or of the first
             file.
@@ -46,12 +49,15 @@ def load_study_on_grids(
 ) -> tuple[Study, list[Volume]]:
     """As `load_study`, and for each scan the volume it was made of, without voxels: for `Recipe.on_source`."""
     folder = isinstance(paths, (str, Path)) and Path(paths).is_dir()
-    sources = find_scans(paths)
+    rejected: list[Rejection] = []
+    sources = find_scans(paths, rejected)
     if uid is None:
         files = [file for scan in sources for file in scan.files]
         uid = (Path(str(paths)) if folder else called_after(files)).resolve().name
     source = StudySource(uid, tuple(sources), impression, findings)
-    return read_study(source, recipe or Recipe(), all_scans=not folder)
+    study, grids = read_study(source, recipe or Recipe(), all_scans=not folder)
+    study.left_out[:0] = [replace(rejection, study=uid) for rejection in rejected]
+    return study, grids
 
 
 def called_after(files: Sequence[Path]) -> Path:
@@ -64,7 +70,7 @@ def read_study(source: StudySource, recipe: Recipe, all_scans: bool = False) -> 
     """Read a study's scans, and for each scan the volume it was made of, without voxels.
 
     Args:
-        all_scans: each must be usable. If not, those that are not are left out, with a warning.
+        all_scans: each must be usable. If not, those that are not are left out, with a warning: `Study.left_out`.
 
     Raises:
         ScanError: a scan that cannot be used and may not be left out, or is the last of several of which none can.
@@ -80,6 +86,7 @@ def read_study(source: StudySource, recipe: Recipe, all_scans: bool = False) -> 
             if all_scans or (scan is source.scans[-1] and not study.scans):
                 raise
             logger.warning("left out a scan: %s", error)
+            study.left_out.append(Rejection(source.uid, scan.name, error.rule, error.reason))
             continue
         for grid, prepared in made:
             study.scans.append(prepared.image)

@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from hlip_kernels import hold_weights, multiplies_bfloat16
 
 from ..data.batch import Study
+from ..data.scans import Rejection
 from ..data.store import cut
 from ..model.clip import HLIPModel
 from ..model.memory import release_memory
@@ -106,7 +107,8 @@ def embed(
     """Embed all studies: rows of each study, then those of its scans; of each, one a head.
 
     The batches follow from the studies and the options, and processes share the batches out: the number of processes
-    changes no bit. What cannot be read is left out; `facts["failed"]` holds (uid, reason) of each.
+    changes no bit. What cannot be read is left out: `facts["failed"]` holds (uid, reason) of each study, and
+    `facts["left_out"]` (study, scan, rule, reason) of each scan of the others.
 
     Args:
         out: file to write, which several processes need. What is finished lies in `parts_of(out)` until all is: a job
@@ -166,7 +168,7 @@ def _encode_all(
         among.wait()
         if not among.first:
             return None
-        table = folder.joined(job, [*studies.lost])
+        table = folder.joined(job, studies)
         if len(table) and out is not None:
             write_whole(out, lambda file: table.write(file, out.suffix))
         folder.remove()
@@ -221,6 +223,7 @@ class _Loaded:
     size: int
     batches: list[tuple[Any, Rows]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[Rejection] = field(default_factory=list)
 
     def pin_memory(self) -> _Loaded:
         pinned = [(each.pin_memory() if isinstance(each, TokenBatch) else each, rows) for each, rows in self.batches]
@@ -250,6 +253,7 @@ class _Batches(Dataset):
             except Exception as error:  # damaged files can raise anything
                 loaded.failed.append((self.studies.uids[i], " ".join(str(error).split()) or type(error).__name__))
                 continue
+            loaded.left_out += study.left_out
             if self.options.unit != "scan":
                 views.append(study)
                 names.append("")
@@ -295,13 +299,15 @@ def _embedded(
             rows: list[tuple[str, str, int]] = []
             vectors: list[np.ndarray] = []
             failed: list[tuple[str, str]] = []
+            left_out: list[Rejection] = []
             for _ in units[number]:
                 loaded = _next(read)
                 failed += loaded.failed
+                left_out += loaded.left_out
                 for batch, names in loaded.batches:
                     _encode(model, batch, names, rows, vectors, failed)
                 bar.update(loaded.size)
-            yield number, _table(rows, vectors, failed)
+            yield number, _table(rows, vectors, failed, left_out)
 
 
 def _next(read: Iterator[_Loaded]) -> _Loaded:
@@ -352,13 +358,14 @@ def _table(
     rows: Sequence[tuple[str, str, int]],
     vectors: Sequence[np.ndarray],
     failed: Sequence[tuple[str, str]],
+    left_out: Sequence[Rejection],
 ) -> Embeddings:
     return Embeddings(
         np.array([uid for uid, _, _ in rows], dtype=str),
         np.array([scan for _, scan, _ in rows], dtype=str),
         np.array([head for _, _, head in rows], dtype=np.int8),
         np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32),
-        {"failed": [list(each) for each in failed]},
+        {"failed": [list(each) for each in failed], "left_out": [list(astuple(each)) for each in left_out]},
     )
 
 
@@ -415,10 +422,12 @@ class _Folder:
             return
         write_whole(self._file(number), lambda file: part.write(file, ".npz"))
 
-    def joined(self, job: dict[str, Any], lost: list[tuple[str, str]]) -> Embeddings:
+    def joined(self, job: dict[str, Any], studies: Studies) -> Embeddings:
         parts = [self.memory[i] if self.path is None else Embeddings.read(self._file(i)) for i in range(self.count)]
-        failed = [list(each) for each in lost] + [each for part in parts for each in part.facts["failed"]]
-        return replace(Embeddings.joined(parts), facts={"job": job, "failed": failed})
+        failed = [list(each) for each in studies.lost] + [each for part in parts for each in part.facts["failed"]]
+        left_out = [list(astuple(each)) for each in studies.left_out]
+        left_out += [each for part in parts for each in part.facts.get("left_out", ())]
+        return replace(Embeddings.joined(parts), facts={"job": job, "failed": failed, "left_out": left_out})
 
     def remove(self) -> None:
         if self.path is not None:

@@ -29,7 +29,7 @@ class Evaluation:
     uids: (N).
     scans: (N) names of scans, where each is scored by itself; none if the task scores whole studies.
     labels: (N, K) of 0, 1 and -1.
-    scores: (N, K) - probabilities; of kind "similarity" the cosine to the prompt.
+    scores: (N, K) - shares among the prompts that are compared; of kind "similarity" the cosine to the prompt.
     metrics: result keys to values; not-a-number where labels allow none.
     intervals: of the same keys, 95% by drawing studies; None where no draw has a value.
     thresholds: of the classes of a task of pairs.
@@ -200,7 +200,7 @@ def check_prompts(task: Task, model: TextEncoder, templates: str | None = None) 
 
 
 def class_scores(task: Task, similarities: np.ndarray, scale: float) -> np.ndarray:
-    """(N, T) similarities to (N, K) float64: probabilities, or the similarities if the task's kind is "similarity".
+    """(N, T) similarities to (N, K) float64: shares, or the similarities if the task's kind is "similarity".
 
     Softmax is at the model's own temperature: of pairs over the two prompts of a class, of multi-class over the
     classes.
@@ -210,9 +210,9 @@ def class_scores(task: Task, similarities: np.ndarray, scale: float) -> np.ndarr
     logits = scale * similarities.astype(np.float64)
     if task.kind == "pairs":
         logits = logits.reshape(len(logits), 2, -1).swapaxes(1, 2)
-    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-    probabilities /= probabilities.sum(-1, keepdims=True)
-    return probabilities if task.kind == "multi-class" else probabilities[..., 0]
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    return shares if task.kind == "multi-class" else shares[..., 0]
 
 
 def _draw(uids: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 from ..data.batch import Study
 from ..data.files import printable
 from ..data.preprocess import Recipe
+from ..data.scans import Rejection
 from ..data.sources import Found
 from ..data.store import Store
 from ..data.studies import called_after, load_study, read_study
@@ -27,11 +28,13 @@ class Studies(Protocol):
     uids: (N), no two the same.
     tokens: (N) int64 - patch tokens of each; zeros where they are not known: such a study is a batch of its own.
     lost: uid and reason of studies that were found, and cannot be read.
+    left_out: scans that were found, and are not among those of their studies.
     """
 
     uids: Sequence[str]
     tokens: np.ndarray
     lost: Sequence[tuple[str, str]]
+    left_out: Sequence[Rejection]
 
     def read(self, i: int) -> Study:
         """Study `i`. Raises ScanError or ValueError if it cannot be used, and names the file."""
@@ -54,6 +57,7 @@ class StoreStudies:
     """
 
     lost: Sequence[tuple[str, str]] = ()
+    left_out: Sequence[Rejection] = ()
 
     def __init__(self, store: Store, patch_size: Sequence[int] | None = None) -> None:
         store.check_finished()
@@ -85,7 +89,8 @@ class OneScan:
 
     def __init__(self, studies: Studies, seed: int) -> None:
         self.studies, self.seed = studies, seed
-        self.uids, self.lost, self.tokens = studies.uids, studies.lost, studies.tokens
+        self.uids, self.tokens = studies.uids, studies.tokens
+        self.lost, self.left_out = studies.lost, studies.left_out
         if isinstance(studies, StoreStudies):
             store = studies.store
             chosen = [self.place(uid, int(n)) for uid, n in zip(self.uids, store.num_scans, strict=True)]
@@ -120,6 +125,7 @@ class FileStudies:
     """
 
     lost: Sequence[tuple[str, str]] = ()
+    left_out: Sequence[Rejection] = ()
 
     def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe) -> None:
         self.groups, self.recipe = groups, recipe
@@ -149,6 +155,7 @@ class ListedStudies:
         self.uids: Sequence[str] = [source.uid for source in found.studies]
         self.tokens = np.zeros(len(found.studies), dtype=np.int64)
         self.lost: Sequence[tuple[str, str]] = [(each.study, each.reason) for each in found.rejected if not each.scan]
+        self.left_out: Sequence[Rejection] = [each for each in found.rejected if each.scan]
 
     def read(self, i: int) -> Study:
         return read_study(self.sources[i], self.recipe)[0]

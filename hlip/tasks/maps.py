@@ -25,6 +25,7 @@ from ..data.volume import Volume
 from .output import label, new_figure
 from .relevance import Progress, Relevance
 
+Classes = Mapping[str, tuple[float, float]]  # share among the prompts, and cosine
 PAGE = Path(__file__).with_name("relevance.html")
 
 
@@ -136,7 +137,7 @@ def page(
     found: Relevance,
     title: str,
     facts: Mapping[str, str] | None = None,
-    probabilities: Mapping[str, float] | None = None,
+    classes: Classes | None = None,
     progress: Progress = iter,
 ) -> str:
     """One HTML file to look through all scans: a slider for the slices of each, relevance over them, in an opacity of
@@ -144,7 +145,7 @@ def page(
 
     Args:
         facts: what to say of how it was made.
-        probabilities: of classes, from 0 to 1.
+        classes: of each prompt its share among them, from 0 to 1, and its cosine with the study.
         progress: such as tqdm, over the scans.
 
     Raises:
@@ -171,14 +172,15 @@ def page(
             }
         )
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td><meter min='0' max='1' value='{p:.4f}'></meter></td><td>{p:.1%}</td></tr>"
-        for name, p in sorted((probabilities or {}).items(), key=lambda item: -item[1])
+        f"<tr><th>{html.escape(name)}</th><td><meter min='0' max='1' value='{share:.4f}'></meter></td>"
+        f"<td>{share:.1%}</td><td>{cosine:.3f}</td></tr>"
+        for name, (share, cosine) in sorted((classes or {}).items(), key=lambda item: -item[1][0])
     )
     said = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in (facts or {}).items())
     parts = {
         "title": html.escape(title),
         "facts": f"<dl>{said}</dl>" if said else "",
-        "classes": f"<table><caption>Class probabilities</caption>{rows}</table>" if rows else "",
+        "classes": f"<table><caption>Share among these prompts, and cosine</caption>{rows}</table>" if rows else "",
         "figures": "\n".join(figures),
         "data": json.dumps(data),  # numbers and base64 only
     }

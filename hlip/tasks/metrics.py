@@ -11,7 +11,7 @@ import numpy as np
 
 from .labels import MISSING
 
-CUTS = np.linspace(0, 1, 100)  # where a threshold on probabilities is looked for
+CUTS = np.linspace(0, 1, 100)  # where a threshold on scores is looked for
 AT_THRESHOLD = ("balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall")
 
 
@@ -84,7 +84,7 @@ def roc_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
 
     Args:
         labels: (n) of 0, 1 and -1; 0 and 1 must both be there.
-        scores: (n) probabilities; above the cut is positive.
+        scores: (n) from 0 to 1; above the cut is positive.
 
     Raises:
         ValueError: only one of 0 and 1; a score that is not a number.

@@ -165,5 +165,5 @@ def _confusion(found: Evaluation, figure: Any, axes: Any) -> None:
     names = [label(name) for name in found.task.classes]
     axes.set_xticks(range(size), names, rotation=40, ha="right")
     axes.set_yticks(range(size), names)
-    axes.set(xlabel="likeliest class", ylabel="true class", title=f"{found.task.name}: studies")
+    axes.set(xlabel="class of the largest share", ylabel="true class", title=f"{found.task.name}: studies")
     figure.colorbar(image, label="share of the true class")

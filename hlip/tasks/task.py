@@ -4,7 +4,7 @@
 
     kind: multi-class        one class a study: softmax over the classes (the default);
           pairs              any number of classes: softmax of each class' positive and negative prompt; or
-          similarity         the same, by the likeness to one prompt, which ranks studies and is no probability
+          similarity         the same, by the cosine with one prompt, which ranks studies
     classes                  class: prompt or list of prompts; of pairs {positive: ..., negative: ...}
     templates                sentences with {} for the prompt; or name: sentences, of which --templates chooses, and
                              where sentences may differ by the class' group, {group: sentences}

@@ -79,13 +79,17 @@ def zeroshot_classifier(model: TextEncoder, prompts: Prompts) -> Tensor:
 
 
 @torch.no_grad()
-def class_probabilities(model: TextEncoder, embeddings: Tensor, classifier: Tensor) -> Tensor:
-    """(N, E) and (K, E) to (N, K): softmax over the classes at the model's own temperature."""
+def class_shares(model: TextEncoder, embeddings: Tensor, classifier: Tensor) -> Tensor:
+    """(N, E) and (K, E) to (N, K): softmax over the classes at the model's own temperature.
+
+    A share says how near a class is beside the others, not how likely it is: among classes of which none is true, the
+    shares also add up to 1.
+    """
     return (model.logit_scale.exp() * embeddings.to(classifier) @ classifier.T).softmax(-1)
 
 
 def zeroshot(model: HLIPModel, studies: Iterable[Study], prompts: Prompts) -> tuple[list[str], Tensor]:
-    """Probabilities of the classes for every study: uids, and (N, K) float32 on the host.
+    """Each class's share among the classes, for every study: uids, and (N, K) float32 on the host. See `class_shares`.
 
     Raises:
         ValueError: no study.
@@ -95,4 +99,4 @@ def zeroshot(model: HLIPModel, studies: Iterable[Study], prompts: Prompts) -> tu
         raise ValueError("there is no study to classify")
     uids, embeddings = zip(*pairs, strict=True)
     classifier = zeroshot_classifier(model, prompts)
-    return list(uids), class_probabilities(model, torch.stack(embeddings), classifier).cpu()
+    return list(uids), class_shares(model, torch.stack(embeddings), classifier).cpu()
