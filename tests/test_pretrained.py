@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 import hlip
 from hlip.model import weights
 from hlip.model.config import preset
+from hlip.model.text import TextTower
+from hostile_models import KERNEL, WAYS, put, run_job
 from released_files import MULTISCAN, Evil, State, assert_same, cut, hub_folder, seeded, vit
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -153,8 +156,102 @@ def test_a_bert_that_lacks_weights_is_refused(bert_folder: str, tmp_path: Path) 
     state = load_file(path)
     del state["encoder.layer.1.output.dense.bias"]
     save_file(state, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 weights are missing: encoder.layer.1.output.dense.bias"):
+    with pytest.raises(ValueError, match=r"1 weights do not fit: missing encoder.layer.1.output.dense.bias"):
         hlip.create_model("demo", pretrained_text=tmp_path / "bert")
+
+
+def test_hostile_folders_ask_for_nothing(tmp_path: Path) -> None:
+    """No key and no file makes a library fetch or import something: the models are what they are without it."""
+    found = run_job(tmp_path)
+    assert found.pop("transformers") == [f"get_kernel {KERNEL}"]
+    assert list(found) == list(WAYS)
+    for way, results in found.items():
+        assert re.fullmatch(r"[0-9a-f]{64}", results["good"]), (way, results["good"])
+        assert list(results["cases"]) == list(WAYS[way])
+        wrong = {case: found for case, found in results["cases"].items() if found != [results["good"], []]}
+        assert not wrong, way
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", 2**40), ("vocab_size", "99"), ("hidden_size", 0), ("num_hidden_layers", 10**9),
+        ("num_attention_heads", True), ("intermediate_size", 4.0), ("max_position_embeddings", -1),
+        ("type_vocab_size", [2]), ("layer_norm_eps", float("nan")), ("hidden_dropout_prob", float("inf")),
+        ("attention_probs_dropout_prob", 1.5), ("initializer_range", "evil" * 99), ("pad_token_id", {}),
+        ("hidden_act", "xielu"), ("hidden_act", ["gelu"]), ("model_type", "roberta"), ("model_type", ["bert"]),
+        ("position_embedding_type", "relative_key"), ("is_decoder", True), ("add_cross_attention", True),
+    ],
+)  # fmt: skip
+def test_values_that_no_bert_has_are_named(key: str, value: Any, bert_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    put(tmp_path / "bert", {"config.json": {key: value}})
+    for pretrained in (True, False):
+        with pytest.raises(ValueError, match=rf"bert': .*{key} is ") as error:
+            TextTower(preset("demo").text, 8, tmp_path / "bert", pretrained)
+        assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(("key", "value"), [("do_lower_case", "yes"), ("model_max_length", 1.5), ("pad_token", ["a"])])
+def test_options_of_another_type_are_named(key: str, value: Any, bert_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    put(tmp_path / "bert", {"tokenizer_config.json": {key: value}, "special_tokens_map.json": "{}"})
+    with pytest.raises(ValueError, match=f"tokenizer_config.json: {key} is "):
+        _ = TextTower(preset("demo").text, 8, tmp_path / "bert").tokenizer
+
+
+TEXTS = [
+    "Acute ISCHEMIC stroke, na\u00efve caf\u00e9 12mm \u4e2d\u6587", "[MASK] no [SEP] finding", "", "a" * 150 + " b",
+    "don't  stop\u2028now\u00a0x\u0000y \ufffd", "Gr\u00f6\u00dfe \ufb01ne", "##ing [UNK] [unused5]", "word " * 99,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.txt", "both", "with options"])
+@pytest.mark.parametrize(
+    "options", [{}, {"do_lower_case": False}, {"strip_accents": False}, {"pad_token": "[unused1]"}]
+)
+def test_tokens_are_those_of_transformers(
+    files: str, options: dict[str, Any], bert_folder: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    names = {"tokenizer.json": ["tokenizer.json"], "vocab.txt": ["vocab.txt"], "both": ["tokenizer.json", "vocab.txt"]}
+    for name in ["config.json", *names.get(files, ["vocab.txt", "tokenizer_config.json", "special_tokens_map.json"])]:
+        shutil.copy(Path(bert_folder) / name, tmp_path)
+    if options:
+        put(tmp_path, {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer", **options}})
+        put(tmp_path, {"special_tokens_map.json": options})
+    tower = TextTower(replace(preset("demo").text, context_length=64), 8, tmp_path)
+    expected = AutoTokenizer.from_pretrained(tmp_path)
+    cut = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
+    for name, value in expected(TEXTS, **cut).items():
+        assert torch.equal(tower._tokens(TEXTS)[name], value), name
+    assert tower.tokenizer(TEXTS)["input_ids"] == expected(TEXTS)["input_ids"]
+    tower.tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS, **cut)["input_ids"].equal(
+        tower._tokens(TEXTS)["input_ids"]
+    )
+
+
+def test_a_bert_within_another_model_is_read(bert_folder: str, tmp_path: Path) -> None:
+    """With heads beside it, in half precision, in TensorFlow's spelling; the caller's generator stays as it is."""
+    flat = load_file(Path(bert_folder) / "model.safetensors")
+    older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    state = {"cls.predictions.bias": torch.zeros(3)}
+    for key, value in flat.items():
+        layer, _, end = key.rpartition("LayerNorm.")
+        state[f"bert.{layer}{older[f'LayerNorm.{end}']}" if layer else f"bert.{key}"] = value.half()
+    shutil.copy(Path(bert_folder) / "config.json", tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.manual_seed(0)
+    tower = TextTower(preset("demo").text, 8, tmp_path, pretrained=True)
+    torch.manual_seed(0)
+    proj = nn.Linear(384, 8, bias=False)
+    nn.init.normal_(proj.weight, std=384**-0.5)
+    assert torch.equal(tower.proj.weight, proj.weight)
+    assert tower.transformer.config._attn_implementation == "sdpa"
+    for key, value in tower.transformer.state_dict().items():
+        assert torch.equal(value, flat[key].half().float()), key
 
 
 def not_finite(folder: Path) -> None:

@@ -1,79 +1,119 @@
 """The text tower: a BERT of the `transformers` library and a projection.
 
+What a folder says of its BERT and its tokenizer may come from anyone, and there are keys with which `transformers`
+fetches and imports code (`_attn_implementation`, `auto_map`, ...). So no file is handed to that library: the
+configuration and the tokenizer are built here, of the values named in `BERT_FIELDS` and `TOKENIZER_OPTIONS` alone.
+
 Shapes: N texts, W width of the BERT, E embedding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.plain import as_texts
+from ..data.plain import as_texts, parse_json, read_text
 from .config import BERT_BASE, TextConfig
-from .weights import find_weights, load_strict, local_folder, read_json, read_weights, shorten
+from .weights import check_fit, find_weights, load_strict, local_folder, read_weights
 
 CONFIG_FILES = ("config.json",)
-TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json")
+TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.txt", "special_tokens_map.json")
 # CXR-BERT's weights are a BERT's beside heads for its own training; its hub folder brings a class in code for them.
 CXR_TYPE = "cxr-bert"
-CXR_HEADS = ("cls.", "cls_projection_head.", "bert.pooler.")
-MOST_LAYERS = 1000
-BERT_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
-    "layer_norm_eps", "pad_token_id",
-)  # fmt: skip
+CXR_HEADS = ("cls.", "cls_projection_head.", "pooler.")
+# Least and largest values; a number is an integer where its least value is one.
+BERT_FIELDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 2**10),
+    "intermediate_size": (1, 2**18),
+    "hidden_dropout_prob": (0.0, 1.0),
+    "attention_probs_dropout_prob": (0.0, 1.0),
+    "max_position_embeddings": (1, 2**20),
+    "type_vocab_size": (1, 2**10),
+    "initializer_range": (0.0, 1e3),
+    "layer_norm_eps": (0.0, 1.0),
+    "pad_token_id": (0, 2**24),
+}
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")  # there are some that import packages
+# Another value makes another network of the same weights.
+PLAIN = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER_OPTIONS = {
+    "do_lower_case": bool, "tokenize_chinese_chars": bool, "strip_accents": bool, "model_max_length": int,
+    **dict.fromkeys(SPECIAL_TOKENS, str),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The files of a text tower that a checkpoint holds in place of a folder.
+
+    name: of the checkpoint, for messages.
+    texts: content of the JSON files by name.
+    """
+
+    name: str
+    texts: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = Path | str | TextFiles
 
 
 class TextTower(nn.Module):
     """Embed texts.
 
     Args:
-        source: folder or hub name of configuration and tokenizer; that of `config` if None.
+        source: folder or hub name of configuration and tokenizer, or a checkpoint's own; that of `config` if None.
         pretrained: read the weights there too. Else they are random, of BERT's base size if nothing of `source` is at
             hand; the tokenizer is then asked for when the first text comes.
 
-    The tokenizer is that of `config` where `source` is a folder without one. Code that lies beside weights
-    or tokenizer is never run: CXR-BERT's weights are read into transformers' BERT.
+    The tokenizer is that of `config` where `source` is a folder or checkpoint without one. Code that lies beside
+    weights or tokenizer is never run: CXR-BERT's weights are read into transformers' BERT.
 
     Raises:
         ValueError: nothing usable at `source`; names it and says why.
     """
 
-    def __init__(self, config: TextConfig, embed_dim: int, source: Path | str | None = None, pretrained: bool = False):
+    def __init__(self, config: TextConfig, embed_dim: int, source: Source | None = None, pretrained: bool = False):
         super().__init__()
         try:
-            from transformers import AutoModel, BertConfig
+            from transformers import BertModel
         except ImportError as error:
             raise ImportError("the text tower needs transformers: pip install 'hlip-kernels[text]'") from error
 
         self.config = config
-        self.source = str(source or config.name)
-        bare = source is not None and Path(source).is_dir() and not has_tokenizer(Path(source))
-        self.tokenizer_source = config.name if bare else self.source
+        self.source: Source = config.name if source is None else source
+        here = isinstance(self.source, TextFiles) or Path(self.source).is_dir()
+        bare = source is not None and here and not has_tokenizer(source)
+        self.tokenizer_source: Source = config.name if bare else self.source
         try:
             if pretrained:
-                self.transformer = _pretrained(local_folder(self.source, *TOKENIZER_FILES, weights=True))
+                self.transformer = _pretrained(local_folder(str(self.source), *TOKENIZER_FILES, weights=True))
             else:
-                there = source is not None or Path(self.source).is_dir()
-                bert = _bert_config(local_folder(self.source, *CONFIG_FILES)) if there else BertConfig(**BERT_BASE)
-                _check_sizes(bert)
-                self.transformer = AutoModel.from_config(bert, add_pooling_layer=False, trust_remote_code=False)
-            _check_is_bert(self.transformer)
+                there = here or source is not None
+                content = _json(_files(self.source, *CONFIG_FILES), "config.json") if there else BERT_BASE
+                self.transformer = BertModel(bert_config(content), add_pooling_layer=False)
         except ImportError:
             raise  # says what to install
-        except Exception as error:  # a damaged configuration may fail anywhere in transformers
-            raise self._unreadable(self.source, error) from error
+        except Exception as error:  # sizes that do not go together may fail anywhere in transformers
+            raise _unreadable(self.source, error) from error
         longest = self.transformer.config.max_position_embeddings
         if config.context_length > longest:
             raise ValueError(
-                f"text tower {self.source!r} reads {longest} tokens, context_length is {config.context_length}"
+                f"text tower {str(self.source)!r} reads {longest} tokens, context_length is {config.context_length}"
             )
         self.proj = nn.Linear(self.transformer.config.hidden_size, embed_dim, bias=False)
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
@@ -86,28 +126,32 @@ class TextTower(nn.Module):
         """The layers of a locked tower that are trained."""
         layers, count = list(self.transformer.encoder.layer), self.config.unlocked_layers
         if count > len(layers):
-            raise ValueError(f"text tower {self.source!r} has {len(layers)} layers, unlocked_layers is {count}")
+            raise ValueError(f"text tower {str(self.source)!r} has {len(layers)} layers, unlocked_layers is {count}")
         return layers[len(layers) - count :]
-
-    @staticmethod
-    def _unreadable(source: str, error: Exception) -> ValueError:
-        reason = " ".join(str(error).split())
-        return ValueError(f"text tower {source!r}: not a readable BERT folder or hub name ({reason})")
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer, BertTokenizerFast
-
         source = self.tokenizer_source
         try:
-            folder = local_folder(source, *TOKENIZER_FILES)
-            if _is_cxr(folder):
-                return BertTokenizerFast.from_pretrained(folder)
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return _tokenizer(_files(source, *TOKENIZER_FILES))
         except ImportError:
             raise
         except Exception as error:  # damaged files may fail anywhere in transformers and tokenizers
-            raise self._unreadable(source, error) from error
+            raise _unreadable(source, error) from error
+
+    def files(self) -> dict[str, str]:
+        """The content of `TextFiles`: plain values from which the tower is built again, without its weights. No
+        tokenizer is among them where none is to be had."""
+        bert = {key: getattr(self.transformer.config, key) for key in (*BERT_FIELDS, "hidden_act")}
+        texts = {"config.json": json.dumps(bert)}
+        try:
+            tokenizer = self.tokenizer
+        except ValueError:
+            return texts
+        options = {key: tokenizer.init_kwargs.get(key) for key in TOKENIZER_OPTIONS}
+        options |= {key: str(value) for key, value in options.items() if key in SPECIAL_TOKENS and value is not None}
+        backend = tokenizer.backend_tokenizer.to_str()
+        return {**texts, "tokenizer.json": backend, "tokenizer_config.json": json.dumps(options)}
 
     def train(self, mode: bool = True) -> TextTower:
         super().train(mode)
@@ -144,7 +188,7 @@ class TextTower(nn.Module):
         except ImportError:
             raise
         except Exception as error:  # damaged files may fail anywhere in tokenizers
-            raise self._unreadable(self.tokenizer_source, error) from error
+            raise _unreadable(self.tokenizer_source, error) from error
         return tokens
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -152,74 +196,159 @@ class TextTower(nn.Module):
         return self.proj(self.features(texts))
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return any(each for pattern in ("tokenizer*.json", "vocab.*") for each in folder.glob(pattern))
+def has_tokenizer(source: Source) -> bool:
+    """Whether a folder or checkpoint holds one."""
+    names = ("tokenizer.json", "vocab.txt")
+    if isinstance(source, TextFiles):
+        return any(name in source.texts for name in names)
+    return any((Path(source) / name).is_file() for name in names)
 
 
-def _is_cxr(folder: Path) -> bool:
-    said = [read_json(path) for name in ("config.json", "tokenizer_config.json") if (path := folder / name).is_file()]
-    return any(
-        each.get("model_type") == CXR_TYPE or str(each.get("tokenizer_class")).startswith("CXRBert") for each in said
+def bert_config(content: Mapping[str, Any]) -> Any:
+    """A `BertConfig` of the values in `content` that make a BERT's network. All else stays out of it.
+
+    Raises:
+        ValueError: another kind of model, or a value that is out of bounds; names the key.
+    """
+    from transformers import BertConfig
+
+    kind = content.get("model_type", "bert")
+    if kind not in ("bert", CXR_TYPE):
+        raise ValueError(f"model_type is {_short(kind)}, expected 'bert'")
+    for key, plain in PLAIN.items():
+        if content.get(key, plain) != plain:
+            raise ValueError(f"{key} is {_short(content[key])}, expected {plain!r}")
+    fields: dict[str, Any] = {}
+    for key, (least, most) in BERT_FIELDS.items():
+        value = content.get(key)
+        if value is None:
+            continue
+        numbers = (int,) if isinstance(least, int) else (int, float)
+        if type(value) not in numbers or not least <= value <= most:
+            name = "an integer" if numbers == (int,) else "a number"
+            raise ValueError(f"{key} is {_short(value)}, expected {name} from {least} to {most}")
+        fields[key] = value
+    if (activation := content.get("hidden_act", "gelu")) not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {_short(activation)}, expected one of {', '.join(ACTIVATIONS)}")
+    return BertConfig(**fields, hidden_act=activation, attn_implementation="sdpa")
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.80}"
+
+
+def _unreadable(source: Source, error: Exception) -> ValueError:
+    reason = " ".join((str(error) or type(error).__name__).split())
+    return ValueError(f"text tower {str(source)!r}: not a readable BERT folder or hub name ({reason})")
+
+
+def _files(source: Source, *patterns: str) -> Path | TextFiles:
+    return source if isinstance(source, TextFiles) else local_folder(str(source), *patterns)
+
+
+def _text(files: Path | TextFiles, name: str) -> str | None:
+    """The content of a file; None if there is none."""
+    if isinstance(files, TextFiles):
+        return files.texts.get(name)
+    return read_text(files / name) if (files / name).exists() else None
+
+
+def _json(files: Path | TextFiles, name: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, if there is none."""
+    try:
+        text = _text(files, name)
+        content = None if text is None else parse_json(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_path(files, name)}: not readable ({error})") from error
+    if not isinstance(content, dict):
+        reason = "no such file" if text is None else "not readable (not a JSON object)"
+        raise ValueError(f"{_path(files, name)}: {reason}")
+    return content
+
+
+def _path(files: Path | TextFiles, name: str) -> str:
+    return f"{files}, {name}" if isinstance(files, TextFiles) else str(files / name)
+
+
+def _options(files: Path | TextFiles) -> dict[str, Any]:
+    """The `TOKENIZER_OPTIONS` that are said. Raises ValueError where one is of another type; names file and key."""
+    options: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        content = _json(files, name) if _text(files, name) is not None else {}
+        for key, kind in TOKENIZER_OPTIONS.items():
+            value = content.get(key)
+            if key in SPECIAL_TOKENS and isinstance(value, dict):
+                value = value.get("content")
+            if value is None:
+                continue
+            if type(value) is not kind:
+                raise ValueError(f"{_path(files, name)}: {key} is {_short(value)}, expected {kind.__name__}")
+            options[key] = value
+    return options
+
+
+def _tokenizer(files: Path | TextFiles) -> Any:
+    """A tokenizer of `tokenizer.json`, or of `vocab.txt`, and of the `TOKENIZER_OPTIONS` beside it.
+
+    Raises:
+        ValueError: neither is there, or an option of another type.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+
+    options = _options(files)
+    if (text := _text(files, "tokenizer.json")) is not None:
+        backend = Tokenizer.from_str(text)
+    elif (text := _text(files, "vocab.txt")) is not None:
+        vocabulary = {line.rstrip(): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
+        backend = Tokenizer(models.WordPiece(vocabulary, unk_token=options.get("unk_token", "[UNK]")))
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(prefix="##")
+    else:
+        raise ValueError(f"{files}: no tokenizer: neither tokenizer.json nor vocab.txt")
+    backend.no_truncation()
+    backend.no_padding()
+    if not isinstance(backend.model, models.WordPiece):
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **options)
+    said = {}
+    if isinstance(old := backend.normalizer, normalizers.BertNormalizer):
+        said = {"do_lower_case": old.lowercase, "strip_accents": old.strip_accents}
+        said["tokenize_chinese_chars"] = old.handle_chinese_chars
+    options = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, **said, **options}
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=options["do_lower_case"],
+        strip_accents=options["strip_accents"],
+        handle_chinese_chars=options["tokenize_chinese_chars"],
     )
-
-
-def _bert_config(folder: Path) -> Any:
-    from transformers import AutoConfig, BertConfig
-
-    content = read_json(folder / "config.json")
-    if content.get("model_type") == CXR_TYPE:
-        return BertConfig(**{key: content[key] for key in BERT_FIELDS if key in content})
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def _check_sizes(config: Any) -> None:
-    """Raises ValueError where there are too many layers to be tried; what else is too large, weights will not fit."""
-    layers = getattr(config, "num_hidden_layers", None)
-    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers is {layers!r}, expected 1 to {MOST_LAYERS}")
-
-
-def _check_is_bert(model: Any) -> None:
-    if not hasattr(getattr(model, "encoder", None), "layer") or not hasattr(model.config, "max_position_embeddings"):
-        raise ValueError(f"{type(model).__name__} is not built as BERT is")
+    return BertTokenizerFast(tokenizer_object=backend, **options)
 
 
 def _pretrained(folder: Path) -> Any:
-    """A BERT with the weights of a folder.
+    """A BERT with the weights of a folder. Heads for other tasks are left aside.
 
     Raises:
         ValueError: weights that cannot be read, are missing, or are not finite; of CXR-BERT also any left over.
     """
-    from transformers import AutoModel, BertModel
+    from transformers import BertModel
 
-    if read_json(folder / "config.json").get("model_type") != CXR_TYPE:
-        options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-        try:
-            with _quiet():  # the pooler, which checkpoints hold and nobody uses, is reported at length
-                model, found = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
-        except Exception as error:  # damaged weights can raise anything
-            raise ValueError(str(error) or type(error).__name__) from error
-        if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"{len(missing)} weights are missing: {shorten(missing)}")
-        if broken := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
-            raise ValueError(f"{len(broken)} weights are not finite numbers: {shorten(broken)}")
-        return model
-    path = find_weights(folder)
-    state = {key: value for key, value in read_weights(path).state.items() if not key.startswith(CXR_HEADS)}
-    model = BertModel(_bert_config(folder), add_pooling_layer=False)
-    load_strict(model, {key.removeprefix("bert."): value for key, value in state.items()}, path)
+    content = _json(folder, "config.json")
+    config, path = bert_config(content), find_weights(folder)
+    state = {_bert_key(key): value for key, value in read_weights(path).state.items()}
+    with torch.device("meta"):  # a configuration larger than its weights takes no memory
+        planned = BertModel(config, add_pooling_layer=False)
+    if content.get("model_type") == CXR_TYPE:
+        state = {key: value for key, value in state.items() if not key.startswith(CXR_HEADS)}
+    else:
+        state = {key: value for key, value in state.items() if key in planned.state_dict()}
+    check_fit(planned, state, path)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced: the caller's generator stays as it is
+        model = BertModel(config, add_pooling_layer=False)
+    load_strict(model, state, path)
     return model.eval()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+def _bert_key(key: str) -> str:
+    """As transformers calls it now: a BERT within another model, and the spelling of TensorFlow's BERT."""
+    key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key.removeprefix("bert."))
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
