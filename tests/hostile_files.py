@@ -9,6 +9,7 @@ import pickle
 import socket
 import stat
 import struct
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,98 @@ def tensor(content: Any, *, old: bool = False) -> Make:
 def cut_tensor(folder: Path) -> None:
     torch.save(torch.arange(4000).reshape(10, 20, 20), folder / "bad.pt")
     (folder / "bad.pt").write_bytes((folder / "bad.pt").read_bytes()[:-500])
+
+
+# Pickles, opcode by opcode
+
+
+def name_of(name: str) -> bytes:
+    """Opcodes that push what `module.name` is."""
+    return b"c" + "\n".join([*name.rsplit(".", 1), ""]).encode()
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+
+
+def word(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def call(name: str, *arguments: bytes) -> bytes:
+    return name_of(name) + b"(" + b"".join(arguments) + b"tR"
+
+
+def storage(count: int, kind: str = "Float", key: str = "0") -> bytes:
+    named = name_of(f"torch.{kind}Storage" if kind != "Untyped" else "torch.storage.UntypedStorage")
+    return b"(" + word("storage") + named + word(key) + word("cpu") + number(count) + b"tQ"
+
+
+def rebuilt(count: int, shape: Sequence[int], strides: Sequence[int], offset: int = 0, **options: str) -> bytes:
+    """A tensor of a storage of `count` numbers."""
+    sizes, steps = (b"(" + b"".join(map(number, values)) + b"t" for values in (shape, strides))
+    given = (storage(count, **options), number(offset), sizes, steps, b"\x89", call("collections.OrderedDict"))
+    return call("torch._utils._rebuild_tensor_v2", *given)
+
+
+def doubled(first: bytes, times: int) -> bytes:
+    """A pair of a pair of a pair ... of one thing, each of its halves the same."""
+    return first + b"".join(b"q\x00h\x00\x86" for _ in range(times))
+
+
+TEN = b"(" + b"K\x01" * 10_000 + b"t"
+PAIRS = b"](" + b"K\x01K\x02\x86" * 10_000 + b"e"
+MANY = b"(" + b"".join(number(k) + b"K\x00" for k in range(10_000)) + b"u"
+# Each asks whoever reads it for gigabytes, or for hours.
+PICKLES = {
+    "bytearray of a number": call("builtins.bytearray", number(2**31 - 1)),
+    "bytearray as Python 2 calls it": call("__builtin__.bytearray", number(2**31 - 1)),
+    "text encoded again and again": b"](" + call("_codecs.encode", word("a" * 9), word("utf-7")) * 9 + b"e",
+    "set of a list": PAIRS + b"q\x010](" + call("builtins.set", b"h\x01") * 10_000 + b"e",
+    "counter of a list": PAIRS + b"q\x010](" + call("collections.Counter", b"h\x01") * 10_000 + b"e",
+    "dict of a list": PAIRS + b"q\x010](" + call("collections.OrderedDict", b"h\x01") * 10_000 + b"e",
+    "size of a tuple": TEN + b"q\x010](" + call("torch.Size", b"h\x01") * 10_000 + b"e",
+    "attributes of a dict": b"}" + MANY + b"q\x010](" + (call("collections.OrderedDict") + b"h\x01b") * 10_000 + b"e",
+    "storage larger than its data": storage(2**31, "Byte"),
+    "storage without a type": storage(2**31, "Untyped"),
+    "storage in two sizes": b"](" + storage(4) + storage(2**29) + b"e",
+    "shape larger than its storage": rebuilt(4, [2**29], [1]),
+    "steps larger than its storage": rebuilt(4, [2, 2], [2**29, 1]),
+    "offset larger than its storage": rebuilt(4, [1], [1], 2**29),
+    "one number stretched": rebuilt(4, [2**20, 2**11], [0, 0]),
+    "one storage as many tensors": b"](" + rebuilt(2**16, [2**16], [1]) * 4_000 + b"e",
+    "no storage": call("torch._utils._rebuild_meta_tensor_no_storage", name_of("torch.float32"), TEN, TEN, b"\x89"),
+    "tensor class": call("torch.FloatTensor", number(2**31)),
+    "storage class": call("torch.FloatStorage", number(2**31)),
+    "new object": name_of("torch.storage.UntypedStorage") + b"(" + number(2**31) + b"t\x81",
+    "pair of pairs": doubled(b"K\x01", 40),
+    "pair of pairs as a key": b"}" + doubled(b"K\x01", 40) + b"K\x01s",
+    "list within itself": b"]q\x00h\x00a",
+    "dict within a list within it": b"}q\x00K\x01](h\x00h\x00es",
+    "tuple in tuple without end": b")" + b"\x85" * 100_000,
+    "keys of one hash": b"}(" + b"".join(
+        b"\x8a\x20" + (k * (2**61 - 1)).to_bytes(32, "little") + b"K\x00" for k in range(20_000)) + b"u",
+    "million lists": b"](" + b"]" * 2**20 + b"e",
+    "million marks": b"(" * 2**20 + b"N",
+    "million tensors": rebuilt(1, [1], [1]) + b"q\x00" + b"".join(
+        [name_of("torch.Size"), b"q\x01", b")\x85q\x02", b"](", b"h\x01h\x02R" * 2**18, b"e"]),
+    "opcode of a later version": b"\x8e" + struct.pack("<Q", 2**40),
+    "opcode of a huge number": b"\x8b" + struct.pack("<I", 2**31 - 1),
+    "text longer than the file": b"X" + struct.pack("<I", 2**32 - 1),
+}  # fmt: skip
+
+
+def write_pickle(path: Path, pickle: bytes, *, old: bool = False, data: bytes = bytes(2**18)) -> None:
+    """A file as of `torch.save`, with these opcodes, and one storage."""
+    pickle = b"\x80\x02" + pickle + b"."
+    if not old:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in {"data.pkl": pickle, "byteorder": b"little", "data/0": data, "version": b"3"}.items():
+                archive.writestr(f"a/{name}", content)
+        return
+    start = [0x1950A86A20F9469CFC6C.to_bytes(10, "little"), struct.pack("<H", 1001)]
+    head = b"\x80\x02\x8a\x0a" + start[0] + b".\x80\x02M" + start[1] + b".\x80\x02}."
+    path.write_bytes(head + pickle + b"\x80\x02](" + word("0") + b"e." + struct.pack("<Q", len(data) // 4) + data)
 
 
 # DICOM

@@ -257,9 +257,9 @@ def test_files_that_are_not_weights(tmp_path: Path) -> None:
     endless: dict[str, object] = {}
     endless["state_dict"] = endless
     for content, message in [
-        (endless, "'state_dict' is dict, not a tensor"),
+        (endless, "a value within itself"),
         ({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, "a is torch.float8_e4m3fn"),
-        ({"a": torch.eye(3).to_sparse()}, "a is torch.float32, torch.sparse_coo"),
+        ({"a": torch.eye(3).to_sparse()}, "it holds more than weights, torch._utils._rebuild_sparse_tensor"),
     ]:
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(ValueError, match=f"odd.pt: not readable weights .*{message}"):

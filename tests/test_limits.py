@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ from hlip.data.quality import Rules
 from hlip.data.readers import read_scan
 from hlip.data.reports import SectionRules, read_reports
 from hlip.data.sources import find_scans
-from hlip.data.store import Store
+from hlip.data.store import Store, read_shard
 from hlip.data.tables import Table, read_json_studies, read_names
 from hlip.model.checkpoint import load
 from hlip.model.weights import read_weights
@@ -167,6 +168,149 @@ def test_one_number_that_poses_as_many(name: str, tmp_path: Path) -> None:
     stretched = torch.ones(1).expand(2**10, 2**10, 2**10)
     torch.save(stretched if name == "scan.pt" else {"a": stretched}, tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}.*larger than its data"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("name", bad.PICKLES)
+def test_pickles_that_ask_for_much(name: str, old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch would do for them takes gigabytes or hours: it is not asked."""
+    path, asked = tmp_path / "a.pt", list[object]()
+    bad.write_pickle(path, bad.PICKLES[name], old=old)
+    with at_most(2**29), monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *given, **_: asked.append(given))
+        with pytest.raises(ValueError):
+            plain.load_tensors(path)
+    assert asked == []
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "scan.pt"])
+def test_readers_name_the_pickle_that_asks_for_much(name: str, old: bool, tmp_path: Path) -> None:
+    bad.write_pickle(tmp_path / name, bad.PICKLES["bytearray of a number"], old=old)
+    with pytest.raises(ValueError, match=rf"{name}: .* more than weights, builtins\.bytearray"), at_most(2**29):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+def test_what_training_saves_is_read(old: bool, tmp_path: Path) -> None:
+    """All that a checkpoint may hold comes back as it was."""
+    layer, path = torch.nn.Linear(3, 3), tmp_path / "a.pt"
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tied = torch.arange(6.0).reshape(2, 3)
+    saved = {
+        "step": 1, "large": 2**70, "rate": 0.5, "none": None, "yes": True, "no": False, "pair": (1, (2, "b")),
+        "part": tied[1:], "list": [1, [], {}], "shape": tied.shape, "dtype": torch.bfloat16, 7: "seven",
+        "state_dict": layer.state_dict(),
+        "optimizer": optimizer.state_dict(), "parameter": layer.weight, "tied": tied, "turned": tied.T,
+        "half": tied.half(), "eight": tied.to(torch.float8_e4m3fn) if not old else 8, "empty": torch.empty(0, 5),
+        "whole": tied.to(torch.complex64), "flag": tied > 2, "one": torch.tensor(3, dtype=torch.uint8),
+    }  # fmt: skip
+    torch.save(saved, path, _use_new_zipfile_serialization=not old)
+    read = plain.load_tensors(path)
+    assert repr(read) == repr(saved)
+    assert read["state_dict"]._metadata == layer.state_dict()._metadata
+
+
+def saved(path: Path, value: float) -> bytes:
+    torch.save(torch.full((4,), value), path)
+    return path.read_bytes()
+
+
+def two_directories(path: Path) -> bytes:
+    """zipfile takes the directory before its locator, PyTorch the one where the locator points."""
+    one, other = saved(path, 1.0), saved(path, 2.0)
+    return one[:-42] + other[:-34] + struct.pack("<QI", len(one) - 98, 1) + other[-22:]
+
+
+def two_names(path: Path) -> bytes:
+    """PyTorch takes either, as it does not look at the case of a name."""
+    saved(path, 1.0)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{path.stem}/DATA.PKL", archive.read(f"{path.stem}/data.pkl"))
+    return path.read_bytes()
+
+
+def no_end(path: Path) -> bytes:
+    """No archive to zipfile, but to PyTorch, which goes by the first bytes."""
+    return saved(path, 1.0) + b"PK\5\6"
+
+
+@pytest.mark.parametrize("make", [two_directories, two_names, no_end])
+def test_archives_that_readers_see_differently(make: Callable[[Path], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    saved(path, 1.0)
+    assert plain.load_tensors(path).tolist() == [1.0] * 4
+    path.write_bytes(make(path))
+    assert torch.load(path, weights_only=True).tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match=r"directory|of one name"):
+        plain.load_tensors(path)
+
+
+def write_header(path: Path, tensors: dict[str, Any], size: int = 0) -> None:
+    """A safetensors file of holes."""
+    header = json.dumps(tensors).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + size)
+
+
+@pytest.mark.parametrize("read", [read_weights, read_shard])
+def test_a_million_empty_tensors(read: Read, tmp_path: Path) -> None:
+    """They take no data, and minutes."""
+    path = tmp_path / "a.safetensors"
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    write_header(path, {str(k): empty for k in range(200_000)})
+    with pytest.raises(ValueError, match=r"a\.safetensors.*a header of 200001 entries"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_weights, read_shard])
+@pytest.mark.parametrize("length", [0, 2**30, 2**40, 2**64 - 1])
+def test_a_header_of_any_length(length: int, read: Read, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", length))
+    os.truncate(path, 2**31)
+    with pytest.raises(ValueError, match=r"a\.safetensors"), at_most(2**29):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [2**33, 2**40], ids=["8 GB", "1 TB"])
+@pytest.mark.parametrize("kind", ["weights.safetensors", "weights.pt", "scan.pt", "a.npz", "a.parquet", "shard"])
+def test_a_file_of_holes(kind: str, size: int, tmp_path: Path) -> None:
+    """It says that it holds more than there is memory, and it does hold it: nothing, on no place of the disk."""
+    path = tmp_path / (kind if kind != "shard" else "shard.safetensors")
+    if path.suffix == ".safetensors":
+        tensors = {"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+        write_header(path, tensors, size)
+    else:
+        if path.suffix == ".pt":
+            count = size // 4
+            bad.write_pickle(path, bad.rebuilt(count, [count // 2**10, 2**5, 2**5], [2**10, 2**5, 1]), old=True)
+        os.truncate(path, path.stat().st_size + size if path.exists() else path.touch() or size)
+    with pytest.raises(ValueError, match=path.name), at_most(2**30):
+        (read_shard if kind == "shard" else READERS[kind])(path)
+
+
+def test_arrays_of_nothing(tmp_path: Path) -> None:
+    """Texts of no characters, of which 300 bytes hold any number."""
+    about = {"descr": "<U0", "fortran_order": False, "shape": (2**28,)}
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, about)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for name in ("study", "scan", "facts"):
+            archive.writestr(f"{name}.npy", content.getvalue())
+    with pytest.raises(ValueError, match=r"a\.npz.*no array of numbers or texts"), at_most(2**29):
+        Embeddings.read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", ["a.npz", "probe.npz", "weights.pt", "scan.pt"])
+def test_an_archive_of_empty_files(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        for k in range(plain.MOST_MEMBERS + 1):
+            archive.writestr(f"a/data/{k}", b"")
+    with pytest.raises(ValueError, match=rf"{name}.*an archive of more than {plain.MOST_MEMBERS} files"):
         READERS[name](tmp_path / name)
 
 

@@ -374,8 +374,8 @@ class Code:
         (torch.zeros(6, 8, 10), "constant"),
         (torch.full((6, 8, 10), torch.nan), "no finite voxel"),
         (torch.zeros(6, 8, 10, dtype=torch.complex64), "one number a voxel"),
-        (torch.zeros(1).expand(2**12, 2**12, 2**12), "more than"),
-        (torch.eye(4).to_sparse(), "expected a dense tensor"),
+        (torch.zeros(1).expand(2**12, 2**12, 2**12), "larger than its data"),
+        (torch.eye(4).to_sparse(), "more than weights, torch._utils._rebuild_sparse_tensor"),
         (torch.zeros(0, 2, 2), "an axis has no voxels"),
     ],
 )

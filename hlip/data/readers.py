@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .files import NIFTI_SUFFIXES
-from .plain import is_whole, load_tensors
+from .plain import load_tensors
 from .quality import Rules, check_grid, check_source, is_rescaled
 from .sources import ScanSource
 from .volume import ScanError, Volume
@@ -319,8 +319,6 @@ def _read_tensor(path: Path, rules: Rules) -> Volume:
         raise ScanError(path, f"expected one number a voxel, got {tensor.dtype}", "not_grey")
     affine = np.diag([1.0, -1.0, -1.0, 1.0])
     check_grid(path, tuple(tensor.shape), affine, rules)
-    if not is_whole(tensor):
-        raise ScanError(path, f"not a readable tensor (its shape {tuple(tensor.shape)} is larger than its data)")
     if tensor.is_floating_point():
         array = finite(path, tensor.to(torch.float32, copy=True).numpy(), rules)
         if array.min() >= 0 and array.max() <= 1:

@@ -36,7 +36,7 @@ from torch import Tensor
 from . import plain
 from .batch import Study
 from .manifest import Columns, columns_of, manifest_of, map_manifest, pyarrow
-from .plain import as_texts, check_regular, parse_json, read_lines
+from .plain import as_texts, check_regular, check_safetensors, parse_json, read_lines
 from .readers import ScanError
 from .sources import Rejection
 
@@ -162,7 +162,7 @@ def read_shard(path: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     try:
-        check_regular(path)
+        check_safetensors(path)
         with safe_open(path, "numpy") as opened:  # checks that header and file agree
             content = parse_json(opened.metadata()["hlip"])
         with path.open("rb") as file:
@@ -182,7 +182,7 @@ def read_shard(path: Path) -> Shard:
         return Shard(studies, list(map(_rejection, content["rejected"])), recipe, recipe_hash, columns_of(studies))
     except ScanError:
         raise
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise ScanError(path, f"not a readable shard: {type(error).__name__}: {error}") from error
 
 

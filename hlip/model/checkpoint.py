@@ -166,7 +166,10 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
         config = replace(config, text=replace(config.text, name=str(text)))
     source, optional = text if text is not None else own, () if ours else ("logit_bias",)
     _check_size(config, source, weights, optional)
-    built = HLIPModel(config, source)
+    try:
+        built = HLIPModel(config, source)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(f"{weights.path}: no memory for its model ({str(error).splitlines()[0]})") from error
     if source is None and path.is_dir() and has_tokenizer(path):
         built.text.tokenizer_source = str(path)
     if "logit_bias" not in weights.state and not ours and config.objective != "clip":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data import plain
 from ..data.files import near
-from ..data.plain import is_whole, load_tensors
+from ..data.plain import check_memory, check_safetensors, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def read_weights(path: Path) -> Weights:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: not readable weights (weights end in {', '.join(SUFFIXES)})")
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        content: Any = _load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:  # the last two: no room to map
         raise ValueError(f"{path}: not readable weights ({str(error).splitlines()[0]})") from error
     name = ""
     for _ in range(4):  # wrappings; a file may also refer to itself
@@ -79,10 +79,8 @@ def read_weights(path: Path) -> Weights:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: not readable weights ({key!r} is {type(value).__name__}, not a tensor)")
-        if value.layout != torch.strided or (value.dtype.itemsize < 2 and value.is_floating_point()):
-            raise ValueError(f"{path}: not readable weights ({key} is {value.dtype}, {value.layout})")
-        if not is_whole(value):
-            raise ValueError(f"{path}: not readable weights ({key} has a shape larger than its data)")
+        if value.dim() > 8 or (value.dtype.itemsize < 2 and value.is_floating_point()):
+            raise ValueError(f"{path}: not readable weights ({key} is {value.dtype}, of {value.dim()} dimensions)")
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         plain = ".".join("sequential_posemb" if part == "series_posemb" else part for part in parts)
         if plain in state:
@@ -90,6 +88,12 @@ def read_weights(path: Path) -> Weights:
         if not UNUSED.fullmatch(plain):
             state[plain] = value
     return Weights(path, state, name)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    check_safetensors(path)
+    check_memory(path)
+    return load_file(path)
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: tuple[str, ...] = ()) -> set[str]:
