@@ -92,6 +92,18 @@ def test_masks_that_do_not_fit_are_named(folder: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "s.json").exists()
 
 
+@pytest.mark.parametrize("of", ["ill", "ill/axial.nii.gz"], ids=["folder", "file"])
+def test_a_mask_is_no_link_to_elsewhere(
+    of: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "masks" / of
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder / "masks" / of)
+    assert run("store", "slices", tmp_path / "masks", "--store", folder / "store", "--out", tmp_path / "s.json") == 2
+    assert f"{tmp_path / 'masks' / 'ill' / 'axial.nii.gz'}: a link leads out" in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
+
+
 def test_slices_thinned_out_show_what_is_listed() -> None:
     """Whatever the depths, a slice is listed if most of it is lesion, and no other."""
     recipe = Recipe(size=(8, 16, 16), crop=None, percentiles=None, windows=(Window(0, 100),), rules=Rules(min_slices=1))

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 
 from config import FREE, TrainConfig
 from engine import World
-from hlip.data.plain import load_tensors
+from hlip.data.plain import check_within, load_tensors
 from hlip.model.clip import HLIPModel
 from log import plain
 
@@ -73,7 +73,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.glob("step_*.tmp"):  # of a run that was killed
                 unfinished.unlink()
-            with partial.open("wb") as file:
+            with partial.open("xb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -108,6 +108,7 @@ class Checkpoints:
             )
         for path in reversed(found):
             try:
+                check_within(path, self.folder)
                 state = load_tensors(path, checksums=True)
                 break
             except (OSError, ValueError) as error:

@@ -188,7 +188,7 @@ def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
         for i, (uid, entry) in enumerate(entries.items())
     }
     target = out / "shuffled_reports.json"
-    target.write_text(json.dumps(mixed))
+    write_whole(target, lambda file: file.write(json.dumps(mixed).encode()))
     return target
 
 

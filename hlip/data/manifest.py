@@ -84,13 +84,15 @@ def map_manifest(path: Path) -> RecordBatch:
     """
     arrow = pyarrow()
     try:
-        check_regular(path)
+        check_regular(path, path.parent)
         reader = arrow.ipc.open_file(arrow.memory_map(str(path)))
         if not reader.schema.equals(schema()) or reader.num_record_batches != 1:
             raise ScanError(path, "not the manifest of a store")
         batch = reader.get_batch(0)
         batch.validate(full=True)  # else a place that is out of the file is found by crashing
-    except (OSError, arrow.ArrowException) as error:
+    except ScanError:
+        raise
+    except (OSError, ValueError, arrow.ArrowException) as error:
         raise ScanError(path, f"damaged manifest ({error})") from error
     first = batch.column("shape").offsets
     if any(map(_has_nulls, batch.columns)) or any(batch.column(name).offsets != first for name in OF_SCANS):

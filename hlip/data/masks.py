@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import NIFTI_SUFFIXES, stem
+from .plain import check_within
 from .preprocess import Recipe, through_plane_first
 from .readers import read_nifti
 from .store import Store
@@ -44,7 +45,8 @@ def read_masks(store: Store, folder: Path | str, progress: Progress = iter) -> S
         progress: such as tqdm, over the masks.
 
     Raises:
-        ValueError: no masks, one that is of no scan of the store, or whose slices are not its scan's; names the file.
+        ValueError: no masks, one that is of no scan of the store, whose slices are not its scan's, or a link that leads
+            out of the folder; names the file.
         ScanError: a mask that is not readable.
     """
     folder = Path(folder)
@@ -55,6 +57,7 @@ def read_masks(store: Store, folder: Path | str, progress: Progress = iter) -> S
     recipe = Recipe.from_dict(store.info["recipe"])
     found: Slices = {}
     for path in progress(files):
+        check_within(path, folder)
         place = places.get(path.parent.name)
         if place is None:
             raise ValueError(f"{path}: the store has no study {path.parent.name}")

@@ -8,7 +8,6 @@ unfinished it has a folder `work/`: the plan, the sources of every shard, a lock
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import hmac
 import json
@@ -17,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from .engines import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 from .manifest import pyarrow
+from .plain import check_within, locked
 from .preprocess import PreparedScan
 from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource
@@ -293,7 +293,7 @@ class Plan:
         work = out / "work"
         file = work / "plan.json"
         if file.exists():
-            content = read_json(file)
+            content = read_json(file, out)
             _compare(out, content["terms"], terms)
         else:
             shards, offset = [], 0
@@ -389,7 +389,7 @@ def _finished(out: Path, terms: Mapping[str, Any]) -> Report | None:
     if not info:
         return None
     _compare(out, info, terms)
-    return Report(**read_json(out / "report.json"))
+    return Report(**read_json(out / "report.json", out))
 
 
 def _compare(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
@@ -415,9 +415,11 @@ def _locked(out: Path) -> Iterator[Path]:
         raise ValueError(f"{out}: neither empty nor a store: choose another folder")
     for folder in (out / "shards", work):
         folder.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    for path in (out / "shards", work, *work.iterdir()):
+        check_within(path, out)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(work / "lock"))
         except BlockingIOError as error:
             raise ValueError(
                 f"{out}: another run is writing this store; wait for its end, or choose another folder"

@@ -36,7 +36,7 @@ from torch import Tensor
 from . import plain
 from .batch import Study
 from .manifest import Columns, columns_of, manifest_of, map_manifest, pyarrow
-from .plain import as_texts, check_regular, check_safetensors, parse_json, read_lines
+from .plain import as_texts, check_regular, check_safetensors, parse_json, read_lines, usual_permissions
 from .readers import ScanError
 from .sources import Rejection
 
@@ -134,11 +134,11 @@ def write_shard(
         content = {"recipe": recipe, "recipe_hash": recipe_hash, "studies": entries, "rejected": rejected}
         with replacing(path, work) as partial:
             try:
-                save_file(tensors, partial, {"hlip": json.dumps({"format": FORMAT, **content})})
+                with usual_permissions(partial):
+                    save_file(tensors, partial, {"hlip": json.dumps({"format": FORMAT, **content})})
             except SafetensorError as error:
                 number = re.search(r"os error (\d+)", str(error))
                 raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-            partial.chmod(voxels.stat().st_mode & 0o777)  # safetensors lets nobody else read
     finally:
         voxels.unlink(missing_ok=True)
 
@@ -162,6 +162,7 @@ def read_shard(path: Path) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path, path.parent.parent)
         check_safetensors(path)
         with safe_open(path, "numpy") as opened:  # checks that header and file agree
             content = parse_json(opened.metadata()["hlip"])
@@ -210,7 +211,7 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
         work: folder for temporary files, on the same file system.
         facts: more to say in `store.json`.
     """
-    rejected = read_rejections(path / "shards" / FOUND)
+    rejected = read_rejections(path / "shards" / FOUND, path)
     recipes: dict[str, dict[str, Any]] = {}
 
     def read() -> Iterator[tuple[int, Columns]]:
@@ -238,15 +239,16 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
     return report
 
 
-def read_rejections(path: Path) -> list[Rejection]:
-    """The rejections in a file of one JSON object a line; none if there is no file.
+def read_rejections(path: Path, home: Path) -> list[Rejection]:
+    """The rejections in a file of the store `home`, of one JSON object a line; none if there is no file.
 
     Raises:
-        ScanError: damaged; names the file.
+        ScanError: damaged, or a link that leads out; names the file.
     """
     if not path.exists():
         return []
     try:
+        check_regular(path, home)
         with contextlib.closing(read_lines(path)) as lines:
             return [_rejection(parse_json(line)) for line in lines]
     except (OSError, ValueError, TypeError) as error:
@@ -436,7 +438,7 @@ class Store:
     def _map_shard(self, number: int) -> mmap.mmap:
         path = shard_file(self.path, number)
         try:
-            check_regular(path)
+            check_regular(path, self.path)
             with path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
         except (OSError, ValueError) as error:
@@ -451,7 +453,7 @@ def read_info(path: Path) -> dict[str, Any]:
         ValueError: of another format.
     """
     file = path / "store.json"
-    info = read_json(file) if file.exists() else {}
+    info = read_json(file, path) if file.exists() else {}
     if info and info.get("format") != FORMAT:
         raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}")
     for name, kind in INFO.items() if info else ():
@@ -460,8 +462,10 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, home: Path) -> dict[str, Any]:
+    """The object in a file of the store `home`. Raises ScanError where it is damaged, or a link that leads out."""
     try:
+        check_regular(path, home)
         content = plain.read_json(path)
     except (OSError, ValueError) as error:
         raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error

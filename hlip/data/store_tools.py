@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .manifest import Columns, manifest_of, same
+from .plain import check_regular
 from .readers import ScanError
 from .sources import Rejection
 from .store import (
@@ -70,11 +71,13 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
     missing = sorted(set(store.manifest.column("shard").to_pylist()) - {number for number, _ in files})
     problems += [f"{shard_file(path, number)}: missing" for number in missing]
     if not problems:
-        rejected = sorted([*rejected, *read_rejections(path / "shards" / FOUND)], key=astuple)
-        if read_rejections(path / "rejected.jsonl") != rejected:
+        rejected = sorted([*rejected, *read_rejections(path / "shards" / FOUND, path)], key=astuple)
+        if read_rejections(path / "rejected.jsonl", path) != rejected:
             problems.append(f"{path / 'rejected.jsonl'}: does not say what the shards say")
-        if not (path / "report.json").is_file():
-            problems.append(f"{path / 'report.json'}: missing")
+        try:
+            check_regular(path / "report.json", path)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path / 'report.json'}: missing, or no file of this store ({error})")
         if not same(store.manifest, expected):
             problems.append(f"{path / 'manifest.arrow'}: does not say what the shards say")
         counts = {"studies": len(store), "scans": len(store.shapes), "shards": len(files)}
@@ -110,10 +113,16 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
         for number, file in enumerate(files):
             target = shard_file(folder, number)
             try:
-                os.link(file, target)
+                check_regular(file, file.parent.parent)
+            except (OSError, ValueError) as error:
+                raise ScanError(file, f"not a readable shard: {error}") from error
+            try:
+                os.link(file.resolve(), target)  # of a link within its store, the file
             except OSError:
                 shutil.copyfile(file, target)
-        found = [rejection for store in stores for rejection in read_rejections(store.path / "shards" / FOUND)]
+        found = [
+            rejection for store in stores for rejection in read_rejections(store.path / "shards" / FOUND, store.path)
+        ]
         write_rejections(folder / "shards" / FOUND, found, folder / "work")
         facts = {key: stores[0].info[key] for key in ("shard_scans", "hidden_ids")}
         return finish(folder, folder / "work", source_hash=digest, **facts)

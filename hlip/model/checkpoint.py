@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ..data.plain import usual_permissions
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
 from .published import (
@@ -219,7 +220,8 @@ def _own_config(folder: Path) -> ModelConfig:
 
 
 def _save_weights(model: HLIPModel, path: Path) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
+    with usual_permissions(path):
+        save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
 
 
 def _save_tokenizer(model: HLIPModel, folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data import plain
 from ..data.files import near
-from ..data.plain import check_memory, check_safetensors, load_tensors
+from ..data.plain import check_memory, check_safetensors, check_within, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +163,13 @@ def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
     Says on the log that the hub is asked. Code is never among what is fetched unless a pattern asks for it.
 
     Raises:
-        ValueError: no such folder, and not to be had from the hub; says why.
+        ValueError: no such folder, and not to be had from the hub; or a link in it leads out; says why.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    folder = Path(name)
+    if folder.is_dir():
+        for file in chain.from_iterable(map(folder.glob, (*patterns, *(WEIGHT_FILES if weights else ())))):
+            check_within(file, folder)
+        return folder
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

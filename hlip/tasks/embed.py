@@ -6,7 +6,6 @@ Shapes: N studies, B studies of a batch, P embeddings of a study, E embedding.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import heapq
 import json
 import shutil
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from hlip_kernels import hold_weights, multiplies_bfloat16
 
 from ..data.batch import Study
+from ..data.plain import check_within, locked
 from ..data.scans import Rejection
 from ..data.store import cut
 from ..model.clip import HLIPModel
@@ -436,10 +436,12 @@ class _Folder:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
-    with (path / "lock").open("w") as lock:
+    for file in (path, *path.iterdir()):
+        check_within(file, path.parent)
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            stack.enter_context(locked(path / "lock"))
+        except BlockingIOError as error:
             raise ValueError(f"{path}: another run is at work here") from error
         yield
 

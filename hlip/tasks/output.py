@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file whole or not at all. A link stays, and what it points to is written.
+    """Write a file whole or not at all. A link within its folder stays, and what it points to is written; the file
+    takes the place of a link that leads out, which whoever made the folder may have left there.
 
     Raises:
         ValueError: there is something else than a file, such as a folder or a device.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    folder, target = path.parent.resolve(), path.resolve()
+    path = target if target.is_relative_to(folder) else folder / path.name
+    if path.exists() and not path.is_symlink() and not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
