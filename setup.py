@@ -7,6 +7,7 @@ shows in `pip install -v`, and `python -m hlip_kernels.env` says if the library 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -20,6 +21,8 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("hlip_kernels/native/src")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-g0"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+INTERFACE = "".join((SOURCES / name).read_text("utf-8") for name in ("attention.h", "product.h", "rows.h"))
+FLAGS += [f"-DHLIP_ABI=0x{hashlib.sha256(INTERFACE.encode()).hexdigest()[:15]}"]  # see abi.cpp
 CALLERS = shlex.split(os.environ.get("CXXFLAGS", ""))  # after ours, to prevail
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 ISA_FLAGS = {  # by the end of a source's name; others are compiled for any processor

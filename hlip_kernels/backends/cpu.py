@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .groups import Groups, wide_dtype
+from .groups import Groups, check_attention, wide_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -24,6 +24,7 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    check_attention(qkv, groups, softmax_scale)
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
     lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=wide_dtype(qkv.dtype))
     for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
@@ -35,6 +36,7 @@ def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, 
 
 
 def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
+    check_attention(qkv, groups, softmax_scale, out, lse, grad_out)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
         q, k, v = _gather(qkv, rows, shape).unbind(2)
@@ -66,6 +68,8 @@ def _equal_groups(cu_seqlens: Tensor, num_prefix: int) -> Iterator[tuple[Tensor,
     bounds = cu_seqlens.numpy().astype(np.int64)
     num_groups = len(bounds) - 1
     lengths = np.diff(bounds)
+    if (lengths < 0).any():
+        raise ValueError(f"cu_seqlens: expected bounds that rise, got {cu_seqlens}")
     for length in np.unique(lengths):
         if num_prefix + length == 0:
             continue

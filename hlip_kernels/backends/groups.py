@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,53 @@ class Groups(NamedTuple):
 
     def tile_map(self, rows: int) -> Tensor:
         return self.tiles[TILE_ROWS.index(rows)]
+
+
+def check_tensor(
+    name: str, x: Tensor | None, shape: tuple[int, ...], device: torch.device, *dtypes: torch.dtype
+) -> None:
+    """Confirm that a tensor, if there is one, is what a kernel takes it for: it would leave the memory of another.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != device):
+        kinds, got = " or ".join(map(_name, dtypes)), f"{_name(x.dtype)} {tuple(x.shape)} on {x.device}"
+        raise ValueError(f"{name}: expected {kinds} {tuple(shape)} on {device}, got {got}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_attention(
+    qkv: Tensor,
+    groups: Groups,
+    softmax_scale: float,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    grad_out: Tensor | None = None,
+) -> None:
+    """Confirm that tensors belong together. On a GPU, what `cu_seqlens` and `tiles` hold stays unread.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or 0 in qkv.shape[2:]:
+        raise ValueError(f"qkv: expected (rows, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    rows, _, heads, head_dim = qkv.shape
+    check_tensor("out", out, (rows, heads, head_dim), qkv.device, qkv.dtype)
+    check_tensor("lse", lse, (heads, rows), qkv.device, wide_dtype(qkv.dtype))
+    check_tensor("grad_out", grad_out, (rows, heads, head_dim), qkv.device, qkv.dtype)
+    bounds, num_prefix = groups.cu_seqlens, groups.num_prefix
+    check_tensor("cu_seqlens", bounds, (max(1, bounds.numel()),), qkv.device, torch.int32)
+    patches = rows - (len(bounds) - 1) * num_prefix
+    if num_prefix < 0 or (bounds.device.type == "cpu" and (bounds[0] != 0 or bounds[-1] != patches)):
+        raise ValueError(
+            f"cu_seqlens: expected bounds from 0 to {patches}, with {num_prefix} prefix rows, got {bounds}"
+        )
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,3 +116,42 @@ class Regroup(NamedTuple):
     def coarser(self) -> bool:
         """Whether dst is the coarser level, whose prefix rows are means of those of src."""
         return self.children is not None and self.dst_groups == self.children.shape[0] - 1
+
+
+def check_norm(regroup: Regroup | None, tokens: int, rows_x: Tensor, rows_y: Tensor, **tensors: Tensor | None) -> None:
+    """Confirm that the tensors of a norm, by the names of `struct Norm` in rows.h, belong together.
+
+    Args:
+        regroup: None if there are patches only.
+        rows_x, rows_y: whose dtypes are those of residuals and of updates.
+
+    Raises:
+        ValueError: they do not.
+    """
+    src_groups = dst_groups = num_prefix = 0
+    if regroup is not None:
+        src_groups, dst_groups, num_prefix = regroup.src_groups, regroup.dst_groups, regroup.num_prefix
+        tensors |= {"cu_seqlens": regroup.cu_seqlens, "children": regroup.children}
+    src, dst = (groups * num_prefix + tokens for groups in (src_groups, dst_groups))
+    width = rows_x.shape[1]
+    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    single, whole = (torch.float32,), (torch.int32,)
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        **dict.fromkeys(("residual", "grad_residual"), ((src, width), (rows_x.dtype,))),
+        **dict.fromkeys(("update", "grad_update"), ((src, width), (rows_y.dtype,))),
+        **dict.fromkeys(("x", "grad_x"), ((dst, width), (rows_x.dtype,))),
+        **dict.fromkeys(("y", "grad_y"), ((dst, width), (rows_y.dtype,))),
+        **dict.fromkeys(("mean", "rstd"), ((dst,), single)),
+        **dict.fromkeys(("layer_scale", "weight", "bias"), ((width,), floats)),
+        "path_scale": ((src_groups,), floats),
+        "sums": ((3, width), single),
+        "cu_seqlens": ((src_groups + 1,), whole),
+        "children": ((min(src_groups, dst_groups) + 1,), whole),
+    }
+    for name, tensor in tensors.items():
+        shape, dtypes = expected[name]
+        check_tensor(name, tensor, shape, rows_x.device, *dtypes)
+    if tokens < 0 or (tensors.get("children") is None and src_groups != dst_groups):
+        raise ValueError(f"expected groups of one level, or children: {src_groups} to {dst_groups}, {tokens} tokens")
+    if tensors.get("layer_scale") is not None and tensors.get("update") is None:
+        raise ValueError("update: expected rows, as there is a layer_scale, got None")

@@ -8,20 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import native as library
-from .groups import Groups
+from ..native.interface import ISAS, Attention
+from .groups import Groups, check_attention
 
 MAX_HEAD_DIM = 128
-
-
-class _Attention(ctypes.Structure):
-    """`struct Attention` of attention.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("qkv", "cu_seqlens", "out", "lse", "grad_out", "grad_qkv", "scratch")),
-        ("rows", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("groups", "num_prefix", "heads", "head_dim", "bfloat16", "threads")),
-        ("softmax_scale", ctypes.c_float),
-    )
 
 
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -33,10 +23,11 @@ def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> lis
 
 def portable() -> bool:
     """Whether there is nothing but code for any processor."""
-    return library.native().isa == library.ISAS[0]
+    return library.native().isa == ISAS[0]
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    check_attention(qkv, groups, softmax_scale)
     out = torch.empty((qkv.shape[0], *qkv.shape[2:]), dtype=qkv.dtype)
     lse = torch.empty((qkv.shape[2], qkv.shape[0]), dtype=torch.float32)
     _run(qkv, groups, softmax_scale, out, lse)
@@ -44,6 +35,7 @@ def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, 
 
 
 def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
+    check_attention(qkv, groups, softmax_scale, out, lse, grad_out)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     _run(qkv, groups, softmax_scale, out.contiguous(), lse.contiguous(), grad_out.contiguous(), grad_qkv)
     return grad_qkv
@@ -58,10 +50,12 @@ def _run(
     grad_out: Tensor | None = None,
     grad_qkv: Tensor | None = None,
 ) -> None:
+    if reasons := not_supported_reasons(qkv.device.type, qkv.dtype, qkv.shape[3]):
+        raise ValueError("the native library cannot run here: " + "; ".join(reasons))
     functions, isa, _ = library.native()
     assert functions is not None
     qkv, cu_seqlens = qkv.contiguous(), groups.cu_seqlens.contiguous()
-    call = _Attention(
+    call = Attention(
         *(None if x is None else x.data_ptr() for x in (qkv, cu_seqlens, out, lse, grad_out, grad_qkv)),
         None,
         rows=qkv.shape[0],
@@ -73,7 +67,10 @@ def _run(
         threads=torch.get_num_threads(),
         softmax_scale=softmax_scale,
     )
-    settings = ctypes.byref(call), library.ISAS.index(isa), int(grad_qkv is not None)
-    call.scratch, memory = library.scratch(functions.hlip_attention_scratch(*settings))
+    settings = ctypes.byref(call), ISAS.index(isa), int(grad_qkv is not None)
+    size = functions.hlip_attention_scratch(*settings)
+    if size < 0:
+        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to the last patch, got {cu_seqlens}")
+    call.scratch, memory = library.scratch(size)
     functions.hlip_attention(*settings)
     del memory  # not before

@@ -12,39 +12,11 @@ import torch
 from torch import Tensor
 
 from ..native import native, scratch
+from ..native.interface import Layer, Product, WeightGradient
+from .groups import check_tensor
 
 TILE = 1024  # bytes
-
-
-class _Layer(ctypes.Structure):
-    """`struct Layer` of product.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tiles", "bias")),
-        *((name, ctypes.c_int32) for name in ("inner", "columns")),
-    )
-
-
-class _Product(ctypes.Structure):
-    """`struct Product` of product.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "scratch")),
-        ("rows", ctypes.c_int64),
-        *((name, _Layer) for name in ("first", "second")),
-        *((name, ctypes.c_int32) for name in ("gelu", "threads")),
-        *((name, ctypes.c_void_p) for name in ("hidden", "active")),
-    )
-
-
-class _WeightGradient(ctypes.Structure):
-    """`struct WeightGradient` of product.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("grad", "x", "weight", "bias", "scratch")),
-        ("rows", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("inner", "columns", "add", "threads")),
-    )
+CPU = torch.device("cpu")
 
 
 def available() -> bool:
@@ -58,13 +30,13 @@ def tiles_shape(inner: int, columns: int) -> tuple[int, int]:
 
 def pack(weight: Tensor, transposed: bool) -> Tensor:
     """The tiles of a bfloat16 weight (D, C) that makes D values of C, or, `transposed`, C of D."""
-    library = native().library
-    assert library is not None
+    check_tensor("weight", weight, (len(weight), weight.shape[-1]), CPU, torch.bfloat16)
+    library = _library()
     weight = weight.contiguous()
     inner, columns = weight.shape if transposed else weight.shape[::-1]
     tiles = torch.empty(tiles_shape(inner, columns), dtype=torch.uint8)
     library.hlip_pack_weight(
-        *(ctypes.c_void_p(x.data_ptr()) for x in (weight, tiles)), inner, columns, transposed, torch.get_num_threads()
+        *(x.data_ptr() for x in (weight, tiles)), inner, columns, transposed, torch.get_num_threads()
     )
     return tiles
 
@@ -93,7 +65,7 @@ def hidden_gradient(grad: Tensor, tiles: Tensor, hidden: Tensor) -> tuple[Tensor
     """
     hidden = hidden.contiguous()
     active = torch.empty_like(hidden)
-    return active, _product(grad, [tiles], [], [hidden.shape[1]], hidden=hidden, active=active)
+    return active, _product(grad, [tiles], [], [hidden.shape[-1]], hidden=hidden, active=active)
 
 
 def _product(
@@ -105,15 +77,21 @@ def _product(
     hidden: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    library = native().library
-    assert library is not None
-    library.hlip_product_scratch.restype = ctypes.c_int64
     x, biases = x.contiguous(), [bias.to(torch.float32).contiguous() for bias in biases]
+    check_tensor("x", x, (len(x), x.shape[-1]), CPU, torch.bfloat16)
+    if not 0 < len(tiles) == len(columns) <= 2 or len(biases) not in (0, len(tiles)):
+        raise ValueError(f"expected one layer or two, got {len(tiles)} tiles, {len(biases)} biases, {columns=}")
+    for rows in (hidden, active):
+        check_tensor("hidden", rows, (len(x), columns[0]), CPU, torch.bfloat16)
     y = x.new_empty(len(x), columns[-1])
-    call = _Product(x.data_ptr(), y.data_ptr(), rows=len(x), gelu=gelu, threads=torch.get_num_threads())
+    call = Product(x.data_ptr(), y.data_ptr(), rows=len(x), gelu=gelu, threads=torch.get_num_threads())
     for i, (name, given) in enumerate(zip(("first", "second"), (x.shape[1], *columns[:-1]), strict=False)):
-        bias = biases[i].data_ptr() if biases else None
-        setattr(call, name, _Layer(tiles[i].data_ptr(), bias, given, columns[i]))
+        check_tensor("tiles", tiles[i], tiles_shape(given, columns[i]), CPU, torch.uint8)
+        check_tensor("bias", biases[i] if biases else None, (columns[i],), CPU, torch.float32)
+        if not tiles[i].is_contiguous() or tiles[i].data_ptr() % 64:
+            raise ValueError("tiles: expected contiguous memory, aligned to 64 bytes, as `pack` makes it")
+        setattr(call, name, Layer(tiles[i].data_ptr(), biases[i].data_ptr() if biases else None, given, columns[i]))
+    library = _library()
     call.hidden, call.active = (None if t is None else t.data_ptr() for t in (hidden, active))
     call.scratch, memory = scratch(library.hlip_product_scratch(ctypes.byref(call)))
     library.hlip_product(ctypes.byref(call))
@@ -123,14 +101,25 @@ def _product(
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, add: bool) -> None:
     """Writes, or adds, to float32 weight (D, C) and bias (D) what bfloat16 grad (R, D) and x (R, C) give them."""
-    library = native().library
-    assert library is not None
-    library.hlip_weight_gradient_scratch.restype = ctypes.c_int64
     grad, x = grad.contiguous(), x.contiguous()
-    call = _WeightGradient(
+    check_tensor("grad", grad, (len(grad), grad.shape[-1]), CPU, torch.bfloat16)
+    check_tensor("x", x, (len(grad), x.shape[-1]), CPU, torch.bfloat16)
+    check_tensor("weight", weight, (grad.shape[1], x.shape[1]), CPU, torch.float32)
+    check_tensor("bias", bias, grad.shape[1:], CPU, torch.float32)
+    if not (weight.is_contiguous() and bias.is_contiguous()):
+        raise ValueError(f"weight and bias: expected contiguous memory, got strides {weight.stride()}, {bias.stride()}")
+    library = _library()
+    call = WeightGradient(
         *(t.data_ptr() for t in (grad, x, weight, bias)), rows=len(x), inner=x.shape[1], columns=grad.shape[1],
         add=add, threads=torch.get_num_threads(),
     )  # fmt: skip
     call.scratch, memory = scratch(library.hlip_weight_gradient_scratch(ctypes.byref(call)))
     library.hlip_weight_gradient(ctypes.byref(call))
     del memory  # not before
+
+
+def _library() -> ctypes.CDLL:
+    library, isa, reason = native()
+    if library is None or isa != "amx":
+        raise ValueError(reason or f"the products of the native library need AMX, this processor has {isa}")
+    return library

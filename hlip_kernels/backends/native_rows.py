@@ -11,36 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import native as library
-from .groups import Regroup
+from ..native import DTYPES
+from ..native.interface import ISAS, Gelu, Norm
+from .groups import Regroup, check_norm, check_tensor
 
-
-class _Norm(ctypes.Structure):
-    """`struct Norm` of rows.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "residual", "update", "path_scale", "layer_scale", "weight", "bias", "cu_seqlens", "children",
-                "x", "y", "mean", "rstd", "grad_x", "grad_y", "grad_residual", "grad_update", "partial", "sums",
-            )
-        ),
-        ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("src_groups", "dst_groups", "num_prefix", "width")),
-        *((name, ctypes.c_int32) for name in ("bfloat16_x", "bfloat16_y", "threads")),
-        ("eps", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Gelu(ctypes.Structure):
-    """`struct Gelu` of rows.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "grad")),
-        ("size", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("bfloat16", "threads")),
-    )
-
+CPU = torch.device("cpu")
 
 norm_not_supported_reasons = library.not_supported_reasons
 
@@ -56,7 +31,7 @@ def norm_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
-    tokens = residual.shape[0] - src
+    tokens = _tokens(residual, src)
     x = residual.new_empty(dst + tokens, residual.shape[1])
     y = x.new_empty(x.shape, dtype=_known(update.dtype))
     mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
@@ -91,7 +66,7 @@ def norm_backward(
     regroup: Regroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
-    tokens = x.shape[0] - dst
+    tokens = _tokens(x, dst)
     dtype = _known(grad_y.dtype)
     grad_residual = x.new_empty(src + tokens, x.shape[1])
     shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
@@ -136,26 +111,31 @@ def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
 
     The relative error of the normal distribution's two tails is that of rounding to float32.
     """
-    functions, isa, _ = library.native()
-    assert functions is not None
+    functions, isa = _functions()
+    check_tensor("x", x, x.shape, CPU, *DTYPES)
+    check_tensor("grad", grad, x.shape, CPU, x.dtype)
+    if not (x.is_contiguous() and grad.is_contiguous()):
+        raise ValueError(f"x and grad: expected contiguous memory, got strides {x.stride()} and {grad.stride()}")
     y = torch.empty(x.shape, dtype=x.dtype)
-    call = _Gelu(
+    call = Gelu(
         x.data_ptr(), y.data_ptr(), grad.data_ptr(), x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads()
     )
-    functions.hlip_gelu(ctypes.byref(call), library.ISAS.index(isa))
+    functions.hlip_gelu(ctypes.byref(call), isa)
     return y
 
 
 def _run(regroup: Regroup | None, tokens: int, eps: float, **tensors: Tensor | None) -> None:
-    functions, isa, _ = library.native()
-    assert functions is not None
+    functions, isa = _functions()
     groups = {}
     if regroup is not None:
         tensors |= {"cu_seqlens": regroup.cu_seqlens, "children": regroup.children}
         groups = {name: getattr(regroup, name) for name in ("src_groups", "dst_groups", "num_prefix")}
     kept = {name: t.contiguous() for name, t in tensors.items() if t is not None}  # alive until the call is over
     x, y = (kept[a] if a in kept else kept[b] for a, b in (("x", "residual"), ("y", "grad_y")))
-    call = _Norm(
+    check_tensor("x", x, (len(x), x.shape[-1]), CPU, *DTYPES)
+    check_tensor("y", y, (len(y), x.shape[-1]), CPU, *DTYPES)
+    check_norm(regroup, tokens, x, y, **kept)
+    call = Norm(
         **{name: t.data_ptr() for name, t in kept.items()},
         **groups,
         tokens=tokens,
@@ -167,10 +147,25 @@ def _run(regroup: Regroup | None, tokens: int, eps: float, **tensors: Tensor | N
     )
     backward = "grad_residual" in kept
     if backward:
-        functions.hlip_norm_blocks.restype = ctypes.c_int64
         partial = torch.empty(functions.hlip_norm_blocks(ctypes.byref(call)), 3, x.shape[1])
         call.partial = partial.data_ptr()
-    functions.hlip_norm(ctypes.byref(call), library.ISAS.index(isa), backward)
+    if functions.hlip_norm(ctypes.byref(call), isa, backward):
+        bounds = ", ".join(f"{name} {kept[name]}" for name in ("cu_seqlens", "children") if name in kept)
+        raise ValueError(f"expected bounds that rise from 0 to {tokens} patches and to the finer groups, got {bounds}")
+
+
+def _functions() -> tuple[ctypes.CDLL, int]:
+    """The library, and its number of the ISA to use."""
+    functions, isa, reason = library.native()
+    if functions is None:
+        raise ValueError(reason)
+    return functions, ISAS.index(isa)
+
+
+def _tokens(rows: Tensor, prefix_rows: int) -> int:
+    if not 0 <= prefix_rows <= len(rows):
+        raise ValueError(f"expected {prefix_rows} rows of prefixes and those of patches, got {len(rows)}")
+    return len(rows) - prefix_rows
 
 
 def _known(dtype: torch.dtype) -> torch.dtype:

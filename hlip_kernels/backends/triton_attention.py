@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config, kind_of, max_registers
-from .groups import Groups
+from .groups import Groups, check_attention
 
 # What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
 VARYING = ["num_rows", "prefix_rows"]
@@ -257,6 +257,7 @@ def attention_dkdv(
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    check_attention(qkv, groups, softmax_scale)
     qkv = _last_contiguous(qkv)
     num_rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(num_rows, heads, head_dim)
@@ -266,7 +267,8 @@ def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, 
 
 
 def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
-    qkv, grad_out = _last_contiguous(qkv), grad_out.contiguous()
+    check_attention(qkv, groups, softmax_scale, out, lse, grad_out)
+    qkv, grad_out, out, lse = _last_contiguous(qkv), grad_out.contiguous(), out.contiguous(), lse.contiguous()
     delta, grad_qkv = torch.empty_like(lse), qkv.new_empty(qkv.shape)
     config = _config(qkv, groups)
     launch_dq(qkv, out, grad_out, lse, delta, grad_qkv, groups, softmax_scale, config.dq)

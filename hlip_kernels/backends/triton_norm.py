@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import TILE_ROWS
-from .groups import Regroup
+from .groups import Regroup, check_norm
 
 ROWS = TILE_ROWS[0]  # of the tile maps
 # What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
@@ -298,6 +298,10 @@ def forward(
     )
     src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
     num_rows, width = residual.shape[0] - src + dst, residual.shape[1]
+    check_norm(
+        regroup, num_rows - dst, residual, update, residual=residual, update=update, path_scale=path_scale,
+        layer_scale=layer_scale, weight=weight, bias=bias,
+    )  # fmt: skip
     x = residual.new_empty(num_rows, width)
     y = update.new_empty(num_rows, width)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
@@ -331,6 +335,10 @@ def backward(
     )
     src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
     width = x.shape[1]
+    check_norm(
+        regroup, x.shape[0] - dst, x, grad_y, x=x, grad_x=grad_x, grad_y=grad_y, mean=mean, rstd=rstd, update=update,
+        path_scale=path_scale, layer_scale=layer_scale, weight=weight,
+    )  # fmt: skip
     grad_residual = x.new_empty(x.shape[0] - dst + src, width)
     grad_update = None
     if path_scale is not None or layer_scale is not None or grad_y.dtype != x.dtype:

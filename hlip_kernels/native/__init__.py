@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 import torch  # also loads the OpenMP runtime
 
+from .interface import ISAS as ISAS
+from .interface import load
+
 DTYPES = (torch.float32, torch.bfloat16)
-ISAS = ("scalar", "avx2", "avx512", "amx")  # as the library numbers them
 PATH = Path(__file__).parent / "libhlip_native.so"
 HUGE_PAGE = 2 << 20
 KEPT = 256 << 20  # bytes of scratch that a thread keeps between calls
+BUILD = "pip install -e . in a clone, else pip install --force-reinstall --no-deps --no-cache-dir hlip-kernels"
 
 
 class Native(NamedTuple):
@@ -41,13 +44,11 @@ def native() -> Native:
         ValueError: HLIP_NATIVE_ISA, which the tests set, names something that is not here.
     """
     if not PATH.exists():
-        how = "pip install -e . in a clone, else pip install --force-reinstall --no-deps --no-cache-dir hlip-kernels"
-        return Native(None, "", f"the native library is not built (install g++, then: {how})")
+        return Native(None, "", f"the native library is not built (install g++, then: {BUILD})")
     try:
-        library = ctypes.CDLL(str(PATH))
-    except OSError as error:
-        return Native(None, "", f"the native library cannot be loaded: {error}")
-    library.hlip_attention_scratch.restype = ctypes.c_int64
+        library = load(PATH)
+    except (OSError, ValueError) as error:
+        return Native(None, "", f"the native library cannot be loaded: {error}. Build it again (with g++: {BUILD})")
     best = library.hlip_isa()
     asked = os.environ.get("HLIP_NATIVE_ISA", ISAS[best])
     if asked not in ISAS[: best + 1]:

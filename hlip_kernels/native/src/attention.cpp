@@ -27,6 +27,14 @@ static const Kernel& kernel_of(const Attention& a, int32_t isa, int32_t backward
     return (backward ? generic::backward : generic::forward)[a.bfloat16][width];
 }
 
+// Whether there is a kernel, and the groups make up the rows: then nothing beyond the tensors is read or written.
+static bool fits(const Attention& a, int32_t isa) {
+    if (a.head_dim <= 0 || a.head_dim % 16 || a.head_dim > HEAD_STEP * HEAD_WIDTHS) return false;
+    if ((a.bfloat16 != 0 && a.bfloat16 != 1) || isa < 0 || isa >= HLIP_ISAS) return false;
+    if (a.groups < 0 || a.num_prefix < 0 || a.heads < 0 || a.threads < 1) return false;
+    return rise(a.cu_seqlens, a.groups, a.rows - int64_t(a.groups) * a.num_prefix);
+}
+
 static Group group_of(const Attention& a, int64_t g) {
     const int64_t begin = a.cu_seqlens[g], end = a.cu_seqlens[g + 1];
     const int64_t prefix = g * a.num_prefix, patches = int64_t(a.groups) * a.num_prefix + begin - a.num_prefix;
@@ -163,13 +171,14 @@ struct HugePages {
 extern "C" __attribute__((visibility("default"))) int64_t hlip_attention_scratch(
     const Attention* a, int32_t isa, int32_t backward
 ) {
-    return Scratch(*a, kernel_of(*a, isa, backward)).total;
+    return fits(*a, isa) ? Scratch(*a, kernel_of(*a, isa, backward)).total : -1;
 }
 
-extern "C" __attribute__((visibility("default"))) void hlip_attention(
+extern "C" __attribute__((visibility("default"))) int32_t hlip_attention(
     const Attention* arguments, int32_t isa, int32_t backward
 ) {
     const Attention& a = *arguments;
+    if (!fits(a, isa)) return -1;
     const Kernel& k = kernel_of(a, isa, backward);
     const Scratch scratch(a, k);
     const int64_t row_bytes = int64_t(a.heads) * a.head_dim * (a.bfloat16 ? 2 : 4);
@@ -200,4 +209,5 @@ extern "C" __attribute__((visibility("default"))) void hlip_attention(
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = long_groups; i < a.groups; ++i) run_alone(a, k, order[i].group, tiles, local, own);
     }
+    return 0;
 }

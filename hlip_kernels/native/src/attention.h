@@ -75,15 +75,25 @@ enum { HLIP_GENERIC, HLIP_AVX2, HLIP_AVX512, HLIP_AMX, HLIP_ISAS };
 
 // The best ISA that this processor has and this library was built with.
 int32_t hlip_isa(void);
-// Bytes of scratch that a call needs. With `backward`, of the gradient.
+// Bytes of scratch that a call needs. With `backward`, of the gradient. -1 if there is no kernel for such a head dim or
+// type, or if the groups do not make up the rows.
 int64_t hlip_attention_scratch(const Attention*, int32_t isa, int32_t backward);
-// out and lse; with `backward`, grad_qkv from all others.
-void hlip_attention(const Attention*, int32_t isa, int32_t backward);
+// out and lse; with `backward`, grad_qkv from all others. Returns 0, or -1 where `hlip_attention_scratch` does, and then
+// nothing is written.
+int32_t hlip_attention(const Attention*, int32_t isa, int32_t backward);
 }
 
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Head dims are padded with zeros to a multiple of this in tiles.
+// Whether bounds, (count + 1), rise from 0 to `last`.
+static inline bool rise(const int32_t* bounds, int64_t count, int64_t last) {
+    for (int64_t i = 0; i < count; ++i)
+        if (bounds[i] > bounds[i + 1]) return false;
+    return bounds[0] == 0 && bounds[count] == last;
+}
+
+// Head dims are multiples of 16, padded with zeros to a multiple of HEAD_STEP in tiles.
 static const int HEAD_STEP = 32;
+static const int HEAD_WIDTHS = 4;  // of tiles, for which there are kernels
 static inline int64_t padded_head_dim(const Attention& a) { return round_up(a.head_dim, HEAD_STEP); }

@@ -436,6 +436,7 @@ constexpr Kernel kernel() {
 
 }  // namespace
 
-const Kernel backward[4] = {kernel<1>(), kernel<2>(), kernel<3>(), kernel<4>()};
+constexpr Kernel backward[HEAD_WIDTHS] = {kernel<1>(), kernel<2>(), kernel<3>(), kernel<4>()};
+static_assert(backward[HEAD_WIDTHS - 1].unit, "a kernel for every width");
 
 }  // namespace amx

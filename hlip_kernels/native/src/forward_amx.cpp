@@ -325,6 +325,7 @@ constexpr Kernel kernel() {
 
 }  // namespace
 
-const Kernel forward[4] = {kernel<1>(), kernel<2>(), kernel<3>(), kernel<4>()};
+constexpr Kernel forward[HEAD_WIDTHS] = {kernel<1>(), kernel<2>(), kernel<3>(), kernel<4>()};
+static_assert(forward[HEAD_WIDTHS - 1].unit, "a kernel for every width");
 
 }  // namespace amx

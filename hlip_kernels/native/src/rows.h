@@ -43,7 +43,8 @@ struct Gelu {
 extern "C" {
 // Blocks of rows whose sums are kept apart in backward.
 int64_t hlip_norm_blocks(const Norm*);
-void hlip_norm(const Norm*, int32_t isa, int32_t backward);
+// Returns 0, or -1 if the groups do not make up the rows, and then nothing is written.
+int32_t hlip_norm(const Norm*, int32_t isa, int32_t backward);
 // y = gelu(x), and the gradient of y is made that of x.
 void hlip_gelu(const Gelu*, int32_t isa);
 }

@@ -444,7 +444,9 @@ constexpr Kernel backward_kernel() {
 
 }  // namespace
 
-const Kernel forward[2][4] = {KERNELS(forward_kernel, float), KERNELS(forward_kernel, bf16)};
-const Kernel backward[2][4] = {KERNELS(backward_kernel, float), KERNELS(backward_kernel, bf16)};
+constexpr Kernel forward[2][HEAD_WIDTHS] = {KERNELS(forward_kernel, float), KERNELS(forward_kernel, bf16)};
+constexpr Kernel backward[2][HEAD_WIDTHS] = {KERNELS(backward_kernel, float), KERNELS(backward_kernel, bf16)};
+static_assert(forward[0][HEAD_WIDTHS - 1].unit && forward[1][HEAD_WIDTHS - 1].unit, "a kernel for every width");
+static_assert(backward[0][HEAD_WIDTHS - 1].unit && backward[1][HEAD_WIDTHS - 1].unit, "a kernel for every width");
 
 }  // namespace VECTOR_KERNELS
