@@ -121,7 +121,7 @@ def norm(device: str) -> Found:
     lines: list[list[object]] = []
     right = True
     for name, dtype in product(NORM_BACKENDS, DTYPES):
-        reasons = NORM_BACKENDS[name].norm_not_supported_reasons(device, DTYPES[dtype])
+        reasons = NORM_BACKENDS[name].norm_not_supported_reasons(device, DTYPES[dtype], DTYPES[dtype])
         if reasons:
             lines.append([name, dtype, None, "; ".join(reasons)])
             continue

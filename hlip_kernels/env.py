@@ -54,7 +54,7 @@ def report() -> str:
     for device, dtype in kinds:
         lines += ["", describe_backends(device, dtype, 64)]
         name = str(dtype).removeprefix("torch.")
-        lines.append(f"norm on {device} in {name} (auto: {choose_norm_backend('auto', device, dtype)})")
+        lines.append(f"norm on {device} in {name} (auto: {choose_norm_backend('auto', device, dtype, dtype)})")
     return _without_private_paths("\n".join(lines))
 
 

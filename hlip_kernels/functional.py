@@ -126,7 +126,7 @@ def add_regroup_norm(
     if path_scale is not None and path_scale.requires_grad:
         raise ValueError("path_scale: expected a constant; there is no gradient for it")
     if not torch.compiler.is_compiling():
-        backend = choose_norm_backend(backend, residual.device.type, residual.dtype)
+        backend = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
     x, y, _, _ = torch.ops.hlip_kernels.add_regroup_norm(
         residual, update, path_scale, layer_scale, weight, bias, *_regroup(layout, src, dst), eps, backend
     )

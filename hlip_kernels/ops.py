@@ -93,10 +93,11 @@ _REGROUP = "Tensor cu_seqlens, Tensor tiles, Tensor? children, int num_prefix, S
 _SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
 
 
-def _norm(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, eps, backend = rest[:5] + rest[10:]
-    forward = NORM_BACKENDS[choose_norm_backend(backend, residual.device.type, residual.dtype)].norm_forward
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = forward(residual, *tensors, Regroup(*rest[5:10]), eps)
+def _norm(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, eps, backend = rest[:4] + rest[9:]
+    name = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
+    forward = NORM_BACKENDS[name].norm_forward
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = forward(residual, update, *tensors, Regroup(*rest[4:9]), eps)
     return results
 
 
@@ -110,7 +111,7 @@ def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Te
 
 def _norm_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *tensors, backend = rest[:6] + rest[11:]
-    backward = NORM_BACKENDS[choose_norm_backend(backend, x.device.type, x.dtype)].norm_backward
+    backward = NORM_BACKENDS[choose_norm_backend(backend, x.device.type, x.dtype, grad_y.dtype)].norm_backward
     grads: tuple[Tensor, ...] = backward(grad_x, grad_y, x, *tensors, Regroup(*rest[6:11]))
     return grads
 

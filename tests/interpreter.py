@@ -10,12 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
+from hlip_kernels.backends import triton as backend
+
 
 def correct_bfloat16() -> None:
-    """Patch the interpreter for the life of the process."""
+    """Patch the interpreter for the life of the process, and let the backend have bfloat16."""
     builder, reduction = InterpreterBuilder, ReduceScanOpInterface
     dot, cast, check = builder.create_dot, builder.cast_impl, reduction.check_tensor
 
@@ -33,6 +36,7 @@ def correct_bfloat16() -> None:
         check(self, inputs)
 
     builder.create_dot, builder.cast_impl, reduction.check_tensor = create_dot, cast_impl, check_tensor
+    backend.INTERPRETED += (torch.bfloat16,)
     for name in ("unary_op", "binary_op", "ternary_op", "create_fma"):
         setattr(builder, name, _in_float32(getattr(builder, name)))
 

@@ -1,9 +1,16 @@
-"""bfloat16 in Triton's interpreter, as conftest corrects it, against torch."""
+"""bfloat16 in Triton's interpreter: refused as it is; as conftest corrects it, against torch."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from itertools import product
+
 import pytest
 import torch
+
+from hlip_kernels.backends import triton as backend
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -105,3 +112,72 @@ def test_reductions_are_refused() -> None:
     x = torch.ones(SIDE, dtype=BF16)
     with pytest.raises(InterpreterError, match="cast to float32 first"):
         _sum[(1,)](x, torch.empty(1, dtype=BF16), SIDE)
+
+
+AS_IT_IS = """
+import json
+import torch
+from hlip_kernels import StudyLayout, add_regroup_norm, hier_attention
+from hlip_kernels.backends import choose_backend, choose_norm_backend
+
+layout = StudyLayout.from_grids([[(2, 4, 5), (3, 4, 4)], [(1, 4, 2)]])
+torch.manual_seed(0)
+qkv, grad = torch.randn(99, 3, 2, 16).double(), torch.randn(99, 2, 16).double()
+rows, params, grads = torch.randn(2, 99, 64).double(), torch.randn(2, 64).double(), torch.randn(2, 98, 64).double()
+
+
+def attention(dtype, _, backend):
+    x = qkv.to(dtype).requires_grad_()
+    out = hier_attention(x, layout, "scan", backend=backend)
+    return out, *torch.autograd.grad(out, x, grad.to(dtype))
+
+
+def norm(dtype, update_dtype, backend):
+    given = [x.to(d).requires_grad_() for x, d in zip(rows, (dtype, update_dtype))]
+    weight, bias = (x.to(dtype) for x in params)
+    outs = add_regroup_norm(*given, layout, "scan", "study", weight, bias, backend=backend)
+    return *outs, *torch.autograd.grad(outs, given, [g.to(o.dtype) for g, o in zip(grads, outs)])
+
+
+def measure(function, dtypes, eager):
+    try:
+        got = function(*dtypes, "triton")
+    except ValueError as error:
+        return str(error)
+    exact = function(torch.float64, torch.float64, eager)
+    theirs = function(*dtypes, eager)
+    return max(((a - e).abs().max() / ((b - e).abs().max() + 1e-6)).item() for a, b, e in zip(got, theirs, exact))
+
+
+types = torch.float32, torch.float16, torch.bfloat16
+pairs = [(a, b) for a in types for b in types]
+print(json.dumps({
+    "attention": [measure(attention, (dtype, dtype), "reference") for dtype in types],
+    "norm": [measure(norm, pair, "torch") for pair in pairs],
+    "auto": [choose_backend("auto", "cpu", torch.bfloat16, 64), choose_backend("auto", "cuda", torch.bfloat16, 64)],
+    "auto norm": [choose_norm_backend("auto", "cuda", *pair) for pair in pairs],
+}))
+"""
+
+
+def test_as_it_is_the_interpreter_is_refused_where_it_is_wrong() -> None:
+    """In a process without conftest: a dtype is refused, or errors are those of eager PyTorch."""
+    result = subprocess.run([sys.executable, "-c", AS_IT_IS], capture_output=True, text=True, check=True)
+    report = json.loads(result.stdout)
+    wrong = [False, False, True]
+    pairs = [first or second for first, second in product(wrong, wrong)]
+    for name, refused in (("attention", wrong), ("norm", pairs)):
+        for measured, is_refused in zip(report[name], refused, strict=True):
+            assert isinstance(measured, str) == is_refused
+            assert "bfloat16" in measured and "TRITON_INTERPRET" in measured if is_refused else measured < 2
+    assert "triton" not in report["auto"]
+    assert report["auto norm"] == ["torch" if refused else "triton" for refused in pairs]
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON", "yes", "Y", "0", "off", "t", ""])
+def test_the_variable_is_read_as_triton_reads_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRETED", (torch.float16, torch.float32))
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    refused = any("interpreter" in reason for reason in backend.not_supported_reasons("cuda", BF16, 64))
+    assert refused == triton.knobs.runtime.interpret
+    assert ("needs CUDA or ROCm tensors, got cpu" in backend.not_supported_reasons("cpu", torch.float32, 64)) != refused

@@ -54,13 +54,13 @@ def choose_backend(backend: str, device: str, dtype: torch.dtype, head_dim: int)
 
 
 @functools.cache
-def choose_norm_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+def choose_norm_backend(backend: str, device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> str:
     """The same for the backends of `add_regroup_norm`. On the CPU, `auto` is never Triton's interpreter."""
     if backend == "auto":
         backend = "native" if device == "cpu" else "triton"
-        if _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype):
+        if _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype, update_dtype):
             backend = "torch"
-    return _confirm(backend, _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype))
+    return _confirm(backend, _find(NORM_BACKENDS, backend).norm_not_supported_reasons(device, dtype, update_dtype))
 
 
 def _preferred() -> list[str]:

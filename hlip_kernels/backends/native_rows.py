@@ -17,7 +17,8 @@ from .groups import Regroup, check_norm, check_tensor
 
 CPU = torch.device("cpu")
 
-norm_not_supported_reasons = library.not_supported_reasons
+def norm_not_supported_reasons(device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> list[str]:
+    return library.not_supported_reasons(device, dtype)
 
 
 def norm_forward(

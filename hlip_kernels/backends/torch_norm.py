@@ -11,7 +11,7 @@ from torch import Tensor
 from .groups import Regroup, wide_dtype
 
 
-def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
+def norm_not_supported_reasons(device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> list[str]:
     return []
 
 

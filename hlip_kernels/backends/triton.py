@@ -13,25 +13,36 @@ from ..configs import BLOCK_D
 from .groups import Groups, gpu_capability_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Triton's interpreter keeps a bfloat16 as an integer: its products are off by 1e8, its casts truncate.
+INTERPRETED = (torch.float16, torch.float32)
 
 
 def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = norm_not_supported_reasons(device, dtype)
+    reasons = norm_not_supported_reasons(device, dtype, dtype)
     if head_dim not in BLOCK_D:
         reasons.append(f"needs a head dim of {', '.join(map(str, BLOCK_D))}, got {head_dim}")
     return reasons
 
 
-def norm_not_supported_reasons(device: str, dtype: torch.dtype) -> list[str]:
-    reasons = []
+def norm_not_supported_reasons(device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> list[str]:
+    reasons, interpreted = [], _interpreted()
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed (pip install triton)")
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        reasons.append(f"needs CUDA or ROCm tensors, or TRITON_INTERPRET=1 for CPU tensors; got {device}")
+    if device != "cuda" and not (device == "cpu" and interpreted):
+        reasons.append(f"needs CUDA or ROCm tensors, got {device}")
     reasons += gpu_capability_reasons(device)
-    if dtype not in DTYPES:
-        reasons.append(f"needs float16, bfloat16 or float32, got {str(dtype).removeprefix('torch.')}")
+    for given in dict.fromkeys((dtype, update_dtype)):
+        name = str(given).removeprefix("torch.")
+        if given not in DTYPES:
+            reasons.append(f"needs float16, bfloat16 or float32, got {name}")
+        elif interpreted and given not in INTERPRETED:
+            reasons.append(f"Triton's interpreter gets {name} wrong: unset TRITON_INTERPRET")
     return reasons
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of any device, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
