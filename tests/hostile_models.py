@@ -242,7 +242,10 @@ class Anything(type):
     def __getattr__(cls, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        return name
+        return cls
+
+    def __or__(cls, other):
+        return cls
 
 class Thing(metaclass=Anything):
     def __init__(self, *args, **options):

@@ -293,7 +293,7 @@ def _tokenizer(files: Path | TextFiles) -> Any:
     Raises:
         ValueError: neither is there, or an option of another type.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
     options = _options(files)
@@ -301,7 +301,11 @@ def _tokenizer(files: Path | TextFiles) -> Any:
         backend = Tokenizer.from_str(text)
     elif (text := _text(files, "vocab.txt")) is not None:
         vocabulary = {line.rstrip(): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
-        backend = Tokenizer(models.WordPiece(vocabulary, unk_token=options.get("unk_token", "[UNK]")))
+        special = {key: options.get(key, f"[{key.removesuffix('_token').upper()}]") for key in SPECIAL_TOKENS}
+        backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+        backend.add_special_tokens(list(special.values()))
+        ends = [(special[key], backend.token_to_id(special[key])) for key in ("sep_token", "cls_token")]
+        backend.post_processor = processors.BertProcessing(*ends)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(prefix="##")
     else:
