@@ -184,7 +184,7 @@ def test_no_link_of_a_model_leads_out_but_to_the_hubs_blobs(name: str, model_fol
     link = cache / "snapshots" / "0123" / name
     link.unlink()
     link.symlink_to(Path(os.path.relpath(cache / "blobs" / "abcd", link.parent)))
-    assert HLIPModel.from_pretrained(cache / "snapshots" / "0123").config.embed_dim == 32
+    assert HLIPModel.from_pretrained(cache / "snapshots" / "0123").encode_text(["glioma"]).shape == (1, 32)
 
 
 def test_a_checkpoint_that_is_a_link_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def check_within(path: Path, home: Path) -> None:
     `home` may itself be a link. In the hub's cache, a snapshot's links lead to the blobs beside all snapshots.
     """
     target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(home))
-    blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
+    blobs = [above.parents[1] / "blobs" for above in (folder, *folder.parents) if above.parent.name == "snapshots"]
     if not any(map(target.is_relative_to, [folder, *blobs])):
         raise ValueError(f"{path}: a link leads out of its folder; put the file itself there, or link the whole folder")
 
