@@ -223,7 +223,7 @@ def test_a_shard_that_was_cut_or_lost_is_named_when_it_is_read(damaged: Path) ->
 def test_another_format_is_refused(damaged: Path) -> None:
     info = json.loads((damaged / "store.json").read_text())
     (damaged / "store.json").write_text(json.dumps({**info, "format": 99}))
-    with pytest.raises(ValueError, match="format 99; this version reads format 1"):
+    with pytest.raises(ValueError, match="format 99; this version reads format 1: update hlip-kernels"):
         Store(damaged)
 
 

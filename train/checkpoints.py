@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_map
 
 from config import FREE, TrainConfig
 from engine import World
-from hlip.data.plain import check_within, load_tensors
+from hlip.data.plain import check_format, check_within, load_tensors
 from hlip.model.clip import HLIPModel
+from hlip.model.weights import FORMAT
 from log import plain
 
 
@@ -54,6 +55,7 @@ class Checkpoints:
         self.wait()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {
+            "hlip_format": FORMAT,
             "step": step,
             "config": fixed_settings(self.config),
             "data": self.data,
@@ -116,6 +118,7 @@ class Checkpoints:
                     raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
                 logging.warning("%s: not a readable checkpoint (%s); going on from the one before", path, error)
         try:
+            check_format(state.get("hlip_format", FORMAT), FORMAT)
             before, now = state["config"] | state["data"], fixed_settings(self.config) | self.data
             changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
             if changed:

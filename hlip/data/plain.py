@@ -351,6 +351,13 @@ def check_safetensors(path: Path) -> None:
             raise ValueError(f"a header of {braces} entries (at most {4 * MOST_MEMBERS})")
 
 
+def check_format(number: Any, known: int) -> None:
+    """Raises ValueError where the number of a file's format is not the one that this version writes and reads."""
+    if type(number) is not int or number != known:
+        got = f"of format {number!r:.40}; this version reads format {known}"
+        raise ValueError(f"{got}: update hlip-kernels (pip install -U hlip-kernels), or make it anew")
+
+
 def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
     """The arrays of a .npz file, none of them of objects."""
     check_regular(path)

@@ -41,6 +41,7 @@ from .readers import ScanError
 from .sources import Rejection
 
 FORMAT = 1
+OTHER = ": update hlip-kernels, or prepare anew"
 FOUND = "found.jsonl"  # beside the shards
 INFO: dict[str, Any] = {
     "recipe": dict,
@@ -170,7 +171,7 @@ def read_shard(path: Path) -> Shard:
             start = 8 + int.from_bytes(file.read(8), "little")
             tensors = json.loads(file.read(start - 8))
         if content["format"] != FORMAT:
-            raise ScanError(path, f"a shard of format {content['format']}; this version reads format {FORMAT}")
+            raise ScanError(path, f"a shard of format {content['format']}; this version reads format {FORMAT}{OTHER}")
         for s, study in enumerate(content["studies"]):
             for m, scan in enumerate(study["scans"]):
                 tensor = tensors.pop(f"{s:06d}/{m:03d}")
@@ -455,7 +456,7 @@ def read_info(path: Path) -> dict[str, Any]:
     file = path / "store.json"
     info = read_json(file, path) if file.exists() else {}
     if info and info.get("format") != FORMAT:
-        raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}")
+        raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}{OTHER}")
     for name, kind in INFO.items() if info else ():
         if name in info and not isinstance(info[name], kind):
             raise ScanError(file, f"damaged (its {name} is {info[name]!r:.60})")

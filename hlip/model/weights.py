@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data import plain
 from ..data.files import near
-from ..data.plain import check_memory, check_safetensors, check_within, load_tensors
+from ..data.plain import check_format, check_memory, check_safetensors, check_within, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+FORMAT = 1  # of checkpoints, under "hlip_format"; those without a number are of the first
 WRAPPERS = ("module", "_orig_mod")  # put into keys by DistributedDataParallel and torch.compile
 UNUSED = re.compile(r"text\.transformer\.pooler\..*|(.*\.)?embeddings\.position_ids")
 
@@ -61,6 +62,8 @@ def read_weights(path: Path) -> Weights:
         raise ValueError(f"{path}: not readable weights (weights end in {', '.join(SUFFIXES)})")
     try:
         content: Any = _load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
+        if isinstance(content, Mapping):
+            check_format(content.get("hlip_format", FORMAT), FORMAT)
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:  # the last two: no room to map
         raise ValueError(f"{path}: not readable weights ({str(error).splitlines()[0]})") from error
     name = ""

@@ -14,9 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..data.plain import check_regular, load_arrays, parse_json
+from ..data.plain import check_format, check_regular, load_arrays, parse_json
 
 SUFFIXES = (".parquet", ".npz")
+FORMAT = 1  # of files; those without a number are of the first
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Embeddings:
         """Write as `.parquet` or `.npz`, with the facts as JSON."""
         facts = json.dumps(self.facts)
         if suffix == ".npz":
-            text = np.array(facts)
-            np.savez(file, study=self.study, scan=self.scan, head=self.head, embedding=self.embedding, facts=text)
+            arrays = {name: getattr(self, name) for name in ("study", "scan", "head", "embedding")}
+            np.savez(file, **arrays, facts=np.array(facts), format=np.array(FORMAT))
             return
         pyarrow, parquet = need_pyarrow()
         flat = pyarrow.array(np.ascontiguousarray(self.embedding, dtype=np.float32).ravel())
@@ -102,7 +103,7 @@ class Embeddings:
             "head": pyarrow.array(self.head, pyarrow.int8()),
             "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, self.embedding.shape[1]),
         }
-        table = pyarrow.table(columns).replace_schema_metadata({"hlip": facts})
+        table = pyarrow.table(columns).replace_schema_metadata({"hlip": facts, "hlip_format": str(FORMAT)})
         parquet.write_table(table, file)
 
     @classmethod
@@ -123,6 +124,7 @@ class Embeddings:
     @classmethod
     def _read_npz(cls, path: Path) -> Embeddings:
         content = load_arrays(path)
+        check_format(content["format"].tolist() if "format" in content else FORMAT, FORMAT)
         study, scan = content["study"].astype(str), content["scan"].astype(str)
         facts = parse_json(str(content["facts"]))
         return cls(study, scan, content["head"].astype(np.int8), content["embedding"].astype(np.float32), facts)
@@ -132,6 +134,7 @@ class Embeddings:
         _, parquet = need_pyarrow()
         check_regular(path)
         about = parquet.read_metadata(path)
+        check_format(int((about.metadata or {}).get(b"hlip_format", FORMAT)), FORMAT)
         # Of a damaged file, looking at its columns one by one would end the process.
         width = getattr(about.schema.to_arrow_schema().field("embedding").type, "list_size", 1)
         if about.num_rows * width > 100 * path.stat().st_size:

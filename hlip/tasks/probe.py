@@ -14,13 +14,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..data.plain import load_arrays, parse_json
+from ..data.plain import check_format, load_arrays, parse_json
 from . import bootstrap
 from .labels import MISSING
 from .metrics import class_aucs, macro_auc, need_sklearn
 from .output import label, new_figure
 from .probe_data import ProbeData
 
+FORMAT = 1  # of files; those without a number are of the first
 # Inverse strengths of the L2 penalty to choose from, for standardised embeddings. Values of a unit-length embedding
 # are about E**-0.5, so that as they are they need about E times as much.
 CS = tuple(10.0**n for n in range(-5, 3))
@@ -69,7 +70,15 @@ class Probe:
     def write(self, file: IO[bytes]) -> None:
         """Write as .npz: `classes`, `weight`, `bias`, `c`, and `facts` as JSON."""
         facts = np.array(json.dumps(self.facts))
-        np.savez(file, classes=np.array(self.classes), weight=self.weight, bias=self.bias, c=self.c, facts=facts)
+        np.savez(
+            file,
+            classes=np.array(self.classes),
+            weight=self.weight,
+            bias=self.bias,
+            c=self.c,
+            facts=facts,
+            format=np.array(FORMAT),
+        )
 
     @classmethod
     def read(cls, path: Path | str) -> Probe:
@@ -80,6 +89,7 @@ class Probe:
         """
         try:
             content = load_arrays(Path(path))
+            check_format(content["format"].tolist() if "format" in content else FORMAT, FORMAT)
             facts = parse_json(str(content["facts"]))
             classes = tuple(content["classes"].tolist())
             arrays = [content[name].astype(np.float64) for name in ("weight", "bias", "c")]
