@@ -402,3 +402,21 @@ def test_torchrun(store: Store, model_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("40 studies; percent") == 1  # told once
     assert Embeddings.read(tmp_path / "2" / "embeddings.npz").study.tolist() == store.uids.tolist()
+
+
+def test_scans_that_are_left_out_are_told(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.nii.gz").write_bytes(nifti_study[0].read_bytes()[:500])
+    files = [str(path.relative_to(tmp_path)) for path in nifti_study]
+    listed = {"A": {"scans": files[:1]}, "B": {"scans": [files[1], "cut.nii.gz"]}}
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    (tmp_path / "labels.csv").write_text("study,yes,no\nA,1,0\nB,0,1\n")
+    (tmp_path / "task.yaml").write_text("classes: {yes: glioma, no: normal}\nmetrics: auc\n")
+    given = ["--data", tmp_path / "list.json", "--labels", tmp_path / "labels.csv", "--model", model_folder]
+    rest = ["--draws", 5, "--workers", 0, "--out", tmp_path / "out"]
+    assert cli.main([str(arg) for arg in ("eval", tmp_path / "task.yaml", *given, *rest)]) == 3
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["left_out"] == []
+    assert [entry[:3] for entry in metrics["left_out_scans"]] == [["B", "cut.nii.gz", "unreadable"]]
+    assert "left out B, scan cut.nii.gz" in capsys.readouterr().err

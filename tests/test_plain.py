@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from hlip.data.plain import parse_json, parse_yaml, read_json, read_yaml
+from hlip.data.plain import as_texts, check_keys, parse_json, parse_yaml, read_json, read_yaml
 from hlip.data.preprocess import load_recipe
 
 
@@ -79,3 +80,22 @@ def test_settings_of_a_recipe_are_typed_and_none_is_given_twice(tmp_path: Path) 
     path.write_text("percentiles: null\nwindows: []\npercentiles: [1, 99]\n")
     with pytest.raises(ValueError, match="line 3: 'percentiles' occurs twice"):
         load_recipe(str(path))
+
+
+def test_unknown_names_and_those_that_are_like_one() -> None:
+    check_keys(["scans"], ["scans", "report"])
+    with pytest.raises(ValueError, match=r"unknown field 'reprot'; did you mean report\?"):
+        check_keys(["reprot"], ["scans", "report"])
+    with pytest.raises(ValueError, match="unknown field 'xyz'; there are scans, report"):
+        check_keys(["xyz"], ["scans", "report"])
+    check_keys(["age", "site"], ["scans", "report"], also=True)
+    with pytest.raises(ValueError, match="did you mean scans"):
+        check_keys(["age", "Scan"], ["scans", "report"], also=True)
+
+
+def test_a_text_alone_is_a_list_of_one() -> None:
+    assert as_texts("ab") == as_texts(["ab"]) == as_texts(iter(("ab",))) == as_texts(np.array(["ab"])) == ["ab"]
+    assert as_texts([], least=0) == []
+    for wrong in (None, 1, b"ab", [], [1], ["a", None], {"a": "b"}, {"a"}, np.array([1.0])):
+        with pytest.raises(ValueError, match="names: expected a text"):
+            as_texts(wrong, "names")

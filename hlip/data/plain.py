@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import functools
 import io
 import json
 import math
@@ -241,16 +242,21 @@ def as_texts(value: object, what: str = "texts", least: int = 1) -> list[str]:
     return texts
 
 
+@functools.lru_cache(1024)  # entries of a list have the same names, one after another
+def _alike(name: str, known: tuple[str, ...], cutoff: float) -> list[str]:
+    return difflib.get_close_matches(name, known, 3, cutoff)
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """What to write in place of an unknown name: those that are like it, or else all."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    close = _alike(name, tuple(known), 0.5)
     return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(known)}"
 
 
 def check_keys(content: Iterable[str], known: Collection[str], also: bool = False) -> None:
     """Raises ValueError at a name that is not among the known ones; with `also`, only if it looks like one misspelt."""
     for name in content:
-        if name not in known and (not also or difflib.get_close_matches(name.lower(), known, 1, 0.8)):
+        if name not in known and (not also or _alike(name.lower(), tuple(known), 0.8)):
             raise ValueError(f"unknown field {name!r}{hint(name, known)}")
 
 
