@@ -17,13 +17,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
 import pytest
 import torch
 
+import emulation
 import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
 from hlip.data.preprocess import Recipe
 from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level_pattern
 from hlip_kernels import Grid, configs
+from hlip_kernels import native as native_library
+from hlip_kernels.backends import native_product
 from hlip_kernels.backends.groups import Groups
 from hlip_kernels.layout import TILE_ROWS
+from hlip_kernels.native import Native
 
 if importlib.util.find_spec("triton"):
     from interpreter import correct_bfloat16
@@ -57,6 +61,12 @@ def plain_groups(lengths: Sequence[int], num_prefix: int) -> Groups:
     return Groups(cu_seqlens, maps, num_prefix, max(lengths))
 
 
+def use_native(patch: pytest.MonkeyPatch, native: Native) -> None:
+    """Run what follows with this library, on the instructions that it names."""
+    for module in (native_library, native_product):
+        patch.setattr(module, "native", lambda: native)
+
+
 def token_labels(grids: Sequence[Sequence[Grid]]) -> list[tuple[int, int, int]]:
     """The (study, scan, slice) of every patch token: what slow oracles are built from."""
     return [
@@ -79,6 +89,16 @@ def _built_in_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "table_path", lambda: Path(os.devnull, "tiles.json"))
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated_native() -> Native:
+    """The native library of an emulated processor, which has AMX."""
+    if emulation.WHY_NOT:
+        pytest.skip(emulation.WHY_NOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_library, "PATH", emulation.cached())
+        return native_library.native.__wrapped__()
 
 
 @pytest.fixture(scope="session")

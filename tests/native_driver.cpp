@@ -1,6 +1,6 @@
 // Runs the native library, given by its path, without Python, so that sanitizers see it alone: every tensor is memory
 // of its own, of the exact size. Results are compared with the formula in double. Ends with 1 if one is wrong. A second
-// argument leaves all but small attention out, for emulated processors.
+// argument, "small", leaves all but small attention out, for emulated processors; "last" all instruction sets but the best.
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -137,6 +137,7 @@ static F* find(const char* name) {
     return reinterpret_cast<F*>(dlsym(library, name));
 }
 static int32_t best() { return find<decltype(hlip_isa)>("hlip_isa")(); }
+static int32_t first = 0;
 
 static void attention(const Case& c, bool bfloat16) {
     const auto needs = find<decltype(hlip_attention_scratch)>("hlip_attention_scratch");
@@ -151,7 +152,7 @@ static void attention(const Case& c, bool bfloat16) {
     const float scale = 1 / sqrtf(c.head_dim);
     Numbers exact_out(size), exact_grad(3 * size);
     formula(c, qkv.numbers(), grad_out.numbers(), scale, exact_out, exact_grad);
-    for (int32_t i = 0; i <= best(); ++i) {
+    for (int32_t i = first; i <= best(); ++i) {
         Attention a = {
             qkv.data, bounds.data(), out.data, lse.floats(), grad_out.data, grad.data, nullptr,
             int64_t(rows), int32_t(c.lengths.size()), c.num_prefix, c.heads, c.head_dim, bfloat16, 2, scale,
@@ -240,7 +241,7 @@ static void norm(const Change& c, bool bfloat16) {
     Numbers exact_x, exact_y;
     const Numbers at[] = {residual.numbers(), update.numbers(), layer.numbers(), weight.numbers(), bias.numbers()};
     value(at[0], at[1], at[2], at[3], at[4], &exact_x, &exact_y);
-    for (int32_t isa = 0; isa <= best(); ++isa) {
+    for (int32_t isa = first; isa <= best(); ++isa) {
         Norm n = {};
         n.residual = residual.data, n.update = update.data, n.weight = weight.floats(), n.bias = bias.floats();
         n.path_scale = c.scaled ? path.floats() : nullptr, n.layer_scale = c.scaled ? layer.floats() : nullptr;
@@ -289,7 +290,7 @@ static void gelu(size_t size, bool bfloat16) {
         exact.push_back(gelu_of(v));
         slope.push_back(kept.get(i) * gelu_slope(v));
     }
-    for (int32_t isa = 0; isa <= best(); ++isa) {
+    for (int32_t isa = first; isa <= best(); ++isa) {
         memcpy(grad.data, kept.data, size * (bfloat16 ? 2 : 4));
         const Gelu call = {x.data, y.data, grad.data, int64_t(size), bfloat16, 2};
         find<decltype(hlip_gelu)>("hlip_gelu")(&call, isa);
@@ -379,6 +380,8 @@ static void products(int R, int K, int N) {
 int main(int count, char** arguments) {
     library = dlopen(arguments[1], RTLD_NOW);
     if (!library) return fprintf(stderr, "%s\n", dlerror()), 2;
+    const bool small_only = count > 2 && !strcmp(arguments[2], "small");
+    if (count > 2 && !strcmp(arguments[2], "last")) first = best();
     const Case cases[] = {
         {{197, 1, 0, 64, 33}, 1, 3, 64}, {{15, 70, 2}, 0, 2, 16}, {{300, 5}, 5, 1, 80}, {{31, 130}, 32, 1, 128},
         {{139, 8}, 1, 42, 128},  // of which the first is the work of all threads
@@ -391,7 +394,7 @@ int main(int count, char** arguments) {
     };
     for (const bool bfloat16 : {false, true}) {
         attention(small, bfloat16);
-        if (count == 2)
+        if (!small_only)
             for (const Case& c : cases) attention(c, bfloat16);
         for (const Change& c : changes) norm(c, bfloat16);
         for (const size_t size : {1, 63, 4097, 9000}) gelu(size, bfloat16);

@@ -15,7 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import plain_groups
+import emulation
+from conftest import plain_groups, use_native
 from hlip_kernels import StudyLayout, available_backends, hier_attention
 from hlip_kernels import native as library
 from hlip_kernels.backends import choose_backend, reference
@@ -25,13 +26,17 @@ from test_attention import RAGGED, out_and_grad, random_qkv
 
 ROOT = Path(__file__).parents[1]
 HERE = ISAS[: ISAS.index(native().isa) + 1] if native().library else ()
+EMULATED = () if "amx" in HERE or emulation.WHY_NOT else ("emulated amx",)
 DTYPES = [torch.float32, torch.bfloat16]
 needs_library = pytest.mark.skipif(not HERE, reason=native().reason)
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=[*HERE, *EMULATED])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    force(monkeypatch, request.param)
+    if request.param in EMULATED:
+        use_native(monkeypatch, request.getfixturevalue("emulated_native"))
+    else:
+        use_native(monkeypatch, native()._replace(isa=request.param))
     return request.param
 
 
@@ -47,11 +52,6 @@ def same_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def force(patch: pytest.MonkeyPatch, isa: str) -> None:
-    found = native()._replace(isa=isa)
-    patch.setattr(library, "native", lambda: found)
 
 
 def results(way: object, qkv: Tensor, lengths: Sequence[int], num_prefix: int, scale: float) -> tuple[Tensor, ...]:
@@ -128,7 +128,10 @@ def test_head_dims(isa: str, head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_that_all_threads_share(isa: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
-    check((1200, 3), 1, 12, 64, dtype)
+    if isa in EMULATED:
+        check((300, 3), 1, 20, 128, dtype)
+    else:
+        check((1200, 3), 1, 12, 64, dtype)
 
 
 @needs_library
@@ -216,16 +219,18 @@ def test_scores_far_from_zero(isa: str, offset: float) -> None:
     head_dim=st.integers(1, 8).map(lambda n: 16 * n),
     heads=st.integers(1, 3),
     dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(HERE or ("none",)),
+    isa=st.sampled_from(HERE + EMULATED or ("none",)),
     threads=st.integers(1, 3),
 )
 def test_any_layout(
-    lengths: list[int], num_prefix: int, head_dim: int, heads: int, dtype: torch.dtype, isa: str, threads: int
-) -> None:
+    lengths: list[int], num_prefix: int, head_dim: int, heads: int, dtype: torch.dtype, isa: str, threads: int,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
     assume(1 not in [n + num_prefix for n in lengths])  # eager PyTorch makes no error there: see the next test
     torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
-        force(patch, isa)
+        emulated = isa in EMULATED
+        use_native(patch, request.getfixturevalue("emulated_native") if emulated else native()._replace(isa=isa))
         check(lengths, num_prefix, heads, head_dim, dtype, num_orders=4)
 
 
@@ -243,8 +248,10 @@ def test_one_key_has_no_gradient(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_with_any_number_of_threads(isa: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    lengths, heads = (800, 40, 197, 300), 14  # of which the first is shared
-    qkv = torch.randn(sum(lengths) + 4, 3, heads, 64).to(dtype)
+    lengths, heads, head_dim = (800, 40, 197, 300), 14, 64  # of which the first is shared
+    if isa in EMULATED:
+        lengths, heads, head_dim = (300, 40), 20, 128
+    qkv = torch.randn(sum(lengths) + len(lengths), 3, heads, head_dim).to(dtype)
     found = []
     for threads in (1, 2, 5, 1):
         torch.set_num_threads(threads)
@@ -316,9 +323,9 @@ def test_refuses(dtype: torch.dtype, head_dim: int, message: str) -> None:
 
 @needs_library
 def test_auto_leaves_code_for_any_processor_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, ISAS[-1])
+    use_native(monkeypatch, native()._replace(isa=ISAS[-1]))
     assert available_backends()[:2] == ["native", "cpu"]
-    force(monkeypatch, "scalar")
+    use_native(monkeypatch, native()._replace(isa="scalar"))
     assert available_backends()[0] == "cpu"
     assert "native" in available_backends()
 
@@ -364,26 +371,44 @@ print(len(set(re.findall(r"\\S*/lib[gi]?omp\\S*", open("/proc/self/maps").read()
     assert done.stdout.strip() == "1"
 
 
+SANITIZERS = ("-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++")
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """The library with AddressSanitizer and UndefinedBehaviorSanitizer, built by setup.py, run without Python."""
-    flags = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    flags = " ".join(SANITIZERS)
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "obj"]
     env = {**os.environ, "CXXFLAGS": flags, "LDFLAGS": flags}
     subprocess.run(build, cwd=ROOT, env=env, check=True, capture_output=True)
     (built,) = (tmp_path / "lib").rglob("*.so")
+    run_sanitized(tmp_path, built, range(len(HERE)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(emulation.WHY_NOT), reason=emulation.WHY_NOT)
+def test_sanitizers_find_nothing_on_an_emulated_processor(tmp_path: Path) -> None:
+    """There they also see what instructions read and write."""
+    built = emulation.sanitized(tmp_path / "lib", SANITIZERS)
+    run_sanitized(tmp_path, built, [ISAS.index("amx")], "last")
+
+
+def run_sanitized(folder: Path, built: Path, isas: Sequence[int], *arguments: str) -> None:
     assert b"__asan" in built.read_bytes()
-    driver = build_driver(tmp_path, *flags.split())
+    driver = build_driver(folder, *SANITIZERS)
     # the OpenMP runtime keeps its threads' memory to the end
     run = subprocess.run(
-        [driver, built], capture_output=True, text=True, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        [driver, built, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    for isa in range(len(HERE)):
+    for isa in isas:
         for what in ("attention", "norm", "gradient of norm", "gelu"):
             assert f"isa {isa}, {what}" in run.stdout
-    if HERE[-1] == "amx":
+    if ISAS.index("amx") in isas:
         for what in ("product", "transposed product", "two layers", "gradient of weight"):
             assert f"isa {ISAS.index('amx')}, {what}" in run.stdout
 

@@ -20,6 +20,7 @@ const int64_t TILE = 1024;  // bytes
 const int UNIT = 32;  // rows that are packed together
 const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
+#ifndef HLIP_EMULATED  // by the tests, which have these in plain C++
 // The memory clobbers keep what the vector units do to the same memory, and do meanwhile, in its place.
 template <int T>
 INLINE void tile_load(const void* from) {
@@ -54,6 +55,7 @@ struct TilesInUse {
     }
     ~TilesInUse() { __asm__ volatile("tilerelease" ::: "memory"); }
 };
+#endif
 
 template <int I>
 struct Constant {
