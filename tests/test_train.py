@@ -29,6 +29,7 @@ TRAIN = Path(__file__).parents[1] / "train"
 sys.path.insert(0, str(TRAIN))
 
 from config import TrainConfig  # noqa: E402
+from tiny_store import make_store  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +286,9 @@ def test_bad_input_is_named(
     odd = tmp_path / "odd"
     found = find_studies(demo / "train.json")
     prepare(Found(found.studies[:1], []), Recipe(size=(8, 20, 20), crop=None), odd)
+    make_store(tmp_path / "silent", [1] * 6, size=(24, 48, 48), reports=[("", "")] * 6)
+    protocol = "Images were obtained with the usual protocol and reviewed. " * 9
+    make_store(tmp_path / "alike", [1] * 6, size=(24, 48, 48), reports=[("", f"{protocol}{i}.") for i in range(6)])
     blocked = tmp_path / "blocked"
     blocked.write_text("")
     cases: list[tuple[dict[str, object], str]] = [
@@ -305,6 +309,9 @@ def test_bad_input_is_named(
         (held_out | {"labels": None}, "test: the store has no labels for "),
         ({"val": odd, "prompts": demo / "prompts.yaml"}, "odd: study train-0000 has a scan of"),
         ({"fsdp": "true"}, "fsdp needs processes: start this with torchrun or srun"),
+        ({"batch_size": 1}, "batch_size 1: a study is told from the others of its batch"),
+        ({"data": tmp_path / "silent", "text": tmp_path / "none"}, "silent: none of its 6 studies has a report"),
+        ({"data": tmp_path / "alike"}, "alike: 6 reports looked at: their first 64 tokens are all equal"),
         ({"out": blocked / "x"}, "Not a directory"),
     ]
     for i, (changes, message) in enumerate(cases):
@@ -312,7 +319,7 @@ def test_bad_input_is_named(
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
         assert main() == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "run0").exists()  # what cannot start writes nothing
+        assert not (tmp_path / f"run{i}").exists()  # what cannot start writes nothing
 
 
 def test_help_names_every_setting() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from conftest import TINY_RECIPE, random_study
 from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
 
@@ -14,20 +16,26 @@ def make_store(
     num_scans: Sequence[int],
     labels: Sequence[Mapping[str, float]] | None = None,
     size: tuple[int, int, int] = (8, 16, 16),
+    reports: Sequence[tuple[str, str]] | None = None,
+    images: Sequence[Sequence[Tensor]] | None = None,
+    name: str = "s{:03d}",
 ) -> Store:
-    """Studies s000, s001, ... of so many scans each, in two shards."""
+    """Studies s000, s001, ... of so many scans each, in two shards.
+
+    reports: impression and findings of each, in place of those that number them.
+    images: of each study, in place of noise.
+    """
     work = path / "work"
     (path / "shards").mkdir(parents=True)
     work.mkdir()
     studies = [
         PreparedStudy(
-            f"s{i:03d}",
+            name.format(i),
             [
                 StoredScan(f"scan {m}", image, (3.0, 1.0, 1.0), "axial", size[0])
-                for m, image in enumerate(random_study([size] * count, i))
+                for m, image in enumerate(images[i] if images else random_study([size] * count, i))
             ],
-            f"Impression {i}.",
-            f"Findings {i}.",
+            *(reports[i] if reports else (f"Impression {i}.", f"Findings {i}.")),
             dict(labels[i]) if labels else {},
         )
         for i, count in enumerate(num_scans)
@@ -35,6 +43,6 @@ def make_store(
     half = len(studies) // 2
     for number, part in enumerate((studies[:half], studies[half:])):
         write_shard(path / "shards" / f"{number:05d}.safetensors", part, TINY_RECIPE.to_dict(), TINY_RECIPE.hash, work)
-    finish(path, work)
+    finish(path, work, source_hash=path.name)
     work.rmdir()
     return Store(path)

@@ -47,6 +47,7 @@ from hlip.tasks.processes import say_error
 from hlip_kernels.env import describe_backends
 from loading import MicroBatches
 from log import Log, Watch, check_loggers, memory_gb
+from precheck import check_data, check_texts
 from sampler import Cost, StepSampler
 
 DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
@@ -140,12 +141,14 @@ def train(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     store = Store(config.data)
     store.check_finished()
+    per_epoch = len(store) // config.batch_size
+    steps = config.epochs * per_epoch if config.epochs else config.steps or DEFAULT_STEPS
+    warnings = say(check_data(config, store, steps), world)
     model = make_model(config).to(device)
     scan_tokens = np.split(store.scan_tokens(model.config.vision.patch_size), store.first[1:-1])  # study by study
     checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
     held_out = HeldOut.read(config, model.config)
-    per_epoch = len(store) // config.batch_size
-    steps = config.epochs * per_epoch if config.epochs else config.steps or DEFAULT_STEPS
+    warnings += say(check_texts(config, store, model), world)
     model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
     features = locked_features(model, store, world) if keeps_features(config, model) else None
     wrapped = wrap(model, world, config.fsdp)
@@ -176,7 +179,7 @@ def train(config: TrainConfig) -> None:
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "first_step": first_step,
         "steps": steps, "batch_size": config.batch_size, "peak_lr": peak_lr(config),
         "tokens_per_step": round(np.mean([sampler.plan(step).tokens for step in range(min(steps, 8))])),
-        "torch": torch.__version__,
+        "warnings": warnings, "torch": torch.__version__,
     }  # fmt: skip
     log.event("start", **facts)
     if world.rank == 0:
@@ -265,6 +268,13 @@ def check_agreement(world: World, first_step: int, checkpoints: Checkpoints) -> 
         raise ValueError(
             f"processes see different things, so data and out must be shared by all of them: {dict(enumerate(seen))}"
         )
+
+
+def say(warnings: list[str], world: World) -> list[str]:
+    """The warnings, which the first process prints."""
+    for warning in warnings if world.rank == 0 else ():
+        logging.warning("%s", warning)
+    return warnings
 
 
 def outlive_sigterm(worker: int) -> None:
