@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers torch.ops.hlip_kernels)
+from . import ops
 from .backends import choose_backend, choose_norm_backend
 from .backends.groups import Regroup
 from .backends.torch_norm import move_prefix
@@ -49,13 +49,15 @@ def hier_attention(
         raise ValueError(
             f"qkv: expected a floating-point tensor (rows, 3, heads, head_dim), got {tuple(qkv.shape)} {qkv.dtype}"
         )
+    _refuse_trace()
     if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     _check_rows("qkv", qkv, layout, level)
     if not torch.compiler.is_compiling():  # a compiled model leaves the choice to the op
         backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
     out: Tensor
-    out, _ = torch.ops.hlip_kernels.hier_attention(
+    out, _ = ops.call(
+        "hier_attention",
         qkv,
         layout.cu_seqlens(level),
         layout.tiles(level),
@@ -103,6 +105,7 @@ def add_regroup_norm(
     Source: HLIP (arXiv 2505.21862), section 3.1, for the carrying of prefix rows.
     """
     check_level(src)
+    _refuse_trace()
     if residual.dim() != 2 or update.shape != residual.shape:
         raise ValueError(
             f"residual and update: expected two tensors (rows, width) of one shape, got {tuple(residual.shape)} and "
@@ -127,9 +130,10 @@ def add_regroup_norm(
         raise ValueError("path_scale: expected a constant; there is no gradient for it")
     if not torch.compiler.is_compiling():
         backend = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
-    x, y, _, _ = torch.ops.hlip_kernels.add_regroup_norm(
-        residual, update, path_scale, layer_scale, weight, bias, *_regroup(layout, src, dst), eps, backend
-    )
+    x: Tensor
+    y: Tensor
+    tensors = residual, update, path_scale, layer_scale, weight, bias
+    x, y, _, _ = ops.call("add_regroup_norm", *tensors, *_regroup(layout, src, dst), eps, backend)
     return x, y
 
 
@@ -158,7 +162,13 @@ def regroup_prefix(prefix: Tensor, layout: StudyLayout, src: Level, dst: Level) 
         )
     if prefix.device != layout.device:
         raise ValueError(f"prefix is on {prefix.device}, the layout on {layout.device}; move one with .to(device)")
-    return move_prefix(prefix, _regroup(layout, src, dst))
+    if prefix.dtype not in DTYPES:
+        raise ValueError(f"prefix: expected floating-point, got {prefix.dtype}")
+    _refuse_trace()
+    regroup = _regroup(layout, src, dst)
+    if regroup.coarser:
+        ops.refuse_tangents(prefix)
+    return move_prefix(prefix, regroup)
 
 
 def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
@@ -166,6 +176,13 @@ def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
     if src != check_level(dst):
         children = layout.children(*sorted((src, dst), key=LEVELS.index))
     return Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst))
+
+
+def _refuse_trace() -> None:
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace would keep the groups of this batch for all others. Use torch.compile, or torch.export."
+        )
 
 
 def _check_rows(name: str, x: Tensor, layout: StudyLayout, level: Level) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library import autograd
+from torch.autograd import forward_ad
 
+from . import flops
 from .backends import BACKENDS, NORM_BACKENDS, choose_backend, choose_norm_backend
 from .backends import native_product as amx
 from .backends.groups import Groups, Regroup, wide_dtype
@@ -81,9 +84,7 @@ def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any
     qkv, out, lse, cu_seqlens, *tiles = ctx.saved_tensors  # may be asked for once only, under checkpointing
     grad_qkv = None
     if grad_out is not None:
-        grad_qkv = torch.ops.hlip_kernels.hier_attention_backward(
-            grad_out, qkv, out, lse, cu_seqlens, tiles, *ctx.settings
-        )
+        grad_qkv = call("hier_attention_backward", grad_out, qkv, out, lse, cu_seqlens, tiles, *ctx.settings)
     return grad_qkv, None, [None] * len(tiles), *[None] * 4
 
 
@@ -178,8 +179,8 @@ def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: N
     x, *saved = ctx.saved_tensors
     if grad_y is None:
         grad_y = x.new_zeros(x.shape, dtype=ctx.dtype)
-    residual, update, layer_scale, weight, bias = torch.ops.hlip_kernels.add_regroup_norm_backward(
-        grad_x, grad_y, x, *saved, *ctx.settings
+    residual, update, layer_scale, weight, bias = call(
+        "add_regroup_norm_backward", grad_x, grad_y, x, *saved, *ctx.settings
     )
     return (
         residual,
@@ -243,14 +244,78 @@ _define(
 )
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> tuple[None, ...]:
+# Derivatives. The dispatcher knows those of an op; the transforms of torch.func take them from a Function alone.
+
+
+def second_derivative(*_: Any) -> Any:
     raise RuntimeError("the ops of hlip_kernels can be differentiated once only")
 
 
+def _forward_mode(*_: Any) -> Any:
+    raise NotImplementedError(
+        "the ops of hlip_kernels have no forward-mode derivatives (jvp, jacfwd, hessian, linearize, dual tensors). Use "
+        "reverse mode: torch.func.vjp, torch.func.jacrev or backward()"
+    )
+
+
+def refuse_tangents(*args: Any) -> None:
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        _forward_mode()
+
+
+def _reverse_only(op: Any, formula: Any, context: Any) -> Any:
+    """The op's autograd kernel, which drops tangents in silence, behind a check that there are none."""
+    kernel = autograd.make_autograd_impl(op, autograd.Info(formula, context))
+
+    def checked(keys: Any, *args: Any) -> Any:
+        refuse_tangents(*args)
+        return kernel(keys, *args)
+
+    return checked
+
+
+def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.Function]:
+    """The op as torch.func.grad, vjp, jacrev and vmap take it."""
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return tuple(None if isinstance(grad, list) else grad for grad in formula(ctx, *grads))
+
+    def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        calls = [
+            [x if d is None or isinstance(d, list) else x.select(d, i) for x, d in zip(args, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        outs = [call(op._opname, *each) for each in calls]
+        if isinstance(outs[0], Tensor):
+            return torch.stack(outs), 0
+        return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
+
+    methods = {
+        "forward": op,
+        "setup_context": context or (lambda *_: None),
+        "backward": backward,
+        "jvp": _forward_mode,
+        "vmap": one_by_one,
+    }
+    return type(op._opname, (torch.autograd.Function,), {name: staticmethod(f) for name, f in methods.items()})
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call the op of this name, also under the transforms of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[name].apply(*args)  # type: ignore[attr-defined]
+    return getattr(torch.ops.hlip_kernels, name)(*args)
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 for _name, _formula, _context in (
     ("hier_attention", _attention_autograd, _attention_context),
     ("add_regroup_norm", _norm_autograd, _norm_context),
-    ("hier_attention_backward", _no_second_derivative, None),
-    ("add_regroup_norm_backward", _no_second_derivative, None),
+    ("hier_attention_backward", second_derivative, None),
+    ("add_regroup_norm_backward", second_derivative, None),
 ):
-    torch.library.register_autograd(f"hlip_kernels::{_name}", _formula, setup_context=_context, lib=_library)
+    _op = getattr(torch.ops.hlip_kernels, _name).default
+    _library.impl(_name, _reverse_only(_op, _formula, _context), "Autograd", with_keyset=True)
+    _FUNCTIONS[_name] = _for_torch_func(_op, _formula, _context)
+
+flops.register_when_imported()
