@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hlip
-from conftest import random_study
+from conftest import TINY_RECIPE, random_study, tiny_vision
 from hlip import cli
 from hlip.model import checkpoint, published
-from hlip.model.config import ALIASES, preset
+from hlip.model.config import ALIASES, TextConfig, preset
+from hostile_models import put
 from released_files import (
     MULTISCAN,
     NAMES,
@@ -32,6 +36,12 @@ from released_files import (
     seeded,
     vit,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+from checkpoints import Checkpoints
+from config import TrainConfig
+from engine import World
+from pretrain import make_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -251,6 +261,141 @@ def test_a_checkpoint_of_our_trainer_says_which_model(tmp_path: Path) -> None:
     loaded = checkpoint.load(str(tmp_path / "checkpoint.pt"))
     assert loaded.model.config == preset(name)
     assert not loaded.guessed
+
+
+def trained(model: hlip.HLIPModel, out: Path) -> Path:
+    """A checkpoint as a run leaves it."""
+    checkpoints = Checkpoints(TrainConfig(Path("store"), out), World())
+    checkpoints.save(model, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu"), 3)
+    checkpoints.wait()
+    return checkpoints.all()[-1]
+
+
+def small_bert(bert_folder: str, folder: Path, **changes: Any) -> str:
+    """A BERT's folder, without weights, of another size and another vocabulary."""
+    shutil.copytree(bert_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer.json"))
+    words = (folder / "vocab.txt").read_text().splitlines()
+    (folder / "vocab.txt").write_text("\n".join([*words[:104], "mass", "a", "##s", "no"]) + "\n")
+    sizes = {"vocab_size": 108, "hidden_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4}
+    put(folder, {"config.json": {**sizes, "intermediate_size": 24, "layer_norm_eps": 1e-5, **changes}})
+    return str(folder)
+
+
+VISION = tiny_vision()
+OWN = {
+    "width and levels": ({"vision": replace(VISION, width=36, levels=("slice", "study", "scan", "study"))}, {}),
+    "patches and objective": (
+        {"vision": tiny_vision(num_prefix=2, grid=(3, 2, 1), max_scans=0), "per_prefix": True, "objective": "dual",
+         "recipe": None},
+        {"num_hidden_layers": 1, "hidden_act": "relu"},
+    ),
+    "head": ({"vision": replace(VISION, head="average", num_prefix=0, positions="sincos3d"), "embed_dim": 48,
+              "projection": False}, {"max_position_embeddings": 33, "type_vocab_size": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_checkpoint_of_a_model_of_its_own_is_read_without_flags(own: str, bert_folder: str, tmp_path: Path) -> None:
+    """After the folder of its BERT has gone; by the command too; and a run begins with it."""
+    changes, bert = OWN[own]
+    text = TextConfig(small_bert(bert_folder, tmp_path / "bert", **bert), 32, pooling="mean", locked=True)
+    config = hlip.ModelConfig(**{"vision": VISION, "text": text, "recipe": TINY_RECIPE, "embed_dim": 24, **changes})
+    model = hlip.HLIPModel(config).eval()
+    texts = ["a mass", "no masses [SEP]", "Mass x"]
+    expected = model.encode_text(texts)
+    path = trained(model, tmp_path / "run")
+    shutil.rmtree(tmp_path / "bert")
+    loaded = checkpoint.load(str(path))
+    assert not loaded.guessed
+    assert str(path) in loaded.how
+    assert run("convert", path, tmp_path / "converted") == 0
+    begun = make_model(TrainConfig(tmp_path, init=str(path), lock_text=False))
+    assert begun.config == replace(config, text=replace(text, locked=False))
+    for again in (loaded.model, hlip.HLIPModel.from_pretrained(tmp_path / "converted"), begun.eval()):
+        assert again.config.vision == config.vision
+        assert again.config.recipe == config.recipe
+        assert_same(again.state_dict(), model.state_dict())
+        assert torch.equal(again.encode_text(texts), expected)
+
+
+def test_a_checkpoint_from_before_says_no_more_than_its_shapes(bert_folder: str, tmp_path: Path) -> None:
+    """And a run goes on with it."""
+    name = "vit_base_multiscan_h3_token1176"
+    text = replace(preset(name).text, name=small_bert(bert_folder, tmp_path / "bert"))
+    model = hlip.create_model(name, text=text)
+    path = trained(model, tmp_path / "run")
+    content = torch.load(path)
+    del content["hlip_files"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="differ in what weights do not tell"):
+        checkpoint.load(str(path))
+    loaded = checkpoint.load(str(path), name, tmp_path / "bert")
+    assert loaded.model.config == model.config
+    assert_same(loaded.model.state_dict(), model.state_dict())
+    checkpoints = Checkpoints(TrainConfig(Path("store"), tmp_path / "run"), World())
+    again = hlip.create_model(name, text=text)
+    assert checkpoints.load(again, torch.optim.AdamW(again.parameters()), torch.amp.GradScaler("cpu")) == 3
+    assert_same(again.state_dict(), model.state_dict())
+
+
+def changed(name: str, *keys: str, value: Any) -> Callable[[dict[str, str]], None]:
+    def change(files: dict[str, str]) -> None:
+        content = json.loads(files[name])
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        files[name] = json.dumps(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("config.json", "vision", "width", value=60), "weights do not fit: visual.head.proj.weight is"),
+        (changed("config.json", "vision", "levels", value=["scan"] * 3), "weights do not fit: unexpected visual"),
+        (changed("config.json", "vision", "width", value=3 * 2**20), "its configuration asks for"),
+        (changed("config.json", "vision", "levels", value=["scan"] * 10**6), "its configuration asks for 1000000"),
+        (changed("config.json", "embed_dim", value=2**40), "no model can be built for it|weights do not fit"),
+        (changed("config.json", "embed_dim", value=float("nan")), "config.json: .*embed_dim must be int"),
+        (changed("config.json", "auto_map", value={"AutoModel": "a/b--c.D"}), "config.json: not a readable model"),
+        (changed("config.json", "text", "name", value=["x"]), "config.json: .*name must be str"),
+        (changed("text/config.json", "num_hidden_layers", value=2), "unexpected text.transformer.encoder.layer.2"),
+        (changed("text/config.json", "vocab_size", value=2**40), r"text, config.json|text': .*vocab_size is"),
+        (lambda files: files.pop("config.json"), "config.json: not a readable model configuration"),
+        (lambda files: files.pop("text/config.json"), "text, config.json: no such file"),
+        (lambda files: files.update({"config.json": "[" * 10**5}), "config.json: not .*nested too deeply"),
+        (lambda files: files.update({"config.json": "[]"}), "config.json: not a readable model configuration"),
+        (lambda files: files.update({"text/config.json": 5}), "not readable weights .hlip_files"),
+        (lambda files: files.update({5: "{}"}), "not readable weights .hlip_files"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_is_not_the_checkpoints_is_named(
+    change: Callable[[dict[str, Any]], Any], message: str, bert_folder: str, tmp_path: Path
+) -> None:
+    text = TextConfig(small_bert(bert_folder, tmp_path / "bert"), context_length=32)
+    path = trained(hlip.HLIPModel(hlip.ModelConfig(VISION, text, embed_dim=24)), tmp_path / "run")
+    content = torch.load(path)
+    change(content["hlip_files"])
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.load(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_a_checkpoint_is_not_another_model(bert_folder: str, tmp_path: Path) -> None:
+    text = TextConfig(small_bert(bert_folder, tmp_path / "bert"), context_length=32)
+    path = trained(hlip.HLIPModel(hlip.ModelConfig(VISION, text, embed_dim=24)), tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, config.json: the model is no demo: "):
+        hlip.HLIPModel.from_pretrained(path, model="demo")
+    other = small_bert(bert_folder, tmp_path / "other", vocab_size=200)
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight is"):
+        hlip.HLIPModel.from_pretrained(path, text=other)
+    put(tmp_path / "other", {"config.json": {"vocab_size": 108}, "tokenizer_config.json": {"do_lower_case": False}})
+    told = hlip.HLIPModel.from_pretrained(path, text=other)
+    assert told.config.text.name == other
+    assert told.text.tokenizer.tokenize("Mass") == ["[UNK]"]
 
 
 def test_files_that_are_not_weights(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ def test_the_demo_trains_evaluates_and_draws(tmp_path: Path) -> None:
     for name in ("loss.png", "roc.png", "study.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     models = [HLIPModel.from_pretrained(run / "model") for run in (out, out / "shuffled_reports", out / "one_scan")]
+    last = HLIPModel.from_pretrained(out / "checkpoints" / "step_00000002.pt")
+    assert last.config == models[0].config
+    assert last.encode_text(["a mass"]).equal(models[0].encode_text(["a mass"]))
     weights = [model.visual.head.proj.weight for model in models]
     assert not any(weights[i].equal(weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert f"trained on one random scan{'':<12}{results['auc_trained_on_one_scan']:.3f}" in done.stdout

@@ -163,7 +163,7 @@ def test_a_bert_that_lacks_weights_is_refused(bert_folder: str, tmp_path: Path) 
 def test_hostile_folders_ask_for_nothing(tmp_path: Path) -> None:
     """No key and no file makes a library fetch or import something: the models are what they are without it."""
     found = run_job(tmp_path)
-    assert found.pop("transformers") == [f"get_kernel {KERNEL}"]
+    assert f"get_kernel {KERNEL}" in found.pop("transformers")
     assert list(found) == list(WAYS)
     for way, results in found.items():
         assert re.fullmatch(r"[0-9a-f]{64}", results["good"]), (way, results["good"])

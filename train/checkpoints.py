@@ -1,7 +1,8 @@
 """Checkpoints of a run: `checkpoints/step_00001000.pt`, each one whole, written behind the run's back.
 
 A checkpoint is the same whatever the number of processes and however they share the model, so a run may go on with
-others. Everything random follows from (seed, step), so weights, optimizer and loss scale are all there is to keep.
+others. Everything random follows from (seed, step), so weights, optimizer and loss scale are all there is to keep. The
+model's configuration and tokenizer lie beside them, so that `HLIPModel.from_pretrained` reads a checkpoint by itself.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch.utils._pytree import tree_map
 from config import FREE, TrainConfig
 from engine import World
 from hlip.data.plain import check_format, check_within, load_tensors
+from hlip.model.checkpoint import model_files
 from hlip.model.clip import HLIPModel
-from hlip.model.weights import FORMAT
+from hlip.model.weights import FILES, FORMAT
 from log import plain
 
 
@@ -64,6 +66,7 @@ class Checkpoints:
             "scaler": scaler.state_dict(),
         }
         if self.world.rank == 0:
+            state[FILES] = model_files(model)
             state = tree_map(lambda value: value.cpu().clone() if isinstance(value, torch.Tensor) else value, state)
             self.thread = threading.Thread(target=self._write, args=(state, step))
             self.thread.start()

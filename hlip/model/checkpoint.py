@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ..data.plain import usual_permissions
+from ..data.plain import parse_json, read_text, usual_permissions
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
 from .published import (
@@ -35,7 +35,7 @@ from .published import (
     open_clip_json,
     published_name,
 )
-from .text import TOKENIZER_FILES, has_tokenizer
+from .text import TOKENIZER_FILES, Source, TextFiles, has_tokenizer
 from .weights import WEIGHT_FILES, Weights, check_fit, find_weights, load_strict, local_folder, read_json, read_weights
 
 log = logging.getLogger(__name__)
@@ -149,23 +149,22 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
     if path.is_file() and path.name in WEIGHT_FILES and _is_described(path.parent):
         path = path.parent if find_weights(path.parent) == path else path
-    ours = path.is_dir() and _is_ours(path)
-    if ours:
-        config, how, guessed = Identity(_own_config(path), f"as {path / 'config.json'} says")
-        if model is not None:
-            try:
-                published_name(config, model)
-            except ValueError as error:
-                raise ValueError(f"{path / 'config.json'}: {error}") from error
-        weights = read_weights(path / "model.safetensors")
-        own: Path | str | None = path / "text"
+    folder = path if path.is_dir() and _is_ours(path) else None
+    own: Source | None = folder / "text" if folder else None
+    if folder:
+        found = _own_config(str(folder / "config.json"), _read_config(folder / "config.json"), model)
+        weights = read_weights(folder / "model.safetensors")
     else:
         weights = read_weights(path if path.is_file() else find_weights(path))
-        config, how, guessed = identify(weights, path if path.is_dir() else None, model)
-        own = None
+        if weights.files:
+            found = _own_config(f"{weights.path}, config.json", weights.files.get("config.json", ""), model)
+            own = TextFiles(f"{weights.path}, text", _below(weights.files, "text/"))
+        else:
+            found = identify(weights, path if path.is_dir() else None, model)
+    config, how, guessed = found
     if text is not None:
         config = replace(config, text=replace(config.text, name=str(text)))
-    source, optional = text if text is not None else own, () if ours else ("logit_bias",)
+    source, optional = own if text is None else text, () if own else ("logit_bias",)
     _check_size(config, source, weights, optional)
     try:
         built = HLIPModel(config, source)
@@ -173,13 +172,13 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
         raise ValueError(f"{weights.path}: no memory for its model ({str(error).splitlines()[0]})") from error
     if source is None and path.is_dir() and has_tokenizer(path):
         built.text.tokenizer_source = str(path)
-    if "logit_bias" not in weights.state and not ours and config.objective != "clip":
+    if "logit_bias" not in weights.state and not own and config.objective != "clip":
         how += "; no logit_bias, so it begins anew"
     load_strict(built, weights.state, weights.path, optional)
     return Loaded(built.eval(), how, guessed)
 
 
-def _check_size(config: ModelConfig, text: Path | str | None, weights: Weights, optional: tuple[str, ...]) -> None:
+def _check_size(config: ModelConfig, text: Source | None, weights: Weights, optional: tuple[str, ...]) -> None:
     """Raises ValueError where a configuration asks for more, or other, than there are weights: a model of any size is
     quickly written down. Nothing is allocated but the tables of positions, whose size is looked at before."""
     vision, held = config.vision, sum(value.numel() for value in weights.state.values())
@@ -211,12 +210,35 @@ def _is_described(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("text", OPEN_CLIP_CONFIG, CONFIGS))
 
 
-def _own_config(folder: Path) -> ModelConfig:
-    path = folder / "config.json"
+def _own_config(where: str, text: str, model: str | None) -> Identity:
+    """The configuration in `text`. Raises ValueError, naming `where`, if it is none, or not that of `model`."""
     try:
-        return ModelConfig.from_dict(read_json(path))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        config = ModelConfig.from_dict(parse_json(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: not a readable model configuration ({error})") from error
+    if model is not None:
+        try:
+            published_name(config, model)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return Identity(config, f"as {where} says")
+
+
+def _read_config(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable model configuration ({error})") from error
+
+
+def _below(files: Mapping[str, str], folder: str) -> dict[str, str]:
+    return {name.removeprefix(folder): text for name, text in files.items() if name.startswith(folder)}
+
+
+def model_files(model: HLIPModel) -> dict[str, str]:
+    """What a checkpoint keeps beside the weights, to be read without flags: the texts of a saved model's folder."""
+    text = {f"text/{name}": content for name, content in model.text.files().items()}
+    return {"config.json": json.dumps(model.config.to_dict()), **text}
 
 
 def _save_weights(model: HLIPModel, path: Path) -> None:

@@ -19,7 +19,7 @@ from ..data.batch import PackedBatch
 from .config import ModelConfig, preset
 from .losses import Outputs, at_least_float32
 from .plan import TokenBatch
-from .text import TextTower
+from .text import Source, TextTower
 from .vit import StudyEncoder
 
 
@@ -56,9 +56,7 @@ class HLIPModel(nn.Module):
         text_source, pretrained_text: see `TextTower`.
     """
 
-    def __init__(
-        self, config: ModelConfig, text_source: Path | str | None = None, pretrained_text: bool = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, text_source: Source | None = None, pretrained_text: bool = False) -> None:
         super().__init__()
         self.config = config
         self.visual = VisualTower(config)

@@ -31,6 +31,7 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 FORMAT = 1  # of checkpoints, under "hlip_format"; those without a number are of the first
+FILES = "hlip_files"  # under this key a checkpoint of our trainer holds what makes a model of its weights
 WRAPPERS = ("module", "_orig_mod")  # put into keys by DistributedDataParallel and torch.compile
 UNUSED = re.compile(r"text\.transformer\.pooler\..*|(.*\.)?embeddings\.position_ids")
 
@@ -40,11 +41,13 @@ class Weights(NamedTuple):
 
     state: tensors by key.
     name: what the training run was called, if the file says.
+    files: of a checkpoint of our trainer, the texts that lie beside the weights in a saved model's folder, by path.
     """
 
     path: Path
     state: dict[str, Tensor]
     name: str
+    files: dict[str, str]
 
 
 def read_weights(path: Path) -> Weights:
@@ -67,6 +70,9 @@ def read_weights(path: Path) -> Weights:
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:  # the last two: no room to map
         raise ValueError(f"{path}: not readable weights ({str(error).splitlines()[0]})") from error
     name = ""
+    files: Any = content.get(FILES, {}) if isinstance(content, Mapping) else {}
+    if not isinstance(files, dict) or not all(type(text) is str for item in files.items() for text in item):
+        raise ValueError(f"{path}: not readable weights ({FILES} are not texts by name)")
     for _ in range(4):  # wrappings; a file may also refer to itself
         if not isinstance(content, Mapping):
             break
@@ -91,7 +97,7 @@ def read_weights(path: Path) -> Weights:
             raise ValueError(f"{path}: two keys that both mean {plain}; one is {key}")
         if not UNUSED.fullmatch(plain):
             state[plain] = value
-    return Weights(path, state, name)
+    return Weights(path, state, name, files)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
