@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from hlip.data.terminal import visible
+
 WRITTEN = ("bench/results", "docs/benchmarks.md", "docs/figures")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    lines = [list(header), *([("-" if cell is None else str(cell)) for cell in row] for row in rows)]
+    lines = [list(header), *([("-" if cell is None else visible(str(cell))) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

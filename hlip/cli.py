@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from .commands import data, embed, evaluate, interpret, models, probe, retrieve, zeroshot
+from .data.terminal import guarded_streams, say
 from .tasks.processes import say_error
 
 COMMANDS = (data, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
@@ -16,12 +17,17 @@ COMMANDS = (data, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        say_error(f"{self.format_usage()}{self.prog}: error: {message}")
+        say_error(*self.format_usage().splitlines(), f"{self.prog}: error: {message}")
         sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    with guarded_streams():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = _Parser(
         prog="hlip",
         usage="hlip [-h] COMMAND ...",
@@ -50,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         say_error(f"hlip {args.command}: error: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"hlip {args.command}: interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
+        say(f"hlip {args.command}: interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
 
 

@@ -29,6 +29,7 @@ from hlip.data.demo import PLANE, make_demo
 from hlip.data.prepare import prepare
 from hlip.data.sources import find_studies
 from hlip.data.store import Store
+from hlip.data.terminal import guarded_streams, say
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
 from hlip.tasks.labels import read_labels
@@ -67,12 +68,13 @@ def main() -> int:
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     try:
-        run(args)
+        with guarded_streams():
+            run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
+        say(f"demo.py: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"demo.py: error: training stopped with exit status {error.returncode}", file=sys.stderr)
+        say(f"demo.py: error: training stopped with exit status {error.returncode}", file=sys.stderr)
         return 1
     return 0
 

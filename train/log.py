@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from config import TrainConfig
 from engine import World
-from hlip.tasks.output import write_whole
+from hlip.data.terminal import say
+from hlip.tasks.output import shown_name, write_whole
 
 STALLED = 4  # exit status
 
@@ -117,9 +118,10 @@ def start_wandb(config: TrainConfig, settings: dict[str, Any]) -> Any:
     import wandb
 
     place = f"{config.wandb} {config.out.absolute()}"
+    paths = {key: shown_name(value) for key, value in vars(config).items() if isinstance(value, Path)}
     return wandb.init(
         project=config.wandb, name=config.out.name, id=hashlib.sha256(place.encode()).hexdigest()[:16],
-        dir=str(config.out), config=settings, resume="allow",
+        dir=str(config.out), config=settings | paths, resume="allow",
     )  # fmt: skip
 
 
@@ -203,7 +205,7 @@ class Watch:
             self._ask(self._tell)
         ranks = self._ask(self._all)
         if before is None or ranks is None:
-            print("pretrain.py: error: process 0 does not answer; waiting for it:", file=sys.stderr, flush=True)
+            say("pretrain.py: error: process 0 does not answer; waiting for it:", file=sys.stderr)
             before, ranks = [self.here], [self.here]
         silent = [
             now for was, now in zip(before, ranks, strict=True) if len(ranks) > 1 and was["beats"] == now["beats"]
@@ -212,12 +214,11 @@ class Watch:
         behind = silent or [each for each in ranks if (each["step"], each["order"]) == least]
         for each in behind:
             minutes = (time.time() - each["since"]) / 60
-            print(
+            say(
                 f"pretrain.py: error: process {each['rank']} on {each['host']} (pid {each['pid']}) has been "
                 f"{each['doing']} at step {each['step'] + 1} for {minutes:.1f} minutes; its studies are in "
                 f"{self.folder / 'stalled.json'}",
                 file=sys.stderr,
-                flush=True,
             )
         content = json.dumps(behind, indent=1) + "\n"
         write_whole(self.folder / "stalled.json", lambda file: file.write(content.encode()))

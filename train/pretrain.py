@@ -39,6 +39,7 @@ from config import TrainConfig, from_published_flags
 from engine import MicroBatch, World, backward, reduce_scalars, start, wrap
 from evaluation import HeldOut
 from hlip.data.store import Store
+from hlip.data.terminal import VisibleFormatter, guarded_streams, say
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import ModelConfig, preset
 from hlip.model.memory import keep_memory, release_memory
@@ -58,10 +59,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> int:
+    with guarded_streams():
+        return _main()
+
+
+def _main() -> int:
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
-        print("pretrain.py: error: settings need jsonargparse: pip install 'hlip-kernels[train]'", file=sys.stderr)
+        say("pretrain.py: error: settings need jsonargparse: pip install 'hlip-kernels[train]'", file=sys.stderr)
         return 2
 
     class Parser(ArgumentParser):
@@ -77,7 +83,9 @@ def main() -> int:
     parser = Parser(prog="pretrain.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(TrainConfig)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         args = parser.parse_args(from_published_flags(with_recipes(sys.argv[1:])))
         args.pop("config", None)
@@ -92,10 +100,10 @@ def main() -> int:
         what = " ".join(str(error).split())
         if not lost[0].startswith("DataLoader"):
             what = f"another process has ended ({what[:200]})"
-        print(f"pretrain.py: error: {what}; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        say(f"pretrain.py: error: {what}; --resume auto goes on from the last checkpoint", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pretrain.py: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        say("pretrain.py: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
@@ -143,12 +151,12 @@ def train(config: TrainConfig) -> None:
     store.check_finished()
     per_epoch = len(store) // config.batch_size
     steps = config.epochs * per_epoch if config.epochs else config.steps or DEFAULT_STEPS
-    warnings = say(check_data(config, store, steps), world)
+    warnings = warn(check_data(config, store, steps), world)
     model = make_model(config).to(device)
     scan_tokens = np.split(store.scan_tokens(model.config.vision.patch_size), store.first[1:-1])  # study by study
     checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
     held_out = HeldOut.read(config, model.config)
-    warnings += say(check_texts(config, store, model), world)
+    warnings += warn(check_texts(config, store, model), world)
     model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
     features = locked_features(model, store, world) if keeps_features(config, model) else None
     wrapped = wrap(model, world, config.fsdp)
@@ -184,7 +192,8 @@ def train(config: TrainConfig) -> None:
     log.event("start", **facts)
     if world.rank == 0:
         head_dim = model.config.vision.width // model.config.vision.heads
-        print(describe(model.config, facts, describe_backends(device.type, DTYPES[config.precision], head_dim)))
+        backends = describe_backends(device.type, DTYPES[config.precision], head_dim)
+        say(*describe(model.config, facts, backends).split("\n"))
 
     # --- steps
     autocast = functools.partial(torch.autocast, device.type, DTYPES[config.precision], config.precision != "fp32")
@@ -242,7 +251,7 @@ def train(config: TrainConfig) -> None:
             if stop and not last:
                 log.event("terminated", step=done)
                 if world.rank == 0 and not failure:
-                    print(f"pretrain.py: SIGTERM: saved after step {done}; --resume auto goes on", file=sys.stderr)
+                    say(f"pretrain.py: SIGTERM: saved after step {done}; --resume auto goes on", file=sys.stderr)
                 break
             if held_out and (last or (config.eval_every and done % config.eval_every == 0)):
                 watch.at(done, "evaluating", [])
@@ -270,7 +279,7 @@ def check_agreement(world: World, first_step: int, checkpoints: Checkpoints) -> 
         )
 
 
-def say(warnings: list[str], world: World) -> list[str]:
+def warn(warnings: list[str], world: World) -> list[str]:
     """The warnings, which the first process prints."""
     for warning in warnings if world.rank == 0 else ():
         logging.warning("%s", warning)

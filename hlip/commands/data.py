@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..data.engines import STEP_SECONDS, Engine
 from ..data.sources import Join
+from ..data.terminal import say
 
 SOME_REJECTED = 3
 INTERRUPTED = 130
@@ -190,13 +191,13 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         kept = f"{args.out} keeps what is finished" if args.out.exists() else "nothing was written yet"
-        print(f"hlip prepare: interrupted; {kept}: run this again to go on", file=sys.stderr)
+        say(f"hlip prepare: interrupted; {kept}: run this again to go on", file=sys.stderr)
         return INTERRUPTED
-    print(f"{args.out}: {report.studies} studies, {report.scans} scans")
+    say(f"{args.out}: {report.studies} studies, {report.scans} scans")
     if labels := Store(args.out).labels[0]:
-        print(f"  labels: {', '.join(labels)}")
+        say(f"  labels: {', '.join(labels)}")
     for rule, count in report.rejected.items():
-        print(f"  rejected by {rule}: {count}")
+        say(f"  rejected by {rule}: {count}")
     return SOME_REJECTED if report.rejected else 0
 
 
@@ -223,14 +224,14 @@ def _info(args: argparse.Namespace) -> None:
     store = Store(args.store)
     scans = len(store.shapes)
     shapes = Counter(map(tuple, store.shapes.tolist())).most_common(3)
-    print(f"{args.store}: {len(store)} studies, {scans} scans{'' if store.info else ' so far (not finished)'}")
-    print("  common shapes (D, H, W): " + ", ".join(f"{shape} {count / scans:.0%}" for shape, count in shapes))
-    print(f"  labels: {', '.join(store.labels[0]) or 'none'}")
+    say(f"{args.store}: {len(store)} studies, {scans} scans{'' if store.info else ' so far (not finished)'}")
+    say("  common shapes (D, H, W): " + ", ".join(f"{shape} {count / scans:.0%}" for shape, count in shapes))
+    say(f"  labels: {', '.join(store.labels[0]) or 'none'}")
     for key in ("format", "recipe_hash", "shards", "hidden_ids"):
         if store.info:
-            print(f"  {key}: {store.info[key]}")
+            say(f"  {key}: {store.info[key]}")
     if store.info:
-        print(f"  recipe: {json.dumps(store.info['recipe'])}")
+        say(f"  recipe: {json.dumps(store.info['recipe'])}")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -238,9 +239,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     problems = verify(args.store, _bar("shard"))
     for problem in problems:
-        print(problem)
+        say(problem)
     found = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "whole"
-    print(f"{args.store}: {found}")
+    say(f"{args.store}: {found}")
     return 1 if problems else 0
 
 
@@ -248,7 +249,7 @@ def _merge(args: argparse.Namespace) -> None:
     from ..data.store_tools import merge
 
     report = merge(args.stores, args.out)
-    print(f"{args.out}: {report.studies} studies, {report.scans} scans")
+    say(f"{args.out}: {report.studies} studies, {report.scans} scans")
 
 
 def _split(args: argparse.Namespace) -> None:
@@ -271,7 +272,7 @@ def _split(args: argparse.Namespace) -> None:
             raise ValueError(f"{out}: exists already")
     for part, out in zip(parts, args.out, strict=True):
         report = select(store, part, out, _bar("shard"))
-        print(f"{out}: {report.studies} studies, {report.scans} scans")
+        say(f"{out}: {report.studies} studies, {report.scans} scans")
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -302,7 +303,7 @@ def _slices(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.masks}: no mask has a lesion that a prepared slice shows")
     write_whole(args.out, lambda file: file.write(f"{json.dumps(found, indent=1)}\n".encode()))
     shown = sum(len(rows) for scans in found.values() for rows in scans.values())
-    print(f"{args.out}: {shown} slices of {sum(map(len, found.values()))} scans, {len(found)} studies")
+    say(f"{args.out}: {shown} slices of {sum(map(len, found.values()))} scans, {len(found)} studies")
 
 
 def _bar(unit: str) -> Any:

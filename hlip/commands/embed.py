@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.terminal import say
 from ..tasks.embed import embed
 from ..tasks.embeddings import SUFFIXES, need_pyarrow
 from ..tasks.output import check_writable
@@ -79,11 +80,11 @@ def _embed(args: argparse.Namespace) -> int:
         model = load_encoder(args)
         if among.first:
             dtype = options.on(model.device).dtype
-            print(f"hlip embed: on {model.device}, products in {dtype}", file=sys.stderr)
+            say(f"hlip embed: on {model.device}, products in {dtype}", file=sys.stderr)
         table = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)
     if table is None:
         return 0
     count, width = len(set(table.study.tolist())), table.embedding.shape[1]
     rows = f" in {len(table)} rows" if len(table) > count else ""
-    print(f"{args.out}: {count} {'study' if count == 1 else 'studies'} x {width}{rows}")
+    say(f"{args.out}: {count} {'study' if count == 1 else 'studies'} x {width}{rows}")
     return report_failed(table, "embed")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.store import Store
+from ..data.terminal import say
 from ..model.clip import HLIPModel
 from ..tasks.baselines import PREFIX, SliceEncoder
 from ..tasks.bootstrap import DRAWS
@@ -28,7 +29,7 @@ from ..tasks.evaluate import (
 from ..tasks.inputs import StoreStudies
 from ..tasks.labels import read_labels
 from ..tasks.metrics import need_sklearn
-from ..tasks.output import check_folder, new_figure
+from ..tasks.output import check_folder, new_figure, shown_name
 from ..tasks.processes import Processes, processes
 from ..tasks.report import (
     MARKDOWN,
@@ -155,25 +156,26 @@ def _eval(args: argparse.Namespace) -> int:
     else:
         found = evaluate(task, table, labels, model, args.templates, *rest, args.head)
     facts = {
-        "model": args.model,
-        "data": str(args.data or args.embeddings),
-        "labels": None if args.labels is None else str(args.labels),
+        "model": shown_name(args.model),
+        "data": shown_name(args.data or args.embeddings),
+        "labels": args.labels and shown_name(args.labels),
         "templates": args.templates or next(iter(task.templates)),
         "one_scan": table.facts.get("job", {}).get("one_scan"),
-        **({"pool": model.pool, "slices": args.slices and str(args.slices)} if isinstance(model, SliceEncoder) else {}),
+        **({"pool": model.pool} if isinstance(model, SliceEncoder) else {}),
+        **({"slices": args.slices and args.slices.name} if isinstance(model, SliceEncoder) else {}),
         "draws": args.draws,
         "seed": args.seed,
         "left_out": table.facts.get("failed", []),
         "left_out_scans": table.facts.get("left_out", []),
     }
     write_evaluation(found, args.out, facts)
-    print(f"{task.name}: {sizes(found)}; percent, with 95% intervals")
-    print(aligned([list(column) for column in zip(*table_rows(found), strict=True)]))
+    say(f"{task.name}: {sizes(found)}; percent, with 95% intervals")
+    say(*aligned([list(column) for column in zip(*table_rows(found), strict=True)]))
     if len(rows := class_rows(found)) > 1 and len(rows[0]) > 3:
-        print(f"\n{aligned(rows)}")
+        say("", *aligned(rows))
     for note in found.notes:
-        print(f"note: {note}")
-    print(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
+        say(f"note: {note}")
+    say(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
     return report_failed(table, "eval")
 
 

@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from ..data.batch import Study
 from ..data.studies import load_study_on_grids
+from ..data.terminal import say
 from ..data.volume import Volume
 from ..model.checkpoint import replace_folder
 from ..model.clip import HLIPModel
 from ..tasks.embed import embed_studies
 from ..tasks.maps import Classes, as_arrays, montage, order_of, page, write_overlays
-from ..tasks.output import check_folder, check_writable, new_figure
+from ..tasks.output import check_folder, check_writable, new_figure, shown_name
 from ..tasks.relevance import Relevance, relevance
 from ..tasks.texts import embed_prompts
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares
@@ -109,14 +110,14 @@ def _interpret(args: argparse.Namespace) -> int:
         classes = dict(zip(names, zip(*rows, strict=True), strict=True))
     replace_folder(args.out, lambda folder: _fill(folder, args, model, study, found, grids, classes))
     width = max(map(len, found.names))
-    print(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
+    say(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
     for name, (share, cosine) in sorted(classes.items(), key=lambda item: -item[1][0]):
-        print(f"  share of {name} among these prompts: {share:.1%}; cosine {cosine:.3f}")
+        say(f"  share of {name} among these prompts: {share:.1%}; cosine {cosine:.3f}")
     for m in order_of(found):
-        print(f"  {found.names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
+        say(f"  {found.names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
     for entry in rejections(study.left_out):
-        print(f"  left out: {entry['scan']} ({entry['rule']}: {entry['reason']})")
-    print(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")
+        say(f"  left out: {entry['scan']} ({entry['rule']}: {entry['reason']})")
+    say(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")
     return SOME_LEFT_OUT if study.left_out else 0
 
 
@@ -165,7 +166,7 @@ def _fill(
     with (folder / "montage.png").open("wb") as file:
         montage(study, found, file, title)
     facts = {
-        "Model": args.model,
+        "Model": shown_name(args.model),
         "Layers": ("all layers and levels" if args.layers == "all" else "the last layer")
         + ", normalized" * args.normalize,
         "Cosine of study and text": f"{found.similarity:.3f}",
@@ -190,7 +191,7 @@ def _fill(
         "against": args.against,
         "layers": args.layers,
         "normalize": args.normalize,
-        "model": args.model,
+        "model": shown_name(args.model),
         "similarity": round(found.similarity, 6),
         SHARE: {name: round(share, 6) for name, (share, _) in classes.items()},
         "cosine": {name: round(cosine, 6) for name, (_, cosine) in classes.items()},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from ..data.terminal import say
 from ..model.checkpoint import Layout, load
 from ..model.published import describe
 from ..tasks.plot import draw, read_run
@@ -56,12 +57,12 @@ def add(commands: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     model, how, _ = load(args.source, args.model, args.text)
-    print(f"{args.source}: {how}\n{describe(model.config)}")
+    say(f"{args.source}: {how}", *describe(model.config))
     if args.layout == "hlip":
         model.save_pretrained(args.target)
     else:
         model.save_open_clip(args.target, args.model)
-    print(f"{args.target}: written in layout {args.layout}")
+    say(f"{args.target}: written in layout {args.layout}")
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -70,6 +71,6 @@ def _plot(args: argparse.Namespace) -> None:
     runs = [read_run(folder) for folder in args.runs]
     for run in runs:
         if run.damaged:
-            print(f"{run.folder}: damaged lines of the log left out: {run.damaged}", file=sys.stderr)
+            say(f"{run.folder}: damaged lines of the log left out: {run.damaged}", file=sys.stderr)
     write_whole(out, lambda file: draw(runs, file, kind))
-    print(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
+    say(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..data.terminal import say
 from ..tasks.bootstrap import DRAWS, interval
 from ..tasks.embeddings import Embeddings
 from ..tasks.labels import LabelTable, read_label_table
@@ -150,7 +151,7 @@ def _probe(args: argparse.Namespace) -> None:
         scores = probes[name].scores(data.embeddings[m][test])
         aucs[name] = auc_intervals(data.labels[test], scores, args.draws, args.seed)
         if late := probes[name].facts["not_converged"]:
-            print(f"{name}: did not converge for {', '.join(late)}", file=sys.stderr)
+            say(f"{name}: did not converge for {', '.join(late)}", file=sys.stderr)
         # What goes into a probe's file says where it comes from.
         facts = {"embeddings": tables[m].facts, "labels": args.labels.name, "head": args.head}
         probes[name].facts.update(facts)
@@ -185,11 +186,11 @@ def _names(paths: Sequence[Path], given: Sequence[str] | None) -> list[str]:
 
 def _report_join(data: ProbeData) -> None:
     parts = ", ".join(f"{len(data.of(part))} {part}" for part in ("train", "val", "test"))
-    print(f"{len(data.uids)} studies with labels and embeddings: {parts}; {len(data.classes)} classes")
+    say(f"{len(data.uids)} studies with labels and embeddings: {parts}; {len(data.classes)} classes")
     report_unjoined("without label", data.without_label)
     report_unjoined("without embedding", data.without_embedding)
     for name, reason in data.left_out.items():
-        print(f"left out {name}: {reason}", file=sys.stderr)
+        say(f"left out {name}: {reason}", file=sys.stderr)
 
 
 def _apply(args: argparse.Namespace) -> None:
@@ -205,7 +206,7 @@ def _apply(args: argparse.Namespace) -> None:
     (name,) = _names([args.embeddings], args.names)
     if args.labels is None:
         _write_scores(args.out / f"{name}.scores.csv", uids, probe, embeddings)
-        print(f"{args.out / f'{name}.scores.csv'}: {len(uids)} studies x {len(probe.classes)} classes")
+        say(f"{args.out / f'{name}.scores.csv'}: {len(uids)} studies x {len(probe.classes)} classes")
         return
     table = read_label_table(args.labels, args.classes or PROTOCOLS.get(args.protocol, ()))
     pairs = _same_classes(probe.classes, table)
@@ -228,7 +229,7 @@ def _apply(args: argparse.Namespace) -> None:
     if not len(kept):
         raise ValueError(f"{args.labels}: no class has {args.minimum} positives and negatives: {left_out}")
     for reason in left_out.items():
-        print(f"left out {': '.join(reason)}", file=sys.stderr)
+        say(f"left out {': '.join(reason)}", file=sys.stderr)
     mine = [pairs[j][0] for j in kept]
     auc = auc_intervals(labels[:, kept], scores[np.ix_(joined, mine)], args.draws, args.seed)
     without_label = sorted(set(uids) - rows.keys())
@@ -238,7 +239,7 @@ def _apply(args: argparse.Namespace) -> None:
     _write_scores(args.out / f"{name}.scores.csv", uids, probe, embeddings)
     content = {
         "studies": {"test": len(joined)},
-        "probe": str(args.apply),
+        "probe": args.apply.name,
         "seed": args.seed,
         "draws": args.draws,
         "left_out": left_out,
@@ -298,16 +299,16 @@ def _write_figures(
     write_whole(out / "auc.png", lambda file: draw_bars(classes, aucs, file, "png"))
 
     width = max(len("mean"), *map(len, classes))
-    print(f"{'':{width}}  positives  " + "  ".join(f"{name:<21}" for name in aucs))
+    say(f"{'':{width}}  positives  " + "  ".join(f"{name:<21}" for name in aucs))
     for k in np.argsort(-next(iter(aucs.values())).value, kind="stable"):
         cells = (f"{auc.value[k]:.3f} [{auc.low[k]:.3f}, {auc.high[k]:.3f}]" for auc in aucs.values())
-        print(f"{classes[k]:{width}}  {positives[k]:9}  {'  '.join(cells)}")
+        say(f"{classes[k]:{width}}  {positives[k]:9}  {'  '.join(cells)}")
     cells = (f"{auc.macro:.3f} [{auc.macro_low:.3f}, {auc.macro_high:.3f}]" for auc in aucs.values())
-    print(f"{'mean':{width}}  {'':9}  {'  '.join(cells)}")
+    say(f"{'mean':{width}}  {'':9}  {'  '.join(cells)}")
     if "difference" in content:
         value, low, high = content["difference"].values()
-        print(f"difference of the means: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
-    print(f"{out}: probe.json, auc.csv, auc.png")
+        say(f"difference of the means: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    say(f"{out}: probe.json, auc.csv, auc.png")
 
 
 def _cell(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.store import Store
+from ..data.terminal import say
 from ..tasks.baselines import PREFIX
 from ..tasks.embed import embed
 from ..tasks.output import check_folder, new_figure
@@ -143,7 +144,7 @@ def _retrieve(args: argparse.Namespace) -> int:
     text = json.dumps(content, indent=1) + "\n"
     write_whole(args.out / "retrieve.json", lambda file: file.write(text.encode()))
     _print(figures, queries, studies)
-    print(f"{args.out}: retrieve.json, ranks.csv, recall.png")
+    say(f"{args.out}: retrieve.json, ranks.csv, recall.png")
     return report_failed(made, "retrieve")
 
 
@@ -173,16 +174,14 @@ def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]],
     several = len(figures) > len(DIRECTIONS)
     for each in figures:
         head = f" (head {each['head']})" if several else ""
-        print(f"{each['direction']}{head}: {each['studies']} studies, {each['texts']} different texts")
+        say(f"{each['direction']}{head}: {each['studies']} studies, {each['texts']} different texts")
         for k, value in each["recall"].items():
-            print(f"  recall at {k:<4} {value:6.1%}   random {each['chance'][k]:6.1%}")
-        print(f"  median rank {each['median_rank']:g}")
+            say(f"  recall at {k:<4} {value:6.1%}   random {each['chance'][k]:6.1%}")
+        say(f"  median rank {each['median_rank']:g}")
     for each in (*queries, *studies):
         for what in ("studies", "reports"):
             if what in each:
-                print(f"{what} nearest to {each.get('query') or each['study']!r}")
+                say(f"{what} nearest to {each.get('query') or each['study']!r}")
                 for entry in each[what]:
                     text = " ".join(entry["text"].split())
-                    print(
-                        f"  {entry['similarity']:.3f}  {entry['study']}  {text[:80]}{'...' if len(text) > 80 else ''}"
-                    )
+                    say(f"  {entry['similarity']:.3f}  {entry['study']}  {text[:80]}{'...' if len(text) > 80 else ''}")

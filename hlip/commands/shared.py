@@ -18,6 +18,7 @@ from ..data.files import near
 from ..data.scans import Rejection
 from ..data.store import Store
 from ..data.studies import load_study
+from ..data.terminal import say
 from ..model.clip import HLIPModel
 from ..model.memory import keep_memory
 from ..tasks.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
@@ -187,9 +188,9 @@ def report_failed(table: Embeddings, command: str) -> int:
         (f"{uid}, scan {scan}", f"{rule}: {reason}") for uid, scan, rule, reason in table.facts.get("left_out", ())
     ]
     for what, reason in lost[:SHOWN]:
-        print(f"hlip {command}: left out {what}: {reason}", file=sys.stderr)
+        say(f"hlip {command}: left out {what}: {reason}", file=sys.stderr)
     if len(lost) > SHOWN:
-        print(f"hlip {command}: left out {len(lost) - SHOWN} more", file=sys.stderr)
+        say(f"hlip {command}: left out {len(lost) - SHOWN} more", file=sys.stderr)
     return SOME_LEFT_OUT if lost else 0
 
 
@@ -202,7 +203,7 @@ def report_unjoined(what: str, uids: Sequence[str]) -> None:
     """Say how many studies are, as "without report", and name the first."""
     if uids:
         more = ", ..." if len(uids) > SHOWN else ""
-        print(f"studies {what}: {len(uids)} ({', '.join(uids[:SHOWN])}{more})", file=sys.stderr)
+        say(f"studies {what}: {len(uids)} ({', '.join(uids[:SHOWN])}{more})", file=sys.stderr)
 
 
 def picture_format(path: Path) -> str:

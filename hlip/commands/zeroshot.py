@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data.batch import Study
+from ..data.terminal import say
 from ..tasks.embed import embed_studies
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares, zeroshot_classifier
 from .shared import (
@@ -100,7 +101,7 @@ def _zeroshot(args: argparse.Namespace) -> int:
         content = json.dumps(table, indent=1) + "\n"
         write_whole(args.out, lambda file: file.write(content.encode()))
     for uid, entry in table.items():
-        print("\n".join([uid, *_lines(entry)]))
+        say(uid, *_lines(entry))
     return SOME_LEFT_OUT if any(study.left_out for study in seen) else 0
 
 

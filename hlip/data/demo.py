@@ -11,7 +11,6 @@ contrasts a study holds says nothing of its finding. Everything follows from one
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import json
 import multiprocessing
@@ -27,6 +26,8 @@ import torch
 import yaml
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from .tables import csv_text
 
 VERSION = 1
 CLASSES = ("normal", "stroke", "glioma", "meningioma", "metastases")
@@ -372,8 +373,7 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
                 (partial / f"{split}.json").write_text(json.dumps(studies, indent=1))
         finally:
             pool.shutdown(cancel_futures=True)
-        with (partial / "labels.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([["study", *CLASSES], *labels])
+        (partial / "labels.csv").write_bytes(csv_text([["study", *CLASSES], *labels]))
         (partial / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS, sort_keys=False))
         (partial / "README.txt").write_text(
             "Brain MRI studies made by hlip.data.demo. The anatomy is the MNI152 template; every lesion and every\n"

@@ -21,6 +21,8 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from .terminal import guard_streams
+
 Engine = Literal["local", "ray", "slurm"]
 TRIES = 3  # so often a step may end its process before it is blamed: whoever kills a process once or twice is forgiven
 STEP_SECONDS = 600.0  # a scan takes some seconds, unless it hangs the decoder or the storage
@@ -170,6 +172,7 @@ class _Worker:
 
 
 def _work(pipe: Any, job: Job) -> None:
+    guard_streams()  # of what the readers' libraries say of files
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:

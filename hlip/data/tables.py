@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import logging
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,30 @@ logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
 Labels = tuple[tuple[str, float], ...]
 Value = TypeVar("Value")
+# Spreadsheets run a cell that begins so as a formula, some of them behind spaces. Numbers they only read.
+FORMULA = re.compile(r"'*(\s*[=+\-@＝＋－＠].|[\t\r\n])", re.DOTALL)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> bytes:
+    """A table as CSV in UTF-8. A text that a spreadsheet would run gets an apostrophe in front of it, which says that
+    it is text, and which `Table.read` takes away; so does one that has such an apostrophe already."""
+    return "".join(map(_line, rows)).encode("utf-8", "backslashreplace")
+
+
+def _line(row: Sequence[Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\r\n").writerow(map(_harmless, row))  # quotes what has either of the two
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _harmless(cell: Any) -> Any:
+    runs = isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell)
+    return f"'{cell}" if runs else cell
+
+
+def _as_written(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def read_json_studies(path: Path, what: str) -> dict[str, Any]:
@@ -73,7 +98,7 @@ class Table:
         try:
             with contextlib.closing(read_lines(path)) as lines:
                 reader = csv.DictReader(lines)
-                columns = [name.strip() for name in reader.fieldnames or ()]
+                columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
                 reader.fieldnames = columns
                 uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
                 if uid_column is None:
@@ -85,6 +110,7 @@ class Table:
                     line = reader.line_num
                     if None in row or None in row.values():
                         raise ValueError(f"line {line}: expected {len(columns)} cells")
+                    row = {name: _as_written(cell) for name, cell in row.items()}
                     uid = row[uid_column].strip()
                     uid = volume_study(uid) if uid_column == "VolumeName" else uid
                     if not uid:

@@ -134,7 +134,8 @@ def from_pretrained(name: str, model: str | None = None, text: Path | str | None
     """See `HLIPModel.from_pretrained`. A configuration that had to be guessed is told on the log."""
     loaded = load(name, model, text)
     if loaded.guessed:
-        log.warning("%s: %s\n%s", name, loaded.how, describe(loaded.model.config))
+        lines = describe(loaded.model.config)
+        log.warning("%s: %s" + "\n%s" * len(lines), name, loaded.how, *lines)
     return loaded.model
 
 

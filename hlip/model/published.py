@@ -134,18 +134,16 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     return Identity(config, how, guessed)
 
 
-def describe(config: ModelConfig) -> str:
+def describe(config: ModelConfig) -> list[str]:
     """A configuration in a few lines, for people."""
     vision, text = config.vision, config.text
     rows = "one per output" if config.per_prefix else "one a study"
-    return "\n".join(
-        [
-            f"vision: {Shapes.of_config(config)._replace(max_scans=vision.max_scans)}, heads {vision.heads}",
-            f"levels: {' '.join(vision.levels)}",
-            f"text: {text.name}, {text.context_length} tokens, pooling {text.pooling}{', locked' * text.locked}",
-            f"embedding: {config.embed_dim}, {rows}; objective {config.objective}",
-        ]
-    )
+    return [
+        f"vision: {Shapes.of_config(config)._replace(max_scans=vision.max_scans)}, heads {vision.heads}",
+        f"levels: {' '.join(vision.levels)}",
+        f"text: {text.name}, {text.context_length} tokens, pooling {text.pooling}{', locked' * text.locked}",
+        f"embedding: {config.embed_dim}, {rows}; objective {config.objective}",
+    ]
 
 
 def _families(found: list[str]) -> set[tuple[Any, ...]]:

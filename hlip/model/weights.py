@@ -176,8 +176,9 @@ def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
-        for file in chain.from_iterable(map(folder.glob, (*patterns, *(WEIGHT_FILES if weights else ())))):
-            check_within(file, folder)
+        wanted = (*patterns, *(WEIGHT_FILES if weights else ()))
+        for path in chain.from_iterable(map(folder.glob, wanted)):
+            check_within(path, folder)
         return folder
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -251,7 +251,7 @@ class _Batches(Dataset):
             except ImportError:
                 raise  # says what to install: no fault of the study
             except Exception as error:  # damaged files can raise anything
-                loaded.failed.append((self.studies.uids[i], " ".join(str(error).split()) or type(error).__name__))
+                loaded.failed.append((self.studies.uids[i], _reason(error)))
                 continue
             loaded.left_out += study.left_out
             if self.options.unit != "scan":
@@ -265,6 +265,13 @@ class _Batches(Dataset):
         for batch, run in self.make(views, self.options.max_tokens):
             loaded.batches.append((batch, list(islice(rows, len(run)))))
         return loaded
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in a line, without the folder that its file lies in: it is for the results."""
+    path = getattr(error, "path", None) or getattr(error, "filename", None)
+    text = str(error).replace(f"{Path(path).parent}/", "") if path else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _embedded(

@@ -6,6 +6,7 @@ Shapes: N studies.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,10 +112,14 @@ class OneScan:
 
 
 def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
-    """Of each study the name of its folder, or of what its files are called after; as paths if two are the same."""
+    """Of each study the name of its folder, or of what its files are called after; if two are the same, the paths from
+    the folder that all lie in."""
     paths = [group if isinstance(group, Path) else called_after(group) for group in groups]
     names = [printable(path.resolve().name) for path in paths]
-    return names if len(set(names)) == len(names) else [printable(str(path)) for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    home = os.path.commonpath(list(map(os.path.abspath, paths)))
+    return [printable(os.path.relpath(path, home)) for path in paths]
 
 
 class FileStudies:

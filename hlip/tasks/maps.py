@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..data.batch import Study
 from ..data.preprocess import Recipe
+from ..data.terminal import visible
 from ..data.volume import Volume
 from .output import label, new_figure
 from .relevance import Progress, Relevance
@@ -155,7 +156,7 @@ def page(
     figures, data = [], []
     for m in progress(order):
         scan, values = study.scans[m], found.maps[m]
-        first, name = best_slice(values, len(scan)), html.escape(found.names[m])
+        first, name = best_slice(values, len(scan)), _html(found.names[m])
         figures.append(
             f"<figure><figcaption><b>{name}</b> {shares[m]:.1%} of all relevance</figcaption>"
             f'<div class="view"><img alt="{name}"><canvas></canvas></div>'
@@ -172,13 +173,13 @@ def page(
             }
         )
     rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td><meter min='0' max='1' value='{share:.4f}'></meter></td>"
+        f"<tr><th>{_html(name)}</th><td><meter min='0' max='1' value='{share:.4f}'></meter></td>"
         f"<td>{share:.1%}</td><td>{cosine:.3f}</td></tr>"
         for name, (share, cosine) in sorted((classes or {}).items(), key=lambda item: -item[1][0])
     )
-    said = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in (facts or {}).items())
+    said = "".join(f"<dt>{_html(key)}</dt><dd>{_html(value)}</dd>" for key, value in (facts or {}).items())
     parts = {
-        "title": html.escape(title),
+        "title": _html(title),
         "facts": f"<dl>{said}</dl>" if said else "",
         "classes": f"<table><caption>Share among these prompts, and cosine</caption>{rows}</table>" if rows else "",
         "figures": "\n".join(figures),
@@ -186,6 +187,10 @@ def page(
     }
     template = PAGE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _html(text: str) -> str:
+    return html.escape(visible(text))
 
 
 def _base64(content: bytes) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from ..data.tables import csv_text
+from ..data.terminal import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,20 +60,24 @@ def label(text: str) -> str:
 
     font = get_font(findfont(FontProperties()))
     shown = "".join(
-        c if c.isspace() or font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text
+        c if c.isspace() or font.get_char_index(ord(c)) else c.encode("unicode_escape").decode()
+        for c in visible(text, "\n")
     )
     return shown.replace("$", r"\$")
 
 
+def shown_name(given: Path | str) -> str:
+    """What a file or folder is called, without where it lies, as results are shared; a name on the hub as it is."""
+    prefix, sign, behind = str(given).partition(":")
+    for before, path in (("", str(given)), (prefix + sign, behind)):  # open_clip:FOLDER
+        if path and (Path(path).is_absolute() or os.path.lexists(path)):
+            return before + Path(os.path.normpath(Path(path).absolute())).name
+    return str(given)
+
+
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     """Write a table whole or not at all."""
-    write_whole(path, lambda file: file.write(csv_text(rows).encode()))
-
-
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    write_whole(path, lambda file: file.write(csv_text(rows)))
 
 
 def new_figure(width: float, height: float) -> Figure:

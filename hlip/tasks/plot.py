@@ -9,7 +9,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from ..data.plain import check_regular, parse_json
-from .output import new_figure
+from .output import label, new_figure, shown_name
 
 LOG = "log.jsonl"
 MOST = 2**53  # integers beyond it are no figures: floating point does not hold them
@@ -108,7 +108,12 @@ def draw(runs: Sequence[Run], file: IO[bytes], kind: str) -> None:
         axes.set(title=title, xlabel="step" if i >= len(panels) - columns else "")
         axes.grid(alpha=0.3)
     handles = figure.axes[0].get_lines()
-    figure.legend(handles, [str(run.folder) for run in runs], loc="outside upper center", ncols=min(3, len(runs)))
+    figure.legend(
+        handles,
+        [label(shown_name(run.folder)) for run in runs],
+        loc="outside upper center",
+        ncols=min(3, len(runs)),
+    )
     figure.savefig(file, format=kind, dpi=120)
 
 
@@ -121,6 +126,6 @@ def draw_stats(found: dict[str, Any], file: IO[bytes], kind: str) -> None:
         axis.bar([int(value) for value in counts], list(counts.values()), width=1.0)
         mean = f" (mean {found[key]['mean']:.1f}, median {found[key]['p50']:.0f})" if counts else ""
         axis.set(title=key.replace("_", " ") + mean, xlabel=key.split("_")[0], ylabel=unit)
-    axes[2].bar(list(found["planes"]), list(found["planes"].values()))
+    axes[2].bar(list(map(label, found["planes"])), list(found["planes"].values()))
     axes[2].set(title="planes", ylabel="scans")
     figure.savefig(file, format=kind, dpi=150)

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from ..data.terminal import say
+
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # one process may have work for days while another waits
 PAUSE = 15  # seconds
@@ -55,7 +57,7 @@ def processes() -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def say_error(message: str) -> None:
+def say_error(*lines: str) -> None:
     """Print an error that all processes of a job may have alike, such as a wrong argument.
 
     The first one prints it at once and ends, upon which torchrun ends the others. One that is still there after a
@@ -63,4 +65,4 @@ def say_error(message: str) -> None:
     """
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(PAUSE)
-    print(message, file=sys.stderr, flush=True)
+    say(*lines, file=sys.stderr)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from ..data.terminal import visible
 from .evaluate import Evaluation
 from .metrics import MISSING
-from .output import csv_text, label, new_figure, write_whole
+from .output import label, new_figure, write_csv, write_whole
 
 SCORES, METRICS, TABLE, MARKDOWN, PLOT = "scores.csv", "metrics.json", "table.csv", "table.md", "plot.png"
 OURS = "this run"
@@ -29,10 +31,10 @@ def write_evaluation(found: Evaluation, folder: Path, facts: dict[str, Any]) -> 
     plot.png: ROC curves, or a confusion matrix.
     """
     rows = table_rows(found)
+    write_csv(folder / SCORES, _scores(found))
+    write_csv(folder / TABLE, rows)
     files = {
-        SCORES: _scores(found),
         METRICS: json.dumps({**facts, **summary(found)}, indent=1, allow_nan=False) + "\n",
-        TABLE: csv_text(rows),
         MARKDOWN: markdown(rows, found),
     }
     for name, text in files.items():
@@ -100,29 +102,33 @@ def _percent(found: Evaluation, key: str) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]], found: Evaluation) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     source = f" Other rows: {found.task.published.source}." if found.task.published.rows else ""
     text = f"Task {found.task.name}, {sizes(found)}; in percent, with 95% intervals.{source}"
-    return "\n".join([*lines, "", text, *(f"- {note}" for note in found.notes)]) + "\n"
+    return "\n".join([*lines, "", _plain(text), *(f"- {_plain(note)}" for note in found.notes)]) + "\n"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as columns of text."""
+def _plain(text: str) -> str:
+    """A text that Markdown shows as it is, in one line and one cell."""
+    return re.sub(r"([\\|<\[`])", r"\\\1", visible(text))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as columns of text, a line each."""
+    rows = [list(map(visible, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _scores(found: Evaluation) -> str:
+def _scores(found: Evaluation) -> list[list[Any]]:
     classes = found.task.classes
     scan = ["scan"] if found.scans else []
     rows: list[list[Any]] = [["study", *scan, *classes, *(f"{name}_label" for name in classes)]]
     names = zip(found.uids, found.scans, strict=True) if found.scans else zip(found.uids, strict=True)
     for name, scores, labels in zip(names, found.scores.tolist(), found.labels.tolist(), strict=True):
         rows.append([*name, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
-    return csv_text(rows)
+    return rows
 
 
 def draw(found: Evaluation, file: IO[bytes]) -> None:
@@ -148,7 +154,9 @@ def _roc_curves(found: Evaluation, figure: Any, axes: Any) -> None:
         style = ("-", "--", ":")[k // 10 % 3]
         axes.plot(alarms, hits, style, color=f"C{k % 10}", linewidth=1.2, label=f"{label(name)} {100 * auc:.1f}")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{found.task.name}: AUC in percent")
+    axes.set(
+        xlabel="false positive rate", ylabel="true positive rate", title=f"{label(found.task.name)}: AUC in percent"
+    )
     axes.set_aspect("equal")
     figure.legend(loc="outside right upper", fontsize="small")
 
@@ -165,5 +173,5 @@ def _confusion(found: Evaluation, figure: Any, axes: Any) -> None:
     names = [label(name) for name in found.task.classes]
     axes.set_xticks(range(size), names, rotation=40, ha="right")
     axes.set_yticks(range(size), names)
-    axes.set(xlabel="class of the largest share", ylabel="true class", title=f"{found.task.name}: studies")
+    axes.set(xlabel="class of the largest share", ylabel="true class", title=f"{label(found.task.name)}: studies")
     figure.colorbar(image, label="share of the true class")
