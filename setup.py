@@ -74,7 +74,7 @@ NATIVE = Extension(
 EXTRAS = {
     "io": ["nibabel>=5.2", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
     "scale": ["ray>=2.9", "submitit>=1.5"],
-    "text": ["transformers>=4.56"],
+    "text": ["transformers>=4.56"],  # run: 4.56.0, 4.57.6, 5.0.0, 5.24.0; see docs/install.md on hostile folders
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.4"],
     "viz": ["matplotlib>=3.7", "pillow>=9"],

@@ -4,6 +4,8 @@ import csv
 import json
 import multiprocessing
 import pickle
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, read_slices
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.texts import embed_prompts
 from hlip.tasks.zeroshot import Prompts, class_shares, zeroshot_classifier
+from hostile_models import ALL, Witness, put
 from open_clip_beside import open_clip_imported
 from rank_job import free_port
 from released_files import Evil
@@ -416,7 +419,7 @@ def test_what_is_no_model_is_refused_and_no_code_is_run(
     content["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     for text in (json.dumps(content), json.dumps(content).replace("trust", "\\u0074rust")):
         (tmp_path / CONFIG).write_text(text)
-        with pytest.raises(ValueError, match="asks for code to be run"):
+        with pytest.raises(ValueError, match="trust_remote_code is not a setting"):
             SliceEncoder.from_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text("{")
     with pytest.raises(ValueError, match="is not readable"):
@@ -424,6 +427,53 @@ def test_what_is_no_model_is_refused_and_no_code_is_run(
     for wrong in ({"pool": "median"}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SliceEncoder.from_pretrained(folders["clip"], **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("vision_cfg", "timm_model_name", "hf-hub:owner/other", "timm_model_name is 'hf-hub:owner/other'"),
+        ("vision_cfg", "timm_model_name", "local-dir:../other", "timm_model_name is 'local-dir"),
+        ("vision_cfg", "timm_model_args", {"pretrained": True}, "timm_model_args is not a setting"),
+        ("text_cfg", "tokenizer_kwargs", {"reduction_mask": "syntax"}, "reduction_mask is not a setting"),
+        ("text_cfg", "tokenizer_kwargs", {"clean": [["evil"]]}, "clean is [['evil']], expected a plain value"),
+        ("text_cfg", "hf_model_config", {"_attn_implementation": "a/b"}, "hf_model_config is not a setting"),
+        ("text_cfg", "act_kwargs", {"evil": [{"a": "b"}]}, "act_kwargs is"),
+        ("multimodal_cfg", "hf_model_name", "owner/other", "multimodal_cfg is not a setting"),
+    ],
+)  # fmt: skip
+def test_settings_that_fetch_something_are_refused(
+    part: str, key: str, value: Any, message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    content = json.loads((folders["biomed"] / CONFIG).read_text())
+    content["model_cfg"].setdefault(part, {})[key] = value
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{CONFIG} is not readable .*{re.escape(message)}"):
+        SliceEncoder.from_pretrained(tmp_path)
+
+
+def test_a_hostile_text_tower_asks_for_nothing(folders: dict[str, Path], bert_folder: str, tmp_path: Path) -> None:
+    """Beside the weights, and where the configuration says that the text tower lies."""
+    expected = SliceEncoder.from_pretrained(folders["biomed"]).encode_text(["a mass"])
+    shutil.copytree(folders["biomed"], tmp_path / "model")
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    content = json.loads((tmp_path / "model" / CONFIG).read_text())
+    content["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "bert")
+    (tmp_path / "model" / CONFIG).write_text(json.dumps(content))
+    witness = Witness(tmp_path)
+    try:
+        for files in ALL.values():
+            for folder in (tmp_path / "model", tmp_path / "bert"):
+                put(folder, {name: text for name, text in files.items() if not name.endswith("added_tokens.json")})
+            witness.watching = True
+            encoder = SliceEncoder.from_pretrained(tmp_path / "model")
+            assert torch.equal(encoder.encode_text(["a mass"]), expected)
+            witness.watching = False
+    finally:
+        witness.watching = False
+        sys.meta_path.remove(witness)
+    assert witness.asked == []
+    assert encoder.model.text.transformer.config._attn_implementation == "sdpa"
 
 
 def test_the_extra_is_named_where_open_clip_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,8 @@ class TextTower(nn.Module):
                 self.transformer = _pretrained(local_folder(str(self.source), *TOKENIZER_FILES, weights=True))
             else:
                 there = here or source is not None
-                content = _json(_files(self.source, *CONFIG_FILES), "config.json") if there else BERT_BASE
-                self.transformer = BertModel(bert_config(content), add_pooling_layer=False)
+                bert = read_bert_config(self.source) if there else bert_config(BERT_BASE)
+                self.transformer = BertModel(bert, add_pooling_layer=False)
         except ImportError:
             raise  # says what to install
         except Exception as error:  # sizes that do not go together may fail anywhere in transformers
@@ -133,7 +133,7 @@ class TextTower(nn.Module):
     def tokenizer(self) -> Any:
         source = self.tokenizer_source
         try:
-            return _tokenizer(_files(source, *TOKENIZER_FILES))
+            return read_tokenizer(source)
         except ImportError:
             raise
         except Exception as error:  # damaged files may fail anywhere in transformers and tokenizers
@@ -287,15 +287,21 @@ def _options(files: Path | TextFiles) -> dict[str, Any]:
     return options
 
 
-def _tokenizer(files: Path | TextFiles) -> Any:
+def read_bert_config(source: Source) -> Any:
+    """The `bert_config` of a folder or hub name. Raises ValueError where there is none."""
+    return bert_config(_json(_files(source, *CONFIG_FILES), "config.json"))
+
+
+def read_tokenizer(source: Source) -> Any:
     """A tokenizer of `tokenizer.json`, or of `vocab.txt`, and of the `TOKENIZER_OPTIONS` beside it.
 
     Raises:
-        ValueError: neither is there, or an option of another type.
+        ValueError: neither is there, or an option of another type. Damaged files may raise anything.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
+    files = _files(source, *TOKENIZER_FILES)
     options = _options(files)
     if (text := _text(files, "tokenizer.json")) is not None:
         backend = Tokenizer.from_str(text)
@@ -304,7 +310,7 @@ def _tokenizer(files: Path | TextFiles) -> Any:
         special = {key: options.get(key, f"[{key.removesuffix('_token').upper()}]") for key in SPECIAL_TOKENS}
         backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
         backend.add_special_tokens(list(special.values()))
-        ends = [(special[key], backend.token_to_id(special[key])) for key in ("sep_token", "cls_token")]
+        ends: list[Any] = [(special[key], backend.token_to_id(special[key])) for key in ("sep_token", "cls_token")]
         backend.post_processor = processors.BertProcessing(*ends)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(prefix="##")

@@ -9,7 +9,9 @@ Shapes: S slices of a study, K texts, E embedding.
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -20,14 +22,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Study
-from ..data.plain import as_texts, parse_json, read_json, read_text
+from ..data.plain import as_texts, read_json
 from ..data.store import Store
-from ..model.weights import weights_digest
+from ..model.text import TOKENIZER_FILES, read_bert_config, read_tokenizer
+from ..model.weights import local_folder, weights_digest
 
 Pool = Literal["mean", "max"]
 PREFIX = "open_clip:"
 HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"
+# What is read of that file. What serves training alone, or makes a library fetch or import something, is not.
+MODEL_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias")
+_LAYERS = (
+    "width", "layers", "mlp_ratio", "ls_init_value", "pool_type", "final_ln_after_pool", "output_tokens", "act_kwargs",
+    "norm_kwargs", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+    "scale_fc",
+)  # fmt: skip
+VISION_KEYS = (
+    *_LAYERS, "head_width", "patch_size", "image_size", "patch_dropout", "attentional_pool", "attn_pooler_queries",
+    "attn_pooler_heads", "no_ln_pre", "pos_embed_type", "timm_model_name", "timm_model_pretrained", "timm_pool",
+    "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
+)  # fmt: skip
+TEXT_KEYS = (
+    *_LAYERS, "context_length", "vocab_size", "heads", "embed_cls", "pad_id", "eos_id", "no_causal_mask", "proj_bias",
+    "proj_type", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "hf_tokenizer_name",
+    "tokenizer_mode", "tokenizer_kwargs",
+)  # fmt: skip
+TOKENIZER_KEYS = ("clean", "strip_sep_token")
+IMAGE_KEYS = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 class Encoder(Protocol):
@@ -132,7 +154,8 @@ class SliceEncoder:
 
         Args:
             name: a folder with `open_clip_config.json` and weights, or "hf-hub:OWNER/NAME"; with "open_clip:" before it
-                or without. No code that lies with the weights is run; a configuration that wants it is refused.
+                or without. No code is fetched, and none that lies with the weights is run: open_clip reads a copy of
+                what is known of the configuration. A text tower of transformers must be a BERT.
 
         Raises:
             ValueError: nothing usable there; names it.
@@ -144,14 +167,14 @@ class SliceEncoder:
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
             why = str(error).splitlines()[0]
             raise ImportError(f"2D models need open_clip: pip install 'hlip-kernels[baselines]' ({why})") from error
-        where = name if name.startswith(HUB) else f"local-dir:{name}"
-        _refuse_code(_config_file(name), name)
-        try:
-            model, transform = create_model_from_pretrained(where)  # reads pickles with weights_only
-            return cls(model, transform, get_tokenizer(where), pool, slices, batch)
-        except Exception as error:  # damaged files can raise anything
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{name}: not a model that open_clip can read ({why})") from error
+        with tempfile.TemporaryDirectory() as place:
+            _write_known(name, Path(place))
+            try:
+                model, transform = create_model_from_pretrained(f"local-dir:{place}")  # reads pickles with weights_only
+                return cls(model, transform, get_tokenizer(f"local-dir:{place}"), pool, slices, batch)
+            except Exception as error:  # damaged files can raise anything
+                why = (str(error).splitlines()[0] if str(error) else type(error).__name__).replace(place, name)
+                raise ValueError(f"{name}: not a model that open_clip can read ({why})") from error
 
     @torch.no_grad()
     def encode_slices(self, study: Study) -> list[Tensor]:
@@ -233,35 +256,54 @@ class SliceEncoder:
         return F.normalize(features.float(), dim=-1)
 
 
-def _config_file(name: str) -> Path:
-    """The configuration of a folder, or of a name on the hub.
+def _write_known(name: str, place: Path) -> None:
+    """Write a folder for open_clip of what is known of a model: open_clip, timm and transformers fetch and import what
+    a configuration or tokenizer names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no configuration, or a key or value that is not known; names it.
     """
-    if not name.startswith(HUB):
-        path = Path(name) / CONFIG
-        if not path.is_file():
-            raise ValueError(f"{name}: has no {CONFIG}; expected open_clip's hub format, or {HUB}OWNER/NAME")
-        return path
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
+    if name.startswith(HUB):
+        try:
+            folder = local_folder(name.removeprefix(HUB), CONFIG, *TOKENIZER_FILES, weights=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: has no {CONFIG} that can be had ({error})") from error
+    else:
+        folder = Path(name)
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{name}: has no {CONFIG}; expected open_clip's hub format, or {HUB}OWNER/NAME")
     try:
-        return Path(hf_hub_download(name.removeprefix(HUB), CONFIG))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"{name}: has no {CONFIG} that can be had ({str(error).splitlines()[0]})") from error
+        content = read_json(path)
+        model, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        for part, keys in ((model, MODEL_KEYS), (vision, VISION_KEYS), (text, TEXT_KEYS), (preprocess, IMAGE_KEYS)):
+            _check_keys(part, keys)
+        _check_keys(text.get("tokenizer_kwargs") or {}, TOKENIZER_KEYS)
+        if not re.fullmatch(r"[\w.]*", str(vision.get("timm_model_name") or "")):  # "hf-hub:" and the like fetch it
+            raise ValueError(f"timm_model_name is {vision['timm_model_name']!r:.80}, expected a name of timm")
+        if tokenizer := text.get("hf_tokenizer_name"):
+            read_tokenizer(folder if not name.startswith(HUB) else str(tokenizer)).save_pretrained(place)
+        if bert := text.get("hf_model_name"):
+            read_bert_config(str(bert)).save_pretrained(place)
+            text["hf_model_name"] = str(place)
+        (place / CONFIG).write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    except Exception as error:  # damaged files can raise anything
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name}: {CONFIG} is not readable ({why})") from error
+    for weights in folder.iterdir():
+        if weights.suffix in (".safetensors", ".bin", ".pth"):
+            (place / weights.name).symlink_to(weights.resolve())
 
 
-def _refuse_code(path: Path, name: str) -> None:
-    """Raise ValueError if a configuration cannot be read, or has words that make libraries run code from the hub."""
-    try:
-        text = read_text(path)
-        parse_json(text)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: {CONFIG} is not readable ({error})") from error
-    if "trust_remote_code" in text or "\\u" in text:  # an escaped letter could hide it
-        raise ValueError(f"{name}: {CONFIG} asks for code to be run (trust_remote_code)")
+def _check_keys(part: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Raises ValueError for a key that is not among `keys`, or a value that holds others."""
+    for key, value in part.items():
+        if key not in keys:
+            raise ValueError(f"{key:.80} is not a setting that is read; there are {', '.join(keys)}")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not key.endswith(("_cfg", "tokenizer_kwargs")) and any(isinstance(each, (dict, list)) for each in inner):
+            raise ValueError(f"{key} is {value!r:.80}, expected a plain value")
 
 
 def read_slices(path: Path | str) -> dict[str, dict[str, list[int]]]:
