@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -175,10 +174,8 @@ def test_errors_of_arguments_are_shown(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_training_is_guarded(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "train" / "pretrain.py"
-    store = hostile_store(tmp_path / "st\x1b[2J\nore")
-    given = [f"--data={store}", f"--out={tmp_path / 'run'}", "--model=no\x1b[2J\nsuch", "--steps=1"]
-    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    given = [f"--data={tmp_path}/no\x1b[2J\nstore", f"--out={tmp_path / 'run'}", "--steps=1"]
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "\x1b" not in done.stderr
-    assert "no\\x1b[2J\\nsuch" in done.stderr
+    assert [line for line in done.stderr.split("\n") if "no\\x1b[2J\\nstore" in line]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.batch import Study
 from ..data.studies import load_study_on_grids
-from ..data.terminal import say
+from ..data.terminal import say, visible
 from ..data.volume import Volume
 from ..model.checkpoint import replace_folder
 from ..model.clip import HLIPModel
@@ -109,12 +109,13 @@ def _interpret(args: argparse.Namespace) -> int:
         rows = class_shares(model, image, texts)[0].tolist(), (image @ texts.T)[0].tolist()
         classes = dict(zip(names, zip(*rows, strict=True), strict=True))
     replace_folder(args.out, lambda folder: _fill(folder, args, model, study, found, grids, classes))
-    width = max(map(len, found.names))
+    names = list(map(visible, found.names))
+    width = max(map(len, names))
     say(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")
     for name, (share, cosine) in sorted(classes.items(), key=lambda item: -item[1][0]):
         say(f"  share of {name} among these prompts: {share:.1%}; cosine {cosine:.3f}")
     for m in order_of(found):
-        say(f"  {found.names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
+        say(f"  {names[m]:<{width}}  {found.shares[m]:6.1%}  {'#' * round(40 * found.shares[m])}")
     for entry in rejections(study.left_out):
         say(f"  left out: {entry['scan']} ({entry['rule']}: {entry['reason']})")
     say(f"{args.out}: {', '.join(sorted(each.name for each in args.out.iterdir()))}")

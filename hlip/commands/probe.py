@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..data.terminal import say
+from ..data.terminal import say, visible
 from ..tasks.bootstrap import DRAWS, interval
 from ..tasks.embeddings import Embeddings
 from ..tasks.labels import LabelTable, read_label_table
@@ -298,11 +298,12 @@ def _write_figures(
     write_whole(out / "probe.json", lambda file: file.write(text.encode()))
     write_whole(out / "auc.png", lambda file: draw_bars(classes, aucs, file, "png"))
 
-    width = max(len("mean"), *map(len, classes))
+    shown = list(map(visible, classes))
+    width = max(len("mean"), *map(len, shown))
     say(f"{'':{width}}  positives  " + "  ".join(f"{name:<21}" for name in aucs))
     for k in np.argsort(-next(iter(aucs.values())).value, kind="stable"):
         cells = (f"{auc.value[k]:.3f} [{auc.low[k]:.3f}, {auc.high[k]:.3f}]" for auc in aucs.values())
-        say(f"{classes[k]:{width}}  {positives[k]:9}  {'  '.join(cells)}")
+        say(f"{shown[k]:{width}}  {positives[k]:9}  {'  '.join(cells)}")
     cells = (f"{auc.macro:.3f} [{auc.macro_low:.3f}, {auc.macro_high:.3f}]" for auc in aucs.values())
     say(f"{'mean':{width}}  {'':9}  {'  '.join(cells)}")
     if "difference" in content:
