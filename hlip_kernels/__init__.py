@@ -4,7 +4,7 @@ from .backends import available_backends
 from .functional import add_regroup_norm, hier_attention, regroup_prefix
 from .layers import linear_of_norm, linear_of_pixels, mlp_of_norm
 from .layout import Grid, Level, StudyLayout
-from .linear import hold_weights, multiplies_bfloat16
+from .linear import hold_weights, is_fusible, is_plain, multiplies_bfloat16, once_differentiable
 from .modules import HierarchicalAttention
 
 __all__ = [
@@ -16,9 +16,12 @@ __all__ = [
     "available_backends",
     "hier_attention",
     "hold_weights",
+    "is_fusible",
+    "is_plain",
     "linear_of_norm",
     "linear_of_pixels",
     "mlp_of_norm",
     "multiplies_bfloat16",
+    "once_differentiable",
     "regroup_prefix",
 ]

@@ -76,7 +76,7 @@ def _product(qkv: Tensor, cu_seqlens: Tensor, tiles: Any, num_prefix: int, max_s
     """Of one product of all rows with all rows of their groups; at most that where only shapes are there."""
     rows, _slots, heads, head_dim = qkv.shape
     if type(cu_seqlens) is Tensor and cu_seqlens.device.type != "meta":
-        pairs = sum((end - start + num_prefix) ** 2 for start, end in pairwise(cu_seqlens.tolist()))
+        pairs: int = sum((end - start + num_prefix) ** 2 for start, end in pairwise(cu_seqlens.tolist()))
     else:
         pairs = rows * (max_seqlen + num_prefix)
     return 2 * heads * head_dim * pairs

@@ -130,11 +130,9 @@ def add_regroup_norm(
         raise ValueError("path_scale: expected a constant; there is no gradient for it")
     if not torch.compiler.is_compiling():
         backend = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
-    x: Tensor
-    y: Tensor
     tensors = residual, update, path_scale, layer_scale, weight, bias
-    x, y, _, _ = ops.call("add_regroup_norm", *tensors, *_regroup(layout, src, dst), eps, backend)
-    return x, y
+    new_residual, normalised, _, _ = ops.call("add_regroup_norm", *tensors, *_regroup(layout, src, dst), eps, backend)
+    return new_residual, normalised
 
 
 def regroup_prefix(prefix: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Tensor:

@@ -1,5 +1,7 @@
 """Linear layers and the MLP, which do not keep their input for backward, where it is cheap to compute again.
 
+Each calls the layers themselves where a fused function may not stand for them: see `linear.is_fusible`.
+
 Beside what the norm keeps in any case, a block then keeps its query, key and value rows, the output of attention and
 the hidden rows of the MLP: 0.7 of what its layers would keep by themselves.
 
@@ -19,7 +21,7 @@ from . import linear as kernels
 
 def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     """linear(y), where y = norm(x): (R, C) to (R, D). Keeps x, to which no gradient goes from here, in place of y."""
-    if not kernels.is_plain(linear):
+    if not kernels.is_fusible(linear, norm):
         out: Tensor = linear(y)
         return out
     if not torch.is_grad_enabled():
@@ -29,7 +31,7 @@ def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) 
 
 def mlp_of_norm(fc1: nn.Linear, fc2: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
     """fc2(gelu(fc1(y))), where y = norm(x): (R, C) to (R, C). Keeps x and the hidden rows before the GELU alone."""
-    if not (kernels.is_plain(fc1) and kernels.is_plain(fc2)):
+    if not kernels.is_fusible(fc1, fc2, norm):
         out: Tensor = fc2(F.gelu(fc1(y)))
         return out
     if not torch.is_grad_enabled():
@@ -44,6 +46,8 @@ def linear_of_pixels(patches: Tensor, zero: float, unit: float, weight: Tensor, 
 
     `zero` is a whole number and `unit` a power of two: the difference is exact in every dtype.
     """
+    if kernels.transformed():
+        return F.linear(_pixels(patches, zero, unit, weight.dtype), weight, bias)
     return _apply(_LinearOfPixels, patches, zero, unit, weight, bias)
 
 
@@ -65,8 +69,9 @@ class _LinearOfPixels(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        patches, weight = ctx.saved_tensors
+    @kernels.once_differentiable
+    def backward(ctx: Any, saved: kernels.Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        patches, weight = saved
         if not any(ctx.needs_input_grad[3:]):
             return (None,) * 5
         zero, unit = ctx.scale
@@ -90,8 +95,9 @@ class _LinearOfNorm(torch.autograd.Function):
         return kernels.linear(y, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+    @kernels.once_differentiable
+    def backward(ctx: Any, saved: kernels.Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight = saved
         gradient = kernels.input_gradient(grad, kernels.gradient_weight(weight, grad))
         if not any(ctx.needs_input_grad[5:]):
             return gradient, *[None] * 6
@@ -113,8 +119,9 @@ class _MlpOfNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight1, weight2, hidden = ctx.saved_tensors
+    @kernels.once_differentiable
+    def backward(ctx: Any, saved: kernels.Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight1, weight2, hidden = saved
         sums1, sums2 = (kernels.Gradients(weight) for weight in (weight1, weight2))
         weight1, weight2 = (kernels.gradient_weight(weight, grad) for weight in (weight1, weight2))
         parts = []

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
-from . import ops  # noqa: F401  (what is called through torch.ops)
+from . import ops
 from .backends import native_product, native_rows
 from .native import DTYPES, native
 
@@ -55,10 +57,37 @@ def hold_weights() -> Iterator[None]:
         _held.reset(token)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether `linear` may stand for calling the layer: one put in its place, or a hook on it, must see its input."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is not None and not hooks
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind` does and no more, so that a fused function may stand for the call.
+
+    One put in its place, a hook on it or on all modules, or another `forward` must see its input. And what transforms
+    functions, `torch.func` or forward-mode differentiation, knows PyTorch's layers only.
+    """
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+        and not transformed()
+    )
+
+
+def is_fusible(*layers: nn.Module) -> bool:
+    """Whether weights and biases of these linear layers and LayerNorms stand for calling them."""
+    return all(
+        (is_plain(layer, nn.Linear) or is_plain(layer, nn.LayerNorm))
+        and layer.bias is not None
+        and not hasattr(layer.weight, "__tensor_flatten__")  # sharded, or quantized
+        for layer in layers
+    )
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work. Neither differentiates our functions."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def multiplies_bfloat16() -> bool:
@@ -262,6 +291,34 @@ class Gradients:
         return weight.to(self.dtype), self.bias.to(self.dtype)
 
 
+Saved = tuple[Any, ...]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of a Function, whose own derivative is an error. It is given the saved tensors, too.
+
+    PyTorch's decorator of this name raises nothing where only some tensors' second derivatives are asked for.
+    """
+
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
+        return _Once.apply(lambda: backward(ctx, saved, *grads), *grads, *saved)  # type: ignore[no-untyped-call]
+
+    return wrapper
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[[], Any], *inputs: Any) -> Any:
+        return backward()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ops.second_derivative()
+
+
 class Linear(torch.autograd.Function):
     """A linear layer whose backward is that of this module."""
 
@@ -273,8 +330,9 @@ class Linear(torch.autograd.Function):
         return linear(given, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = saved
         sums = Gradients(weight)
         parameters: tuple[Tensor | None, ...] = (None, None)
         if any(ctx.needs_input_grad[1:]):

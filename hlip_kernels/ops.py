@@ -303,7 +303,7 @@ def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.
 def call(name: str, *args: Any) -> Any:
     """Call the op of this name, also under the transforms of torch.func."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _FUNCTIONS[name].apply(*args)  # type: ignore[attr-defined]
+        return _FUNCTIONS[name].apply(*args)
     return getattr(torch.ops.hlip_kernels, name)(*args)
 
 

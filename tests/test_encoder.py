@@ -14,7 +14,7 @@ import hlip
 from conftest import random_study, tiny_vision
 from hlip.data.batch import PackedBatch
 from hlip.model.config import VisionConfig, level_pattern, place_levels
-from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, sincos, spatial_table
+from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, add_norm, sincos, spatial_table
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 HEADS = [("token", 1), ("token", 2), ("dinotxt", 1), ("dinotxt", 2), ("average", 0), ("average", 1),
@@ -162,7 +162,7 @@ def test_drop_path_scales_or_drops_whole_groups() -> None:
         block.mlp.fc2.bias.fill_(1)
     torch.manual_seed(0)
     before = Stream(torch.randn(50 + 400, 48), None, None)
-    after = block._norm(block(before, layout, "scan", "scan"), layout, "scan", "scan", block.norm1)[0]
+    after = add_norm(block(before, layout, "scan", "scan"), layout, "scan", "scan", block.norm1, "auto")[0]
     by_group = (after - before.x)[:50, None], (after - before.x)[50:].unflatten(0, (50, 8))
     change = torch.cat(by_group, dim=1).round(decimals=4)
     assert set(change.unique().tolist()) == {0.0, 2.0}

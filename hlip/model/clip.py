@@ -90,8 +90,8 @@ class HLIPModel(nn.Module):
         pairs = 2 if self.config.objective == "dual" else 1
         image = self.encode_image(batch)
         image = image[:, :pairs] if self.config.per_prefix else image[:, None]
-        features = texts if isinstance(texts, Tensor) else self.text.features(texts)
-        text = F.normalize(at_least_float32(self.text.proj(features)), dim=-1)
+        text = self.text.proj(texts) if isinstance(texts, Tensor) else self.text(texts)
+        text = F.normalize(at_least_float32(text), dim=-1)
         text = text.unflatten(0, (pairs, len(image))).transpose(0, 1)
         scale = self.logit_scale[None]
         if self.config.objective == "dual":

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from hlip_kernels import once_differentiable
+
 
 class Outputs(NamedTuple):
     """What a model makes of a batch of studies and their reports.
@@ -86,7 +88,8 @@ class _AllGather(torch.autograd.Function):
         return torch.cat([each[:count] for each, count in zip(gathered, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    @once_differentiable
+    def backward(ctx, saved: tuple[()], grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         if ctx.parts:
             grad = grad.contiguous()
             dist.all_reduce(grad)

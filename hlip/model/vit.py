@@ -20,6 +20,8 @@ from hlip_kernels import (
     Level,
     StudyLayout,
     add_regroup_norm,
+    is_fusible,
+    is_plain,
     linear_of_norm,
     linear_of_pixels,
     mlp_of_norm,
@@ -44,10 +46,15 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        # Holds the weights in the shape in which they are published; never run as a convolution.
+        self.patch_size = config.patch_size
+        # Holds the weights in the shape in which they are published; run as a convolution for hooks alone.
         self.proj = nn.Conv3d(1, config.width, config.patch_size, config.patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
+        if not is_plain(self.proj, nn.Conv3d):
+            pixels = patches.to(next(self.proj.parameters()).dtype).unflatten(1, (1, *self.patch_size))
+            projected: Tensor = self.proj((pixels / 255 - PIXEL_MEAN) / PIXEL_STD)
+            return projected.flatten(1)
         weight = self.proj.weight.flatten(1)
         assert self.proj.bias is not None
         bias = self.proj.bias + weight.sum(1) * ((PIXEL_ZERO / 255 - PIXEL_MEAN) / PIXEL_STD)
@@ -71,6 +78,22 @@ class Stream(NamedTuple):
     path_scale: Tensor | None
 
 
+def add_norm(
+    stream: Stream, layout: StudyLayout, src: Level, dst: Level, norm: nn.LayerNorm, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Add the pending update and go to level `dst`: the residual, and its normalised rows in the update's dtype."""
+    x, update, path_scale = stream
+    if update is None:
+        return x, norm(x)
+    if is_fusible(norm):
+        return add_regroup_norm(
+            x, update, layout, src, dst, norm.weight, norm.bias, norm.eps, path_scale, backend=backend
+        )
+    unused = x.new_ones(x.shape[1])
+    x, _ = add_regroup_norm(x, update, layout, src, dst, unused, unused, path_scale=path_scale, backend=backend)
+    return x, norm(x).to(update.dtype)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block that attends within the groups of one level.
 
@@ -88,22 +111,15 @@ class Block(nn.Module):
 
     def forward(self, stream: Stream, layout: StudyLayout, previous: Level, level: Level) -> Stream:
         attn, mlp = self.attn, self.mlp
-        x, y = self._norm(stream, layout, previous, level, self.norm1)
-        update = attn.attend(linear_of_norm(attn.qkv, self.norm1, x, y), layout, level)
-        x, y = self._norm(Stream(x, update, self._path_scale(x, layout, level)), layout, level, level, self.norm2)
-        update = mlp_of_norm(mlp.fc1, mlp.fc2, self.norm2, x, y)
+        x, y = add_norm(stream, layout, previous, level, self.norm1, self.norm_backend)
+        if is_plain(attn, HierarchicalAttention):
+            update = attn.attend(linear_of_norm(attn.qkv, self.norm1, x, y), layout, level)
+        else:
+            update = attn(y, layout, level)
+        stream = Stream(x, update, self._path_scale(x, layout, level))
+        x, y = add_norm(stream, layout, level, level, self.norm2, self.norm_backend)
+        update = mlp_of_norm(mlp.fc1, mlp.fc2, self.norm2, x, y) if is_plain(mlp, Mlp) else mlp(y)
         return Stream(x, update, self._path_scale(x, layout, level))
-
-    def _norm(
-        self, stream: Stream, layout: StudyLayout, src: Level, dst: Level, norm: nn.LayerNorm
-    ) -> tuple[Tensor, Tensor]:
-        """Add the pending update and go to level `dst`: the residual, and its normalised rows."""
-        x, update, path_scale = stream
-        if update is None:
-            return x, norm(x)
-        return add_regroup_norm(
-            x, update, layout, src, dst, norm.weight, norm.bias, norm.eps, path_scale, backend=self.norm_backend
-        )
 
     @property
     def norm_backend(self) -> str:
@@ -214,10 +230,9 @@ class StudyEncoder(nn.Module):
         assert update is not None
         norm, last = self.norm, self.blocks[-1]
         assert isinstance(last, Block)
-        _, y = add_regroup_norm(  # in the residual's dtype: these rows are not for a product in 16 bits
-            x, update.to(x.dtype), layout, level, "study", norm.weight, norm.bias, norm.eps, path_scale,
-            backend=last.norm_backend,
-        )  # fmt: skip
+        # In the residual's dtype: these rows are not for a product in 16 bits.
+        stream = Stream(x, update.to(x.dtype), path_scale)
+        _, y = add_norm(stream, layout, level, "study", norm, last.norm_backend)
         rows = layout.num_studies * layout.num_prefix
         prefix, patches = y[:rows].unflatten(0, (layout.num_studies, layout.num_prefix)), y[rows:]
         if self.config.head == "attention_pool":
