@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.nn.modules.module import register_module_forward_hook
@@ -457,6 +459,31 @@ def test_flops_of_an_encoder() -> None:
         expected += 2 * rows * width * (4 * width + 2 * hidden)
         expected += sum(4 * width * int(n + layout.num_prefix) ** 2 for n in layout.seqlens(level))
     assert counter.get_total_flops() == expected
+
+
+def test_flops_of_linear_layers() -> None:
+    """By oneDNN's products and by those for AMX, which fake tensors run anywhere."""
+    patches = torch.zeros(7, 12, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        linear_of_pixels(patches, 115, 64, torch.randn(5, 12), torch.randn(5))
+    assert counter.get_total_flops() == 2 * 7 * 12 * 5
+    ops = torch.ops.hlip_kernels
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        x, hidden, y = (torch.empty(7, width, dtype=torch.bfloat16) for width in (12, 20, 5))
+        first, second = ops.amx_tiles(torch.empty(20, 12), False), ops.amx_tiles(torch.empty(5, 20), False)
+        biases, columns = [torch.empty(20), torch.empty(5)], [20, 5]
+        totals = [0]
+        for call in (
+            lambda: ops.amx_layers(x, [first], biases[:1], columns[:1], True),
+            lambda: ops.amx_layers(x, [first, second], biases, columns, False),
+            lambda: ops.amx_mlp(x, [first, second], biases, columns),
+            lambda: ops.amx_hidden_gradient(y, second, hidden),
+            lambda: ops.amx_weight_gradient(y, hidden, torch.empty(5, 20), torch.empty(5), False),
+        ):
+            call()
+            totals.append(counter.get_total_flops())
+    one, both = 2 * 7 * 12 * 20, 2 * 7 * (12 * 20 + 20 * 5)
+    assert [b - a for a, b in pairwise(totals)] == [one, both, both, 2 * 7 * 20 * 5, 2 * 7 * 20 * 5]
 
 
 LATER = """
