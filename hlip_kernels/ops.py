@@ -285,7 +285,7 @@ def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.
             [x if d is None or isinstance(d, list) else x.select(d, i) for x, d in zip(args, in_dims, strict=True)]
             for i in range(info.batch_size)
         ]
-        outs = [call(op._opname, *each) for each in calls]
+        outs = [call(op._opname, *arguments) for arguments in calls]
         if isinstance(outs[0], Tensor):
             return torch.stack(outs), 0
         return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
