@@ -56,14 +56,18 @@ def check_texts(config: TrainConfig, store: Store, model: HLIPModel) -> list[str
 
 
 def _sections(store: Store) -> list[tuple[str, str]]:
-    """Impression and findings of every study, with white space made single."""
-    columns = [store.manifest.column(name).to_pylist() for name in ("impression", "findings")]
-    return [(" ".join(one.split()), " ".join(two.split())) for one, two in zip(*columns, strict=True)]
+    """Impression and findings of every study."""
+    return list(zip(*(store.manifest.column(name).to_pylist() for name in ("impression", "findings")), strict=True))
+
+
+def _single(text: str) -> str:
+    """The text with white space made single, which no text tower reads."""
+    return " ".join(text.split())
 
 
 def _reports(config: TrainConfig, store: Store) -> list[str]:
     warnings, total = [], len(store)
-    counts = Counter(join_report(*sections) for sections in _sections(store))
+    counts = Counter(_single(join_report(*sections)) for sections in _sections(store))
     present = total - counts[""]
     distinct = len(counts) - ("" in counts)
     if present < 2:
@@ -160,10 +164,10 @@ def _patches(vision: VisionConfig, store: Store) -> list[str]:
 def _tokens(config: TrainConfig, store: Store, model: HLIPModel) -> list[str]:
     """Draw texts as steps do, and look at what the text tower reads of them."""
     dual = model.config.objective == "dual"
-    reports = [sections for sections in dict.fromkeys(_sections(store)) if any(sections)]
+    reports = [sections for sections in dict.fromkeys(_sections(store)) if join_report(*sections).strip()]
     warnings = []
     for name, column in zip(("impression", "findings"), zip(*reports, strict=True), strict=True) if dual else ():
-        if (lacking := column.count("")) >= MANY * len(reports):
+        if (lacking := sum(not text.strip() for text in column)) >= MANY * len(reports):
             warnings.append(
                 f"{store.path}: {lacking} of {len(reports)} different reports have no {name}, so that both embeddings "
                 "of such a study are compared with the same text"
@@ -185,7 +189,7 @@ def _read(name: str, texts: Sequence[str], tower: TextTower) -> list[str]:
     tokens = tower._tokens(texts)
     ids, mask, unknown = tokens["input_ids"], tokens["attention_mask"].bool(), tower.tokenizer.unk_token_id
     rows = {tuple(row[kept].tolist()) for row, kept in zip(ids, mask, strict=True)}
-    before, after, context = len(set(texts)), len(rows), tower.config.context_length
+    before, after, context = len(set(map(_single, texts))), len(rows), tower.config.context_length
     if after == 1:
         raise ValueError(
             f"{name} their first {context} tokens are all equal, so no study can be told from another. Leave out what "

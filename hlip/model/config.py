@@ -382,9 +382,11 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 for _size in ("base", "large"):
     for _levels, _old in {"scan_study": "h2", "slice_scan_study": "h3"}.items():
-        _dual = f"clip_vit_{_size}_{_levels}_dualdinotxt1568", {}
-        ALIASES[f"ablate_seqposemb_clip_vit_{_size}_multiscan_{_old}_dualdinotxt1568"] = _dual
-        ALIASES[f"clip-vit_{_size}-{_levels}-dualdinotxt1568"] = _dual
+        for _name in (
+            f"ablate_seqposemb_clip_vit_{_size}_multiscan_{_old}_dualdinotxt1568",
+            f"clip-vit_{_size}-{_levels}-dualdinotxt1568",
+        ):
+            ALIASES[_name] = f"clip_vit_{_size}_{_levels}_dualdinotxt1568", {}
 
 
 def preset(name: str) -> ModelConfig:
