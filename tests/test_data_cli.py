@@ -76,7 +76,7 @@ def test_prepare_says_what_it_made(box: Path, store: Path, tmp_path: Path, capfd
     printed = capfd.readouterr()
     first, *rest = printed.out.splitlines()
     assert first == f"{tmp_path / 'store'}: 7 studies, 10 scans"
-    assert rest == ["  labels: age, stroke", "  rejected by few_slices: 1"]
+    assert rest == ["  reports: 2 of 7 studies", "  labels: age, stroke", "  rejected by few_slices: 1"]
     for words in ("reading headers", "comparing scans", "preparing"):  # bars for finding, too
         assert words in printed.err
     assert digests(tmp_path / "store") == digests(store)

@@ -23,6 +23,7 @@ from hlip.tasks import retrieve as module
 from hlip.tasks.embeddings import Embeddings
 from hlip.tasks.retrieve import Pairs, draw_recall, match_ranks, nearest, recall, retrieve
 from hlip.tasks.texts import embed_texts
+from tiny_store import make_store
 
 REPORTS = [
     ("Glioma.", "A mass in the left frontal lobe."),
@@ -243,6 +244,28 @@ def test_the_command_embeds_the_store_itself(
     assert [int(row[1]) for row in rows] == ranks.tolist()
 
 
+def test_embeddings_that_are_all_equal_are_not_ranked(
+    tiny_model: HLIPModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scans of one value; and a head that says nothing where its texts are all the same."""
+    blank = [[torch.full((8, 16, 16), 3, dtype=torch.uint8)]] * 4
+    blind = make_store(tmp_path / "blind", [1] * 4, images=blank)
+    assert run("retrieve", blind.path, "--model", model_folder, "--out", tmp_path / "out") == 2
+    assert "all 4 embeddings of whole studies of head 0 are equal" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="all 2 embeddings of whole studies of head 1 are equal"):
+        embeddings_of(["a", "b"], [torch.eye(2), torch.ones(2, 2)]).of_studies(1)
+    assert len(embeddings_of(["a"], [torch.ones(1, 2)]).of_studies()[0]) == 1  # nothing to be told from
+
+
+def test_a_head_whose_texts_are_all_the_same_says_so(
+    two_heads: HLIPModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store", [1] * 4, reports=[("Abnormal.", f"Mass {i}.") for i in range(4)])
+    two_heads.save_pretrained(tmp_path / "model")
+    assert run("retrieve", store.path, "--model", tmp_path / "model", "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().err.count("all texts are the same") == 2  # both directions of head 0
+
+
 def test_nearest() -> None:
     gallery = on_circle([0, 20, 20, 180])
     assert [i for i, _ in nearest(on_circle([5])[0], gallery, 3)] == [0, 1, 2]
@@ -267,6 +290,8 @@ def test_bad_input_is_named_and_nothing_is_written(
     bad = tmp_path / "bad.npz"
     bad.write_bytes(b"hello")
     out, model = tmp_path / "out", ["--model", model_folder]
+    make_store(tmp_path / "one", [1])
+    make_store(tmp_path / "same", [1] * 4, reports=[("Normal.", "")] * 2 + [("", "Normal. "), ("", "")])
     cases = [
         ([tmp_path / "nowhere", *model], "nowhere: not a store"),
         ([store.path, *model, "--embeddings", bad], "bad.npz: not a readable file of embeddings"),
@@ -276,6 +301,8 @@ def test_bad_input_is_named_and_nothing_is_written(
         ([store.path, *model, "--k", 0], "must be positive, got 0"),
         ([store.path, *model, "--pool", "max"], "are for 2D models"),
         ([store.path, "--model", tmp_path / "no_model"], "no_model: unknown model"),
+        ([tmp_path / "one", *model], "got one, of 1 of its 1 studies"),
+        ([tmp_path / "same", *model], "got one, of 3 of its 4 studies"),
     ]
     for args, message in cases:
         assert run("retrieve", *args, "--out", out) == 2, message

@@ -236,6 +236,20 @@ def test_reports_and_labels_are_joined_by_study(two: Path, tmp_path: Path, caplo
     assert [r.getMessage() for r in caplog.records] == [f"{reports}: 2 of 3 studies were not found"]
 
 
+def test_reports_without_a_text_are_an_error(two: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Empty, or under headings that are left out; those of studies that are not there do not count."""
+    for text in ("", " \n", "TECHNIQUE: CT of the head."):
+        reports = write(tmp_path / "r.json", {"p7": text, "p8": "", "elsewhere": "Normal."})
+        with pytest.raises(ValueError, match=f"{reports}: none of the 2 reports of these studies has an impression"):
+            find_studies(two, reports=reports)
+    reports = write(tmp_path / "r.json", {"p7": "Normal.", "p8": "TECHNIQUE: CT of the head."})
+    caplog.clear()
+    assert [study.findings for study in find_studies(two, reports=reports).studies] == ["Normal.", ""]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{reports}: 1 of 2 reports have neither an impression nor findings"
+    ]
+
+
 def test_reports_of_quite_other_studies_are_an_error(two: Path, tmp_path: Path) -> None:
     reports = write(tmp_path / "r.json", {"x": "Normal."})
     with pytest.raises(ValueError, match=f"{reports}: none of its 1 studies was found; it has x, there is p7"):

@@ -194,7 +194,9 @@ def _prepare(args: argparse.Namespace) -> int:
         say(f"hlip prepare: interrupted; {kept}: run this again to go on", file=sys.stderr)
         return INTERRUPTED
     say(f"{args.out}: {report.studies} studies, {report.scans} scans")
-    if labels := Store(args.out).labels[0]:
+    store = Store(args.out)
+    say(f"  reports: {store.has_report.sum()} of {len(store)} studies")
+    if labels := store.labels[0]:
         say(f"  labels: {', '.join(labels)}")
     for rule, count in report.rejected.items():
         say(f"  rejected by {rule}: {count}")
@@ -226,6 +228,7 @@ def _info(args: argparse.Namespace) -> None:
     shapes = Counter(map(tuple, store.shapes.tolist())).most_common(3)
     say(f"{args.store}: {len(store)} studies, {scans} scans{'' if store.info else ' so far (not finished)'}")
     say("  common shapes (D, H, W): " + ", ".join(f"{shape} {count / scans:.0%}" for shape, count in shapes))
+    say(f"  reports: {store.has_report.sum()} of {len(store)} studies")
     say(f"  labels: {', '.join(store.labels[0]) or 'none'}")
     for key in ("format", "recipe_hash", "shards", "hidden_ids"):
         if store.info:

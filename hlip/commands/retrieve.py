@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.batch import join_report
 from ..data.store import Store
 from ..data.terminal import say
 from ..tasks.baselines import PREFIX
@@ -103,6 +105,11 @@ def _retrieve(args: argparse.Namespace) -> int:
     reports = reports_of(store)
     if not reports:
         raise ValueError(f"{args.store}: no study has a report")
+    if len({join_report(*report).strip() for report in reports.values()}) < 2:
+        raise ValueError(
+            f"{args.store}: expected two different reports or more, to rank them, got one, of {len(reports)} of its "
+            f"{len(store)} studies"
+        )
     if absent := [uid for uid in args.study if uid not in reports]:
         raise ValueError(f"--study {absent[0]}: has no report")
     with processes() as among:
@@ -178,6 +185,8 @@ def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]],
         for k, value in each["recall"].items():
             say(f"  recall at {k:<4} {value:6.1%}   random {each['chance'][k]:6.1%}")
         say(f"  median rank {each['median_rank']:g}")
+        if each["texts"] == 1:
+            say("  all texts are the same, so these figures say nothing", file=sys.stderr)
     for each in (*queries, *studies):
         for what in ("studies", "reports"):
             if what in each:

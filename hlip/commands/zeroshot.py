@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..data.batch import Study
-from ..data.terminal import say
+from ..data.terminal import say, visible
 from ..tasks.embed import embed_studies
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares, zeroshot_classifier
 from .shared import (
@@ -112,9 +112,9 @@ def _rounded(prompts: Prompts, values: list[float]) -> dict[str, float]:
 def _lines(entry: dict[str, Any]) -> Iterator[str]:
     """A study's shares, the largest first, and its scans."""
     yield "  share among these prompts, and cosine"
-    width = max(map(len, entry[SHARE]))
+    width = max(len(visible(name)) for name in entry[SHARE])
     for name, share in sorted(entry[SHARE].items(), key=lambda item: -item[1]):
-        yield f"  {name:<{width}}  {share:6.1%}  {entry['cosine'][name]:6.3f}  {'#' * round(40 * share)}".rstrip()
+        yield f"  {visible(name):<{width}}  {share:6.1%}  {entry['cosine'][name]:6.3f}  {'#' * round(40 * share)}".rstrip()
     yield f"  scans: {', '.join(entry['scans'])}"
     for scan in entry["left_out"]:
         yield f"  left out: {scan['scan']} ({scan['rule']}: {scan['reason']})"

@@ -136,6 +136,7 @@ def find_studies(
     keys = {study.uid: study.accession if join == "accession" else study.uid for study in studies}
     _check_join(reports, texts, set(keys.values()))
     _check_join(labels, numbers, set(keys.values()))
+    _check_not_blank(reports, [texts[key] for key in keys.values() if key in texts])
     found = []
     for study in studies:
         report = texts.get(keys[study.uid], study.report)
@@ -419,3 +420,15 @@ def _check_join(path: Path | str | None, entries: Collection[str], uids: Collect
         )
     if strange:
         logger.warning("%s: %d of %d studies were not found", path, len(strange), len(entries))
+
+
+def _check_not_blank(path: Path | str | None, reports: Sequence[ReportText]) -> None:
+    """Refuse a file whose reports, of the studies that there are, have no text in the sections that are used."""
+    blank = sum(not report.impression and not report.findings for report in reports)
+    if reports and blank == len(reports):
+        raise ValueError(
+            f"{path}: none of the {blank} reports of these studies has an impression or findings: their texts are "
+            "empty, or under other headings (--sections)"
+        )
+    if blank:
+        logger.warning("%s: %d of %d reports have neither an impression nor findings", path, blank, len(reports))

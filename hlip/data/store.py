@@ -372,6 +372,12 @@ class Store:
         table[rows, places[keys.indices.to_numpy()]] = column.items.to_numpy()
         return sorted(names), table
 
+    @property
+    def has_report(self) -> np.ndarray:
+        """(N) bool - whether there is an impression, or findings, of other than white space."""
+        columns = [self.manifest.column(name).to_pylist() for name in ("impression", "findings")]
+        return np.array([bool("".join(texts).strip()) for texts in zip(*columns, strict=True)], dtype=bool)
+
     def indices(self, uids: Iterable[str]) -> np.ndarray:
         """Where studies stand: (n) int64, in the order of `uids`.
 

@@ -83,9 +83,14 @@ class Embeddings:
                 "for zero-shot classification)"
             )
         rows = kind if head is None else kind & (self.head == head)
+        of_head = "" if head is None else f" of head {head}"
         if not rows.any():
-            of_head = "" if head is None else f" of head {head}"
             raise ValueError(f"no embeddings of {what}{of_head} (there are {len(self)} rows)")
+        if (count := int(rows.sum())) > 1 and not np.ptp(self.embedding[rows], axis=0).any():
+            raise ValueError(
+                f"all {count} embeddings of {what}{of_head} are equal, so nothing can be told from them: the images "
+                "are all the same, or blank, or the model does not see them"
+            )
         return rows
 
     def write(self, file: IO[bytes], suffix: str) -> None:
