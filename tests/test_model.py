@@ -90,6 +90,11 @@ def test_a_failed_save_leaves_the_old_model(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+def repeat_width(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"width": 48', '"width": 48, "width": 48', 1))
+
+
 def edit_config(key: str, value: object) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -105,6 +110,7 @@ def edit_config(key: str, value: object) -> Callable[[Path], object]:
         (lambda f: (f / "config.json").write_text("{"), "config.json: not a readable model configuration"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: not a readable model configuration"),
         (lambda f: (f / "config.json").unlink(), "config.json: not a readable model configuration"),
+        (repeat_width, "config.json: .*'width' occurs twice in the object that begins on line"),
         (edit_config("width", "abc"), "config.json: .*width must be a positive integer, got 'abc'"),
         (edit_config("heads", 5), "config.json: .*width must be a multiple of heads, got 48 and 5"),
         (edit_config("grid", [2, 2]), "config.json: .*grid must be three positive integers"),
