@@ -32,9 +32,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or sys.platform 
 KINDS = {ctypes.c_void_p: "p", ctypes.c_int32: "i", ctypes.c_int64: "l", ctypes.c_float: "f", None: "v"}
 
 
-def build(
-    folder: Path, files: str, change: Callable[[str, str], str] = lambda name, text: text, flags: str = ""
-) -> Path:
+def build(folder: Path, files: str, change: Callable[[str], str] = str, flags: str = "") -> Path:
     """The library by setup.py, of these of its sources, each changed."""
     (folder / SOURCES).mkdir(parents=True)
     (folder / "hlip").mkdir()

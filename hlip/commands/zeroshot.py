@@ -114,7 +114,8 @@ def _lines(entry: dict[str, Any]) -> Iterator[str]:
     yield "  share among these prompts, and cosine"
     width = max(len(visible(name)) for name in entry[SHARE])
     for name, share in sorted(entry[SHARE].items(), key=lambda item: -item[1]):
-        yield f"  {visible(name):<{width}}  {share:6.1%}  {entry['cosine'][name]:6.3f}  {'#' * round(40 * share)}".rstrip()
+        figures = f"{share:6.1%}  {entry['cosine'][name]:6.3f}"
+        yield f"  {visible(name):<{width}}  {figures}  {'#' * round(40 * share)}".rstrip()
     yield f"  scans: {', '.join(entry['scans'])}"
     for scan in entry["left_out"]:
         yield f"  left out: {scan['scan']} ({scan['rule']}: {scan['reason']})"
