@@ -17,6 +17,7 @@ from .groups import Regroup, check_norm, check_tensor
 
 CPU = torch.device("cpu")
 
+
 def norm_not_supported_reasons(device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> list[str]:
     return library.not_supported_reasons(device, dtype)
 
