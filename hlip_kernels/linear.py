@@ -137,6 +137,9 @@ def linear(x: Tensor, weight: Tensor | Tiles, bias: Tensor, gelu: bool = False) 
     out: Tensor
     if isinstance(weight, Tiles):
         out = torch.ops.hlip_kernels.amx_layers(x, [weight.memory], [bias], [weight.columns], gelu)
+    elif not weight.numel():  # oneDNN makes no product of nothing
+        out = F.linear(x, weight, bias.to(dtype))
+        out = F.gelu(out) if gelu else out
     else:
         operation = "gelu" if gelu else "none"
         out = torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(dtype), operation, [], "none")
@@ -166,7 +169,7 @@ def _pays(x: Tensor, dtype: torch.dtype) -> bool:
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor | Tiles:
     weight = weight.detach().to(dtype).contiguous()
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or not weight.numel():
         return weight
     if native_product.available():
         return Tiles(torch.ops.hlip_kernels.amx_tiles(weight, False), len(weight))

@@ -300,9 +300,9 @@ static void gelu(size_t size, bool bfloat16) {
 
 // rows (R, K) and a weight (N, K), or its transpose, to (R, N).
 static Numbers product_formula(
-    const Numbers& x, const Numbers& w, const Numbers& bias, int K, bool transposed, bool gelu
+    int R, const Numbers& x, const Numbers& w, const Numbers& bias, int K, bool transposed, bool gelu
 ) {
-    const int N = bias.size(), R = x.size() / K;
+    const int N = bias.size();
     Numbers y;
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
@@ -316,7 +316,8 @@ static Numbers product_formula(
 static void products(int R, int K, int N) {
     const auto needs = find<decltype(hlip_product_scratch)>("hlip_product_scratch");
     const auto run = find<decltype(hlip_product)>("hlip_product");
-    const auto squares = [](int a, int b) { return int64_t(a + 31) / 32 * ((b + 31) / 32) * 2048; };
+    const auto steps = [](int width) { return width ? int64_t(width + 31) / 32 : 1; };
+    const auto squares = [=](int a, int b) { return steps(a) * steps(b) * 2048; };
     Tensor x(true, R * K), first(true, N * K), second(true, K * N), y(true, R * N), z(true, R * K);
     Tensor bias1(false, N), bias2(false, K), none(false, N);
     for (Tensor* t : {&x, &first, &second, &bias1, &bias2}) t->draw();
@@ -336,20 +337,20 @@ static void products(int R, int K, int N) {
     const Numbers in = x.numbers(), w1 = first.numbers(), w2 = second.numbers(), b1 = bias1.numbers();
     for (const bool gelu : {false, true}) {
         multiply({x.data, y.data, nullptr, R, one, {}, gelu, 2});
-        report("product", HLIP_AMX, true, error(y, product_formula(in, w1, b1, K, false, gelu)));
+        report("product", HLIP_AMX, true, error(y, product_formula(R, in, w1, b1, K, false, gelu)));
     }
     multiply({x.data, y.data, nullptr, R, {turned, nullptr, K, N}, {}, 0, 2});
-    report("transposed product", HLIP_AMX, true, error(y, product_formula(in, w2, none.numbers(), K, true, false)));
+    report("transposed product", HLIP_AMX, true, error(y, product_formula(R, in, w2, none.numbers(), K, true, false)));
     multiply({x.data, z.data, nullptr, R, one, two, 0, 2});
-    const Numbers hidden = product_formula(in, w1, b1, K, false, true);
-    const Numbers out = product_formula(hidden, w2, bias2.numbers(), N, false, false);
+    const Numbers hidden = product_formula(R, in, w1, b1, K, false, true);
+    const Numbers out = product_formula(R, hidden, w2, bias2.numbers(), N, false, false);
     report("two layers", HLIP_AMX, true, error(z, out));
     Tensor kept(true, R * N), active(true, R * N);
     multiply({x.data, z.data, nullptr, R, one, two, 0, 2, kept.data, nullptr});
-    const Numbers before = product_formula(in, w1, b1, K, false, false);
+    const Numbers before = product_formula(R, in, w1, b1, K, false, false);
     report("two layers, kept", HLIP_AMX, true, fmax(error(z, out), error(kept, before)));
     multiply({x.data, y.data, nullptr, R, {turned, nullptr, K, N}, {}, 0, 2, kept.data, active.data});
-    Numbers gradient = product_formula(in, w2, none.numbers(), K, true, false), again;
+    Numbers gradient = product_formula(R, in, w2, none.numbers(), K, true, false), again;
     for (int i = 0; i < R * N; ++i) {
         const double v = kept.get(i);
         again.push_back(gelu_of(v));
@@ -401,6 +402,9 @@ int main(int count, char** arguments) {
     }
     if (best() == HLIP_AMX) {
         products(1, 8, 24);
+        products(40, 0, 24);
+        products(40, 8, 0);
+        products(0, 8, 24);
         products(70, 40, 100);
         products(600, 33, 520);  // several blocks
         products(2100, 416, 65);  // several chunks and sections

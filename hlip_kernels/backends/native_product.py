@@ -25,7 +25,8 @@ def available() -> bool:
 
 def tiles_shape(inner: int, columns: int) -> tuple[int, int]:
     """Of the tiles of a weight that makes `columns` values of `inner`."""
-    return -(-columns // 32), -(-inner // 32) * 2 * TILE
+    panels, steps = (max(1, -(-width // 32)) for width in (columns, inner))
+    return panels, steps * 2 * TILE
 
 
 def pack(weight: Tensor, transposed: bool) -> Tensor:

@@ -41,7 +41,8 @@ struct WeightGradient {
 // All only where `hlip_isa` is HLIP_AMX.
 extern "C" {
 // A weight (N, K), or its transpose (K, N), into tiles of 1 KiB, aligned to 64 bytes: for each 32 columns (N) and 32 of
-// the inner width (K), padded with zeros, the tiles of 16 columns and of the other 16.
+// the inner width (K), padded with zeros, the tiles of 16 columns and of the other 16. Either width is padded to 32 at
+// least.
 void hlip_pack_weight(
     const void* weight, void* tiles, int32_t inner, int32_t columns, int32_t transposed, int32_t threads
 );

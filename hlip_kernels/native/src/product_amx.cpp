@@ -26,7 +26,8 @@ const int64_t AROUND = 4 << 20;  // bytes of a result from which it is written a
 
 INLINE __m512 widen(__m256i x) { return _mm512_cvtpbh_ps((__m256bh)x); }
 
-int64_t steps_of(int64_t width) { return round_up(width, PANEL) / PANEL; }
+// At least one: a width of nothing is one of zeros, whose products are zeros.
+int64_t steps_of(int64_t width) { return width ? round_up(width, PANEL) / PANEL : 1; }
 
 // Phi(x), the normal distribution, of a relative error below 4e-4 for x of -5 or more; smaller ones are next to
 // nothing. It is 1 / (1 + 2^(x q(x^2))) with a polynomial q.
@@ -300,7 +301,7 @@ struct GradientBlocks {
         count = round_up((g.columns + MOST_COLUMNS - 1) / MOST_COLUMNS, g.threads);
         each = count ? round_up((g.columns + count - 1) / count, UNIT) : 0;
         shared = steps_of(g.rows) * steps_of(g.inner) * STEP;
-        tiles = each * smaller(SECTION, round_up(g.rows, UNIT)) * 2;
+        tiles = each * smaller(SECTION, steps_of(g.rows) * UNIT) * 2;
         total = tiles + each / UNIT * 2 * SUMS;
     }
 };
@@ -328,8 +329,8 @@ void pack_weight(const void* weight, void* tiles, int64_t inner, int64_t columns
     const int64_t steps = steps_of(inner);
     const int64_t height = transposed ? inner : columns, width = transposed ? columns : inner;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < height; row += 32)
-        for (int64_t column = 0; column < width; column += 32) {
+    for (int64_t row = 0; row < steps_of(height) * 32; row += 32)
+        for (int64_t column = 0; column < steps_of(width) * 32; column += 32) {
             const int64_t panel = (transposed ? column : row) / 32, step = (transposed ? row : column) / 32;
             char* to = static_cast<char*>(tiles) + (panel * steps + step) * STEP;
             __m512i rows[32];
@@ -383,10 +384,6 @@ void weight_gradient(const WeightGradient& g) {
     const GradientBlocks blocks(g);
     char* memory = static_cast<char*>(g.scratch);
     const int64_t steps = steps_of(g.rows), stride = steps * STEP;
-    if (g.rows == 0 && !g.add) {
-        memset(g.weight, 0, int64_t(g.columns) * g.inner * sizeof(float));
-        memset(g.bias, 0, g.columns * sizeof(float));
-    }
     pack_weight(g.x, memory, g.rows, g.inner, true, g.threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(g.threads)
     for (int64_t b = 0; b < blocks.count; ++b) {
