@@ -44,7 +44,7 @@ import kernels
 import static
 import tune
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D
-from options import add_device, number, written
+from options import add_device, number, positive, written
 from peers import PEERS
 from report import print_table, write_json
 
@@ -142,7 +142,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         "--threads", type=number, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
     )
     timing.add_argument(
-        "--memory-limit", type=float, metavar="GIB",
+        "--memory-limit", type=positive, metavar="GIB",
         help=f"leave out what would need more (default: {CPU_MEMORY:g}, with --quick {QUICK_CPU_MEMORY:g}, of a GPU "
         f"{GPU_MEMORY:g} of what it has)",
     )  # fmt: skip
@@ -162,8 +162,6 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     timing_mode = not (args.io or args.static or args.tune)
     if timing_mode and "tf32" in (args.dtype or ()):
         parser.error("--dtype tf32 is for --static and --tune")
-    if args.memory_limit is not None and not args.memory_limit > 0:
-        parser.error(f"--memory-limit must be more than 0, got {args.memory_limit:g}")
     return args, parser
 
 

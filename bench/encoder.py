@@ -60,7 +60,7 @@ from hlip.model.memory import keep_memory
 from hlip.model.vit import StudyEncoder
 from hlip_kernels import Level, hold_weights
 from op_traffic import OpTraffic
-from options import add_device, number, written
+from options import add_device, number, positive, written
 from report import append_rows, gigabytes, print_table, provenance, write_json
 from timing import in_turns, percentiles, process_bytes, ratio
 
@@ -457,7 +457,9 @@ def parse() -> argparse.Namespace:
     what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
     add = parser.add_argument
     add("--sizes", nargs="+", type=number, help="of --scaling (default: some of each)")
-    add("--limit-gb", type=float, metavar="GIB", help="of a training step (default: none; 8 with --scaling on a CPU)")
+    add(
+        "--limit-gb", type=positive, metavar="GIB", help="of a training step (default: none; 8 with --scaling on a CPU)"
+    )
     add("--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling")
     add("--flash", choices=("true", "false"), help="only with or without (default: both)")
     add("--modes", nargs="+", choices=BOTH, default=list(BOTH), help="default: both")

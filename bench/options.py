@@ -15,6 +15,13 @@ def number(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}")
+    return value
+
+
 def written(text: str) -> Path:
     """A file to write, in a folder that there is."""
     path = Path(text)

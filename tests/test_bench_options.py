@@ -24,6 +24,13 @@ def test_numbers_are_at_least_one(text: str) -> None:
         options.number(text)
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "-inf", "1e999"])
+def test_amounts_are_finite_and_above_zero(text: str) -> None:
+    assert options.positive("0.5") == 0.5
+    with pytest.raises(argparse.ArgumentTypeError, match=f"a finite number above 0, got '{text}'"):
+        options.positive(text)
+
+
 def test_files_need_a_folder(tmp_path: Path) -> None:
     assert options.written(str(tmp_path / "rows.json")) == tmp_path / "rows.json"
     with pytest.raises(argparse.ArgumentTypeError, match=r"none/rows\.json: there is no such folder"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -145,3 +146,89 @@ def test_published_flags_that_mean_the_same_are_taken() -> None:
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         TrainConfig(Path("a"), **changes)
+
+
+LAUGHS = ", ".join(["&a0 [x, x]", *(f"&a{k} [{f'*a{k - 1}, ' * 9}]" for k in range(1, 30))])
+HOSTILE = {
+    "values of values": f"betas: [{LAUGHS}]\n",
+    "values of values in a text": f'lr: "[{LAUGHS}]"\n',
+    "the same in a list": f'betas: [0.9, "[{LAUGHS}]"]\n',
+    "a setting of either kind": f'resume: "[{LAUGHS}]"\n',
+    "one reference": "lr: &a 1.0\ngrad_clip: *a\n",
+    "a list without end": "betas: [" + "1, " * 5 * 10**6 + "1]\n",
+    "a long list": "betas: [" + "1, " * 50_000 + "1]\n",
+    "a long text": f"wandb: {'a' * 10**5}\n",
+    "nesting": f"betas: {'[' * 10**5}",
+    "nesting in a text": f'lr: "{"[" * 4000}"\n',
+    "no number": "lr: .nan\n",
+    "no number in a list": "betas: [0.9, .inf]\n",
+    "a number too large": "grad_clip: 1.0e+999\n",
+    "code": "lr: !!python/object/apply:os.getcwd []\n",
+    "bytes": "data: !!binary aGVsbG8=\n",
+    "a set": "data: !!set {a, b}\n",
+    "a date": "wandb: 2024-01-01\n",
+    "a file in a file": "config: other.yaml\n",
+    "a class in a file": "data: {class_path: subprocess.Popen, init_args: {args: [ls]}}\n",
+    "no settings": "- a\n",
+    "no setting": "lrr: 1\n",
+    "a wrong type": "lr: fast\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once, and read by no other loader than ours."""
+    path = tmp_path / "hostile.yaml"
+    path.write_text(HOSTILE[name])
+    assert refused(["--config", str(path)], monkeypatch, capsys).startswith(
+        (f"pretrain.py: error: --config {path}: not readable settings", f'pretrain.py: error: {path}: Parser key "lr"')
+    )
+
+
+@pytest.mark.parametrize("name", ["pipe", "gigabytes", "none"])
+def test_a_file_without_an_end_is_no_config(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "hostile.yaml"
+    os.mkfifo(path) if name == "pipe" else path.touch()
+    if name == "gigabytes":
+        os.truncate(path, 2**36)
+    assert f"--config {path}: not readable settings" in refused([f"--config={path}"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--lr", f"[{LAUGHS}]"], [f"--betas=[{LAUGHS}]"], ["--lr", "nan"], ["--lr=1e999"], ["--grad_clip", ".inf"],
+    ["--stall_minutes=-.inf"], ["--betas", "[0.9, .nan]"], ["--drop_path=NaN"],
+])  # fmt: skip
+def test_a_hostile_value_is_refused(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = flags[0].removeprefix("--").partition("=")[0]
+    assert name in refused(flags, monkeypatch, capsys)
+
+
+def refused(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", "STORE", *flags])
+    monkeypatch.setattr(pretrain, "train", None)  # it does not get that far
+    assert pretrain.main() == 2
+    error = capsys.readouterr().err
+    assert len(error) < 2000
+    return error
+
+
+def test_a_file_is_as_its_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What comes later counts, of a file and of flags."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "lr: 1e-4\nlock_text: true\nmax_scans: null\nbetas: [9e-1, 0.99]\nlabels: a b\nval: v\nprompts: p\n"
+    )
+    config = settings_of(path, "--lr", "2e-4", monkeypatch=monkeypatch, capsys=capsys)
+    assert (config.lr, config.lock_text, config.max_scans, config.betas) == (2e-4, True, None, (0.9, 0.99))
+    flags = pretrain.with_settings(["--lr=1", "--config", str(path), "--seed", "3"], {})
+    assert flags[0] == "--lr=1" and flags[1] == "--lr=1e-4" and flags[-2:] == ["--seed", "3"]
+    assert "--labels=a b" in flags
+    assert not [flag for flag in flags if "config" in flag]

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from ..data.engines import STEP_SECONDS, Engine
+from ..data.plain import finite_number
 from ..data.sources import Join
 from ..data.terminal import say
 
@@ -87,7 +88,7 @@ def add(commands: Any) -> None:
     )
     prepare.add_argument(
         "--timeout",
-        type=float,
+        type=finite_number,
         default=STEP_SECONDS,
         metavar="SECONDS",
         help="a scan that takes longer is rejected (default: %(default)g)",
@@ -128,7 +129,11 @@ def add(commands: Any) -> None:
     split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new store for each part")
     parts = split.add_mutually_exclusive_group(required=True)
     parts.add_argument(
-        "--fractions", nargs="+", type=float, metavar="F", help="shares of the studies, drawn at random; add up to 1"
+        "--fractions",
+        nargs="+",
+        type=finite_number,
+        metavar="F",
+        help="shares of the studies, drawn at random; add up to 1",
     )
     parts.add_argument(
         "--list", type=Path, metavar="FILE", help="uids of the first part, one a line; the others are the second"

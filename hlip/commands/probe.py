@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..data.plain import finite_number
 from ..data.terminal import say, visible
 from ..tasks.bootstrap import DRAWS, interval
 from ..tasks.embeddings import Embeddings
@@ -78,7 +79,7 @@ def add(commands: Any) -> None:
     probe.add_argument(
         "--fractions",
         nargs=3,
-        type=float,
+        type=finite_number,
         default=(0.7, 0.1, 0.2),
         metavar=("TRAIN", "VAL", "TEST"),
         help="shares of a random split; 0 for VAL cross-validates (default: 0.7 0.1 0.2)",
@@ -99,7 +100,7 @@ def add(commands: Any) -> None:
     probe.add_argument(
         "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
     )
-    probe.add_argument("--c", nargs="+", type=float, metavar="C", help="inverse penalties to choose from")
+    probe.add_argument("--c", nargs="+", type=finite_number, metavar="C", help="inverse penalties to choose from")
     probe.add_argument("--as_is", action="store_true", help="do not standardise the embeddings")
     probe.add_argument(
         "--draws",

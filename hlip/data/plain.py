@@ -8,6 +8,7 @@ with the reason alone; callers add what the file was to be.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import fcntl
@@ -132,11 +133,15 @@ class _Locating(json.JSONDecoder):
             raise
 
 
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, whose errors are all ValueError, of objects that have no name twice."""
+def parse_json(text: str | bytes, finite: bool = False) -> Any:
+    """`json.loads`, whose errors are all ValueError, of objects that have no name twice.
+
+    finite: refuse NaN and numbers that are infinite, which Python writes and reads otherwise.
+    """
+    options: dict[str, Any] = dict.fromkeys(("parse_constant", "parse_float"), finite_number) if finite else {}
     try:
         try:
-            return json.loads(text, object_pairs_hook=unique_keys)
+            return json.loads(text, object_pairs_hook=unique_keys, **options)
         except _GivenTwice:
             return json.loads(text, cls=_Locating)  # raises it again, with its line
     except RecursionError as error:
@@ -145,6 +150,11 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     return parse_json(read_text(path))
+
+
+def read_settings(path: Path) -> Any:
+    """Read JSON whose numbers are all finite."""
+    return parse_json(read_text(path), finite=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -210,6 +220,8 @@ def parse_yaml(text: str, texts: bool = False) -> Any:
 
     texts: values are, too, but for null. Otherwise true, false and decimal numbers, as JSON has them, are no texts.
     """
+    if len(text) > MOST_YAML:
+        raise ValueError(f"more than {MOST_YAML} characters")
     try:
         node = _Loader(text).get_single_node()
         return None if node is None else _value(node, texts)
@@ -220,7 +232,7 @@ def parse_yaml(text: str, texts: bool = False) -> Any:
 
 
 def read_yaml(path: Path, texts: bool = False) -> Any:
-    """What `parse_yaml` makes of a file of at most `MOST_YAML` bytes."""
+    """Read what `parse_yaml` makes of a file of at most `MOST_YAML` bytes."""
     return parse_yaml(read_text(path, MOST_YAML), texts)
 
 
@@ -258,6 +270,26 @@ def check_keys(content: Iterable[str], known: Collection[str], also: bool = Fals
     for name in content:
         if name not in known and (not also or _alike(name.lower(), tuple(known), 0.8)):
             raise ValueError(f"unknown field {name!r}{hint(name, known)}")
+
+
+def finite_number(text: str | float) -> float:
+    """A number that is neither infinite nor NaN, as a setting must be; also a `type` of argparse.
+
+    Raises:
+        ValueError: no such number.
+    """
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"expected a finite number, got {text}")
+    return number
+
+
+def check_finite(settings: Any) -> None:
+    """Raises ValueError where a field of a dataclass is, or has in it, a number that is infinite or NaN."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} must be finite, got {value}")
 
 
 def load_tensors(path: Path, checksums: bool = False) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plain import hint, read_json, read_yaml
+from .plain import check_finite, hint, read_json, read_yaml
 from .quality import Rules, check_volume
 from .readers import ScanError, Volume, read_scan
 from .sources import ScanSource
@@ -95,6 +95,7 @@ class Recipe:
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if min(self.size) < 1:
             raise ValueError(f"size must be positive, got {self.size}")
         if self.crop and (min(self.crop) < 1 or self.crop[0] > self.size[1] or self.crop[1] > self.size[2]):

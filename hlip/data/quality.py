@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from .plain import check_finite
 from .sources import ScanSource
 from .volume import ScanError, Volume
 
@@ -60,6 +61,7 @@ class Rules:
     max_side: int = 4096
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("min_slices", "max_voxels", "max_parts", "max_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -158,7 +158,7 @@ def find_weights(folder: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, unless it holds a JSON object."""
     try:
-        content = plain.read_json(path)
+        content = plain.read_settings(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable ({error})") from error
     if not isinstance(content, dict):
