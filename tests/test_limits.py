@@ -21,7 +21,7 @@ pytest.importorskip("pydicom")
 pytest.importorskip("pyarrow")
 
 import hostile_files as bad
-from hlip.data import plain
+from hlip.data import plain, tensors
 from hlip.data.preprocess import load_recipe
 from hlip.data.quality import Rules
 from hlip.data.readers import read_scan
@@ -180,7 +180,7 @@ def test_pickles_that_ask_for_much(name: str, old: bool, tmp_path: Path, monkeyp
     with at_most(2**29), monkeypatch.context() as patch:
         patch.setattr(torch, "load", lambda *given, **_: asked.append(given))
         with pytest.raises(ValueError):
-            plain.load_tensors(path)
+            tensors.load_tensors(path)
     assert asked == []
 
 
@@ -209,7 +209,7 @@ def test_what_training_saves_is_read(old: bool, tmp_path: Path) -> None:
         "whole": tied.to(torch.complex64), "flag": tied > 2, "one": torch.tensor(3, dtype=torch.uint8),
     }  # fmt: skip
     torch.save(saved, path, _use_new_zipfile_serialization=not old)
-    read = plain.load_tensors(path)
+    read = tensors.load_tensors(path)
     assert repr(read) == repr(saved)
     assert read["state_dict"]._metadata == layer.state_dict()._metadata
 
@@ -242,11 +242,11 @@ def no_end(path: Path) -> bytes:
 def test_archives_that_readers_see_differently(make: Callable[[Path], bytes], tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     saved(path, 1.0)
-    assert plain.load_tensors(path).tolist() == [1.0] * 4
+    assert tensors.load_tensors(path).tolist() == [1.0] * 4
     path.write_bytes(make(path))
     assert torch.load(path, weights_only=True).tolist() == [1.0] * 4
     with pytest.raises(ValueError, match=r"directory|of one name"):
-        plain.load_tensors(path)
+        tensors.load_tensors(path)
 
 
 def write_header(path: Path, tensors: dict[str, Any], size: int = 0) -> None:
@@ -308,9 +308,9 @@ def test_arrays_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.npz", "probe.npz", "weights.pt", "scan.pt"])
 def test_an_archive_of_empty_files(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
-        for k in range(plain.MOST_MEMBERS + 1):
+        for k in range(tensors.MOST_MEMBERS + 1):
             archive.writestr(f"a/data/{k}", b"")
-    with pytest.raises(ValueError, match=rf"{name}.*an archive of more than {plain.MOST_MEMBERS} files"):
+    with pytest.raises(ValueError, match=rf"{name}.*an archive of more than {tensors.MOST_MEMBERS} files"):
         READERS[name](tmp_path / name)
 
 

@@ -18,7 +18,8 @@ TRAIN = Path(__file__).parents[1] / "train"
 sys.path.insert(0, str(TRAIN))
 
 import pretrain  # noqa: E402
-from config import TrainConfig  # noqa: E402
+import settings  # noqa: E402
+from config import TrainConfig, from_published_flags  # noqa: E402
 
 RECIPES = sorted((TRAIN / "recipes").glob("*.yaml"))
 
@@ -109,16 +110,16 @@ def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
 def test_a_recipe_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     there = str(TRAIN / "recipes" / "brain_mri.yaml")
     for given in ("brain_mri", "brain_mri.yaml", "recipes/brain_mri.yaml", there):
-        assert pretrain.with_recipes(["--config", given, "--lr=1"]) == ["--config", there, "--lr=1"]
-        assert pretrain.with_recipes([f"--config={given}"]) == [f"--config={there}"]
+        assert settings.with_recipes(["--config", given, "--lr=1"]) == ["--config", there, "--lr=1"]
+        assert settings.with_recipes([f"--config={given}"]) == [f"--config={there}"]
     with pytest.raises(ValueError, match="--config brain_mir: no such file or recipe; did you mean brain_mri"):
-        pretrain.with_recipes(["--config", "brain_mir"])
+        settings.with_recipes(["--config", "brain_mir"])
 
 
 def test_steps_on_the_command_line_go_before_the_recipes_epochs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = pretrain.from_published_flags(["--steps=20"])
+    arguments = from_published_flags(["--steps=20"])
     config = settings_of(TRAIN / "recipes" / "brain_mri.yaml", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert (config.steps, config.epochs) == (20, None)
     with pytest.raises(ValueError, match="steps 2 and epochs 3 are both given"):
@@ -130,12 +131,12 @@ def test_steps_on_the_command_line_go_before_the_recipes_epochs(
 )
 def test_published_flags_that_mean_something_else_are_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag}: "):
-        pretrain.from_published_flags([f"--{flag}", "1"])
+        from_published_flags([f"--{flag}", "1"])
 
 
 def test_published_flags_that_mean_the_same_are_taken() -> None:
     given = ["--logs-dir", "runs", "--valid-data=v", "--local-loss", "--precision", "amp_bf16", "--log-every-n-steps=3"]
-    assert pretrain.from_published_flags(given) == [
+    assert from_published_flags(given) == [
         "--out", "runs", "--val=v", "--local_loss=true", "--precision", "bf16", "--log_every=3",
     ]  # fmt: skip
 
@@ -166,7 +167,6 @@ HOSTILE = {
     "code": "lr: !!python/object/apply:os.getcwd []\n",
     "bytes": "data: !!binary aGVsbG8=\n",
     "a set": "data: !!set {a, b}\n",
-    "a date": "wandb: 2024-01-01\n",
     "a file in a file": "config: other.yaml\n",
     "a class in a file": "data: {class_path: subprocess.Popen, init_args: {args: [ls]}}\n",
     "no settings": "- a\n",
@@ -183,7 +183,7 @@ def test_a_hostile_file_is_refused_by_name(
     path = tmp_path / "hostile.yaml"
     path.write_text(HOSTILE[name])
     assert refused(["--config", str(path)], monkeypatch, capsys).startswith(
-        (f"pretrain.py: error: --config {path}: not readable settings", f'pretrain.py: error: {path}: Parser key "lr"')
+        (f"pretrain.py: error: --config {path}: not readable settings", f"pretrain.py: error: {path}: ")
     )
 
 
@@ -225,10 +225,11 @@ def test_a_file_is_as_its_flags(
     path = tmp_path / "mine.yaml"
     path.write_text(
         "lr: 1e-4\nlock_text: true\nmax_scans: null\nbetas: [9e-1, 0.99]\nlabels: a b\nval: v\nprompts: p\n"
+        "wandb: 2024-01-01\n"
     )
     config = settings_of(path, "--lr", "2e-4", monkeypatch=monkeypatch, capsys=capsys)
     assert (config.lr, config.lock_text, config.max_scans, config.betas) == (2e-4, True, None, (0.9, 0.99))
-    flags = pretrain.with_settings(["--lr=1", "--config", str(path), "--seed", "3"], {})
-    assert flags[0] == "--lr=1" and flags[1] == "--lr=1e-4" and flags[-2:] == ["--seed", "3"]
-    assert "--labels=a b" in flags
+    flags = settings.with_settings(["--lr=1", "--config", str(path), "--seed", "3"], {})
+    assert flags[0] == "--lr=1" and flags[1] == "--lr=0.0001" and flags[-2:] == ["--seed", "3"]
+    assert {"--labels=a b", "--wandb=2024-01-01"} <= set(flags)
     assert not [flag for flag in flags if "config" in flag]

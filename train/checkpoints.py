@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_map
 
 from config import FREE, TrainConfig
 from engine import World
-from hlip.data.plain import check_format, check_within, load_tensors
+from hlip.data.paths import check_within
+from hlip.data.plain import check_format
+from hlip.data.tensors import load_tensors
 from hlip.model.checkpoint import model_files
 from hlip.model.clip import HLIPModel
 from hlip.model.weights import FILES, FORMAT

@@ -10,7 +10,6 @@ with status 0; `--resume auto` goes on.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import json
 import logging
@@ -21,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,10 +34,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import Checkpoints, whole_model
-from config import TrainConfig, from_published_flags
+from config import TrainConfig
 from engine import MicroBatch, World, backward, reduce_scalars, start, wrap
 from evaluation import HeldOut
-from hlip.data.plain import parse_yaml, read_yaml
 from hlip.data.store import Store
 from hlip.data.terminal import VisibleFormatter, guarded_streams, say
 from hlip.model.clip import HLIPModel, create_model
@@ -51,13 +49,11 @@ from loading import MicroBatches
 from log import Log, Watch, check_loggers, memory_gb
 from precheck import check_data, check_texts
 from sampler import Cost, StepSampler
+from settings import read_arguments
 
 DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
 DEFAULT_STEPS = 17000
 MOST_NOT_FINITE = 30  # a scaler that begins at 2**16 has come down to 2**-14 by then
-SETTINGS = [field.name for field in fields(TrainConfig)]
-TEXTS = {field.name for field in fields(TrainConfig) if re.search(r"\b(str|Path)\b", str(field.type))}
-MOST_VALUE = 4096  # characters, as a path may have
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,37 +63,11 @@ def main() -> int:
 
 
 def _main() -> int:
-    try:
-        from jsonargparse import ArgumentParser, set_loader
-    except ImportError:
-        say("pretrain.py: error: settings need jsonargparse: pip install 'hlip-kernels[train]'", file=sys.stderr)
-        return 2
-
-    files: dict[str, Path] = {}  # which settings come from which
-
-    class Parser(ArgumentParser):
-        """Errors in a line, in place of all settings and a line."""
-
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            key = re.match(r'Parser key "(\w+)"', message)
-            message = f"{files[key[1]]}: {message}" if key and key[1] in files else message
-            unknown = "not accepted" in message or "unrecognized" in message
-            words = re.findall(r"\w+", message) if unknown else []
-            close = [near for word in words for near in difflib.get_close_matches(word, SETTINGS, 1, 0.75)]
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{' '.join(message.split())}{hint} (--help explains every setting)")
-
-    set_loader("yaml", parse_yaml, (ValueError,))  # of values; files do not get that far
-    parser = Parser(prog="pretrain.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    parser.add_class_arguments(TrainConfig)
     handler = logging.StreamHandler()
     handler.setFormatter(VisibleFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
-        args = parser.parse_args(with_settings(from_published_flags(with_recipes(sys.argv[1:])), files))
-        args.pop("config", None)
-        train(TrainConfig(**vars(args)))
+        train(read_arguments(sys.argv[1:], __doc__.splitlines()[0]))
     except (ValueError, OSError, ImportError, dist.DistError) as error:
         say_error(f"pretrain.py: error: {error}")
         return 2
@@ -117,89 +87,6 @@ def _main() -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
-
-
-def with_recipes(arguments: list[str]) -> list[str]:
-    """The arguments, with a recipe's file found among those beside this script, too."""
-    here = Path(__file__).parent
-    found: list[str] = []
-    for i, argument in enumerate(arguments):
-        follows = i > 0 and arguments[i - 1] == "--config"
-        given = argument.removeprefix("--config=") if follows or argument.startswith("--config=") else ""
-        if given and not Path(given).exists():
-            homes = [here / given, here / "recipes" / given, here / "recipes" / f"{given}.yaml"]
-            there = next((home for home in homes if home.is_file()), None)
-            if there is None:
-                names = [path.stem for path in sorted((here / "recipes").glob("*.yaml"))]
-                close = difflib.get_close_matches(Path(given).stem, names, 1)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-                raise ValueError(f"--config {given}: no such file or recipe; {hint}")
-            argument = str(there) if follows else f"--config={there}"
-        found.append(argument)
-    return found
-
-
-def with_settings(arguments: list[str], files: dict[str, Path]) -> list[str]:
-    """The arguments, with the settings of a file in place of `--config FILE`, noted in `files`.
-
-    Raises:
-        ValueError: not readable, or a value that no setting has; names the file.
-    """
-    given: list[str] = []
-    flag = ""
-    for argument in arguments:
-        named = argument.startswith("--")
-        flag, sign, value = argument[2:].partition("=") if named else (flag, "=", argument)
-        if flag == "config" and sign:
-            del given[len(given) - (not named) :]
-            settings = read_settings(Path(value))
-            files |= dict.fromkeys(settings, Path(value))
-            given += [f"--{name}={text}" for name, text in settings.items()]
-        else:
-            if sign:
-                check_value(flag, value)
-            given.append(argument)
-    return given
-
-
-def read_settings(path: Path) -> dict[str, str]:
-    """The settings of a YAML file, as they would be typed."""
-    try:
-        content = read_yaml(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"expected settings by name, got {type(content).__name__}")
-        texts: dict[str, str] = {}
-        for name, value in content.items():
-            if name not in SETTINGS:
-                close = difflib.get_close_matches(str(name)[:100], SETTINGS, 1, 0.75)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ValueError(f"no setting {str(name)[:100]!r}{hint}")
-            for item in value if isinstance(value, list) else [value]:
-                if not isinstance(item, (str, int, float, type(None))):
-                    raise ValueError(f"{name} is {type(item).__name__}")
-            texts[name] = value if isinstance(value, str) else json.dumps(value)
-            check_value(name, texts[name])
-        return texts
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--config {path}: not readable settings ({error})") from error
-
-
-def check_value(name: str, text: str) -> None:
-    """Raises ValueError where a value is longer than any, or refers to itself: of other settings than texts,
-    jsonargparse reads what is YAML in them by a loader of its own."""
-    if len(text) > MOST_VALUE:
-        raise ValueError(f"{name}: a value of {len(text)} characters (at most {MOST_VALUE})")
-    if name in TEXTS:
-        return
-    try:
-        content = parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    for item in content if isinstance(content, list) else [content]:
-        if isinstance(item, (list, dict)):
-            raise ValueError(f"{name}: values within values")
-        if isinstance(item, str) and item != text:
-            check_value(name, item)
 
 
 def train(config: TrainConfig) -> None:

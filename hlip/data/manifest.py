@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plain import check_regular
+from .paths import check_regular
 from .volume import ScanError
 
 if TYPE_CHECKING:

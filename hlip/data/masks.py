@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import NIFTI_SUFFIXES, stem
-from .plain import check_within
+from .paths import check_within
 from .preprocess import Recipe, through_plane_first
 from .readers import read_nifti
 from .store import Store

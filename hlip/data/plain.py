@@ -1,84 +1,28 @@
-"""Plain values from files that others made: JSON, YAML, tensors and arrays, of which nothing is ever run.
+"""Plain values from texts that others wrote, as JSON and YAML, and checks of names and numbers in them.
 
-What is hostile is refused before it takes memory or time: pipes and devices, nesting without an end, values that repeat
-themselves, archives that inflate, tensors that are larger than their data. Functions raise `OSError` or `ValueError`
-with the reason alone; callers add what the file was to be.
+What is hostile is refused before it takes memory or time: nesting without an end, values that repeat themselves, texts
+of any length. Functions raise `OSError` or `ValueError` with the reason alone; callers add what the file was to be.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import errno
-import fcntl
 import functools
-import io
 import json
 import math
-import os
 import re
-import stat
-import struct
-import sys
-import tarfile
-import zipfile
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 
-from .pickled import Pickles
+from .paths import check_regular
 
 MOST_YAML = 2**18  # bytes, for which the parser takes seconds
 MOST_TEXT = 2**24  # bytes of a report, or of one line of a table
-MOST_PICKLE = 2**24  # bytes, as of a hundred thousand tensors
-MOST_MEMBERS = 2**15  # of an archive; torch.save makes one for each tensor
-MOST_HEADER = 10**8  # bytes of a header of safetensors, which reads no more itself
-
-
-def check_regular(path: Path, home: Path | None = None) -> None:
-    """Raises OSError where there is no file, or one that reading may wait on for ever, such as a pipe; as
-    `check_within` if `home` is given."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    if home is not None:
-        check_within(path, home)
-
-
-def check_within(path: Path, home: Path) -> None:
-    """Raises ValueError, with the path, where a link below the folder `home`, on the way to `path`, leads out of it.
-
-    `home` may itself be a link. In the hub's cache, a snapshot's links lead to the blobs beside all snapshots.
-    """
-    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(home))
-    blobs = [above.parents[1] / "blobs" for above in (folder, *folder.parents) if above.parent.name == "snapshots"]
-    if not any(map(target.is_relative_to, [folder, *blobs])):
-        raise ValueError(f"{path}: a link leads out of its folder; put the file itself there, or link the whole folder")
-
-
-@contextlib.contextmanager
-def usual_permissions(path: Path) -> Iterator[None]:
-    """Give a new file that is written in the meantime what the umask leaves: safetensors lets nobody else read."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    yield
-    path.chmod(mode)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is made where there is none. Raises BlockingIOError where another process holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def read_text(path: Path, most: int | None = None) -> str:
@@ -292,127 +236,8 @@ def check_finite(settings: Any) -> None:
                 raise ValueError(f"{field.name} must be finite, got {value}")
 
 
-def load_tensors(path: Path, checksums: bool = False) -> Any:
-    """Tensors and plain values that `torch.save` wrote, mapped to memory where the form of the file allows.
-
-    checksums: compare those that the file has, which torch does not; older forms, without any, are refused.
-    """
-    check_regular(path)
-    check_memory(path)
-    try:
-        with path.open("rb") as file:
-            packed = file.read(4) == b"PK\3\4"  # as torch tells the two forms
-            if packed:
-                _check_packed(path, checksums)
-            elif checksums:
-                raise ValueError("truncated, or without checksums")
-            else:
-                file.seek(0)
-                _check_unpacked(file.read(MOST_PICKLE), path.stat().st_size)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
-
-
-def _check_packed(path: Path, checksums: bool) -> None:
-    """Of the form that is a zip archive."""
-    with open_zip(path) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
-            raise ValueError("compressed within, as torch.save leaves no file")
-        if checksums and (damaged := archive.testzip()):
-            raise ValueError(f"the checksum of {damaged} differs")
-        if large := [name for name in members if "/data/" not in name and members[name].file_size > MOST_PICKLE]:
-            raise ValueError(f"{large[0]} of more than {MOST_PICKLE} bytes")
-        records = {name.rpartition("/")[2]: members[name].file_size for name in members if "/data/" in name}
-        home = next(iter(members)).partition("/")[0]
-        Pickles(records).check(io.BytesIO(archive.read(f"{home}/data.pkl")))
-
-
-def _check_unpacked(content: bytes, size: int) -> None:
-    """Of the form before PyTorch 1.6: a mark, two numbers, facts, the pickle itself, and keys; then the storages."""
-    with contextlib.suppress(tarfile.HeaderError):
-        tarfile.TarInfo.frombuf(content[:512], "utf-8", "surrogateescape")  # torch would unpack it first
-        raise ValueError("a tar archive, as torch.save wrote before 0.1.10; save it again with a later PyTorch")
-    file, pickles = io.BytesIO(content), Pickles()
-    for _ in range(5):
-        pickles.check(file)
-    if file.tell() + pickles.size > size:
-        raise ValueError("truncated: shorter than its storages")
-
-
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip archive of at most `MOST_MEMBERS` files, whose directory every reader finds at the same place.
-
-    A reader that sees another directory than this one would not see what was checked. Two files of one name, whatever
-    their case and folder, are refused for the same reason.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(size - 98, 0))
-        tail = file.read().rjust(98, b"\0")
-    _, entries, length, begin, comment = struct.unpack("<4s6xHIIH", tail[76:])
-    end = size - 22
-    if tail[56:60] == b"PK\6\7":  # its larger form
-        entries, length, begin = struct.unpack("<32xQQQ", tail[:56])
-        end = size - 98
-        if tail[:4] != b"PK\6\6" or struct.unpack("<8xQ4x", tail[56:76]) != (end,):
-            raise ValueError("truncated or damaged (its directory is not where it says)")
-    if tail[76:80] != b"PK\5\6" or comment or begin + length != end:
-        raise ValueError("truncated or damaged (no directory at its end)")
-    if entries > MOST_MEMBERS or length > 128 * MOST_MEMBERS:
-        raise ValueError(f"an archive of more than {MOST_MEMBERS} files")
-    archive = zipfile.ZipFile(path)
-    names = [member.filename.partition("/")[2].lower() or member.filename for member in archive.infolist()]
-    if not names or len(set(names)) != entries:
-        archive.close()
-        raise ValueError("an archive of no files, or of two of one name")
-    return archive
-
-
-def check_memory(path: Path) -> None:
-    """Raises ValueError for a file that is larger than this machine's memory, as one of holes may be."""
-    size, memory = path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        raise ValueError(f"a file of {size} bytes, where this machine has {memory} of memory")
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises ValueError for more than some `MOST_MEMBERS` tensors: a header needs no data to name any number of them,
-    and each takes time to set up."""
-    check_regular(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MOST_HEADER:
-            raise ValueError(f"truncated, or a header of {length} bytes (at most {MOST_HEADER})")
-        if (braces := file.read(length).count(b"{")) > 4 * MOST_MEMBERS:
-            raise ValueError(f"a header of {braces} entries (at most {4 * MOST_MEMBERS})")
-
-
 def check_format(number: Any, known: int) -> None:
     """Raises ValueError where the number of a file's format is not the one that this version writes and reads."""
     if type(number) is not int or number != known:
         got = f"of format {number!r:.40}; this version reads format {known}"
         raise ValueError(f"{got}: update hlip-kernels (pip install -U hlip-kernels), or make it anew")
-
-
-def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
-    """The arrays of a .npz file, none of them of objects."""
-    check_regular(path)
-    check_memory(path)
-    try:
-        with open_zip(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > 100 * path.stat().st_size:
-                raise ValueError("it inflates to more than 100 times its size")
-        with np.load(path, allow_pickle=False) as content:
-            arrays = dict(content)
-        for name, value in arrays.items():
-            if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufUS" or not value.itemsize:
-                raise ValueError(f"{name} is no array of numbers or texts")
-            if value.dtype.kind == "U":  # of which NumPy makes strings without a look at every character
-                characters = np.frombuffer(value.tobytes(), np.dtype(np.uint32).newbyteorder(value.dtype.byteorder))
-                if characters.max(initial=0) > sys.maxunicode:
-                    raise ValueError(f"{name} holds what is no character")
-        return arrays
-    except Exception as error:  # numpy's parser of headers raises many kinds
-        raise ValueError(str(error) or type(error).__name__) from error

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .engines import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 from .manifest import pyarrow
-from .plain import check_within, locked
+from .paths import check_within, locked
 from .preprocess import PreparedScan
 from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource

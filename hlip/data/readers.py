@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .files import NIFTI_SUFFIXES
-from .plain import load_tensors
 from .quality import Rules, check_grid, check_source, is_rescaled
 from .sources import ScanSource
+from .tensors import load_tensors
 from .volume import ScanError, Volume
 
 __all__ = ["ScanError", "Volume", "read_nifti", "read_scan"]

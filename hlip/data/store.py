@@ -36,9 +36,11 @@ from torch import Tensor
 from . import plain
 from .batch import Study
 from .manifest import Columns, columns_of, manifest_of, map_manifest, pyarrow
-from .plain import as_texts, check_regular, check_safetensors, parse_json, read_lines, usual_permissions
+from .paths import check_regular, usual_permissions
+from .plain import as_texts, parse_json, read_lines
 from .readers import ScanError
 from .sources import Rejection
+from .tensors import check_safetensors
 
 FORMAT = 1
 OTHER = ": update hlip-kernels, or prepare anew"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .manifest import Columns, manifest_of, same
-from .plain import check_regular
+from .paths import check_regular
 from .readers import ScanError
 from .sources import Rejection
 from .store import (

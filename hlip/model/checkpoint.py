@@ -22,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ..data.plain import parse_json, read_text, usual_permissions
+from ..data.paths import usual_permissions
+from ..data.plain import parse_json, read_text
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
 from .published import (

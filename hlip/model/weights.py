@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..data import plain
 from ..data.files import near
-from ..data.plain import check_format, check_memory, check_safetensors, check_within, load_tensors
+from ..data.paths import check_within
+from ..data.plain import check_format
+from ..data.tensors import check_memory, check_safetensors, load_tensors
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hlip_kernels import hold_weights, multiplies_bfloat16
 
 from ..data.batch import Study
-from ..data.plain import check_within, locked
+from ..data.paths import check_within, locked
 from ..data.scans import Rejection
 from ..data.store import cut
 from ..model.clip import HLIPModel

@@ -14,7 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..data.plain import check_format, check_regular, load_arrays, parse_json
+from ..data.paths import check_regular
+from ..data.plain import check_format, parse_json
+from ..data.tensors import load_arrays
 
 SUFFIXES = (".parquet", ".npz")
 FORMAT = 1  # of files; those without a number are of the first

@@ -8,7 +8,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..data.plain import check_regular, parse_json
+from ..data.paths import check_regular
+from ..data.plain import parse_json
 from .output import label, new_figure, shown_name
 
 LOG = "log.jsonl"

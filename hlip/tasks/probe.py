@@ -14,7 +14,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..data.plain import check_format, load_arrays, parse_json
+from ..data.plain import check_format, parse_json
+from ..data.tensors import load_arrays
 from . import bootstrap
 from .labels import MISSING
 from .metrics import class_aucs, macro_auc, need_sklearn

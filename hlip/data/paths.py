@@ -1,0 +1,51 @@
+"""Checks of a file before it is opened, and of what is written in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_regular(path: Path, home: Path | None = None) -> None:
+    """Raises OSError where there is no file, or one that reading may wait on for ever, such as a pipe; as
+    `check_within` if `home` is given."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if home is not None:
+        check_within(path, home)
+
+
+def check_within(path: Path, home: Path) -> None:
+    """Raises ValueError, with the path, where a link below the folder `home`, on the way to `path`, leads out of it.
+
+    `home` may itself be a link. In the hub's cache, a snapshot's links lead to the blobs beside all snapshots.
+    """
+    target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(home))
+    blobs = [above.parents[1] / "blobs" for above in (folder, *folder.parents) if above.parent.name == "snapshots"]
+    if not any(map(target.is_relative_to, [folder, *blobs])):
+        raise ValueError(f"{path}: a link leads out of its folder; put the file itself there, or link the whole folder")
+
+
+@contextlib.contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """Give a new file that is written in the meantime what the umask leaves: safetensors lets nobody else read."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is made where there is none. Raises BlockingIOError where another process holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
