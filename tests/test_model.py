@@ -41,7 +41,9 @@ def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(tiny_model: 
 def test_saved_model_gives_the_same_embeddings(tiny_model: hlip.HLIPModel, model_folder: Path) -> None:
     loaded = hlip.HLIPModel.from_pretrained(model_folder)
     assert not loaded.training
-    assert loaded.config == tiny_model.config
+    bert = Path(tiny_model.config.text.name)
+    assert loaded.config == replace(tiny_model.config, text=replace(tiny_model.config.text, name=bert.name))
+    assert not [path for path in model_folder.rglob("*.json") if str(bert.parent) in path.read_text()]
     assert torch.equal(loaded.encode_image(batch_of(2)), tiny_model.encode_image(batch_of(2)))
     assert torch.equal(loaded.encode_text(["acute stroke"]), tiny_model.encode_text(["acute stroke"]))
 

@@ -32,6 +32,15 @@ def load_tensors(path: Path, checksums: bool = False) -> Any:
 
     checksums: compare those that the file has, which torch does not; older forms, without any, are refused.
     """
+    packed = check_tensors(path, checksums)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
+def check_tensors(path: Path, checksums: bool = False) -> bool:
+    """Whether a file that `torch.save` wrote is a zip archive; as `load_tensors`, raises before anything is loaded."""
     check_regular(path)
     check_memory(path)
     try:
@@ -44,8 +53,8 @@ def load_tensors(path: Path, checksums: bool = False) -> Any:
             else:
                 file.seek(0)
                 _check_unpacked(file.read(MOST_PICKLE), path.stat().st_size)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
-    except Exception as error:  # a damaged pickle can raise anything
+            return packed
+    except Exception as error:  # as above
         raise ValueError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 

@@ -63,10 +63,13 @@ def save_pretrained(model: HLIPModel, folder: Path) -> None:
     """
 
     def fill(partial: Path) -> None:
-        (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
         _save_weights(model, partial / "model.safetensors")
         model.text.transformer.config.save_pretrained(partial / "text")
-        _save_tokenizer(model, partial / "text")
+        whole = _save_tokenizer(model, partial / "text")
+        content = model.config.to_dict()
+        if whole and Path(content["text"]["name"]).is_dir():  # of where the text tower came from, nobody need know more
+            content["text"]["name"] = Path(content["text"]["name"]).resolve().name
+        (partial / "config.json").write_text(json.dumps(content, indent=1))
 
     own = ("config.json", "model.safetensors", "text/config.json", *(f"text/{name}" for name in TOKENIZER_FILES))
 
@@ -248,13 +251,16 @@ def _save_weights(model: HLIPModel, path: Path) -> None:
         save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
 
 
-def _save_tokenizer(model: HLIPModel, folder: Path) -> None:
+def _save_tokenizer(model: HLIPModel, folder: Path) -> bool:
+    """Whether there was one to write."""
     try:
         model.text.tokenizer.save_pretrained(folder)
     except ValueError as error:
         log.warning(
             "saved without a tokenizer, so texts will be read with that of %s: %s", model.config.text.name, error
         )
+        return False
+    return True
 
 
 def _only(folder: Path, own: tuple[str, ...]) -> bool:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ..data.batch import Study
 from ..data.plain import as_texts, read_json
 from ..data.store import Store
+from ..data.tensors import check_safetensors, check_tensors
 from ..model.text import TOKENIZER_FILES, read_bert_config, read_tokenizer
 from ..model.weights import local_folder, weights_digest
 
@@ -292,8 +293,13 @@ def _write_known(name: str, place: Path) -> None:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name}: {CONFIG} is not readable ({why})") from error
     for weights in folder.iterdir():
-        if weights.suffix in (".safetensors", ".bin", ".pth"):
-            (place / weights.name).symlink_to(weights.resolve())
+        if weights.suffix not in (".safetensors", ".bin", ".pth"):
+            continue
+        try:
+            check_safetensors(weights) if weights.suffix == ".safetensors" else check_tensors(weights)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{weights}: not readable weights ({error})") from error
+        (place / weights.name).symlink_to(weights.resolve())
 
 
 def _check_keys(part: Mapping[str, Any], keys: tuple[str, ...]) -> None:
