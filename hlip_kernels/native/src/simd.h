@@ -118,8 +118,8 @@ inline vec totals(const vec* rows) {
     return sum;
 }
 
-// 2^x, relative error 1.9e-7, none at 0; at most 2^-126 below that, at least 2^127 where it cannot be told, and not a
-// number if x is none.
+// 2^x, relative error 1.9e-7 for x of -126 to 127, none at 0; below that 0, or a denormal with AVX-512, and above it 2^127,
+// or more with AVX-512; not a number if x is none.
 inline vec exp2(vec x) {
 #if defined(__AVX512F__)
     const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x less its floor
