@@ -97,6 +97,7 @@ static void run_alone(const Attention& a, const Kernel& k, int64_t g, char* tile
     const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
     const Heads all = {0, a.heads};
     k.pack(a, group, all, 0, group.length, tiles);
+    if (k.refine) k.refine(a, group, all, 0, group.length, tiles);
     for (int head = 0; head < a.heads; ++head) {
         memset(turns.done, 0, blocks * sizeof(int32_t));
         for (int64_t first = 0; first < group.length; first += k.block) {
@@ -130,6 +131,11 @@ static void run_together(
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < group.length; first += k.unit)
         k.pack(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
+    if (k.refine) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < group.length; first += k.unit)
+            k.refine(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
+    }
     // Numbers are drawn in order, so that whoever waits for a turn waits for a task that runs.
     for (;;) {
         const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);

@@ -63,6 +63,8 @@ struct Kernel {
     size_t (*local_bytes)(const Attention&);
     // Rows first to last into tiles; first is a multiple of `unit`.
     void (*pack)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
+    // What is known of rows first to last once more, from all rows of the group, when they are packed. May be null.
+    void (*refine)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
     // Rows first to last of one head, whose tiles are given, against all rows of the group. Tasks of a head begin in the
     // order of their rows.
     void (*run)(const Attention&, const Group&, int head, int64_t first, int64_t last, char* tiles, char* local, Turns);
@@ -96,4 +98,9 @@ static inline bool rise(const int32_t* bounds, int64_t count, int64_t last) {
 // Head dims are multiples of 16, padded with zeros to a multiple of HEAD_STEP in tiles.
 static const int HEAD_STEP = 32;
 static const int HEAD_WIDTHS = 4;  // of tiles, for which there are kernels
+
+// The lse, in powers of two, from which on backward sums up a row's weights anew: lse is one float, whose rounding shows
+// in every weight of its row, by a factor of e^0.5 at 5e6.
+static const float LARGE_LSE = 256;
+
 static inline int64_t padded_head_dim(const Attention& a) { return round_up(a.head_dim, HEAD_STEP); }

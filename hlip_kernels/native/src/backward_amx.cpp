@@ -3,6 +3,8 @@
 // Everything is transposed: rows of tiles are keys, columns are queries. Then the weights and the gradients of scores are
 // left matrices for grad_v and grad_k as they come, and what belongs to a query - its lse and delta - is a vector.
 // A step is 32 keys x 32 queries. The products of steps before and after it run between the rows of its softmax.
+#include <float.h>
+
 #include "tiles_amx.h"
 
 namespace amx {
@@ -10,9 +12,10 @@ namespace {
 
 const int UNITS = 4;  // of keys and of queries in a block
 const int BLOCK = UNITS * UNIT;
+const float FINE = -1;  // below the logarithm of any sum of weights of which one is 1
 
-// Tiles of a head: seven matrices in units of 32 rows, then sums for grad_q, lse and delta. Later, grad_k and grad_v
-// take the place of k and v.
+// Tiles of a head: seven matrices in units of 32 rows, then sums for grad_q, lse and delta, and what refines lse. Later,
+// grad_k and grad_v take the place of k and v.
 template <int K>
 struct Packed {
     static constexpr int N = 2 * K;  // tiles of 16 columns
@@ -23,10 +26,13 @@ struct Packed {
     char *q, *g;  // paired: for grad_k and grad_v
     float *grad_q;  // transposed
     float *lse, *delta;
+    // Where lse, one float, is too coarse for some query of a unit, `lse` holds the largest product of each with a key, and
+    // this the logarithm of the sum of its weights without that, in powers of two. Elsewhere it begins with FINE.
+    float* rest;
 
     static int64_t bytes(int64_t length) {
         const int64_t units = round_up(length, UNIT) / UNIT;
-        return units * (9 * MATRIX + 2 * UNIT * sizeof(float));
+        return units * (9 * MATRIX + 3 * UNIT * sizeof(float));
     }
     Packed(int64_t length, int head, char* tiles) {
         const int64_t units = round_up(length, UNIT) / UNIT, matrix = units * MATRIX;
@@ -40,6 +46,7 @@ struct Packed {
         grad_q = reinterpret_cast<float*>(g + matrix);
         lse = grad_q + units * UNIT * 32 * K;
         delta = lse + units * UNIT;
+        rest = delta + units * UNIT;
     }
 };
 
@@ -72,6 +79,7 @@ void pack_rows(const Attention& a, const Group& group, Heads heads, int64_t firs
         _mm512_store_ps(to.delta + first + ROWS, totals(sums[ROWS]));
         for (int i = 0; i < UNIT; ++i)
             to.lse[first + i] = first + i < last ? a.lse[head * a.rows + group.row(first + i)] * LOG2E : 1e30f;
+        to.rest[first] = FINE;
     }
 }
 
@@ -150,8 +158,13 @@ struct Job {
 struct Softmax {
     int row;
     const float *scores, *grads, *lse, *delta;
+    const float* rest;  // null where lse is fine
     __m512 scale;
     char *weights, *score_grads, *paired;
+
+    static INLINE __m512 weight(__m512 score, __m512 largest, __m512 rest, __m512 scale) {
+        return exp2(_mm512_fmsub_ps(_mm512_sub_ps(score, largest), scale, rest), 0xffff);
+    }
 
     // Row r: 32 queries of a key.
     INLINE __m512i soften(int r) const {
@@ -160,7 +173,9 @@ struct Softmax {
         for (int j = 0; j < 2; ++j) {
             const __m512 s = _mm512_load_ps(scores + at + j * ROWS * 16);
             const __m512 dp = _mm512_load_ps(grads + at + j * ROWS * 16);
-            p[j] = exp2(_mm512_fmsub_ps(s, scale, _mm512_load_ps(lse + 16 * j)), 0xffff);
+            const __m512 less = _mm512_load_ps(lse + 16 * j);
+            p[j] = rest ? weight(s, less, _mm512_load_ps(rest + 16 * j), scale)
+                        : exp2(_mm512_fmsub_ps(s, scale, less), 0xffff);
             ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(dp, _mm512_load_ps(delta + 16 * j)));
         }
         const __m512i narrowed = narrow(ds[0], ds[1]);
@@ -180,7 +195,7 @@ struct Softmax {
 // would have nothing to do while it waits.
 class Machine {
   public:
-    Softmax softmax = {UNIT, {}, {}, {}, {}, {}, {}, {}, {}};
+    Softmax softmax = {UNIT, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 
     void run(const Job& job) {
         const char *a = job.a, *b = job.b;
@@ -229,6 +244,50 @@ class Machine {
             tile_load<I>(job.c + I * ROWS * 16);
     }
 };
+
+template <int K>
+Job scores_of(const Packed<K>& from, int64_t keys, int64_t queries, float* to) {
+    const int64_t key = keys * Packed<K>::MATRIX, query = queries * Packed<K>::MATRIX;
+    return {from.k + key, K * TILE, TILE, from.q_columns + query, TILE, 2 * TILE, K, to, true};
+}
+
+template <int K>
+void refine(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const __m512 scale = _mm512_set1_ps(a.softmax_scale * LOG2E);
+    const __m512 sign = _mm512_set1_ps(a.softmax_scale < 0 ? -1 : 1);
+    for (int head = heads.first; head < heads.last; ++head)
+        for (int64_t query = first; query < last; query += UNIT) {
+            const Packed<K> to(group.length, head - heads.first, tiles);
+            bool coarse = false;
+            for (int64_t i = query; i < smaller(query + UNIT, last); ++i) coarse |= fabsf(to.lse[i]) > LARGE_LSE;
+            if (!coarse) continue;
+            const TilesInUse in_use;
+            alignas(64) float scores[QUAD];
+            __m512 most[2], sum[2] = {};  // of 16 queries each
+            for (__m512& largest : most) largest = _mm512_set1_ps(-FLT_MAX);
+            for (int summing = 0; summing < 2; ++summing)
+                for (int64_t key = 0; key < group.length; key += UNIT) {
+                    Machine machine;
+                    machine.run(scores_of(to, key / UNIT, query / UNIT, scores));
+                    machine.store();
+                    for (int r = 0; r < smaller(UNIT, group.length - key); ++r)
+                        for (int j = 0; j < 2; ++j) {
+                            const __m512 s = _mm512_load_ps(scores + r / ROWS * 2 * ROWS * 16 + r % ROWS * 16 + j * ROWS * 16);
+                            if (summing)
+                                sum[j] = _mm512_add_ps(
+                                    sum[j], Softmax::weight(s, _mm512_mul_ps(most[j], sign), _mm512_setzero_ps(), scale)
+                                );
+                            else
+                                most[j] = _mm512_max_ps(_mm512_mul_ps(s, sign), most[j]);
+                        }
+                }
+            for (int j = 0; j < 2; ++j) {
+                _mm512_store_ps(to.lse + query + 16 * j, _mm512_mul_ps(most[j], sign));
+                _mm512_store_ps(to.rest + query + 16 * j, _mm512_mul_ps(log(sum[j]), _mm512_set1_ps(LOG2E)));
+            }
+            for (int64_t i = last; i < query + UNIT; ++i) to.rest[i] = 1e30f;
+        }
+}
 
 // One block of keys of one head against all queries.
 template <int K>
@@ -280,7 +339,7 @@ class Block {
 
     void score(Place p, int parity) {
         const int64_t key = (first_ + p.key) * MATRIX, query = (p.block * UNITS + p.query) * MATRIX;
-        machine_.run({from_.k + key, K * TILE, TILE, from_.q_columns + query, TILE, 2 * TILE, K, local_.scores[parity], true});
+        machine_.run(scores_of(from_, first_ + p.key, p.block * UNITS + p.query, local_.scores[parity]));
         machine_.run({from_.v + key, K * TILE, TILE, from_.g_columns + query, TILE, 2 * TILE, K, local_.grads[parity], true});
     }
 
@@ -292,7 +351,7 @@ class Block {
         if (next.block == blocks) machine_.store();
         machine_.softmax = {
             0, local_.scores[parity], local_.grads[parity], from_.lse + query, from_.delta + query,
-            _mm512_set1_ps(scale_ * LOG2E), local_.weights[buffer_of(p)][p.query],
+            from_.rest[query] == FINE ? nullptr : from_.rest + query, _mm512_set1_ps(scale_ * LOG2E), local_.weights[buffer_of(p)][p.query],
             local_.score_grads[buffer_of(p)][p.query], local_.paired[p.key][p.query],
         };
         if (next.block < blocks) score(next, parity ^ 1);
@@ -431,7 +490,7 @@ void finish(const Attention& a, const Group& group, Heads heads, int64_t first, 
 
 template <int K>
 constexpr Kernel kernel() {
-    return {UNIT, BLOCK, tile_bytes<K>, local_bytes<K>, pack<K>, run<K>, finish<K>};
+    return {UNIT, BLOCK, tile_bytes<K>, local_bytes<K>, pack<K>, refine<K>, run<K>, finish<K>};
 }
 
 }  // namespace

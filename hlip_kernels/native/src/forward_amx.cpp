@@ -8,6 +8,8 @@
 // Weights are 2^score without the maximum of the row taken off: floating point does not mind, as long as nothing
 // overflows or vanishes. The row sums tell, and if any is out of range, its block of queries is done again with the
 // maximum.
+#include <float.h>
+
 #include "tiles_amx.h"
 
 namespace amx {
@@ -310,7 +312,7 @@ void run(
     bool good = true;
     for (int64_t t = 0; t < tiles_used; ++t) good &= in_range(totals(local.sum[t * ROWS]), rows - t * ROWS);
     if (!good) {
-        for (float& most : local.most) most = -INFINITY;
+        for (float& most : local.most) most = -FLT_MAX;  // of keys whose scores are all infinite, too
         memset(local.sum, 0, padded * sizeof local.sum[0]);
         memset(local.out, 0, tiles_used * sizeof local.out[0]);
         run_safe(steps, a.softmax_scale * LOG2E);
@@ -320,7 +322,7 @@ void run(
 
 template <int K>
 constexpr Kernel kernel() {
-    return {UNIT, BLOCK, tile_bytes, local_bytes<K>, pack<K>, run<K>, finish<K>};
+    return {UNIT, BLOCK, tile_bytes, local_bytes<K>, pack<K>, nullptr, run<K>, finish<K>};
 }
 
 }  // namespace

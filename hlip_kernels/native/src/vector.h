@@ -2,6 +2,8 @@
 //
 // All products are one template, `Product`: it reads its left matrix one element at a time, so that a transposed left
 // matrix costs nothing, and its right matrix by vectors.
+#include <float.h>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -200,8 +202,8 @@ struct QueryTile {
         risen = true;
         Scores::run(q, kt, padded, scores, TILE_QUERIES, keys, false);
         for (int i = 0; i < TILE_QUERIES; ++i) {
-            float largest = scores[i * KEYS];
-            for (int64_t j = 1; j < keys; ++j)
+            float largest = -FLT_MAX;  // of a block in which all are infinite, too
+            for (int64_t j = 0; j < keys; ++j)
                 if (scores[i * KEYS + j] > largest) largest = scores[i * KEYS + j];
             if (begun) {
                 if (largest <= most[i]) continue;  // what is not a number is taken off, too
@@ -314,8 +316,9 @@ void forward_run(
     }
 }
 
-// What backward knows of a query. Its lse, in powers of two, is the sum of two numbers: rounded to one it would show in
-// the weights of large scores.
+// What backward knows of a query. Its lse, in powers of two, is the sum of two numbers. Those of the float that forward
+// gives lose nothing to the change of base. Where that float is too coarse, they are the largest score and the logarithm
+// of the weights' sum without it.
 struct Query {
     float lse, rounding, delta;
 };
@@ -366,6 +369,38 @@ void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t 
                 const double lse = a.lse[head * a.rows + group.row(i + r)] * 1.4426950408889634;
                 to.queries[i + r] = {float(lse), float(lse - float(lse)), delta};
             }
+        }
+    }
+}
+
+template <int padded>
+void backward_refine(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int ROWS = WIDTH == 16 ? 8 : 4;
+    using Scores = Product<ROWS, 2, padded, 1, KEYS, KEYS>;  // as in backward_run, to the last bit
+    for (int head = heads.first; head < heads.last; ++head) {
+        const BackwardTiles from(a, group.length, head - heads.first, tiles);
+        for (int64_t i = first; i < last; i += ROWS) {
+            Query* rows = from.queries + i;
+            const int64_t count = smaller(ROWS, last - i);
+            bool coarse = false;
+            for (int64_t r = 0; r < count; ++r) coarse |= fabsf(rows[r].lse) > LARGE_LSE;
+            if (!coarse) continue;
+            float most[ROWS], scores[ROWS * KEYS];
+            vec sum[ROWS] = {};
+            for (float& score : most) score = -FLT_MAX;
+            for (int summing = 0; summing < 2; ++summing)
+                for (int64_t key = 0; key < group.length; key += KEYS) {
+                    const int64_t keys = smaller(KEYS, group.length - key);
+                    Scores::run(from.q + i * padded, from.kt + key * padded, padded, scores, ROWS, keys, false);
+                    for (int64_t r = 0; r < count; ++r) {
+                        const float* row = scores + r * KEYS;
+                        for (int64_t j = 0; j < keys && !summing; ++j)
+                            if (row[j] > most[r]) most[r] = row[j];
+                        for (int64_t j = 0; j < keys && summing; j += WIDTH)
+                            sum[r] += present(exp2(load(row + j) - most[r]), keys - j);
+                    }
+                }
+            for (int64_t r = 0; r < count; ++r) rows[r] = {most[r], log2f(sum_of(sum[r])), rows[r].delta};
         }
     }
 }
@@ -429,14 +464,14 @@ void backward_finish(const Attention& a, const Group& group, Heads heads, int64_
 
 template <typename T, int padded>
 constexpr Kernel forward_kernel() {
-    return {KEYS, TASK_QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, forward_run<T, padded>,
-            nullptr};
+    return {KEYS, TASK_QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, nullptr,
+            forward_run<T, padded>, nullptr};
 }
 
 template <typename T, int padded>
 constexpr Kernel backward_kernel() {
-    return {KEYS, KEYS, backward_tile_bytes, backward_local_bytes, backward_pack<T>, backward_run<T, padded>,
-            backward_finish<T>};
+    return {KEYS, KEYS, backward_tile_bytes, backward_local_bytes, backward_pack<T>, backward_refine<padded>,
+            backward_run<T, padded>, backward_finish<T>};
 }
 
 #define KERNELS(direction, T) \
