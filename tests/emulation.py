@@ -17,16 +17,8 @@ HEADERS = ROOT / "tests/emulated"
 SOURCES = ROOT / "hlip_kernels/native/src"
 HERE = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and shutil.which("g++") is not None
 WHY_NOT = "" if HERE else "needs g++, Linux and an x86-64 processor"
-FLAGS = (
-    "-std=c++17",
-    "-fPIC",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-psabi",
-)
-FLAGS += ("-DHLIP_EMULATED", f"-I{HEADERS}")
+FLAGS = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-Wno-psabi", "-DHLIP_EMULATED", f"-I{HEADERS}"]
 NAME = "libhlip_native.so"
 # What the sources ask for. Nothing is said of AVX2: code for it is in the compiler's vectors.
 ISA_FLAGS = {"avx512": ("-D__AVX512F__",), "amx": ("-D__AVX512F__", "-D__AVX512BF16__")}
@@ -55,7 +47,7 @@ def isa_of(path: Path) -> str:
 def cached() -> Path:
     """The library in build/, where it stays until a source changes."""
     files = sorted([*SOURCES.iterdir(), *HEADERS.iterdir(), Path(__file__)])
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    key = hashlib.sha256(repr(FLAGS).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     folder = ROOT / "build/emulated"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # of processes that run the tests together
