@@ -12,13 +12,15 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from hlip_kernels.native.interface import ABI
+
 ROOT = Path(__file__).parents[1]
 HEADERS = ROOT / "tests/emulated"
 SOURCES = ROOT / "hlip_kernels/native/src"
 HERE = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and shutil.which("g++") is not None
 WHY_NOT = "" if HERE else "needs g++, Linux and an x86-64 processor"
 FLAGS = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-Wno-psabi", "-DHLIP_EMULATED", f"-I{HEADERS}"]
+FLAGS += ["-Wno-psabi", "-DHLIP_EMULATED", f"-DHLIP_ABI={ABI}", f"-I{HEADERS}"]
 NAME = "libhlip_native.so"
 # What the sources ask for. Nothing is said of AVX2: code for it is in the compiler's vectors.
 ISA_FLAGS = {"avx512": ("-D__AVX512F__",), "amx": ("-D__AVX512F__", "-D__AVX512BF16__")}

@@ -293,16 +293,24 @@ def test_a_file_of_holes(kind: str, size: int, tmp_path: Path) -> None:
         (read_shard if kind == "shard" else READERS[kind])(path)
 
 
-def test_arrays_of_nothing(tmp_path: Path) -> None:
-    """Texts of no characters, of which 300 bytes hold any number."""
-    about = {"descr": "<U0", "fortran_order": False, "shape": (2**28,)}
+@pytest.mark.parametrize(
+    ("descr", "shape", "reason"),
+    [
+        ("<U0", (2**28,), "no array of numbers or texts"),
+        ("<f4", (2**28, 0), "is empty"),
+        ("<U4", (0, 2**40), "is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.npz", "probe.npz"])
+def test_arrays_of_nothing(name: str, descr: str, shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
+    """Texts of no characters, or lists of nothing, of which 300 bytes hold any number."""
     content = io.BytesIO()
-    np.lib.format.write_array_header_1_0(content, about)
-    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        for name in ("study", "scan", "facts"):
-            archive.writestr(f"{name}.npy", content.getvalue())
-    with pytest.raises(ValueError, match=r"a\.npz.*no array of numbers or texts"), at_most(2**29):
-        Embeddings.read(tmp_path / "a.npz")
+    np.lib.format.write_array_header_1_0(content, {"descr": descr, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        for array in ("study", "scan", "facts", "classes", "weight"):
+            archive.writestr(f"{array}.npy", content.getvalue())
+    with pytest.raises(ValueError, match=rf"{name}.*{reason}"), at_most(2**29):
+        READERS[name](tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "probe.npz", "weights.pt", "scan.pt"])

@@ -127,6 +127,8 @@ def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
         for name, value in arrays.items():
             if not isinstance(value, np.ndarray) or value.dtype.kind not in "biufUS" or not value.itemsize:
                 raise ValueError(f"{name} is no array of numbers or texts")
+            if not value.size and max(value.shape) > MOST_MEMBERS:  # any number of lists of nothing
+                raise ValueError(f"{name} is empty, and of shape {value.shape}")
             if value.dtype.kind == "U":  # of which NumPy makes strings without a look at every character
                 characters = np.frombuffer(value.tobytes(), np.dtype(np.uint32).newbyteorder(value.dtype.byteorder))
                 if characters.max(initial=0) > sys.maxunicode:

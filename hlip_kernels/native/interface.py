@@ -11,7 +11,7 @@ from typing import Any
 
 ISAS = ("scalar", "avx2", "avx512", "amx")  # as `HLIP_GENERIC` and the next of attention.h number them
 # A number for the text of the headers, comments too, as setup.py makes it: a library built from others has another.
-ABI = 0x811371A139B5E19
+ABI = 0xEEA3D4BBC92E031
 
 
 class Attention(ctypes.Structure):
