@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from hlip import HLIPModel, pack
 from hlip.data.dataset import StudyDataset
+from hlip.data.plain import finite_number
 from hlip.data.store import Store
 from hlip.model.vit import StudyEncoder
 from hlip.tasks.metrics import macro_auc
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_scans", type=int, default=10, help="of a study in a training step, drawn anew")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=finite_number, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

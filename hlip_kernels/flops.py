@@ -5,11 +5,10 @@ Shapes: R rows, H heads, D head dim.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -30,14 +29,12 @@ def register_when_imported() -> None:
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path) if name == COUNTER else None
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 _register(module)
 
@@ -73,7 +70,7 @@ def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
 
 
 def _product(qkv: Tensor, cu_seqlens: Tensor, tiles: Any, num_prefix: int, max_seqlen: int, *_: Any) -> int:
-    """Of one product of all rows with all rows of their groups; at most that where only shapes are there."""
+    """Count one product of all rows with all rows of their groups; or the most that it may be, from shapes alone."""
     rows, _slots, heads, head_dim = qkv.shape
     if type(cu_seqlens) is Tensor and cu_seqlens.device.type != "meta":
         pairs: int = sum((end - start + num_prefix) ** 2 for start, end in pairwise(cu_seqlens.tolist()))

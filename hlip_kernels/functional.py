@@ -126,6 +126,8 @@ def add_regroup_norm(
                 f"{name}: expected floating-point {tuple(shape)} on {residual.device}, got {x.dtype} {tuple(x.shape)} "
                 f"on {x.device}"
             )
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be 0 or more and finite, got {eps}")
     if path_scale is not None and path_scale.requires_grad:
         raise ValueError("path_scale: expected a constant; there is no gradient for it")
     if not torch.compiler.is_compiling():

@@ -63,23 +63,29 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     One put in its place, a hook on it or on all modules, or another `forward` must see its input. And what transforms
     functions, `torch.func` or forward-mode differentiation, knows PyTorch's layers only.
     """
+    return _is_as_made(module, kind) and not _has_any_global_hook() and not transformed()
+
+
+def is_fusible(*layers: nn.Module) -> bool:
+    """Whether weights and biases of these linear layers and LayerNorms stand for calling them."""
     return (
-        type(module) is kind
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
+        all(
+            (_is_as_made(layer, nn.Linear) or _is_as_made(layer, nn.LayerNorm))
+            and layer.bias is not None
+            and not hasattr(type(layer.weight), "__tensor_flatten__")  # sharded, or quantized
+            for layer in layers
+        )
         and not _has_any_global_hook()
         and not transformed()
     )
 
 
-def is_fusible(*layers: nn.Module) -> bool:
-    """Whether weights and biases of these linear layers and LayerNorms stand for calling them."""
-    return all(
-        (is_plain(layer, nn.Linear) or is_plain(layer, nn.LayerNorm))
-        and layer.bias is not None
-        and not hasattr(layer.weight, "__tensor_flatten__")  # sharded, or quantized
-        for layer in layers
+def _is_as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return (
+        type(module) is kind
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in module.__dict__
     )
 
 

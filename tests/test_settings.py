@@ -85,7 +85,7 @@ def test_a_command_refuses_a_number_that_is_not_finite(text: str, capsys: pytest
         assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("folder", ["hlip", "hlip_kernels", "train", "bench"])
+@pytest.mark.parametrize("folder", ["hlip", "hlip_kernels", "train", "bench", "examples"])
 def test_no_source_has_an_option_of_any_float(folder: str) -> None:
     """Of scripts, too, whose parsers are not to be had without running them."""
     for path in (ROOT / folder).rglob("*.py"):

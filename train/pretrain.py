@@ -38,7 +38,7 @@ from config import TrainConfig
 from engine import MicroBatch, World, backward, reduce_scalars, start, wrap
 from evaluation import HeldOut
 from hlip.data.store import Store
-from hlip.data.terminal import VisibleFormatter, guarded_streams, say
+from hlip.data.terminal import VisibleFormatter, guard_streams, guarded_streams, say
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import ModelConfig, preset
 from hlip.model.memory import keep_memory, release_memory
@@ -247,6 +247,7 @@ def warn(warnings: list[str], world: World) -> list[str]:
 def outlive_sigterm(worker: int) -> None:
     """Clusters send SIGTERM to all processes, those that read data too, which are needed until the step is done.
     A second one ends them."""
+    guard_streams()  # which a new interpreter does not inherit
     release_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

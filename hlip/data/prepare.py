@@ -11,6 +11,7 @@ import errno
 import hashlib
 import hmac
 import json
+import math
 import os
 import re
 import shutil
@@ -92,9 +93,9 @@ def prepare(
             other options, or is being written by another run.
         OSError: `out` cannot be written. What is finished stays, and the next run goes on.
     """
-    if workers < 1 or shard_scans < 1 or not scan_seconds > 0:
+    if workers < 1 or shard_scans < 1 or not 0 < scan_seconds < math.inf:
         got = f"{workers}, {shard_scans} and {scan_seconds}"
-        raise ValueError(f"workers, shard_scans and scan_seconds must be positive, got {got}")
+        raise ValueError(f"workers, shard_scans and scan_seconds must be positive and finite, got {got}")
     pyarrow()  # asked for now, not after hours
     out = Path(out)
     found = _in_order(found if salt is None else hash_ids(found, salt))

@@ -139,7 +139,10 @@ def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def check_memory(path: Path) -> None:
-    """Raises ValueError for a file that is larger than this machine's memory, as one of holes may be."""
+    """Raises ValueError for a file that is larger than this machine's memory, as one of holes may be; nothing where the
+    system does not say how much there is."""
+    if not hasattr(os, "sysconf"):
+        return
     size, memory = path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise ValueError(f"a file of {size} bytes, where this machine has {memory} of memory")

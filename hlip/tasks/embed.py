@@ -28,6 +28,7 @@ from ..data.batch import Study
 from ..data.paths import check_within, locked
 from ..data.scans import Rejection
 from ..data.store import cut
+from ..data.terminal import guard_streams
 from ..model.clip import HLIPModel
 from ..model.memory import release_memory
 from ..model.plan import TokenBatch
@@ -292,7 +293,7 @@ def _embedded(
         _Batches(studies, batches, model.batches, options),
         batch_size=None,
         num_workers=min(workers, max(0, len(batches) - 1)),
-        worker_init_fn=release_memory,
+        worker_init_fn=_begin_worker,
         pin_memory=model.device.type == "cuda",
     )
     whose = f" (process 0 of {among.size})" if among.size > 1 else ""
@@ -385,6 +386,11 @@ def _shares(cost: Sequence[float], count: int) -> list[list[int]]:
         members[process].append(i)
         heapq.heappush(heap, (load + cost[i], process))
     return [sorted(each) for each in members]
+
+
+def _begin_worker(worker: int) -> None:
+    guard_streams()  # which a new interpreter does not inherit
+    release_memory()
 
 
 class _Folder:

@@ -118,6 +118,22 @@ class Regroup(NamedTuple):
         return self.children is not None and self.dst_groups == self.children.shape[0] - 1
 
 
+_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+_SINGLE, _WHOLE = (torch.float32,), (torch.int32,)
+_OF_NORM = {  # the shape and the dtypes of every tensor of a norm
+    **dict.fromkeys(("residual", "grad_residual"), ("rows of src", "x")),
+    **dict.fromkeys(("update", "grad_update"), ("rows of src", "y")),
+    **dict.fromkeys(("x", "grad_x"), ("rows of dst", "x")),
+    **dict.fromkeys(("y", "grad_y"), ("rows of dst", "y")),
+    **dict.fromkeys(("mean", "rstd"), ("a number a row", "float32")),
+    **dict.fromkeys(("layer_scale", "weight", "bias"), ("a number a column", "any")),
+    "path_scale": ("a number a group", "any"),
+    "sums": ("three a column", "float32"),
+    "cu_seqlens": ("bounds of src", "int32"),
+    "children": ("bounds of children", "int32"),
+}
+
+
 def check_norm(regroup: Regroup | None, tokens: int, rows_x: Tensor, rows_y: Tensor, **tensors: Tensor | None) -> None:
     """Confirm that the tensors of a norm, by the names of `struct Norm` in rows.h, belong together.
 
@@ -134,23 +150,16 @@ def check_norm(regroup: Regroup | None, tokens: int, rows_x: Tensor, rows_y: Ten
         tensors |= {"cu_seqlens": regroup.cu_seqlens, "children": regroup.children}
     src, dst = (groups * num_prefix + tokens for groups in (src_groups, dst_groups))
     width = rows_x.shape[1]
-    floats = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    single, whole = (torch.float32,), (torch.int32,)
-    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        **dict.fromkeys(("residual", "grad_residual"), ((src, width), (rows_x.dtype,))),
-        **dict.fromkeys(("update", "grad_update"), ((src, width), (rows_y.dtype,))),
-        **dict.fromkeys(("x", "grad_x"), ((dst, width), (rows_x.dtype,))),
-        **dict.fromkeys(("y", "grad_y"), ((dst, width), (rows_y.dtype,))),
-        **dict.fromkeys(("mean", "rstd"), ((dst,), single)),
-        **dict.fromkeys(("layer_scale", "weight", "bias"), ((width,), floats)),
-        "path_scale": ((src_groups,), floats),
-        "sums": ((3, width), single),
-        "cu_seqlens": ((src_groups + 1,), whole),
-        "children": ((min(src_groups, dst_groups) + 1,), whole),
-    }
+    shapes = {
+        "rows of src": (src, width), "rows of dst": (dst, width), "a number a row": (dst,),
+        "a number a column": (width,), "a number a group": (src_groups,), "three a column": (3, width),
+        "bounds of src": (src_groups + 1,), "bounds of children": (min(src_groups, dst_groups) + 1,),
+    }  # fmt: skip
+    dtypes = {"x": (rows_x.dtype,), "y": (rows_y.dtype,), "any": _FLOATS, "float32": _SINGLE, "int32": _WHOLE}
     for name, tensor in tensors.items():
-        shape, dtypes = expected[name]
-        check_tensor(name, tensor, shape, rows_x.device, *dtypes)
+        if tensor is not None:
+            shape, kind = _OF_NORM[name]
+            check_tensor(name, tensor, shapes[shape], rows_x.device, *dtypes[kind])
     if tokens < 0 or (tensors.get("children") is None and src_groups != dst_groups):
         raise ValueError(f"expected groups of one level, or children: {src_groups} to {dst_groups}, {tokens} tokens")
     if tensors.get("layer_scale") is not None and tensors.get("update") is None:
