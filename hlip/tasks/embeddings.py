@@ -125,7 +125,7 @@ class Embeddings:
             raise ValueError(f"{path}: expected embeddings in a file that ends in {' or '.join(SUFFIXES)}")
         try:
             return cls._read_npz(path) if path.suffix == ".npz" else cls._read_parquet(path)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path}: not a readable file of embeddings ({error})") from error
 
     @classmethod

@@ -94,7 +94,7 @@ class Probe:
             facts = parse_json(str(content["facts"]))
             classes = tuple(content["classes"].tolist())
             arrays = [content[name].astype(np.float64) for name in ("weight", "bias", "c")]
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path}: not a readable probe ({error})") from error
         weight, bias, c = arrays
         if weight.ndim != 2 or not len(classes) == len(weight) == bias.size == c.size:
