@@ -246,6 +246,7 @@ def doubled(first: bytes, times: int) -> bytes:
 
 
 TEN = b"(" + b"K\x01" * 10_000 + b"t"
+ONES = b"](" + b"".join(map(number, range(10_000))) + b"e"
 PAIRS = b"](" + b"K\x01K\x02\x86" * 10_000 + b"e"
 MANY = b"(" + b"".join(number(k) + b"K\x00" for k in range(10_000)) + b"u"
 # Each asks whoever reads it for gigabytes, or for hours.
@@ -255,6 +256,11 @@ PICKLES = {
     "text encoded again and again": b"](" + call("_codecs.encode", word("a" * 9), word("utf-7")) * 9 + b"e",
     "set of a list": PAIRS + b"q\x010](" + call("builtins.set", b"h\x01") * 10_000 + b"e",
     "counter of a list": PAIRS + b"q\x010](" + call("collections.Counter", b"h\x01") * 10_000 + b"e",
+    "set of a list of numbers": ONES + b"q\x010](" + call("__builtin__.set", b"h\x01") * 10_000 + b"e",
+    "counter of a dict": b"}" + MANY + b"q\x010](" + call("collections.Counter", b"h\x01") * 10_000 + b"e",
+    "bytes of a text": b"](" + word("a" * 2**16) + b"q\x01"
+    + call("_codecs.encode", b"h\x01", word("latin1")) * 10_000 + b"e",
+    "set of what has no hash": b"](" + call("__builtin__.set", b"]]a") + b"e",
     "dict of a list": PAIRS + b"q\x010](" + call("collections.OrderedDict", b"h\x01") * 10_000 + b"e",
     "size of a tuple": TEN + b"q\x010](" + call("torch.Size", b"h\x01") * 10_000 + b"e",
     "attributes of a dict": b"}" + MANY + b"q\x010](" + (call("collections.OrderedDict") + b"h\x01b") * 10_000 + b"e",

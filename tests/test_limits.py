@@ -8,6 +8,7 @@ import os
 import resource
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ def test_what_training_saves_is_read(old: bool, tmp_path: Path) -> None:
         "state_dict": layer.state_dict(),
         "optimizer": optimizer.state_dict(), "parameter": layer.weight, "tied": tied, "turned": tied.T,
         "half": tied.half(), "eight": tied.to(torch.float8_e4m3fn) if not old else 8, "empty": torch.empty(0, 5),
+        "counts": Counter({3: 1}), "set": {1, 2.5, "c"}, "bytes": b"ab\xff", "device": torch.device("cuda:1"),
         "whole": tied.to(torch.complex64), "flag": tied > 2, "one": torch.tensor(3, dtype=torch.uint8),
     }  # fmt: skip
     torch.save(saved, path, _use_new_zipfile_serialization=not old)

@@ -88,7 +88,7 @@ def test_unknown_names_and_those_that_are_like_one() -> None:
         check_keys(["reprot"], ["scans", "report"])
     with pytest.raises(ValueError, match="unknown field 'xyz'; there are scans, report"):
         check_keys(["xyz"], ["scans", "report"])
-    check_keys(["age", "site"], ["scans", "report"], also=True)
+    check_keys(["age", "site", "report_id", "reported", "Report_2"], ["scans", "report"], also=True)
     with pytest.raises(ValueError, match="did you mean scans"):
         check_keys(["age", "Scan"], ["scans", "report"], also=True)
 

@@ -33,7 +33,15 @@ STORAGES = {"torch.storage UntypedStorage": 1} | {
 DTYPES = {f"torch {name}": value.itemsize for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 # ... or the number of arguments
 TENSORS = {f"torch._utils _rebuild_tensor{version}": count for version, count in (("", 4), ("_v2", 6), ("_v3", 7))}
-NAMES = {*STORAGES, *DTYPES, *TENSORS, "torch._utils _rebuild_parameter", "collections OrderedDict", "torch Size"}
+PLAIN = {
+    "collections OrderedDict",
+    "collections Counter",
+    "__builtin__ set",
+    "_codecs encode",
+    "torch Size",
+    "torch device",
+}
+NAMES = {*STORAGES, *DTYPES, *TENSORS, "torch._utils _rebuild_parameter", *PLAIN}
 
 CONSTANTS = {
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "NONE", "NEWTRUE", "NEWFALSE",
@@ -173,6 +181,14 @@ class Pickles:
                 return _Box("ORDERED")
             case "torch Size", (tuple() as shape,) if _are_sizes(shape):
                 return shape
+            case "collections Counter", (_Box("DICT") as counts,):
+                return counts
+            case "__builtin__ set", (_Box("LIST", items) as values,) if all(map(_is_key, items)):
+                return values
+            case "_codecs encode", (str() as text, "latin1"):
+                return text
+            case "torch device", (str() as kind, *_):
+                return kind
             case "torch._utils _rebuild_parameter", (_Tensor() as tensor, bool(), hooks):
                 return _Tensor((*tensor.hooks, hooks))
             case _, (_Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *more) if (
@@ -211,9 +227,13 @@ def _fill(box: Any, name: str, items: list[Any]) -> None:
     if not isinstance(box, _Box) or (box.kind == "LIST") != is_list or (not is_list and len(items) % 2):
         raise ValueError("damaged, or not made by torch.save (values out of their place)")
     keys = [] if is_list else items[::2]
-    if not all(isinstance(key, str) or (isinstance(key, (int, float)) and abs(key) < 2**63) for key in keys):
+    if not all(map(_is_key, keys)):
         raise ValueError(NOT_WEIGHTS.format("a dict whose keys are no texts or numbers"))
     box.items += items
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 2**63)
 
 
 def _are_sizes(values: tuple[Any, ...]) -> bool:

@@ -210,10 +210,16 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def check_keys(content: Iterable[str], known: Collection[str], also: bool = False) -> None:
-    """Raises ValueError at a name that is not among the known ones; with `also`, only if it looks like one misspelt."""
+    """Raises ValueError at a name that is not among the known ones; with `also`, only if it looks like one misspelt,
+    which `report_id` and `reported` do not."""
     for name in content:
-        if name not in known and (not also or _alike(name.lower(), tuple(known), 0.8)):
+        if name not in known and not (also and _is_another(name.lower(), tuple(known))):
             raise ValueError(f"unknown field {name!r}{hint(name, known)}")
+
+
+def _is_another(name: str, known: tuple[str, ...]) -> bool:
+    longer = any(name.startswith(other) and len(name) - len(other) > 1 for other in known)
+    return longer or not _alike(name, known, 0.8)
 
 
 def finite_number(text: str | float) -> float:
