@@ -120,7 +120,7 @@ def _images(store: Store) -> list[str]:
 
 
 def _checksums(store: Store) -> list[tuple[bytes, bytes]]:
-    """Of every study the checksums and the shapes of its scans."""
+    """The checksums and the shapes of the scans of every study."""
     checksums = store.manifest.column("crc32").values.to_numpy()
     bounds = zip(store.first[:-1].tolist(), store.first[1:].tolist(), strict=True)
     return [(checksums[a:b].tobytes(), store.shapes[a:b].tobytes()) for a, b in bounds]

@@ -171,7 +171,7 @@ class Pickles:
                     raise ValueError(f"storage {key} is larger than its data")
                 self._count()
                 return _Storage(STORAGES[kind] * count, STORAGES[kind])
-        raise ValueError("a reference to what is no storage")
+        raise ValueError("a reference to something else than a storage")
 
     def _call(self, function: Any, arguments: Any) -> Any:
         name = function.name if isinstance(function, _Name) else ""

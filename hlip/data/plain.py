@@ -102,7 +102,7 @@ def read_settings(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of values that are written out: a few lines of references can stand for more than any memory holds."""
+    """A loader of values that are written out: a few lines of references can stand for more than any memory holds."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()

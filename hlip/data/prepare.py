@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -418,13 +418,7 @@ def _locked(out: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     for path in (out / "shards", work, *work.iterdir()):
         check_within(path, out)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(work / "lock"))
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{out}: another run is writing this store; wait for its end, or choose another folder"
-            ) from error
+    with locked(work / "lock", f"{out}: another run is writing this store; wait for its end, or choose another folder"):
         _remove_temporary(work)  # of runs that were killed
         try:
             yield work

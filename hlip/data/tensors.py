@@ -59,7 +59,7 @@ def check_tensors(path: Path, checksums: bool = False) -> bool:
 
 
 def _check_packed(path: Path, checksums: bool) -> None:
-    """Of the form that is a zip archive."""
+    """Check a file in the form of a zip archive."""
     with open_zip(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
@@ -74,7 +74,7 @@ def _check_packed(path: Path, checksums: bool) -> None:
 
 
 def _check_unpacked(content: bytes, size: int) -> None:
-    """Of the form before PyTorch 1.6: a mark, two numbers, facts, the pickle itself, and keys; then the storages."""
+    """Check a file in the form before PyTorch 1.6: a mark, a version, facts, the pickle itself, and keys; then storages."""
     with contextlib.suppress(tarfile.HeaderError):
         tarfile.TarInfo.frombuf(content[:512], "utf-8", "surrogateescape")  # torch would unpack it first
         raise ValueError("a tar archive, as torch.save wrote before 0.1.10; save it again with a later PyTorch")

@@ -60,7 +60,7 @@ class _Visible:
 
 
 class VisibleFormatter(logging.Formatter):
-    """Of a log whose lines hold names and texts of anyone as arguments, in which no line ends."""
+    """A format whose arguments, names and texts of anyone, are visible and end no line."""
 
     def format(self, record: logging.LogRecord) -> str:
         shown = copy.copy(record)

@@ -451,11 +451,7 @@ class _Folder:
 def _held(path: Path) -> Iterator[None]:
     for file in (path, *path.iterdir()):
         check_within(file, path.parent)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path / "lock"))
-        except BlockingIOError as error:
-            raise ValueError(f"{path}: another run is at work here") from error
+    with locked(path / "lock", f"{path}: another run is at work here"):
         yield
 
 

@@ -15,7 +15,7 @@ ABI = 0xEEA3D4BBC92E031
 
 
 class Attention(ctypes.Structure):
-    """Of attention.h."""
+    """`struct Attention` of attention.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("qkv", "cu_seqlens", "out", "lse", "grad_out", "grad_qkv", "scratch")),
@@ -26,7 +26,7 @@ class Attention(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """Of rows.h."""
+    """`struct Norm` of rows.h."""
 
     _fields_ = (
         *(
@@ -44,7 +44,7 @@ class Norm(ctypes.Structure):
 
 
 class Gelu(ctypes.Structure):
-    """Of rows.h."""
+    """`struct Gelu` of rows.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "y", "grad")),
@@ -54,7 +54,7 @@ class Gelu(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """Of product.h."""
+    """`struct Layer` of product.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("tiles", "bias")),
@@ -63,7 +63,7 @@ class Layer(ctypes.Structure):
 
 
 class Product(ctypes.Structure):
-    """Of product.h."""
+    """`struct Product` of product.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "y", "scratch")),
@@ -75,7 +75,7 @@ class Product(ctypes.Structure):
 
 
 class WeightGradient(ctypes.Structure):
-    """Of product.h."""
+    """`struct WeightGradient` of product.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("grad", "x", "weight", "bias", "scratch")),
@@ -105,7 +105,7 @@ def load(path: Path) -> ctypes.CDLL:
     """The library, its functions declared.
 
     Raises:
-        OSError: it is no library for this machine, or not whole.
+        OSError: the file is not a library for this machine, or not whole.
         ValueError: it was not built from these headers.
     """
     if _is_cut(path):  # the loader would map what is not there, and the process would end
