@@ -3,6 +3,7 @@ those that read."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -187,7 +188,9 @@ def test_no_link_of_a_model_leads_out_but_to_the_hubs_blobs(name: str, model_fol
     assert HLIPModel.from_pretrained(cache / "snapshots" / "0123").encode_text(["glioma"]).shape == (1, 32)
 
 
-def test_a_checkpoint_that_is_a_link_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_is_a_link_is_passed_over(
+    tiny_model: HLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run's folder of checkpoints may lie on another disk, but none of them elsewhere."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "train"))
     from checkpoints import Checkpoints
@@ -197,9 +200,9 @@ def test_a_checkpoint_that_is_a_link_is_passed_over(tmp_path: Path, monkeypatch:
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
-    model, scaler = torch.nn.Linear(2, 1), torch.amp.GradScaler("cpu")
+    model, scaler = copy.deepcopy(tiny_model), torch.amp.GradScaler("cpu")
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2)).sum().backward()
+    model.encode_text(["glioma"]).sum().backward()
     optimizer.step()
     kept = Checkpoints(TrainConfig(tmp_path / "data", tmp_path / "run", steps=2), World())
     kept.save(model, optimizer, scaler, 1)

@@ -125,8 +125,8 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def check_value(name: str, text: str) -> None:
-    """Raises ValueError where a value is longer than any may be, or refers to itself. jsonargparse would read the YAML in
-    it by a loader of its own, unless the setting is a text."""
+    """Raises ValueError where a value is longer than any may be, or refers to itself. jsonargparse would read the YAML
+    in it by a loader of its own, unless the setting is a text."""
     if len(text) > MOST_VALUE:
         raise ValueError(f"{name}: a value of {len(text)} characters (at most {MOST_VALUE})")
     if name in TEXTS:

@@ -74,7 +74,7 @@ def _check_packed(path: Path, checksums: bool) -> None:
 
 
 def _check_unpacked(content: bytes, size: int) -> None:
-    """Check a file in the form before PyTorch 1.6: a mark, a version, facts, the pickle itself, and keys; then storages."""
+    """Check a file in the form before PyTorch 1.6: a mark, a version, facts, the pickle itself, keys, storages."""
     with contextlib.suppress(tarfile.HeaderError):
         tarfile.TarInfo.frombuf(content[:512], "utf-8", "surrogateescape")  # torch would unpack it first
         raise ValueError("a tar archive, as torch.save wrote before 0.1.10; save it again with a later PyTorch")

@@ -112,8 +112,8 @@ class OneScan:
 
 
 def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
-    """Name each study after its folder, or after its files; if two names are the same, by the paths from the folder that
-    all lie in."""
+    """Name each study after its folder, or after its files; if two names are the same, by the paths from the folder
+    that all lie in."""
     paths = [group if isinstance(group, Path) else called_after(group) for group in groups]
     names = [printable(path.resolve().name) for path in paths]
     if len(set(names)) == len(names):
