@@ -42,7 +42,7 @@ from .weights import WEIGHT_FILES, Weights, check_fit, find_weights, load_strict
 log = logging.getLogger(__name__)
 
 Layout = Literal["hlip", "open_clip"]
-OURS = ("text/*.json", "text/vocab.*", "text/merges.txt")
+OURS = ("text/*.json", "text/vocab.txt")
 
 
 class Loaded(NamedTuple):
