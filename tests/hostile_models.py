@@ -110,7 +110,7 @@ class Job:
     def __init__(self, home: Path) -> None:
         import torch
         from safetensors.torch import save_file
-        from tokenizers import Tokenizer, models
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
         from hlip.model import config, published
         from hlip.model.clip import HLIPModel
@@ -122,6 +122,8 @@ class Job:
         config.BERT_BASE.update(sizes)
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "scan", "##s"]
         backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
         put(home / "bert", {"config.json": {"model_type": "bert", **sizes}, "tokenizer.json": backend.to_str()})
         put(home / "bert", {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}})
         text = TextConfig(str(home / "bert"), context_length=8, locked=True)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import hlip
 from hlip.model import weights
 from hlip.model.config import preset
-from hlip.model.text import TextTower
+from hlip.model.text import TextTower, read_tokenizer
 from hostile_models import KERNEL, WAYS, put, run_job
 from released_files import MULTISCAN, Evil, State, assert_same, cut, hub_folder, seeded, vit
 
@@ -231,6 +231,123 @@ def test_tokens_are_those_of_transformers(
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS, **cut)["input_ids"].equal(
         tower._tokens(TEXTS)["input_ids"]
     )
+
+
+PARTS = [
+    {"normalizer": None}, {"normalizer": {"type": "NFC"}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "Lowercase"}]}},
+    {"normalizer": {"type": "Lowercase"}},
+    {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": ""}},
+    {"normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": False, "strip_accents": False,
+                    "lowercase": False}},
+    {"pre_tokenizer": {"type": "WhitespaceSplit"}}, {"post_processor": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [None, "BertTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"truncation_side": "left"}])
+@pytest.mark.parametrize("change", PARTS)
+def test_parts_of_a_tokenizer_are_used_as_transformers_uses_them(
+    kind: str | None, options: dict[str, Any], change: dict[str, Any], bert_folder: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    if kind != "PreTrainedTokenizerFast" and int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("transformers 4 takes a BERT's tokenizer from its file")
+    shutil.copy(Path(bert_folder) / "config.json", tmp_path)
+    content = json.loads((Path(bert_folder) / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    said = options | ({"tokenizer_class": kind} if kind else {}) | {"pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tower = TextTower(replace(preset("demo").text, context_length=64), 8, tmp_path)
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Glioma \u00e9", *TEXTS]
+    ids = expected(texts, padding=True, truncation=True, max_length=64)["input_ids"]
+    assert tower._tokens(texts)["input_ids"].tolist() == ids
+    for name, text in tower.files().items():  # as a checkpoint keeps them
+        (tmp_path / name).write_text(text)
+    again = TextTower(replace(preset("demo").text, context_length=64), 8, tmp_path)
+    assert again._tokens(texts)["input_ids"].tolist() == ids
+    tower.tokenizer.save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path)(texts)["input_ids"] == tower.tokenizer(texts)["input_ids"]
+
+
+def token(text: str, **flags: bool) -> dict[str, Any]:
+    return (
+        {"content": text} | dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False) | flags
+    )
+
+
+ADDED = [
+    {"tokenizer_config.json": {"added_tokens_decoder": {
+        "30523": token("TheRareWord", normalized=True), "0": token("[PAD]", special=True), "30522": token("<scan>"),
+    }}},
+    {"tokenizer_config.json": {"added_tokens_decoder": {"2054": token("what", single_word=True)}}},
+    {"added_tokens.json": {"glioblastoma multiforme": 30523, "<scan>": 30522}},
+    {"added_tokens.json": {"<scan>": 30522}, "tokenizer_config.json": {"additional_special_tokens": ["<scan>"]}},
+    {"tokenizer_config.json": {"additional_special_tokens": ["<scan>", "TheRareWord"]}},
+    {"special_tokens_map.json": {"bos_token": "<scan>"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("files", ADDED)
+def test_added_tokens_have_the_ids_that_transformers_gives(
+    file: str, files: dict[str, Any], bert_folder: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", file):
+        shutil.copy(Path(bert_folder) / name, tmp_path)
+    put(tmp_path, files)
+    texts = ["A <scan> of glioblastoma multiforme", "therareword TheRareWord [PAD]", "what whatever <SCAN>"]
+    tokenizer, expected = read_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(texts)["input_ids"] == expected(texts)["input_ids"]
+    if "<scan>" in str(files):
+        assert tokenizer("<scan>")["input_ids"][1] == 30522
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert read_tokenizer(tmp_path / "saved")(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer_config.json", "tokenizer_class", "RobertaTokenizer"),
+        ("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
+        ("tokenizer_config.json", "tokenizer_class", ["BertTokenizer"]),
+        ("tokenizer_config.json", "never_split", ["ADC"]), ("tokenizer_config.json", "do_basic_tokenize", False),
+        ("tokenizer_config.json", "added_tokens_decoder", {"-1": token("a")}),
+        ("tokenizer_config.json", "added_tokens_decoder", {"9" * 99: token("a")}),
+        ("tokenizer_config.json", "added_tokens_decoder", {"16777216": token("a")}),
+        ("tokenizer_config.json", "added_tokens_decoder", {"30522": "a"}),
+        ("tokenizer_config.json", "added_tokens_decoder", {"30522": {"content": ["a"]}}),
+        ("tokenizer_config.json", "added_tokens_decoder", {"30522": {"content": "a", "lstrip": "yes"}}),
+        ("tokenizer_config.json", "added_tokens_decoder", [token("a")]),
+        ("tokenizer_config.json", "extra_special_tokens", "<scan>"),
+        ("tokenizer_config.json", "additional_special_tokens", [1]),
+        ("added_tokens.json", "<scan>", "30522"), ("added_tokens.json", "<scan>", -1),
+        ("added_tokens.json", "<scan>", 1e9), ("added_tokens.json", "", 30522),
+    ],
+)  # fmt: skip
+def test_what_a_vocabulary_does_not_give_is_refused(
+    name: str, key: str, value: Any, bert_folder: str, tmp_path: Path
+) -> None:
+    for file in ("config.json", "vocab.txt"):
+        shutil.copy(Path(bert_folder) / file, tmp_path)
+    put(tmp_path, {name: {key: value}})
+    named = key if name == "tokenizer_config.json" else "a token"
+    with pytest.raises(ValueError, match=f"{name}: {named} is "):
+        read_tokenizer(tmp_path)
+
+
+def test_an_added_token_with_another_id_is_named(bert_folder: str, tmp_path: Path) -> None:
+    """A number that the vocabulary has for another word, or beyond its end."""
+    for file in ("config.json", "vocab.txt"):
+        shutil.copy(Path(bert_folder) / file, tmp_path)
+    for index in (7, 30600):
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<scan>": index}))
+        with pytest.raises(ValueError, match=f"added token '<scan>' has id 30522, expected {index}"):
+            read_tokenizer(tmp_path)
 
 
 def test_a_bert_within_another_model_is_read(bert_folder: str, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 What a folder says of its BERT and its tokenizer may come from anyone, and there are keys with which `transformers`
 fetches and imports code (`_attn_implementation`, `auto_map`, ...). So no file is handed to that library: the
-configuration and the tokenizer are built here, of the values named in `BERT_FIELDS` and `TOKENIZER_OPTIONS` alone.
+configuration is built of the values named in `BERT_FIELDS`, the tokenizer of `TOKENIZER_OPTIONS`, added tokens, and
+`vocab.txt` or `tokenizer.json`. The library `tokenizers` parses the latter; it fetches and imports nothing.
 
 Shapes: N texts, W width of the BERT, E embedding.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .config import BERT_BASE, TextConfig
 from .weights import check_fit, find_weights, load_strict, local_folder, read_weights
 
 CONFIG_FILES = ("config.json",)
-TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.txt", "special_tokens_map.json")
+TOKENIZER_FILES = ("config.json", "tokenizer*.json", "vocab.txt", "special_tokens_map.json", "added_tokens.json")
 # CXR-BERT's weights are a BERT's beside heads for its own training; its hub folder brings a class in code for them.
 CXR_TYPE = "cxr-bert"
 CXR_HEADS = ("cls.", "cls_projection_head.", "pooler.")
@@ -50,8 +51,12 @@ PLAIN = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_
 SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKENIZER_OPTIONS = {
     "do_lower_case": bool, "tokenize_chinese_chars": bool, "strip_accents": bool, "model_max_length": int,
-    **dict.fromkeys(SPECIAL_TOKENS, str),
+    "split_special_tokens": bool, "padding_side": str, "truncation_side": str,
+    **dict.fromkeys((*SPECIAL_TOKENS, "bos_token", "eos_token"), str),
 }  # fmt: skip
+# The classes whose tokens are those of a BERT, by a vocabulary and the options. Others are what tokenizer.json says.
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast", "CXRBertTokenizer")
+ADDED_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ class TextTower(nn.Module):
         except ValueError:
             return texts
         options = {key: tokenizer.init_kwargs.get(key) for key in TOKENIZER_OPTIONS}
-        options |= {key: str(value) for key, value in options.items() if key in SPECIAL_TOKENS and value is not None}
+        options |= {key: str(value) for key, value in options.items() if key.endswith("_token") and value is not None}
+        options["tokenizer_class"] = type(tokenizer).__name__
         backend = tokenizer.backend_tokenizer.to_str()
         return {**texts, "tokenizer.json": backend, "tokenizer_config.json": json.dumps(options)}
 
@@ -270,14 +276,13 @@ def _path(files: Path | TextFiles, name: str) -> str:
     return f"{files}, {name}" if isinstance(files, TextFiles) else str(files / name)
 
 
-def _options(files: Path | TextFiles) -> dict[str, Any]:
+def _options(files: Path | TextFiles, contents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The `TOKENIZER_OPTIONS` that are said. Raises ValueError where one is of another type; names file and key."""
     options: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        content = _json(files, name) if _text(files, name) is not None else {}
+    for name, content in contents.items():
         for key, kind in TOKENIZER_OPTIONS.items():
             value = content.get(key)
-            if key in SPECIAL_TOKENS and isinstance(value, dict):
+            if key.endswith("_token") and isinstance(value, dict):
                 value = value.get("content")
             if value is None:
                 continue
@@ -287,51 +292,135 @@ def _options(files: Path | TextFiles) -> dict[str, Any]:
     return options
 
 
+def _added_tokens(
+    files: Path | TextFiles, contents: Mapping[str, Mapping[str, Any]], special: Collection[str]
+) -> tuple[dict[int, Any], list[str]]:
+    """Tokens beside the vocabulary by id, and special ones that take the next free ids.
+
+    Raises:
+        ValueError: something else than texts, flags and ids; names file and key.
+    """
+    from tokenizers import AddedToken
+
+    def refuse(name: str, key: str, value: object, expected: str) -> ValueError:
+        return ValueError(f"{_path(files, name)}: {key} is {_short(value)}, expected {expected}")
+
+    extra: list[str] = []
+    for name, content in contents.items():
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            values = content.get(key) or []
+            texts = [value.get("content") if isinstance(value, dict) else value for value in _values(values)]
+            if not isinstance(values, (list, dict)) or not all(type(text) is str and text for text in texts):
+                raise refuse(name, key, values, "a list of texts")
+            extra += texts
+    name, key = "tokenizer_config.json", "added_tokens_decoder"
+    said = contents[name].get(key)
+    if said is None:  # as it was written before there was that key
+        name, key = "added_tokens.json", "a token"
+        special = {*special, *extra}
+        older = _json(files, name) if _text(files, name) is not None else {}
+        said = {}
+        for text, index in older.items():
+            said[index if type(index) is int else text] = {"content": text, "special": text in special}
+    added: dict[int, Any] = {}
+    for index, token in said.items() if isinstance(said, dict) else [(key, said)]:
+        flags = {flag: token[flag] for flag in ADDED_FLAGS if flag in token} if isinstance(token, dict) else {}
+        text = token.get("content") if isinstance(token, dict) else None
+        if not re.fullmatch(r"[0-9]{1,9}", str(index)) or not 0 <= int(index) < BERT_FIELDS["vocab_size"][1]:
+            raise refuse(name, key, {index: token}, f"an id below {BERT_FIELDS['vocab_size'][1]}")
+        if type(text) is not str or not text or not all(type(flag) is bool for flag in flags.values()):
+            raise refuse(name, key, token, f"a text, and flags ({', '.join(ADDED_FLAGS)})")
+        added[int(index)] = AddedToken(text, **flags)
+    return dict(sorted(added.items())), extra
+
+
+def _values(content: Any) -> list[Any]:
+    return list(content.values()) if isinstance(content, dict) else content if isinstance(content, list) else []
+
+
 def read_bert_config(source: Source) -> Any:
     """The `bert_config` of a folder or hub name. Raises ValueError where there is none."""
     return bert_config(_json(_files(source, *CONFIG_FILES), "config.json"))
 
 
 def read_tokenizer(source: Source) -> Any:
-    """A tokenizer of `tokenizer.json`, or of `vocab.txt`, and of the `TOKENIZER_OPTIONS` beside it.
+    """A tokenizer of `tokenizer.json`, or of `vocab.txt`, and of the options and added tokens beside it.
+
+    Its tokens are those of `AutoTokenizer` in transformers 5. A class of `BERT_CLASSES`, or none, takes the vocabulary
+    and does the rest as a BERT; with another one, `tokenizer.json` says everything.
 
     Raises:
-        ValueError: neither is there, or an option of another type. Damaged files may raise anything.
+        ValueError: neither file is there, an option of another type, or one that asks for other tokens than can be had
+            from `vocab.txt`. Damaged files may raise anything.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
     files = _files(source, *TOKENIZER_FILES)
-    options = _options(files)
+    names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+    contents = {name: _json(files, name) if _text(files, name) is not None else {} for name in names}
+    kind = contents[names[0]].get("tokenizer_class") or contents.pop("config.json").get("tokenizer_class")
+    contents.pop("config.json", None)
+    if contents[names[0]].get("added_tokens_decoder") is not None:
+        contents.pop("special_tokens_map.json")  # it is older
+    options = _options(files, contents)
+    special = {key: options.get(key, f"[{key.removesuffix('_token').upper()}]") for key in SPECIAL_TOKENS}
+    added, extra = _added_tokens(files, contents, special.values())
     if (text := _text(files, "tokenizer.json")) is not None:
         backend = Tokenizer.from_str(text)
     elif (text := _text(files, "vocab.txt")) is not None:
-        vocabulary = {line.rstrip(): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
-        special = {key: options.get(key, f"[{key.removesuffix('_token').upper()}]") for key in SPECIAL_TOKENS}
+        _check_plain(_path(files, names[0]), {**contents[names[0]], "tokenizer_class": kind})
+        vocabulary = {line: i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
         backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
-        backend.add_special_tokens(list(special.values()))
-        ends: list[Any] = [(special[key], backend.token_to_id(special[key])) for key in ("sep_token", "cls_token")]
-        backend.post_processor = processors.BertProcessing(*ends)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece(prefix="##")
     else:
         raise ValueError(f"{files}: no tokenizer: neither tokenizer.json nor vocab.txt")
+    for side, settings in (("truncation_side", backend.truncation), ("padding_side", backend.padding)):
+        if settings:
+            options.setdefault(side, settings["direction"])
+    if backend.token_to_id(pad := (backend.padding or special)["pad_token"]) is not None:
+        options.setdefault("pad_token", pad)
     backend.no_truncation()
     backend.no_padding()
-    if not isinstance(backend.model, models.WordPiece):
-        names = ["input_ids", "token_type_ids", "attention_mask"]
-        return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **options)
-    said = {}
-    if isinstance(old := backend.normalizer, normalizers.BertNormalizer):
-        said = {"do_lower_case": old.lowercase, "strip_accents": old.strip_accents}
-        said["tokenize_chinese_chars"] = old.handle_chinese_chars
-    options = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, **said, **options}
+    if isinstance(backend.model, models.WordPiece) and (kind is None or kind in BERT_CLASSES):
+        options = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, **special, **options}
+        _make_bert(backend, options)
+        tokenizer = BertTokenizerFast(tokenizer_object=backend, added_tokens_decoder=added, **options)
+    else:
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, model_input_names=inputs, added_tokens_decoder=added, **options
+        )
+    tokenizer.add_tokens(extra, special_tokens=True)
+    for index, token in added.items():
+        if (given := tokenizer.backend_tokenizer.token_to_id(token.content)) != index:
+            raise ValueError(f"{files}: the added token {_short(token.content)} has id {given}, expected {index}")
+    return tokenizer
+
+
+def _check_plain(path: str, content: Mapping[str, Any]) -> None:
+    """Raises ValueError where a vocabulary alone does not give the tokens that are asked for; names file and key."""
+    kinds = (None, *BERT_CLASSES)
+    for key, plain in {"tokenizer_class": kinds, "never_split": (None, []), "do_basic_tokenize": (None, True)}.items():
+        if content.get(key) not in plain:
+            expected = " or ".join(map(repr, plain[1:]))
+            raise ValueError(f"{path}: {key} is {_short(content[key])}, expected {expected} beside vocab.txt")
+
+
+def _make_bert(backend: Any, options: Mapping[str, Any]) -> None:
+    """Give a tokenizer of a vocabulary all else that a BERT's has."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    backend.model = models.WordPiece(backend.get_vocab(with_added_tokens=False), unk_token=options["unk_token"])
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=options["do_lower_case"],
         strip_accents=options["strip_accents"],
         handle_chinese_chars=options["tokenize_chinese_chars"],
     )
-    return BertTokenizerFast(tokenizer_object=backend, **options)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    backend.add_special_tokens([options[key] for key in SPECIAL_TOKENS])
+    ends: list[Any] = [(options[key], backend.token_to_id(options[key])) for key in ("sep_token", "cls_token")]
+    backend.post_processor = processors.BertProcessing(*ends)
 
 
 def _pretrained(folder: Path) -> Any:
