@@ -413,7 +413,7 @@ def test_what_is_no_model_is_refused_and_no_code_is_run(
         SliceEncoder.from_pretrained(tmp_path)
     weights = tmp_path / "open_clip_pytorch_model.bin"
     weights.write_bytes(pickle.dumps({"state_dict": Evil(tmp_path / "made")}))
-    with pytest.raises(ValueError, match="not a model that open_clip can read"):
+    with pytest.raises(ValueError, match="not readable weights"):
         SliceEncoder.from_pretrained(tmp_path)
     assert not (tmp_path / "made").exists()
     content["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
@@ -436,7 +436,7 @@ def test_what_is_no_model_is_refused_and_no_code_is_run(
         ("vision_cfg", "timm_model_name", "local-dir:../other", "timm_model_name is 'local-dir"),
         ("vision_cfg", "timm_model_args", {"pretrained": True}, "timm_model_args is not a setting"),
         ("text_cfg", "tokenizer_kwargs", {"reduction_mask": "syntax"}, "reduction_mask is not a setting"),
-        ("text_cfg", "tokenizer_kwargs", {"clean": [["evil"]]}, "clean is [['evil']], expected a plain value"),
+        ("text_cfg", "tokenizer_kwargs", {"clean": [["evil"]]}, "clean is [['evil']], expected str"),
         ("text_cfg", "hf_model_config", {"_attn_implementation": "a/b"}, "hf_model_config is not a setting"),
         ("text_cfg", "act_kwargs", {"evil": [{"a": "b"}]}, "act_kwargs is"),
         ("multimodal_cfg", "hf_model_name", "owner/other", "multimodal_cfg is not a setting"),
@@ -450,6 +450,68 @@ def test_settings_that_fetch_something_are_refused(
     (tmp_path / CONFIG).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{CONFIG} is not readable .*{re.escape(message)}"):
         SliceEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("vision_cfg", {"layers": 10**9}, "layers is 1000000000, expected an integer from 1 to 1000"),
+        ("vision_cfg", {"width": "evil"}, "width is 'evil', expected an integer"),
+        ("vision_cfg", {"image_size": 10**9}, "image_size is 1000000000"),
+        ("vision_cfg", {"image_size": [32, 10**9]}, "image_size is 1000000000"),
+        ("vision_cfg", {"patch_size": 0}, "patch_size is 0"), ("vision_cfg", {"width": True}, "width is True"),
+        ("vision_cfg", {"pool_type": ["tok"]}, "pool_type is \\['tok'\\], expected str"),
+        ("text_cfg", {"context_length": 2**20}, "context_length is"), ("text_cfg", {"heads": 2.5}, "heads is 2.5"),
+        ("text_cfg", {"vocab_size": 2**40}, "vocab_size is"), ("text_cfg", {"embed_cls": 7}, "embed_cls is 7"),
+        ("vision_cfg", {"image_size": 4096, "patch_size": 1}, "asks for 16777216 positions"),
+        ("vision_cfg", {"width": 2**15, "layers": 900}, "asks for [0-9]{10,} numbers, the weights have"),
+        ("text_cfg", {"vocab_size": 2**24, "width": 2**14}, "asks for [0-9]{10,} numbers, the weights have"),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_weights_do_not_have_take_no_memory(
+    part: str, values: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["clip"], tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / CONFIG).read_text())
+    content["model_cfg"][part] |= values
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        SliceEncoder.from_pretrained(tmp_path)
+
+
+def test_only_the_weights_that_open_clip_takes_are_looked_at(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As a folder of a training run holds other files of theirs."""
+    expected = SliceEncoder.from_pretrained(folders["clip"]).digest()
+    for names in (["training_args.bin", "aaa.pth"], ["model.safetensors", "optimizer.bin"]):
+        folder = tmp_path / names[0]
+        shutil.copytree(folders["clip"], folder)
+        for name in names:
+            (folder / name).write_bytes(b"damaged")
+        assert SliceEncoder.from_pretrained(folder).digest() == expected
+    (folder / "open_clip_model.safetensors").rename(folder / "mine.safetensors")
+    for name in names:
+        (folder / name).unlink()
+    assert SliceEncoder.from_pretrained(folder).digest() == expected
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"model\.safetensors|not a model that open_clip can read"):
+        SliceEncoder.from_pretrained(folder)
+
+
+LINKED = [CONFIG, "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_no_link_of_a_2d_model_leads_out(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    theirs, aside = tmp_path / "theirs", tmp_path / "mine"
+    shutil.copytree(folders["biomed"], theirs)
+    shutil.move(theirs / name, aside)
+    (theirs / name).symlink_to(aside)
+    with pytest.raises(ValueError, match=f"theirs/{name}.*leads out"):
+        SliceEncoder.from_pretrained(theirs)
+    (theirs / name).unlink()
+    shutil.move(aside, theirs / f"{name}.real")
+    (theirs / name).symlink_to(f"{name}.real")
+    assert SliceEncoder.from_pretrained(theirs).encode_text(["glioma"]).shape == (1, 16)
 
 
 def test_a_hostile_text_tower_asks_for_nothing(folders: dict[str, Path], bert_folder: str, tmp_path: Path) -> None:

@@ -229,14 +229,19 @@ def bert_config(content: Mapping[str, Any]) -> Any:
         value = content.get(key)
         if value is None:
             continue
-        numbers = (int,) if isinstance(least, int) else (int, float)
-        if type(value) not in numbers or not least <= value <= most:
-            name = "an integer" if numbers == (int,) else "a number"
-            raise ValueError(f"{key} is {_short(value)}, expected {name} from {least} to {most}")
+        check_number(key, value, least, most)
         fields[key] = value
     if (activation := content.get("hidden_act", "gelu")) not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {_short(activation)}, expected one of {', '.join(ACTIVATIONS)}")
     return BertConfig(**fields, hidden_act=activation, attn_implementation="sdpa")
+
+
+def check_number(key: str, value: object, least: float, most: float) -> None:
+    """Raises ValueError for something else than a number within bounds; an integer where `least` is one."""
+    numbers = (int,) if isinstance(least, int) else (int, float)
+    if type(value) not in numbers or not least <= value <= most:  # type: ignore[operator]
+        name = "an integer" if numbers == (int,) else "a number"
+        raise ValueError(f"{key} is {_short(value)}, expected {name} from {least} to {most}")
 
 
 def _short(value: object) -> str:
@@ -306,10 +311,10 @@ def _added_tokens(
         return ValueError(f"{_path(files, name)}: {key} is {_short(value)}, expected {expected}")
 
     extra: list[str] = []
-    for name, content in contents.items():
+    for name, settings in contents.items():
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            values = content.get(key) or []
-            texts = [value.get("content") if isinstance(value, dict) else value for value in _values(values)]
+            values = settings.get(key) or []
+            texts: list[Any] = [value.get("content") if isinstance(value, dict) else value for value in _values(values)]
             if not isinstance(values, (list, dict)) or not all(type(text) is str and text for text in texts):
                 raise refuse(name, key, values, "a list of texts")
             extra += texts
@@ -325,12 +330,12 @@ def _added_tokens(
     added: dict[int, Any] = {}
     for index, token in said.items() if isinstance(said, dict) else [(key, said)]:
         flags = {flag: token[flag] for flag in ADDED_FLAGS if flag in token} if isinstance(token, dict) else {}
-        text = token.get("content") if isinstance(token, dict) else None
+        content = token.get("content") if isinstance(token, dict) else None
         if not re.fullmatch(r"[0-9]{1,9}", str(index)) or not 0 <= int(index) < BERT_FIELDS["vocab_size"][1]:
             raise refuse(name, key, {index: token}, f"an id below {BERT_FIELDS['vocab_size'][1]}")
-        if type(text) is not str or not text or not all(type(flag) is bool for flag in flags.values()):
+        if type(content) is not str or not content or not all(type(flag) is bool for flag in flags.values()):
             raise refuse(name, key, token, f"a text, and flags ({', '.join(ADDED_FLAGS)})")
-        added[int(index)] = AddedToken(text, **flags)
+        added[int(index)] = AddedToken(content, **flags)
     return dict(sorted(added.items())), extra
 
 
@@ -400,7 +405,9 @@ def read_tokenizer(source: Source) -> Any:
 def _check_plain(path: str, content: Mapping[str, Any]) -> None:
     """Raises ValueError where a vocabulary alone does not give the tokens that are asked for; names file and key."""
     kinds = (None, *BERT_CLASSES)
-    for key, plain in {"tokenizer_class": kinds, "never_split": (None, []), "do_basic_tokenize": (None, True)}.items():
+    usual: dict[str, tuple[Any, ...]]
+    usual = {"tokenizer_class": kinds, "never_split": (None, []), "do_basic_tokenize": (None, True)}
+    for key, plain in usual.items():
         if content.get(key) not in plain:
             expected = " or ".join(map(repr, plain[1:]))
             raise ValueError(f"{path}: {key} is {_short(content[key])}, expected {expected} beside vocab.txt")
