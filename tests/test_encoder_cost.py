@@ -100,10 +100,10 @@ def test_compiles_as_one_graph_for_all_mixes_of_studies() -> None:
             module.zero_grad()
             out.square().sum().backward()
             results.append([out.detach(), *[p.grad.clone() for p in module.parameters()]])
-        for ours, eager, exact in zip(*results, strict=True):
+        for i, (ours, eager, exact) in enumerate(zip(*results, strict=True)):
             errors = [float((x.double() - exact).abs().max()) for x in (ours, eager)]
             rounding = torch.finfo(ours.dtype).eps * float(exact.abs().max())
-            assert errors[0] <= 2 * errors[1] + rounding, (errors, rounding)
+            assert errors[0] <= (3 if i else 2) * errors[1] + rounding, (errors, rounding)  # gradients after the output
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -159,7 +159,9 @@ def test_nothing_that_is_to_be_shared_says_where_it_was_made(
     labels = [["study", "a", "b"], *([f"p{i}", i % 2, i // 2] for i in range(4))]
     write_csv(home / "labels.csv", labels)
     (home / "task.yaml").write_text(json.dumps({"kind": "similarity", "classes": {"a": "x", "b": "y"}}))
-    (home / "list.json").write_text(json.dumps({f"p{i}": {"scans": [f"p{i}/study/scan_{i % 2}.nii.gz"]} for i in range(4)}))
+    (home / "list.json").write_text(
+        json.dumps({f"p{i}": {"scans": [f"p{i}/study/scan_{i % 2}.nii.gz"]} for i in range(4)})
+    )
     for arguments, status in (
         (["interpret", paths[0], *model, "--target", "x", "--against", "y", "--out", out / "page"], 0),
         (["embed", *paths, *model, "--out", out / "e.npz", "--workers", 0], 3),

@@ -172,6 +172,11 @@ HOSTILE = {
     "no settings": "- a\n",
     "no setting": "lrr: 1\n",
     "a wrong type": "lr: fast\n",
+    "minutes and seconds": "lr: 1:30.5\n",
+    "a number of base 16": "warmup: 0x10\n",
+    "yes": "fsdp: yes\n",
+    "a whole number beyond all": f"epochs: 1{'0' * 400}\n",
+    "one of them in a list": f"betas: [1{'0' * 400}, 0.9]\n",
 }
 
 
@@ -200,13 +205,23 @@ def test_a_file_without_an_end_is_no_config(
 
 @pytest.mark.parametrize("flags", [
     ["--lr", f"[{LAUGHS}]"], [f"--betas=[{LAUGHS}]"], ["--lr", "nan"], ["--lr=1e999"], ["--grad_clip", ".inf"],
-    ["--stall_minutes=-.inf"], ["--betas", "[0.9, .nan]"], ["--drop_path=NaN"],
+    ["--stall_minutes=-.inf"], ["--lr=1:30.5"], ["--lr=0x10"], ["--lr=1_0.0"], ["--warmup", "1:30"], ["--fsdp=yes"],
+    [f"--lr=1{'0' * 400}"], [f"--seed=1{'0' * 30}"], ["--betas", "[0.9, .nan]"], ["--drop_path=NaN"],
 ])  # fmt: skip
 def test_a_hostile_value_is_refused(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = flags[0].removeprefix("--").partition("=")[0]
     assert name in refused(flags, monkeypatch, capsys)
+
+
+def test_a_flag_is_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A beginning of `--config` would be read by another loader."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("lr: 1e-4\n")
+    assert "--conf" in refused(["--conf", str(path)], monkeypatch, capsys)
 
 
 def refused(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -225,11 +240,11 @@ def test_a_file_is_as_its_flags(
     path = tmp_path / "mine.yaml"
     path.write_text(
         "lr: 1e-4\nlock_text: true\nmax_scans: null\nbetas: [9e-1, 0.99]\nlabels: a b\nval: v\nprompts: p\n"
-        "wandb: 2024-01-01\n"
+        "wandb: 2024-01-01\nmodel: 1e5\n"
     )
     config = settings_of(path, "--lr", "2e-4", monkeypatch=monkeypatch, capsys=capsys)
     assert (config.lr, config.lock_text, config.max_scans, config.betas) == (2e-4, True, None, (0.9, 0.99))
     flags = settings.with_settings(["--lr=1", "--config", str(path), "--seed", "3"], {})
-    assert flags[0] == "--lr=1" and flags[1] == "--lr=0.0001" and flags[-2:] == ["--seed", "3"]
-    assert {"--labels=a b", "--wandb=2024-01-01"} <= set(flags)
+    assert flags[0] == "--lr=1" and flags[1] == "--lr=1e-4" and flags[-2:] == ["--seed", "3"]
+    assert {"--labels=a b", "--wandb=2024-01-01", "--model=1e5"} <= set(flags)
     assert not [flag for flag in flags if "config" in flag]

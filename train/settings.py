@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import NoReturn
 from config import TrainConfig, from_published_flags
 from hlip.data.plain import parse_yaml, read_yaml
 
-SETTINGS = [field.name for field in fields(TrainConfig)]
-TEXTS = {field.name for field in fields(TrainConfig) if re.search(r"\b(str|Path)\b", str(field.type))}
+KINDS = {field.name: str(field.type) for field in fields(TrainConfig)}
+TEXTS = ("str", "str | None", "Path", "Path | None")
 MOST_VALUE = 4096  # characters, as a path may have
 
 
@@ -44,7 +43,7 @@ def read_arguments(arguments: list[str], description: str) -> TrainConfig:
         return f"{files[name[1]]}: {message}" if name and name[1] in files else message
 
     set_loader("yaml", parse_yaml, (ValueError,))  # for values; files do not get that far
-    parser = Parser(prog="pretrain.py", description=description)
+    parser = Parser(prog="pretrain.py", description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(TrainConfig)
     args = parser.parse_args(with_settings(from_published_flags(with_recipes(arguments)), files))
@@ -57,7 +56,7 @@ def read_arguments(arguments: list[str], description: str) -> TrainConfig:
 
 def _hint(words: list[str]) -> str:
     """The first setting that one of the words is like."""
-    close = [near for word in words for near in difflib.get_close_matches(word[:100], SETTINGS, 1, 0.75)]
+    close = [near for word in words for near in difflib.get_close_matches(word[:100], KINDS, 1, 0.75)]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -107,17 +106,18 @@ def with_settings(arguments: list[str], files: dict[str, Path]) -> list[str]:
 def read_settings(path: Path) -> dict[str, str]:
     """The settings of a YAML file, as they would be typed."""
     try:
-        content = read_yaml(path)
+        content = read_yaml(path, texts=True)
         if not isinstance(content, dict):
             raise ValueError(f"expected settings by name, got {type(content).__name__}")
         texts: dict[str, str] = {}
         for name, value in content.items():
-            if name not in SETTINGS:
+            if name not in KINDS:
                 raise ValueError(f"no setting {name[:100]!r}{_hint([name])}")
-            for item in value if isinstance(value, list) else [value]:
-                if not isinstance(item, (str, int, float, type(None))):
-                    raise ValueError(f"{name} is {type(item).__name__}")
-            texts[name] = value if isinstance(value, str) else json.dumps(value)
+            items = value if isinstance(value, list) else [value]
+            if not all(item is None or isinstance(item, str) for item in items):
+                raise ValueError(f"{name}: values within values")
+            typed = ["null" if item is None else item for item in items]
+            texts[name] = f"[{', '.join(typed)}]" if isinstance(value, list) else typed[0]
             check_value(name, texts[name])
         return texts
     except (OSError, ValueError) as error:
@@ -125,11 +125,13 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def check_value(name: str, text: str) -> None:
-    """Raises ValueError where a value is longer than any may be, or refers to itself. jsonargparse would read the YAML
-    in it by a loader of its own, unless the setting is a text."""
+    """Raises ValueError where a value is longer than any may be, or is not what its setting takes.
+
+    jsonargparse would read it by a loader of its own, to which `1:30`, `0x10` and `1_0` are numbers and `yes` is true.
+    """
     if len(text) > MOST_VALUE:
         raise ValueError(f"{name}: a value of {len(text)} characters (at most {MOST_VALUE})")
-    if name in TEXTS:
+    if name not in KINDS or KINDS[name] in TEXTS:
         return
     try:
         content = parse_yaml(text)
@@ -138,5 +140,6 @@ def check_value(name: str, text: str) -> None:
     for item in content if isinstance(content, list) else [content]:
         if isinstance(item, (list, dict)):
             raise ValueError(f"{name}: values within values")
-        if isinstance(item, str) and item != text:
-            check_value(name, item)
+        worded = re.search("Literal|Texts", KINDS[name])
+        if (isinstance(item, str) and not worded) or (isinstance(item, (int, float)) and abs(item) >= 2**63):
+            raise ValueError(f"{name}: expected {KINDS[name]}, got {item!r:.80}")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Weights(NamedTuple):
     path: Path
     state: dict[str, Tensor]
     name: str
-    files: dict[str, str]
+    files: Mapping[str, str] = MappingProxyType({})
 
 
 def read_weights(path: Path) -> Weights:
