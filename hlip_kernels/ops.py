@@ -283,6 +283,8 @@ def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.
         return tuple(None if isinstance(grad, list) else grad for grad in formula(ctx, *grads))
 
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise ValueError("torch.func.vmap over no elements: the ops of hlip_kernels need one or more")
         calls = [
             [x if d is None or isinstance(d, list) else x.select(d, i) for x, d in zip(args, in_dims, strict=True)]
             for i in range(info.batch_size)

@@ -117,6 +117,14 @@ def test_scans_that_zeroshot_leaves_out_are_told(
     assert (table["other"]["scans"], table["other"]["left_out"]) == (["a.nii.gz"], [])
     assert f"left out: cut.nii.gz (unreadable: {entry['reason']})" in capsys.readouterr().out
     assert run("zeroshot", other, *args) == 0
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "cut.nii.gz").write_bytes(nifti_study[0].read_bytes()[:500])
+    assert run("zeroshot", bad, other, *args) == 3
+    table = json.loads(out.read_text())
+    assert (table["bad"]["share_among_these_prompts"], table["bad"]["scans"]) == ({}, [])
+    assert table["bad"]["left_out"][0]["rule"] == "unreadable" and table["other"]["scans"] == ["a.nii.gz"]
+    assert run("zeroshot", bad, *args) == 2
 
 
 @pytest.mark.parametrize("command", ["embed", "zeroshot"])

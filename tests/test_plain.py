@@ -93,9 +93,17 @@ def test_unknown_names_and_those_that_are_like_one() -> None:
         check_keys(["age", "Scan"], ["scans", "report"], also=True)
 
 
+def test_half_a_character_is_no_text() -> None:
+    for wrong in ("\ud800", ["a", "b\udc80"]):
+        with pytest.raises(ValueError, match="half of a character"):
+            as_texts(wrong)
+
+
 def test_a_text_alone_is_a_list_of_one() -> None:
     assert as_texts("ab") == as_texts(["ab"]) == as_texts(iter(("ab",))) == as_texts(np.array(["ab"])) == ["ab"]
     assert as_texts([], least=0) == []
-    for wrong in (None, 1, b"ab", [], [1], ["a", None], {"a": "b"}, {"a"}, np.array([1.0])):
+    for wrong in (
+        None, 1, b"ab", [], [1], ["a", None], {"a": "b"}, {"a"}, np.array([1.0]), np.array("a"), np.array([["a"]]),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="names: expected a text"):
             as_texts(wrong, "names")

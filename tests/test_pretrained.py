@@ -192,6 +192,20 @@ def test_values_that_no_bert_has_are_named(key: str, value: Any, bert_folder: st
         assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
+@pytest.mark.parametrize("step", [
+    {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000} for _ in range(3)]}},
+    {"normalizer": {"type": "Prepend", "prepend": "a" * 1000}},
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "^(([a-z])+.)+[A-Z]([a-z])+$"}, "behavior": "Isolated",
+                       "invert": False}},
+], ids=["replace", "prepend", "split"])  # fmt: skip
+def test_steps_that_grow_a_text_are_refused(step: dict[str, Any], bert_folder: str, tmp_path: Path) -> None:
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    put(tmp_path / "bert", {"tokenizer.json": step})
+    with pytest.raises(ValueError, match=r"tokenizer\.json: a step (Replace|Prepend|Split)"):
+        _ = TextTower(preset("demo").text, 8, tmp_path / "bert").tokenizer
+
+
 @pytest.mark.parametrize(("key", "value"), [("do_lower_case", "yes"), ("model_max_length", 1.5), ("pad_token", ["a"])])
 def test_options_of_another_type_are_named(key: str, value: Any, bert_folder: str, tmp_path: Path) -> None:
     shutil.copytree(bert_folder, tmp_path / "bert")
@@ -237,7 +251,6 @@ PARTS = [
     {"normalizer": None}, {"normalizer": {"type": "NFC"}},
     {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "Lowercase"}]}},
     {"normalizer": {"type": "Lowercase"}},
-    {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": ""}},
     {"normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": False, "strip_accents": False,
                     "lowercase": False}},
     {"pre_tokenizer": {"type": "WhitespaceSplit"}}, {"post_processor": None},

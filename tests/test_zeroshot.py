@@ -119,7 +119,7 @@ def test_a_text_alone_is_a_list_of_one() -> None:
         ({"a": "x", "b": b"y"}, "{}"), ({"a": "x", "b": {"y": "z"}}, "{}"), ({"a": "x", "b": " "}, "{}"),
         (["a", "b"], "{}"), ("ab", "{}"), ({"a": "x", "b": "y"}, ()), ({"a": "x", "b": "y"}, None),
         ({"a": "x", "b": "y"}, "{} {}"), ({"a": "x", "b": "y"}, "{name}"), ({"a": "x", "b": "y"}, "{} }"),
-        ({"a b": "x", "A  B": "y"}, "{}"),
+        ({"a b": "x", "A  B": "y"}, "{}"), ({"a": ["x", "y"], "b": ["y", "x"]}, "{}"),
     ],
 )  # fmt: skip
 def test_prompts_that_are_refused(classes: Any, templates: Any) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..data.batch import Study
 from ..data.files import near
+from ..data.readers import ScanError
 from ..data.scans import Rejection
 from ..data.store import Store
 from ..data.studies import load_study
@@ -226,7 +227,19 @@ def study_paths(files: list[Path]) -> list[Path | list[Path]]:
     return list(folders) if folders else [files]
 
 
-def load_studies(groups: list[Path | list[Path]], model: HLIPModel) -> Iterator[Study]:
+def load_studies(groups: list[Path | list[Path]], model: HLIPModel, failed: dict[str, ScanError]) -> Iterator[Study]:
+    """Read studies one by one. Among several, a folder of which no scan can be used is put into `failed`.
+
+    Raises:
+        ScanError: a scan that was given by its file cannot be used, or none of the only folder, or of all.
+    """
     names = zip(groups, study_names(groups), strict=True)
     for paths, name in tqdm(names, "reading studies", len(groups), unit="study", disable=len(groups) == 1 or None):
-        yield load_study(paths, model.config.preprocess, uid=name)
+        try:
+            study = load_study(paths, model.config.preprocess, uid=name)
+        except ScanError as error:
+            failed[name] = error
+            if isinstance(paths, list) or len(failed) == len(groups):
+                raise
+            continue
+        yield study

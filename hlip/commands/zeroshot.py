@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data.batch import Study
+from ..data.readers import ScanError
 from ..data.terminal import say, visible
 from ..tasks.embed import embed_studies
 from ..tasks.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares, zeroshot_classifier
@@ -38,8 +39,8 @@ scan, rule and reason, as `hlip prepare` has them.
 
 exit status:
   0    all scans were used
-  3    some scans of a folder could not be used and were left out
-  2    error, such as a study of which no scan can be used, or a scan given by its file that cannot
+  3    some scans of a folder could not be used and were left out, or all of one of several folders
+  2    error, such as a scan given by its file that cannot be used, or no study of which one can
   130  interrupted; nothing was written"""
 
 
@@ -81,8 +82,10 @@ def _zeroshot(args: argparse.Namespace) -> int:
     classifier = zeroshot_classifier(model, prompts)
     seen: list[Study] = []
 
+    failed: dict[str, ScanError] = {}
+
     def remembered() -> Iterator[Study]:
-        for study in load_studies(groups, model):
+        for study in load_studies(groups, model, failed):
             seen.append(replace(study, scans=[]))
             yield study
 
@@ -97,12 +100,15 @@ def _zeroshot(args: argparse.Namespace) -> int:
         }
         for i, study in enumerate(seen)
     }
+    for uid, error in failed.items():
+        lost = [{"scan": "", "rule": error.rule, "reason": error.reason}]
+        table[uid] = {SHARE: {}, "cosine": {}, "scans": [], "left_out": lost}
     if args.out:
         content = json.dumps(table, indent=1) + "\n"
         write_whole(args.out, lambda file: file.write(content.encode()))
     for uid, entry in table.items():
         say(uid, *_lines(entry))
-    return SOME_LEFT_OUT if any(study.left_out for study in seen) else 0
+    return SOME_LEFT_OUT if any(entry["left_out"] for entry in table.values()) else 0
 
 
 def _rounded(prompts: Prompts, values: list[float]) -> dict[str, float]:
@@ -111,11 +117,12 @@ def _rounded(prompts: Prompts, values: list[float]) -> dict[str, float]:
 
 def _lines(entry: dict[str, Any]) -> Iterator[str]:
     """A study's shares, the largest first, and its scans."""
-    yield "  share among these prompts, and cosine"
-    width = max(len(visible(name)) for name in entry[SHARE])
+    if entry["scans"]:
+        yield "  share among these prompts, and cosine"
+    width = max((len(visible(name)) for name in entry[SHARE]), default=0)
     for name, share in sorted(entry[SHARE].items(), key=lambda item: -item[1]):
         figures = f"{share:6.1%}  {entry['cosine'][name]:6.3f}"
         yield f"  {visible(name):<{width}}  {figures}  {'#' * round(40 * share)}".rstrip()
-    yield f"  scans: {', '.join(entry['scans'])}"
+    yield f"  scans: {', '.join(entry['scans']) or 'none that can be used'}"
     for scan in entry["left_out"]:
         yield f"  left out: {scan['scan']} ({scan['rule']}: {scan['reason']})"

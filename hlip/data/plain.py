@@ -186,15 +186,16 @@ def as_texts(value: object, what: str = "texts", least: int = 1) -> list[str]:
     Raises:
         ValueError: fewer than `least`, or something else than texts, such as the number that stands for an empty cell.
     """
-    if isinstance(value, str):
-        return [value]
-    unordered = isinstance(value, (bytes, Mapping, Set))
+    value = [value] if isinstance(value, str) else value
+    unordered = isinstance(value, (bytes, Mapping, Set)) or getattr(value, "ndim", 1) != 1  # tables give column names
     texts = list(value) if isinstance(value, Iterable) and not unordered else None
     if texts is None or len(texts) < least:
         raise ValueError(f"{what}: expected a text or a list of texts, got {value!r}")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"{what}: expected a text at place {i} of the list, got {text!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{what}: {text!r:.80} has half of a character (a lone surrogate)")
     return texts
 
 

@@ -74,7 +74,12 @@ def plan(batch: PackedBatch, config: VisionConfig, training: bool, seeds: Sequen
     if training and config.patch_dropout:
         batch = batch.select(patch_dropout(batch.layout, config.patch_dropout, config.levels[0], draws))
     layout = batch.layout
-    scan, place = batch.positions.numpy().T
+    try:
+        scan, place = batch.positions.numpy().T
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a batch is planned on the host, before a transform of torch.func: give the model encoder.plan(batch)"
+        ) from error
     columns = [_spatial(place, layout, config.grid)]
     if config.max_scans:
         numbers, factors = _sequential(scan, layout, config.max_scans, draws if training else None)

@@ -49,6 +49,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 # Another value makes another network of the same weights.
 PLAIN = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+UNBOUNDED = ("Replace", "Prepend", "Split")  # steps of a tokenizer
 TOKENIZER_OPTIONS = {
     "do_lower_case": bool, "tokenize_chinese_chars": bool, "strip_accents": bool, "model_max_length": int,
     "split_special_tokens": bool, "padding_side": str, "truncation_side": str,
@@ -348,6 +349,17 @@ def read_bert_config(source: Source) -> Any:
     return bert_config(_json(_files(source, *CONFIG_FILES), "config.json"))
 
 
+def _check_steps(path: str, content: Any) -> None:
+    """Raises ValueError for a step that makes a short text a long one, or runs a pattern that may take for ever."""
+    left = [content.get("normalizer"), content.get("pre_tokenizer")] if isinstance(content, dict) else []
+    while left:
+        step = left.pop()
+        if isinstance(step, dict):
+            if step.get("type") in UNBOUNDED:
+                raise ValueError(f"{path}: a step {step['type']} may take any time or memory, and no BERT has one")
+            left += [*step.get("normalizers", ()), *step.get("pretokenizers", ())]
+
+
 def read_tokenizer(source: Source) -> Any:
     """A tokenizer of `tokenizer.json`, or of `vocab.txt`, and of the options and added tokens beside it.
 
@@ -372,6 +384,7 @@ def read_tokenizer(source: Source) -> Any:
     special = {key: options.get(key, f"[{key.removesuffix('_token').upper()}]") for key in SPECIAL_TOKENS}
     added, extra = _added_tokens(files, contents, special.values())
     if (text := _text(files, "tokenizer.json")) is not None:
+        _check_steps(_path(files, "tokenizer.json"), parse_json(text))
         backend = Tokenizer.from_str(text)
     elif (text := _text(files, "vocab.txt")) is not None:
         _check_plain(_path(files, names[0]), {**contents[names[0]], "tokenizer_class": kind})

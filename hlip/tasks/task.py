@@ -184,6 +184,8 @@ def _build(name: str, content: dict[str, Any], template: str) -> Task:
     else:
         positive = {each: _texts(words, f"classes: {each}") for each, words in classes.items()}
         negative = {}
+        if kind == "multi-class":
+            check_apart(positive)
     groups = {each: str(group) for each, group in _within(content.get("groups", {}), given, "groups").items()}
     metrics = _texts(content.get("metrics", list(METRICS[kind])), "metrics")
     if wrong := [metric for metric in metrics if metric not in METRICS[kind]]:
@@ -270,6 +272,14 @@ def check_templates(templates: Sequence[str], where: str = "") -> None:
     for text in templates:
         if text.count("{}") != 1 or {"{", "}"} & set(text.replace("{}", "")):
             raise ValueError(f"{where}expected exactly one {{}} in {text!r}, and no other brace")
+
+
+def check_apart(classes: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError where two classes have the same prompts, so that neither is more like a study."""
+    names: dict[tuple[str, ...], str] = {}
+    for name, words in classes.items():
+        if (other := names.setdefault(tuple(sorted(words)), name)) != name:
+            raise ValueError(f"classes: {other!r} and {name!r} have the same prompts")
 
 
 def check_names(classes: Iterable[str]) -> None:

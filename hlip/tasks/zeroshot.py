@@ -16,7 +16,7 @@ from ..data.batch import Study
 from ..data.plain import as_texts
 from ..model.clip import HLIPModel
 from .embed import embed_studies
-from .task import ALL, check_names, check_templates, read_task
+from .task import ALL, check_apart, check_names, check_templates, read_task
 from .texts import TextEncoder, embed_prompts
 
 DEFAULT_TEMPLATE = "This MRI study shows: {}."
@@ -37,6 +37,7 @@ class Prompts:
             raise ValueError(f"prompts missing: class {empty[0]!r} has an empty name")
         templates = as_texts(self.templates, "templates")
         check_names(classes)
+        check_apart(classes)
         check_templates(templates, "templates: ")
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "templates", templates)
