@@ -295,6 +295,76 @@ def test_a_file_of_holes(kind: str, size: int, tmp_path: Path) -> None:
         (read_shard if kind == "shard" else READERS[kind])(path)
 
 
+def patch_directory(path: Path, change: Callable[[bytearray, int, str], None]) -> None:
+    """Change the entries of a zip archive's directory: `change` gets the bytes, an entry's place and its name."""
+    with zipfile.ZipFile(path) as archive:
+        place = archive.start_dir
+    content = bytearray(path.read_bytes())
+    while content[place : place + 4] == b"PK\1\2":
+        name, extra, comment = struct.unpack_from("<HHH", content, place + 28)
+        change(content, place, content[place + 46 : place + 46 + name].decode())
+        place += 46 + name + extra + comment
+    path.write_bytes(content)
+
+
+def tensor_of(key: str, count: int) -> bytes:
+    return bad.rebuilt(count, [count], [1], key=key)
+
+
+@pytest.mark.parametrize("shift", [0, -1], ids=["at one place", "one within the other"])
+@pytest.mark.parametrize("name", ["weights.pt", "scan.pt", "a.npz"])
+def test_files_of_an_archive_that_share_bytes(name: str, shift: int, tmp_path: Path) -> None:
+    """Entries of the directory that all lead to one file: two thousand of a megabyte, in a megabyte."""
+    path, size = tmp_path / name, 2**12
+    keys = [f"{k}.npy" for k in range(3)] if path.suffix == ".npz" else [f"a/data/{k}" for k in range(3)]
+    with zipfile.ZipFile(path, "w") as archive:
+        if path.suffix == ".pt":
+            pickle = b"](" + b"".join(tensor_of(str(k), size // 4) for k in range(3)) + b"e"
+            archive.writestr("a/data.pkl", b"\x80\x02" + pickle + b".")
+        for key in keys:
+            archive.writestr(key, bytes(size))
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+    first, second = members[keys[0]], members[keys[1]]
+
+    def overlap(content: bytearray, place: int, entry: str) -> None:
+        if shift and entry == keys[0]:  # reaches into the next
+            struct.pack_into("<II", content, place + 20, size + 1, size + 1)
+        elif not shift and entry == keys[1]:
+            struct.pack_into("<I", content, place + 42, first.header_offset)
+
+    patch_directory(path, overlap)
+    assert second.header_offset > first.header_offset
+    with pytest.raises(ValueError, match=f"{name}.*{keys[0]}"):
+        READERS[name](path)
+
+
+@pytest.mark.parametrize(("reader", "size"), [("weights.pt", 16), ("scan.pt", 2**20)])
+def test_a_stored_file_is_as_large_as_its_bytes(reader: str, size: int, tmp_path: Path) -> None:
+    path = tmp_path / reader
+    bad.write_pickle(path, tensor_of("0", 4), data=bytes(16))
+
+    def enlarge(content: bytearray, place: int, entry: str) -> None:
+        if entry == "a/data/0":
+            struct.pack_into("<I", content, place + 24, 4 * size)
+
+    patch_directory(path, enlarge)
+    with pytest.raises(ValueError, match=f"{reader}.*a/data/0"):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize("decoy", ["a/zz/data/0", "a/data/zz/0", "b/data/1/0"])
+@pytest.mark.parametrize("name", ["weights.pt", "scan.pt"])
+def test_no_other_file_stands_for_the_data_of_a_tensor(name: str, decoy: str, tmp_path: Path) -> None:
+    """What is larger lies elsewhere: the tensor would hold the bytes beside its own."""
+    path = tmp_path / name
+    bad.write_pickle(path, b"}" + bad.word("x") + tensor_of("0", 1000) + b"s", data=bytes(16))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(decoy, bytes(4000))
+    with pytest.raises(ValueError, match=f"{name}.*(storage 0 is larger than its data|b/data/1/0)"):
+        READERS[name](path)
+
+
 @pytest.mark.parametrize(
     ("descr", "shape", "reason"),
     [

@@ -66,10 +66,13 @@ def _check_packed(path: Path, checksums: bool) -> None:
             raise ValueError("compressed within, as torch.save leaves no file")
         if checksums and (damaged := archive.testzip()):
             raise ValueError(f"the checksum of {damaged} differs")
-        if large := [name for name in members if "/data/" not in name and members[name].file_size > MOST_PICKLE]:
-            raise ValueError(f"{large[0]} of more than {MOST_PICKLE} bytes")
-        records = {name.rpartition("/")[2]: members[name].file_size for name in members if "/data/" in name}
-        home = next(iter(members)).partition("/")[0]
+        home = next(iter(members)).partition("/")[0]  # as torch finds it
+        if outside := [name for name in members if not name.startswith(f"{home}/")]:
+            raise ValueError(f"{outside[0]!r:.80} outside {home!r:.80}, as torch.save leaves no file")
+        data = f"{home}/data/"
+        if large := [name for name in members if not name.startswith(data) and members[name].file_size > MOST_PICKLE]:
+            raise ValueError(f"{large[0]!r:.80} of more than {MOST_PICKLE} bytes")
+        records = {name.removeprefix(data): members[name].file_size for name in members if name.startswith(data)}
         Pickles(records).check(io.BytesIO(archive.read(f"{home}/data.pkl")))
 
 
@@ -89,7 +92,8 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     """A zip archive of at most `MOST_MEMBERS` files, whose directory every reader finds at the same place.
 
     A reader that sees another directory than this one would not see what was checked. Two files of one name, whatever
-    their case and folder, are refused for the same reason.
+    their case and folder, are refused for the same reason; and two that share bytes, of which a few bytes could hold
+    any number.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -111,7 +115,27 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     if not names or len(set(names)) != entries:
         archive.close()
         raise ValueError("an archive of no files, or of two of one name")
+    try:
+        _check_places(path, archive.infolist(), begin)
+    except ValueError:
+        archive.close()
+        raise
     return archive
+
+
+def _check_places(path: Path, members: list[zipfile.ZipInfo], directory: int) -> None:
+    """Raises ValueError where files of a zip archive share bytes, with each other or with its directory, or where one
+    that is not compressed is larger than its bytes."""
+    members = sorted(members, key=lambda member: member.header_offset)
+    limits = [*(member.header_offset for member in members[1:]), directory]
+    with path.open("rb") as file:
+        for member, limit in zip(members, limits, strict=True):
+            file.seek(member.header_offset)
+            mark, name, extra = struct.unpack("<4s22xHH", file.read(30).ljust(30, b"\0"))
+            end = member.header_offset + 30 + name + extra + member.compress_size
+            stored = member.compress_type == zipfile.ZIP_STORED
+            if mark != b"PK\3\4" or end > limit or (stored and member.compress_size != member.file_size):
+                raise ValueError(f"{member.filename!r:.80} shares its bytes, or has not as many as the directory says")
 
 
 def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
