@@ -23,12 +23,13 @@ pytest.importorskip("pyarrow")
 
 import hostile_files as bad
 from hlip.data import plain, tensors
+from hlip.data.plain import MOST_SETTINGS
 from hlip.data.preprocess import load_recipe
 from hlip.data.quality import Rules
 from hlip.data.readers import read_scan
 from hlip.data.reports import SectionRules, read_reports
 from hlip.data.sources import find_scans
-from hlip.data.store import Store, read_shard
+from hlip.data.store import Store, read_info, read_rejections, read_shard
 from hlip.data.tables import Table, read_json_studies, read_names
 from hlip.model.checkpoint import load
 from hlip.model.weights import read_weights
@@ -122,7 +123,7 @@ def test_a_line_of_a_gigabyte(name: str, tmp_path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.touch()
     os.truncate(path, 2**30)
-    with pytest.raises(ValueError, match=f"{path.name}.* more than {plain.MOST_TEXT}"), at_most(2**29):
+    with pytest.raises(ValueError, match=f"{path.name}.* (more than {plain.MOST_TEXT}|with a hole)"), at_most(2**29):
         READERS.get(name, read_reports)(path if name in READERS else path.parent)
 
 
@@ -363,6 +364,52 @@ def test_no_other_file_stands_for_the_data_of_a_tensor(name: str, decoy: str, tm
         archive.writestr(decoy, bytes(4000))
     with pytest.raises(ValueError, match=f"{name}.*(storage 0 is larger than its data|b/data/1/0)"):
         READERS[name](path)
+
+
+TEXTS: dict[str, Read] = {
+    **{name: read for name, read in READERS.items() if name.endswith((".json", ".yaml", ".txt", ".csv", ".jsonl"))},
+    "report.txt": lambda path: read_reports(path.parent),
+    "config.json": lambda path: load_recipe(str(path.parent)),
+    "text/config.json": lambda path: load(str(path.parents[1])),
+    "store.json": lambda path: read_info(path.parent),
+    "rejected.jsonl": lambda path: read_rejections(path, path.parent),
+}
+
+
+@pytest.mark.parametrize("begin", [b"", b'{"a": "', b"a" * 5000], ids=["nothing", "a text", "a block"])
+@pytest.mark.parametrize("size", [2**33, 2**40], ids=["8 GB", "1 TB"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_of_holes(name: str, size: int, begin: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "config.json").write_text("{}")
+    path.write_bytes(begin)
+    os.truncate(path, size)
+    where = path.name if name != "text/config.json" else tmp_path.name
+    with pytest.raises(ValueError, match=where), at_most(2**30):
+        TEXTS[name](path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "store.json"])
+def test_a_configuration_of_any_length(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b'{"format": 1, "recipe": {"size": [' + b" " * MOST_SETTINGS + b"1]}}")
+    with pytest.raises(ValueError, match=f"{name}.*more than {MOST_SETTINGS} bytes"):
+        TEXTS[name](tmp_path / name)
+
+
+def test_values_without_memory_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_bytes(b"[" + b"[]," * 2**22 + b"[]]")
+    with pytest.raises(ValueError, match=r"list\.json.*no memory"), at_most(2**27):
+        READERS["list.json"](path)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "probe.npz"])
+def test_arrays_of_objects_are_refused_in_our_words(name: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / name, study=np.array([{}, None], dtype=object), classes=np.array([1, "a"], dtype=object))
+    with pytest.raises(ValueError, match=f"{name}.*holds objects") as caught:
+        READERS[name](tmp_path / name)
+    assert "allow_pickle" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hlip.data.plain import as_texts, check_keys, parse_json, parse_yaml, read_json, read_yaml
-from hlip.data.preprocess import load_recipe
+from hlip.data.plain import as_texts, check_keys, finite_number, parse_json, parse_yaml, read_json, read_yaml
+from hlip.data.preprocess import Recipe, Window, load_recipe
+from hlip.data.quality import Rules
+from hlip.model.config import ModelConfig, TextConfig, VisionConfig
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_names_of_yaml_are_what_is_written(name: str) -> None:
         ("a: 1\nb: 2\na: 3", "line 3: 'a' occurs twice, first on line 1"),
         ("- {x: {no: 1}}\n- {x: {no: 1, 'no': 2}}", "line 2: 'no' occurs twice"),
         ("1: x\n'1': y", "line 2: '1' occurs twice"),
-        ("a: 1\nb: 1e999", "line 2: 1e999 is beyond"),
+        ("a: 1\nb: 1e999", "line 2: '1e999' is beyond"),
         ("a:\n  - !!int '3'", "line 2: a tag"),
         ("a: !own x", "line 1: a tag"),
         ("a: &x 1\nb: *x", "line 2: a reference"),
@@ -107,3 +109,78 @@ def test_a_text_alone_is_a_list_of_one() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="names: expected a text"):
             as_texts(wrong, "names")
+
+
+@pytest.mark.parametrize("digits", [f"{2**63}", f"{-(2**63) - 1}", "1" + "0" * 30, "1" + "0" * 400, "1" + "0" * 5000])
+def test_whole_numbers_are_of_64_bits(digits: str) -> None:
+    """Others are no settings: they become no float, and NumPy and PyTorch take none."""
+    for read in (parse_yaml, lambda text: parse_json(text, finite=True)):
+        for text in (digits, f"[{digits}]"):
+            with pytest.raises(ValueError, match="64 bits") as caught:
+                read(text)
+            assert len(str(caught.value)) < 200
+    assert parse_yaml(f"[{2**63 - 1}, {-(2**63)}]") == [2**63 - 1, -(2**63)]
+    assert parse_json(f"{10**30}") == 10**30  # as the longest text in tokenizers' files
+
+
+@pytest.mark.parametrize("value", ["9" * 200_000, "1" * 200_000 + ".0e5", "a" * 200_000], ids=["9", "1", "a"])
+def test_errors_show_80_characters_of_a_value(value: str) -> None:
+    calls: list[Any] = [
+        lambda: finite_number(value + "x"),
+        lambda: parse_yaml(f"{value}: 1\n{value}: 2"),
+        lambda: parse_yaml(f"&a{value} 1\n") if value[0] == "a" else parse_yaml("1" * 200_000),
+        lambda: parse_json(f'{{"{value}": 1, "{value}": 2}}'),
+        lambda: check_keys([value], ["lr"]),
+        lambda: as_texts({value: 1}),
+        lambda: Recipe.from_dict({"size": value}),
+        lambda: Recipe.from_dict({value: 1}),
+        lambda: TextConfig(pooling=value),  # type: ignore[arg-type]
+        lambda: TextConfig(locked=value),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            assert len(str(error)) < 400
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**30, 10**5000], ids=["400", "minus", "30", "5000"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("mlp_ratio", lambda n: VisionConfig(mlp_ratio=n)),
+        ("init_std", lambda n: VisionConfig(init_std=n)),
+        ("max_scans", lambda n: VisionConfig(max_scans=n)),
+        ("grid", lambda n: VisionConfig(grid=(n, 1, 1))),
+        ("patch_size", lambda n: VisionConfig(patch_size=(1, n, n))),
+        ("unlocked_layers", lambda n: TextConfig(unlocked_layers=n)),
+        ("context_length", lambda n: TextConfig(context_length=n)),
+        ("embed_dim", lambda n: ModelConfig(embed_dim=n)),
+        ("spacing", lambda n: Recipe(spacing=(n, n, n))),
+        ("size", lambda n: Recipe(size=(n, n, n), crop=None)),
+        ("crop", lambda n: Recipe(crop=(n, n))),
+        ("high", lambda n: Window(0, abs(n))),
+        ("max_voxels", lambda n: Rules(max_voxels=n)),
+        ("spacing", lambda n: Rules(spacing=(1, n))),
+        (r"recipe\.spacing\[0\]", lambda n: Recipe.from_dict({"spacing": [n, n, n]})),
+        (r"recipe\.size\[0\]", lambda n: Recipe.from_dict({"size": [n, n, n]})),
+        (r"recipe\.rules\.max_shear", lambda n: Recipe.from_dict({"rules": {"max_shear": n}})),
+    ],
+)
+def test_a_setting_beyond_a_float_is_named(name: str, make: Any, number: int) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        make(number)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("content", ["lr: 1{0}", "size: [1{0}, 1{0}, 1{0}]", "spacing: [1{0}, 1, 1]"])
+def test_a_file_with_a_number_beyond_a_float_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(content.format("0" * 400))
+    for read in (read_yaml, lambda path: load_recipe(str(path))):
+        with pytest.raises(ValueError, match="64 bits") as caught:
+            read(path)
+    assert str(path) in str(caught.value)
+    (tmp_path / "config.json").write_text('{"recipe": {"spacing": [1' + "0" * 400 + ", 1, 1]}}")
+    with pytest.raises(ValueError, match=r"config\.json.*64 bits"):
+        load_recipe(str(tmp_path))

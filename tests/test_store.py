@@ -21,7 +21,18 @@ from hlip.data.batch import pack
 from hlip.data.dataset import StudyDataset
 from hlip.data.readers import ScanError
 from hlip.data.sources import Rejection
-from hlip.data.store import PreparedStudy, Store, StoredScan, cut, finish, read_shard, shard_file, write_shard
+from hlip.data.store import (
+    INFO,
+    PreparedStudy,
+    Store,
+    StoredScan,
+    cut,
+    finish,
+    read_rejections,
+    read_shard,
+    shard_file,
+    write_shard,
+)
 from hlip.data.store_tools import merge, select, split_at_random, stats, verify
 
 pytest.importorskip("pyarrow")
@@ -225,6 +236,30 @@ def test_another_format_is_refused(damaged: Path) -> None:
     (damaged / "store.json").write_text(json.dumps({**info, "format": 99}))
     with pytest.raises(ValueError, match="format 99; this version reads format 1: update hlip-kernels"):
         Store(damaged)
+
+
+@pytest.mark.parametrize("key", INFO)
+def test_a_store_that_lacks_a_fact_is_named(damaged: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = damaged / "store.json"
+    content = json.loads(file.read_text())
+    del content[key]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ScanError, match=rf"store\.json: .*lacks {key}\b"):
+        Store(damaged)
+    assert main(["store", "info", str(damaged)]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["store.json", "nowhere"])
+def test_a_link_without_an_end_is_no_unfinished_store(damaged: Path, target: str) -> None:
+    for name in ("store.json", "shards/found.jsonl"):
+        (damaged / name).unlink(missing_ok=True)
+    (damaged / "store.json").symlink_to(target)
+    with pytest.raises(ScanError, match=r"store\.json: damaged"):
+        Store(damaged)
+    (damaged / "shards" / "found.jsonl").symlink_to(target.replace("store.json", "found.jsonl"))
+    with pytest.raises(ScanError, match=r"found\.jsonl: damaged"):
+        read_rejections(damaged / "shards" / "found.jsonl", damaged)
 
 
 def test_verify_finds_a_flipped_bit_a_lost_shard_and_a_wrong_manifest(damaged: Path, path: Path) -> None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from config import TrainConfig
 from engine import World
+from hlip.data.plain import parse_json, read_lines
 from hlip.data.terminal import say
 from hlip.tasks.output import shown_name, write_whole
 
@@ -95,13 +96,14 @@ class Log:
 def kept_lines(path: Path, step: int) -> list[str]:
     """The lines up to a step; a last line that was cut short is dropped."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n") and entry.get("step", 0) <= step:
-            kept.append(line)
+    with contextlib.closing(read_lines(path, "replace")) as lines:
+        for line in lines:
+            try:
+                entry = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and line.endswith("\n") and entry.get("step", 0) <= step:
+                kept.append(line)
     return kept
 
 

@@ -30,6 +30,28 @@ def check_within(path: Path, home: Path) -> None:
         raise ValueError(f"{path}: a link leads out of its folder; put the file itself there, or link the whole folder")
 
 
+def check_memory(path: Path) -> None:
+    """Raises ValueError for a file that is larger than this machine's memory, as one of holes may be; nothing where the
+    system does not say how much there is."""
+    if not hasattr(os, "sysconf"):
+        return
+    size, memory = path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(f"a file of {size} bytes, where this machine has {memory} of memory")
+
+
+def check_text(path: Path) -> None:
+    """Raises OSError or ValueError where a file is not regular, larger than this machine's memory, or has holes, which
+    are zeros that take no place on the disk: a text has none."""
+    check_regular(path)
+    check_memory(path)
+    if hasattr(os, "SEEK_HOLE"):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and (hole := os.lseek(file.fileno(), 0, os.SEEK_HOLE)) < size:
+                raise ValueError(f"a file of {size} bytes with a hole at byte {hole}, which no text has")
+
+
 @contextlib.contextmanager
 def usual_permissions(path: Path) -> Iterator[None]:
     """Give a new file that is written in the meantime what the umask leaves: safetensors lets nobody else read."""

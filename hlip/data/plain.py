@@ -19,28 +19,57 @@ from typing import Any
 
 import yaml
 
-from .paths import check_regular
+from .paths import check_regular, check_text
 
 MOST_YAML = 2**18  # bytes, for which the parser takes seconds
 MOST_TEXT = 2**24  # bytes of a report, or of one line of a table
+MOST_SETTINGS = 2**24  # bytes of the configuration of a model or store
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """A text in UTF-8, with or without a byte order mark, of at most so many bytes."""
-    check_regular(path)
+    """A text in UTF-8, with or without a byte order mark, of at most so many bytes, or else as the memory holds."""
+    check_text(path)
     if most is not None and path.stat().st_size > most:
         raise ValueError(f"more than {most} bytes")
-    return path.read_text(encoding="utf-8-sig")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except MemoryError as error:
+        raise ValueError(f"no memory for its {path.stat().st_size} bytes") from error
 
 
-def read_lines(path: Path) -> Generator[str, None, None]:
-    """The lines of a text with their ends, none longer than `MOST_TEXT`."""
+def read_lines(path: Path, errors: str = "strict") -> Generator[str, None, None]:
+    """The lines of a text with their ends, none longer than `MOST_TEXT`; `errors` as `open` takes it."""
     check_regular(path)
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors=errors) as file:
         while line := file.readline(MOST_TEXT):
             if len(line) == MOST_TEXT:
                 raise ValueError(f"a line of more than {MOST_TEXT} characters")
             yield line
+
+
+def short(value: object) -> str:
+    """A value for an error, as Python writes it, in at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        text = f"a {type(value).__name__} of too many digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_held(number: float) -> bool:
+    """Whether a number is finite, and of 64 bits if it is whole."""
+    return math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63
+
+
+def whole_number(text: str) -> int:
+    """A whole number of 64 bits.
+
+    Raises:
+        ValueError: no such number.
+    """
+    if len(text) > 20 or not is_held(int(text)):
+        raise ValueError(f"{short(text)} is beyond the whole numbers of 64 bits")
+    return int(text)
 
 
 class _GivenTwice(ValueError):
@@ -57,7 +86,7 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _GivenTwice(f"{key!r} occurs twice")
+        raise _GivenTwice(f"{short(key)} occurs twice")
     return content
 
 
@@ -80,9 +109,12 @@ class _Locating(json.JSONDecoder):
 def parse_json(text: str | bytes, finite: bool = False) -> Any:
     """`json.loads`, whose errors are all ValueError, of objects that have no name twice.
 
-    finite: refuse NaN and numbers that are infinite, which Python writes and reads otherwise.
+    finite: refuse NaN and numbers that are infinite, which Python writes and reads otherwise, and whole ones of more
+        than 64 bits.
     """
     options: dict[str, Any] = dict.fromkeys(("parse_constant", "parse_float"), finite_number) if finite else {}
+    if finite:
+        options["parse_int"] = whole_number
     try:
         try:
             return json.loads(text, object_pairs_hook=unique_keys, **options)
@@ -90,15 +122,17 @@ def parse_json(text: str | bytes, finite: bool = False) -> Any:
             return json.loads(text, cls=_Locating)  # raises it again, with its line
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except MemoryError as error:
+        raise ValueError("no memory for its values") from error
 
 
-def read_json(path: Path) -> Any:
-    return parse_json(read_text(path))
+def read_json(path: Path, most: int | None = None) -> Any:
+    return parse_json(read_text(path, most))
 
 
 def read_settings(path: Path) -> Any:
-    """Read JSON whose numbers are all finite."""
-    return parse_json(read_text(path), finite=True)
+    """Read JSON of at most `MOST_SETTINGS` bytes whose numbers are all finite."""
+    return parse_json(read_text(path, MOST_SETTINGS), finite=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,9 +142,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {line}: a reference to another value (*{event.anchor}); write the value out")
+            raise ValueError(f"line {line}: a reference to another value (*{event.anchor:.80}); write the value out")
         if event.tag is not None:
-            raise ValueError(f"line {line}: a tag ({event.tag}); write the plain value, texts in quotes")
+            raise ValueError(f"line {line}: a tag ({event.tag:.80}); write the plain value, texts in quotes")
         return super().compose_node(parent, index)
 
 
@@ -131,9 +165,9 @@ def _scalar(text: str, texts: bool) -> Any:
     if not (number := _NUMBER.fullmatch(text)):
         return text
     if not number["rest"]:
-        return int(text)
+        return whole_number(text)
     if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is beyond all numbers that can be held")
+        raise ValueError(f"{short(text)} is beyond all numbers that can be held")
     return float(text)
 
 
@@ -147,7 +181,7 @@ def _value(node: yaml.Node, texts: bool) -> Any:
             if not isinstance(key, yaml.ScalarNode):
                 raise ValueError(f"line {line}: expected a name before the colon, got a list or names with values")
             if key.value in lines:
-                raise ValueError(f"line {line}: {key.value!r} occurs twice, first on line {lines[key.value]}")
+                raise ValueError(f"line {line}: {short(key.value)} occurs twice, first on line {lines[key.value]}")
             lines[key.value] = line
         return {key.value: _value(value, texts) for key, value in node.value}
     assert isinstance(node, yaml.ScalarNode)
@@ -190,12 +224,12 @@ def as_texts(value: object, what: str = "texts", least: int = 1) -> list[str]:
     unordered = isinstance(value, (bytes, Mapping, Set)) or getattr(value, "ndim", 1) != 1  # tables give column names
     texts = list(value) if isinstance(value, Iterable) and not unordered else None
     if texts is None or len(texts) < least:
-        raise ValueError(f"{what}: expected a text or a list of texts, got {value!r}")
+        raise ValueError(f"{what}: expected a text or a list of texts, got {short(value)}")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{what}: expected a text at place {i} of the list, got {text!r}")
+            raise ValueError(f"{what}: expected a text at place {i} of the list, got {short(text)}")
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"{what}: {text!r:.80} has half of a character (a lone surrogate)")
+            raise ValueError(f"{what}: {short(text)} has half of a character (a lone surrogate)")
     return texts
 
 
@@ -215,7 +249,7 @@ def check_keys(content: Iterable[str], known: Collection[str], also: bool = Fals
     which `report_id` and `reported` do not."""
     for name in content:
         if name not in known and not (also and _is_another(name.lower(), tuple(known))):
-            raise ValueError(f"unknown field {name!r}{hint(name, known)}")
+            raise ValueError(f"unknown field {short(name)}{hint(name, known)}")
 
 
 def _is_another(name: str, known: tuple[str, ...]) -> bool:
@@ -229,18 +263,23 @@ def finite_number(text: str | float) -> float:
     Raises:
         ValueError: no such number.
     """
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"expected a finite number, got {text}")
+    try:
+        number = float(text)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {short(text)}")
     return number
 
 
 def check_finite(settings: Any) -> None:
-    """Raises ValueError where a field of a dataclass is, or has in it, a number that is infinite or NaN."""
+    """Raises ValueError where a field of a dataclass is, or has in it, a number that is infinite or NaN, or a whole one
+    of more than 64 bits."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{field.name} must be finite, got {value}")
+            if isinstance(number, (int, float)) and not is_held(number):
+                raise ValueError(f"{field.name} must be finite, and of 64 bits if it is whole, got {short(value)}")
 
 
 def check_format(number: Any, known: int) -> None:

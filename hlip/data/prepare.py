@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from .engines import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 from .manifest import pyarrow
-from .paths import check_within, locked
+from .paths import check_text, check_within, locked
+from .plain import read_json as read_plain
 from .preprocess import PreparedScan
 from .readers import ScanError
 from .sources import Found, Rejection, ScanSource, StudySource
@@ -293,8 +294,8 @@ class Plan:
         """
         work = out / "work"
         file = work / "plan.json"
-        if file.exists():
-            content = read_json(file, out)
+        if os.path.lexists(file):
+            content = read_json(file, out, None)  # has a line for each shard
             _compare(out, content["terms"], terms)
         else:
             shards, offset = [], 0
@@ -310,7 +311,9 @@ class Plan:
 
     def studies(self, k: int) -> list[StudySource]:
         """The studies of shard `k`."""
-        with (self.out / "work" / "sources.jsonl").open("rb") as lines:
+        path = self.out / "work" / "sources.jsonl"
+        check_text(path)
+        with path.open("rb") as lines:
             lines.seek(self.shards[k][2])
             return [_from_json(study) for study in json.loads(lines.readline())]
 
@@ -367,7 +370,7 @@ class PrepareJob:
 
     def _blamed(self, k: int) -> dict[Step, tuple[str, str]]:
         file = self._blame_file(k)
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        content = read_plain(file) if file.exists() else []
         return {(s, m): (rule, reason) for s, m, rule, reason in content}
 
     def _blame_file(self, k: int) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plain import check_finite, hint, read_json, read_yaml
+from .plain import check_finite, hint, is_held, read_settings, read_yaml, short
 from .quality import Rules, check_volume
 from .readers import ScanError, Volume, read_scan
 from .sources import ScanSource
@@ -41,6 +41,7 @@ class Window:
     name: str = ""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"a window must increase, got {self.low} to {self.high}")
 
@@ -380,7 +381,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         if of_model:
             path /= "config.json"
-            config = read_json(path)
+            config = read_settings(path)
             content = config.get("recipe") if isinstance(config, Mapping) else None
             if content is None:
                 raise ValueError("this model was saved without a recipe")
@@ -398,11 +399,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     """`value`, of JSON or YAML, as `kind`: a dataclass, a tuple, a Literal, None or a plain type."""
     if is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected fields, got {value!r}")
+            raise ValueError(f"{where}: expected fields, got {short(value)}")
         kinds = get_type_hints(kind)
         for name in value:
             if name not in kinds:
-                raise ValueError(f"{where}: unknown field {name!r}{hint(str(name), kinds)}")
+                raise ValueError(f"{where}: unknown field {short(name)}{hint(str(name), kinds)}")
         try:
             return kind(**{name: _build(kinds[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
         except TypeError as error:
@@ -416,8 +417,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             return tuple(_build(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(items, value, strict=True)))
     elif origin is Literal and value in args:
         return value
-    elif kind is float and type(value) in (int, float) and math.isfinite(value):
+    elif kind is float and type(value) in (int, float) and is_held(value):
         return float(value)
-    elif kind in (int, str, bool) and type(value) is kind:
+    elif kind in (int, str, bool) and type(value) is kind and (kind is not int or is_held(value)):
         return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {short(value)}")

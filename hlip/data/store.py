@@ -37,7 +37,7 @@ from . import plain
 from .batch import Study
 from .manifest import Columns, columns_of, manifest_of, map_manifest, pyarrow
 from .paths import check_regular, usual_permissions
-from .plain import as_texts, parse_json, read_lines
+from .plain import MOST_SETTINGS, as_texts, parse_json, read_lines, short
 from .readers import ScanError
 from .sources import Rejection
 from .tensors import check_safetensors
@@ -207,12 +207,14 @@ class Report:
     rejected: dict[str, int]
 
 
-def finish(path: Path, work: Path, **facts: Any) -> Report:
+def finish(
+    path: Path, work: Path, *, source_hash: str = "", shard_scans: int = 0, hidden_ids: bool | str = False
+) -> Report:
     """Write all that a store has beside its shards; `store.json` comes last and says that the store is finished.
 
     Args:
         work: folder for temporary files, on the same file system.
-        facts: more to say in `store.json`.
+        source_hash, shard_scans, hidden_ids: what `store.json` is to say of the preparation.
     """
     rejected = read_rejections(path / "shards" / FOUND, path)
     recipes: dict[str, dict[str, Any]] = {}
@@ -237,6 +239,7 @@ def finish(path: Path, work: Path, **facts: Any) -> Report:
     _write_json(path / "report.json", asdict(report), work)
     recipe_hash, recipe = next(iter(recipes.items()), ("", {}))
     counts = {"studies": report.studies, "scans": report.scans, "shards": len(shard_files(path))}
+    facts = {"source_hash": source_hash, "shard_scans": shard_scans, "hidden_ids": hidden_ids}
     content = {"format": FORMAT, "recipe_hash": recipe_hash, "recipe": recipe, **counts, **facts}
     _write_json(path / "store.json", content, work)
     return report
@@ -248,7 +251,7 @@ def read_rejections(path: Path, home: Path) -> list[Rejection]:
     Raises:
         ScanError: damaged, or a link that leads out; names the file.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
         check_regular(path, home)
@@ -462,20 +465,23 @@ def read_info(path: Path) -> dict[str, Any]:
         ValueError: of another format.
     """
     file = path / "store.json"
-    info = read_json(file, path) if file.exists() else {}
+    info = read_json(file, path) if os.path.lexists(file) else {}  # a link to nowhere, or to itself, is damage
     if info and info.get("format") != FORMAT:
         raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}{OTHER}")
     for name, kind in INFO.items() if info else ():
-        if name in info and not isinstance(info[name], kind):
-            raise ScanError(file, f"damaged (its {name} is {info[name]!r:.60})")
+        if name not in info:
+            raise ScanError(file, f"damaged (it lacks {name}); hlip prepare makes the store anew")
+        if not isinstance(info[name], kind):
+            raise ScanError(file, f"damaged (its {name} is {short(info[name])})")
     return info
 
 
-def read_json(path: Path, home: Path) -> dict[str, Any]:
-    """The object in a file of the store `home`. Raises ScanError where it is damaged, or a link that leads out."""
+def read_json(path: Path, home: Path, most: int | None = MOST_SETTINGS) -> dict[str, Any]:
+    """The object in a file of the store `home`, of at most so many bytes. Raises ScanError where it is damaged, or a
+    link that leads out."""
     try:
         check_regular(path, home)
-        content = plain.read_json(path)
+        content = plain.read_json(path, most)
     except (OSError, ValueError) as error:
         raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):

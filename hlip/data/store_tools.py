@@ -21,7 +21,6 @@ from .readers import ScanError
 from .sources import Rejection
 from .store import (
     FOUND,
-    INFO,
     PreparedStudy,
     Report,
     Shard,
@@ -205,8 +204,6 @@ def _finished(path: Path) -> Store:
     store = Store(path)
     if not store.info:
         raise ValueError(f"{path}: the store is not finished: run hlip prepare again to go on with it")
-    if lacking := sorted(INFO.keys() - store.info):
-        raise ValueError(f"{path}: its store.json has no {lacking[0]}")
     return store
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import struct
 import sys
 import tarfile
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .paths import check_regular
+from .paths import check_memory, check_regular
 from .pickled import Pickles
 
 MOST_PICKLE = 2**24  # bytes, as of a hundred thousand tensors
@@ -159,17 +158,9 @@ def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
                     raise ValueError(f"{name} holds what is no character")
         return arrays
     except Exception as error:  # numpy's parser of headers raises many kinds
+        if "allow_pickle" in str(error):  # NumPy recommends what would run what the file says
+            raise ValueError("it holds objects, not numbers or texts alone; none was read") from error
         raise ValueError(str(error) or type(error).__name__) from error
-
-
-def check_memory(path: Path) -> None:
-    """Raises ValueError for a file that is larger than this machine's memory, as one of holes may be; nothing where the
-    system does not say how much there is."""
-    if not hasattr(os, "sysconf"):
-        return
-    size, memory = path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory:
-        raise ValueError(f"a file of {size} bytes, where this machine has {memory} of memory")
 
 
 def check_safetensors(path: Path) -> None:

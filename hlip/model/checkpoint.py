@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..data.paths import usual_permissions
-from ..data.plain import parse_json, read_text
+from ..data.plain import MOST_SETTINGS, parse_json, read_text
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
 from .published import (
@@ -218,8 +218,8 @@ def _is_described(folder: Path) -> bool:
 def _own_config(where: str, text: str, model: str | None) -> Identity:
     """The configuration in `text`. Raises ValueError, naming `where`, if it is none, or not that of `model`."""
     try:
-        config = ModelConfig.from_dict(parse_json(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        config = ModelConfig.from_dict(parse_json(text, finite=True))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{where}: not a readable model configuration ({error})") from error
     if model is not None:
         try:
@@ -231,7 +231,7 @@ def _own_config(where: str, text: str, model: str | None) -> Identity:
 
 def _read_config(path: Path) -> str:
     try:
-        return read_text(path)
+        return read_text(path, MOST_SETTINGS)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable model configuration ({error})") from error
 

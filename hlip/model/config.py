@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hlip_kernels import Grid, Level
 
 from ..data.batch import join_report
+from ..data.plain import check_finite, short
 from ..data.preprocess import RECIPES, Recipe
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
@@ -70,15 +70,16 @@ def place_levels(
 
 def _check_fields(config: Any, positive: tuple[str, ...]) -> None:
     """Raise ValueError where a field is of another type than it says; configurations are read from files."""
+    check_finite(config)
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {short(value)}")
         elif kind in (bool, int, str) and type(value) is not kind:
-            raise ValueError(f"{name} must be {kind.__name__}, got {value!r}")
-        elif kind is float and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+            raise ValueError(f"{name} must be {kind.__name__}, got {short(value)}")
+        elif kind is float and type(value) not in (int, float):
+            raise ValueError(f"{name} must be a finite number, got {short(value)}")
         if name in positive and value <= 0:
             raise ValueError(f"{name} must be above 0, got {value!r}")
 
@@ -116,19 +117,20 @@ class VisionConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("patch_size", "grid"):
             value = getattr(self, name)
             if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
-                raise ValueError(f"{name} must be three positive integers, got {value}")
+                raise ValueError(f"{name} must be three positive integers, got {short(value)}")
         for name in ("width", "heads"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be a positive integer, got {short(getattr(self, name))}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         if not self.levels or set(self.levels) - set(get_args(Level)):
-            raise ValueError(f"levels must be of {', '.join(get_args(Level))}, got {self.levels}")
+            raise ValueError(f"levels must be of {', '.join(get_args(Level))}, got {short(self.levels)}")
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {short(self.positions)}")
         divisor = POSITIONS[self.positions]
         if self.width % divisor:
             raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..data import plain
 from ..data.files import near
-from ..data.paths import check_within
+from ..data.paths import check_memory, check_within
 from ..data.plain import check_format
-from ..data.tensors import check_memory, check_safetensors, load_tensors
+from ..data.tensors import check_safetensors, load_tensors
 
 log = logging.getLogger(__name__)
 

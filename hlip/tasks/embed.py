@@ -26,6 +26,7 @@ from hlip_kernels import hold_weights, multiplies_bfloat16
 
 from ..data.batch import Study
 from ..data.paths import check_within, locked
+from ..data.plain import MOST_SETTINGS, read_json
 from ..data.scans import Rejection
 from ..data.store import cut
 from ..data.terminal import guard_streams
@@ -457,7 +458,7 @@ def _held(path: Path) -> Iterator[None]:
 
 def _check_job(path: Path, job: dict[str, Any]) -> None:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, MOST_SETTINGS)
     except FileNotFoundError:
         write_whole(path, lambda file: file.write(json.dumps(job, indent=1).encode()))
         return

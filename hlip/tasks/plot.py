@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..data.paths import check_regular
-from ..data.plain import parse_json
+from ..data.plain import parse_json, read_lines
 from .output import label, new_figure, shown_name
 
 LOG = "log.jsonl"
@@ -50,16 +50,15 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / LOG
     try:
-        check_regular(path)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with contextlib.closing(read_lines(path, "replace")) as lines:
+            entries = [_figures(line) for line in lines]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder}: not the folder of a run: it has no {LOG}") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable ({error})") from error
     curves: dict[str, dict[int, float]] = {}
     damaged = 0
-    for line in lines:
-        figures = _figures(line)
+    for figures in entries:
         if figures is None:
             damaged += 1
             continue
