@@ -397,13 +397,6 @@ def test_a_configuration_of_any_length(name: str, tmp_path: Path) -> None:
         TEXTS[name](tmp_path / name)
 
 
-def test_values_without_memory_are_an_error_that_names_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "list.json"
-    path.write_bytes(b"[" + b"[]," * 2**22 + b"[]]")
-    with pytest.raises(ValueError, match=r"list\.json.*no memory"), at_most(2**27):
-        READERS["list.json"](path)
-
-
 @pytest.mark.parametrize("name", ["a.npz", "probe.npz"])
 def test_arrays_of_objects_are_refused_in_our_words(name: str, tmp_path: Path) -> None:
     np.savez(tmp_path / name, study=np.array([{}, None], dtype=object), classes=np.array([1, "a"], dtype=object))
