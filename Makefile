@@ -14,13 +14,19 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 MODULES := hlip_kernels hlip train bench tests examples docs/draw.py docs/fields.py docs/hooks.py setup.py
 
+# What tests need of other libraries and must not lie in the environment: see the rules that make them.
+BESIDE := $(VENV)/flash-attn $(VENV)/open-clip
+ifeq ($(shell uname -s),Linux)  # NVIDIA's compiler has no wheels for others
+BESIDE += $(VENV)/flash-attn-4
+endif
+
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-all coverage docs bench bench-compare gpu-check lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
-test: lint $(VENV)/flash-attn $(VENV)/open-clip
+test: lint $(BESIDE)
 	$(PYTEST) --hypothesis-profile ci  # the same draws each time
 
 test-all: test
@@ -28,7 +34,7 @@ test-all: test
 	$(BIN)/python bench/attention.py --static
 
 coverage: export COVERAGE_FILE := $(CURDIR)/build/coverage/data
-coverage: $(VENV)/.installed $(VENV)/flash-attn $(VENV)/open-clip
+coverage: $(VENV)/.installed $(BESIDE)
 	rm -rf build/coverage
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal --hypothesis-profile ci
 	$(BIN)/coverage combine --quiet
@@ -43,6 +49,7 @@ PACKING := $(BIN)/python bench/packing.py --results $(RESULTS)/packing.jsonl
 bench: $(VENV)/.installed
 	$(BIN)/python bench/attention.py --quick --results $(RESULTS)/attention.jsonl
 	$(BIN)/python bench/attention.py --io --results $(RESULTS)/io.jsonl
+	$(BIN)/python bench/layer.py --results $(RESULTS)/layer.jsonl
 	$(ENCODER) --table9 --modes inference --rounds 4
 	$(ENCODER) --table9 --modes training --rounds 2
 	$(ENCODER) --table9 --modes inference --rounds 2 --allocator default --models hlip published swin --flash true
@@ -82,6 +89,14 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(wildcard hlip_kern
 $(VENV)/flash-attn: $(VENV)/.installed
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --no-cache-dir \
 		--no-deps --no-build-isolation --upgrade --target $@ flash-attn==2.8.3.post2
+	@touch $@
+
+# flash-attn-4 and the compiler of its kernels (about 320 MB), which needs no GPU; beside the environment's packages, as its
+# package flash_attn is another one. One command for all, as pip adds nothing to a package that lies there.
+$(VENV)/flash-attn-4: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ flash-attn-4==4.0.0b36 quack-kernels==0.6.5 \
+		apache-tvm-ffi==0.1.15.post2 cuda-bindings==13.5.0 cuda-pathfinder==1.9.1 nvidia-cutlass-dsl==4.8.1 \
+		nvidia-cutlass-dsl-libs-core==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-cu12==4.8.1
 	@touch $@
 
 # open_clip, for tests of 2D models; beside the environment's packages, as torchvision's wheels are built for CUDA's torch.

@@ -80,7 +80,9 @@ EXTRAS = {
     "viz": ["matplotlib>=3.7", "pillow>=9"],
     "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
-    "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],  # both are built for one torch: take the release that fits yours
+    # Both are built for one torch: take the release that fits yours. flash-attn-4 is left to the user: it has betas
+    # only, and its folder flash_attn/cute is in flash-attn, too, in an older form.
+    "gpu": ["flash-attn>=2.7", "xformers>=0.0.29"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings>=0.28", "mkdocstrings-python>=1.14"],
     "fuzz": ["atheris>=3"],  # wheels for Linux and Python 3.11 or newer
     "dev": [
@@ -104,7 +106,7 @@ EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in NOT_
 
 setup(
     name="hlip-kernels",
-    version="0.1.0",
+    version="0.2.0",
     description="Hierarchical attention over packed 3D medical imaging studies, and language-image pre-training on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -21,13 +21,14 @@ ways are timed, as this library's programs do, which serves all alike.
 
 `--static` compiles each kernel of the attention and of the norm ahead of time with Triton's own compiler and looks at
 the machine code: registers, bytes spilled to the stack, shared memory, programs that fit a multiprocessor, matrix
-instructions, the number of instructions of the loop over full tiles, and for bf16 that of plain dense attention with
-the same tile (`dense.py`). Nothing is run and no time is measured. Exits with 1 if any kernel spills, needs more shared
-memory than there is, or leaves the matrix units idle; fp32 without tf32 and the norm do not use them.
+instructions, whether (on sm_90) each of them waits for the one before, the number of instructions of the loop over
+whole tiles, and for bf16 that of plain dense attention with the same tile (`dense.py`). Nothing is run and no time is
+measured. Exits with 1 if any kernel spills, needs more shared memory than there is, leaves the matrix units idle or
+makes them wait; fp32 without tf32 and the norm do not use them.
 
-`--tune` times candidate tiles on the GPU at hand, for each kind of arithmetic, head dim and length of groups. One that
-fails to compile or run, or strays from the float64 oracle, is reported and passed over. The fastest become rows of the
-user's tile table, which `hlip_kernels` reads from then on; Ctrl-C leaves the table as it was.
+`--tune` times candidate tiles on the GPU at hand, for each kind of arithmetic and head dim, on short and long groups
+together. One that fails to compile or run, or strays from the float64 oracle, is reported and passed over. The fastest
+become rows of the user's tile table, which `hlip_kernels` reads from then on; Ctrl-C leaves the table as it was.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def check_attention(
     shape = problem.num_rows, 3, HEADS, head_dim
     qkv = torch.randn(shape, generator=generator).to(device, problem.dtype)
     grad_out = torch.randn(shape[0], *shape[2:], generator=generator).to(device, problem.dtype)
-    peer = Ours(problem, backend)
+    peer = Ours(problem, backend, deterministic=True)
     peer.prepare()
     way = Way(peer, qkv, grad_out)
     first, second = way.first_call("training")[0], way.first_call("training")[0]
@@ -121,7 +121,7 @@ def norm(device: str) -> Found:
     lines: list[list[object]] = []
     right = True
     for name, dtype in product(NORM_BACKENDS, DTYPES):
-        reasons = NORM_BACKENDS[name].norm_not_supported_reasons(device, DTYPES[dtype], DTYPES[dtype])
+        reasons = NORM_BACKENDS[name].not_supported_reasons(device, DTYPES[dtype], DTYPES[dtype])
         if reasons:
             lines.append([name, dtype, None, "; ".join(reasons)])
             continue
@@ -147,7 +147,7 @@ def norm(device: str) -> Found:
 
 def norm_inputs(layout: StudyLayout, src: Level, dst: Level, dtype: torch.dtype) -> list[Tensor]:
     """Residual, update, weight, bias, layer scale, and the gradients of both results; parameters in float32."""
-    before, after = (layout.num_groups(level) * layout.num_prefix + layout.num_tokens for level in (src, dst))
+    before, after = (layout.num_rows(level) for level in (src, dst))
     generator = torch.Generator().manual_seed(0)
     shapes = [(before, WIDTH)] * 2 + [(WIDTH,)] * 3 + [(after, WIDTH)] * 2
     drawn = [torch.randn(shape, generator=generator).to(layout.device) for shape in shapes]

@@ -1,7 +1,7 @@
 """Two revisions side by side: what has become faster, and what slower.
 
     python bench/compare.py --base HEAD~1
-    python bench/compare.py --base v0.1.0 --rounds 9 --only attention
+    python bench/compare.py --base HEAD~20 --rounds 9 --only attention
 
 Checks the base out into a temporary folder, and lets it and this folder, as it lies, run the same benchmarks by turns,
 each time in a fresh process: attention (`attention.py --quick`) with the backend that each revision chooses by itself,

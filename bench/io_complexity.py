@@ -15,10 +15,10 @@ dim of D and S bytes of fast memory, and in scans and slices as much less as abo
 
 How it is counted:
 
-- **ours**: our Triton kernels run in Triton's interpreter, which sees every load, store and product: one head, fp16,
-  one prefix row a group. Backward is the sum of its two kernels. These are requests to the caches, not DRAM traffic.
-  One group of each length is counted and multiplied. Streamed tiles have 1024 rows; bytes do not depend on that, and
-  the sizes are such that tiles are full, so that operations are those needed.
+- **ours**: our Triton kernels run in Triton's interpreter, which sees every load, store and product: one head, fp16.
+  Prefix rows are rows like all others, and count among the N tokens. Backward is the sum of its two kernels. These are
+  requests to the caches, not DRAM traffic. One group of each length is counted and multiplied. Streamed tiles have 1024
+  rows; bytes do not depend on that, and the sizes are such that tiles are full, so that operations are those needed.
 - **standard**: attention as a product, a softmax and a product (`baselines.unfused`), as PyTorch's ops and autograd run
   it, each op reading its tensors once and writing its results once. Groups are 16 times as long, without memory behind
   them.
@@ -50,7 +50,7 @@ from baselines import regroup, unfused
 from hlip.model.config import preset
 from hlip_kernels import Level, StudyLayout
 from hlip_kernels.backends import triton_norm
-from hlip_kernels.backends.groups import Regroup
+from hlip_kernels.backends.base import Regroup
 from hlip_kernels.configs import Tile, built_in_config, row_of
 from hlip_kernels.layout import LEVELS
 from op_traffic import Counts, OpTraffic
@@ -62,7 +62,7 @@ TOLERANCE = 0.05  # of exponents
 PASSES: dict[str, tuple[str, ...]] = {"forward": ("forward",), "backward": ("dq", "dkdv")}
 LONGER = 16  # groups of standard attention
 STREAMED = 1024  # rows of the streamed tile: more than on a GPU, as the interpreter is slow and no byte depends on it
-PATCHES = 1022  # of a slice: with the prefix row its tiles are full
+SLICE = 1024  # rows, so that tiles are full
 PUBLISHED = (197, 1177, 2745)  # rows of a slice, and of scans of 6 and 14 slices
 ENCODERS = {  # of the released models, and scans of the study
     "clip_vit_base_scan_study_token1176": 10,
@@ -84,7 +84,7 @@ class Point(NamedTuple):
         return {"study": 1, "scan": self.scans, "slice": self.scans * self.slices}[level]
 
     def length(self, level: Level) -> int:
-        return self.tokens // self.groups(level) + 1
+        return self.tokens // self.groups(level)
 
 
 class Sweep(NamedTuple):
@@ -102,19 +102,19 @@ class Sweep(NamedTuple):
 DOUBLED = (1, 2, 4)
 SWEEPS = (
     Sweep("N", "longer slices, 2 scans of 1", lambda p: p.tokens,
-          tuple(Point(2 * PATCHES * k, 2, 1) for k in (1, 2, 3)), (2, 2, 2), (2, 2, 2)),
-    Sweep("M", "more scans of 1 slice, same N", lambda p: p.scans, tuple(Point(4 * PATCHES, k, 1) for k in DOUBLED),
+          tuple(Point(2 * SLICE * k, 2, 1) for k in (1, 2, 3)), (2, 2, 2), (2, 2, 2)),
+    Sweep("M", "more scans of 1 slice, same N", lambda p: p.scans, tuple(Point(4 * SLICE, k, 1) for k in DOUBLED),
           (-1, -1, 0), (-1, -1, 0)),
-    Sweep("d", "more slices of 1 scan, same N", lambda p: p.slices, tuple(Point(4 * PATCHES, 1, k) for k in DOUBLED),
+    Sweep("d", "more slices of 1 scan, same N", lambda p: p.slices, tuple(Point(4 * SLICE, 1, k) for k in DOUBLED),
           (-1, 0, 0), (-1, 0, 0)),
     Sweep("scans", "a study grows by scans of 2 slices", lambda p: p.scans,
-          tuple(Point(PATCHES * k, k, 2) for k in DOUBLED), (1, 1, 2), (1, 1, 2)),
+          tuple(Point(SLICE * k, k, 2) for k in DOUBLED), (1, 1, 2), (1, 1, 2)),
     Sweep("D", "head dim, same tile rows", lambda p: p.head_dim,
-          tuple(Point(2 * PATCHES, 2, 1, head_dim=k) for k in (32, 64, 128)), (1, 1, 1), (1, 1, 1), standard=False),
+          tuple(Point(2 * SLICE, 2, 1, head_dim=k) for k in (32, 64, 128)), (1, 1, 1), (1, 1, 1), standard=False),
     Sweep("S", "tile rows: fast memory", lambda p: p.rows,
-          tuple(Point(4 * PATCHES, 1, 1, rows=k) for k in (32, 64, 128)), (-1, -1, -1), (0, 0, 0), standard=False),
+          tuple(Point(4 * SLICE, 1, 1, rows=k) for k in (32, 64, 128)), (-1, -1, -1), (0, 0, 0), standard=False),
     Sweep("D at S", "head dim, same fast memory", lambda p: p.head_dim,
-          tuple(Point(4 * PATCHES, 1, 1, head_dim=k, rows=4096 // k) for k in (32, 64, 128)),
+          tuple(Point(4 * SLICE, 1, 1, head_dim=k, rows=4096 // k) for k in (32, 64, 128)),
           (2, 2, 2), (1, 1, 1), standard=False),
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ def ours(direction: str, point: Point, level: Level) -> Counts:
 
 @functools.cache
 def kernel_counts(kernel: str, length: int, head_dim: int, rows: int, streamed: int = STREAMED) -> Counts:
-    """Of one of our kernels on a group of so many rows, one of them a prefix row."""
+    """Of one of our kernels on a group of so many rows."""
     problem = Problem([length - 1], 1, torch.float16, head_dim, "cpu")
     with watched(compute=False) as traffic:
         problem.launch(kernel, Tile(rows, streamed, 4, 1))
@@ -178,8 +178,7 @@ def kernel_counts(kernel: str, length: int, head_dim: int, rows: int, streamed: 
 
 
 def standard(direction: str, point: Point, level: Level) -> Counts:
-    length = LONGER * (point.length(level) - 1) + 1
-    return standard_counts(direction, length, point.head_dim) * point.groups(level)
+    return standard_counts(direction, LONGER * point.length(level), point.head_dim) * point.groups(level)
 
 
 @functools.cache
@@ -206,7 +205,7 @@ def at_published_lengths() -> Iterator[dict[str, Any]]:
     attention and beside the least, which is every row once."""
     head_dim = 64
     for length in tqdm(PUBLISHED, "published lengths", unit="length", disable=None):
-        tiles = built_in_config(row_of("sm_90", torch.float16, head_dim, length - 1))
+        tiles = built_in_config(row_of("sm_90", torch.float16, head_dim))
         for direction, kernels in PASSES.items():
             used = [getattr(tiles, kernel) for kernel in kernels]
             counts = sum(
@@ -231,7 +230,7 @@ def regroup_traffic() -> Iterator[dict[str, Any]]:
         d, h, w = config.grid
         tokens = scans * d * h * w
         changes = [(src, dst) for src, dst in pairwise(levels) if src != dst]
-        # Prefix programs never look at a patch, so slices of one patch will do.
+        # What prefix rows add does not depend on patches, so slices of one patch will do.
         layout = StudyLayout.from_grids([[(d, 1, 1)] * scans])
         moved = {
             (src, dst): {
@@ -259,18 +258,27 @@ def published_change(src: int, dst: int, tokens: int, width: int) -> tuple[Count
 
 
 def prefix_change(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
-    """Of the programs that our kernels of the norm have for prefix rows."""
+    """What prefix rows add, forward and backward, to what our kernels of the norm ask for."""
+    with_prefix, without = (norm_traffic(layout.with_num_prefix(p), src, dst, width) for p in (layout.num_prefix, 0))
+    forward, backward = (a + b * -1 for a, b in zip(with_prefix, without, strict=True))
+    return forward, backward
+
+
+def norm_traffic(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
     fine, coarse = sorted((src, dst), key=LEVELS.index)
     change = Regroup(
-        layout.cu_seqlens(src), layout.tiles(src)[0], layout.children(fine, coarse), layout.num_prefix,
-        layout.num_groups(dst),
+        layout.cu_seqlens(src), layout.cu_seqlens(dst), layout.tiles(fine)[0], layout.children(fine, coarse),
+        layout.parents(fine, coarse), layout.num_prefix,
     )  # fmt: skip
-    rows = layout.num_groups(src) * layout.num_prefix + layout.num_tokens
-    residual, vector = torch.randn(rows, width), torch.randn(width)
+    residual, vector = torch.randn(layout.num_rows(src), width), torch.randn(width)
     with watched() as traffic:
         x, y, mean, rstd = triton_norm.forward(residual, residual, None, None, vector, vector, change, 1e-6)
         triton_norm.backward(x, y, x, mean, rstd, None, None, None, vector, change)
-    return traffic.kernels["prefix_forward"], traffic.kernels["prefix_backward"]
+    kernels = traffic.kernels
+    return (
+        kernels["norm_forward"] + kernels["prefix_forward"],
+        kernels["norm_backward"] + kernels["prefix_backward"],
+    )
 
 
 def show(exponents: Sequence[Any], lengths: Sequence[Any], changes: Sequence[Any]) -> None:

@@ -208,7 +208,7 @@ class Oracle:
         fits = np.cumsum(pairs[order]) * len(self.heads) <= budget
         fits[: min(2, len(order))] = True
         self.num_prefix = problem.layout.num_prefix
-        self.groups = [problem.rows[g].to(problem.device) for g in order[fits]]
+        self.groups = [problem.rows[g] for g in order[fits]]
         self.checked = f"{len(self.groups)} of {len(order)} groups, {len(self.heads)} of {problem.heads} heads"
         self.exact = [
             exact(qkv[rows][:, :, self.heads].double(), grad_out[rows][:, self.heads].double()) for rows in self.groups

@@ -1,4 +1,4 @@
-"""What a compiled kernel's machine code says: registers, spills, matrix instructions, the length of its main loop."""
+"""What a compiled kernel's machine code says: registers, spills, matrix instructions, its main loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
             subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    code_facts = _read_code(
+    return {"registers": _number("REG:", usage), "stack_bytes": _number("STACK:", usage), **read_sass(code)}
+
+
+def read_sass(code: str) -> dict[str, Any]:
+    """Facts of the disassembly of a CUDA binary."""
+    return _read_code(
         code,
         label=re.compile(r"\s*(\.L\w+):"),
         instruction=re.compile(r".*/\*[0-9a-f]{4,}\*/"),
@@ -29,7 +34,6 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         matrix=re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)"),
         multiply=re.compile(r"\bFFMA"),
     )
-    return {"registers": _number("REG:", usage), "stack_bytes": _number("STACK:", usage), **code_facts}
 
 
 def read_amdgcn(text: str) -> dict[str, Any]:
@@ -61,8 +65,12 @@ def _read_code(
     matrix: re.Pattern[str],
     multiply: re.Pattern[str],
 ) -> dict[str, Any]:
-    """Matrix instructions in all, and the length of the shortest loop that holds any: the one without masks. Where
-    there are none, of the shortest that multiplies and adds."""
+    """Matrix instructions in all, the length of the loop over whole tiles, and whether each matrix instruction in it
+    waits for the one before (of sm_90).
+
+    It is the first loop that holds any: masked tiles come later, and what waits for a barrier is put at the end. Where
+    there are no matrix instructions, it is the first loop that multiplies and adds.
+    """
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in code.splitlines():
@@ -74,5 +82,10 @@ def _read_code(
     loops = [instructions[start : i + 1] for i, start in jumps if start <= i]
     count = sum(bool(matrix.search(line)) for line in instructions)
     wanted = matrix if count else multiply
-    hot = [len(loop) for loop in loops if any(wanted.search(line) for line in loop)]
-    return {"matrix_instructions": count, "loop_instructions": min(hot, default=None)}
+    hot: list[str] = next((loop for loop in loops if any(map(wanted.search, loop))), [])
+    products = [line for line in hot if matrix.search(line)]
+    return {
+        "matrix_instructions": count,
+        "loop_instructions": len(hot) or None,
+        "serialised": bool(products) and all(re.search(r"\bHGMMA\b.*\bgsb0\b", line) for line in products),
+    }

@@ -48,7 +48,7 @@ from hlip.model.config import VisionConfig, level_pattern
 from hlip.model.memory import keep_memory
 from hlip.model.plan import TokenBatch, plan
 from hlip.model.vit import StudyEncoder
-from hlip_kernels import Level, StudyLayout, regroup_prefix
+from hlip_kernels import Level, StudyLayout, regroup
 from op_traffic import OpTraffic
 from options import add_device, number, written
 from report import append_rows, gigabytes, megabytes, print_table, provenance, write_json
@@ -227,22 +227,17 @@ def block_mask(encoder: StudyEncoder, studies: Studies, device: torch.device) ->
     _, rows, _ = sizes(layout)
 
     def mask(level: Level) -> Tensor:
-        lengths = torch.from_numpy(layout.seqlens(level)).to(device)
-        own = torch.arange(len(lengths), device=device)
-        group = torch.cat([own, own.repeat_interleave(lengths, output_size=layout.num_tokens)])
+        groups = torch.arange(layout.num_groups(level), device=device)
+        group = groups.repeat_interleave(layout.cu_seqlens(level).diff(), output_size=layout.num_rows(level))
         return group[:, None] == group
 
     def encode() -> Tensor:
         masks = {level: mask(level) for level in rows}
-        patches = encoder.patch_embed(tokens.patches) + positions(encoder, tokens)
-        level: Level = "scan"
-        x = torch.cat([encoder.cls_token[0].expand(layout.num_scans, -1).to(patches.dtype), patches])
+        x, level = encoder.embed(tokens).x, encoder.config.levels[0]
         for block, next_level in zip(encoder.blocks, encoder.config.levels, strict=True):
-            groups = layout.num_groups(level)
-            x = torch.cat([regroup_prefix(x[:groups], layout, level, next_level), x[groups:]])
-            level = next_level
+            x, level = regroup(x, layout, level, next_level), next_level
             x = plain_block(block, x[None], masks[level])[0]
-        return encoder.norm(regroup_prefix(x[: layout.num_groups(level)], layout, level, "study"))
+        return encoder.norm(regroup(x, layout, level, "study")[layout.prefix_rows("study")])
 
     return Job(encode, layout.num_tokens, rows, {level: count**2 for level, count in rows.items()})
 
@@ -255,9 +250,9 @@ def tokens_of(encoder: StudyEncoder, studies: Studies, device: torch.device) -> 
 def sizes(layout: StudyLayout) -> tuple[int, dict[Level, int], dict[Level, int]]:
     """What `Job` says of a batch in which a group attends to its own rows."""
     levels: tuple[Level, Level] = ("scan", "study")
-    lengths = {level: layout.seqlens(level) + layout.num_prefix for level in levels}
-    rows = {level: int(count.sum()) for level, count in lengths.items()}
-    return layout.num_tokens, rows, {level: int((count**2).sum()) for level, count in lengths.items()}
+    rows = {level: layout.num_rows(level) for level in levels}
+    pairs = {level: int(((layout.seqlens(level) + layout.num_prefix) ** 2).sum()) for level in levels}
+    return layout.num_tokens, rows, pairs
 
 
 def flops(config: VisionConfig, job: Job) -> int:

@@ -1,8 +1,8 @@
 """Attention within groups, our way and others': what `attention.py` times.
 
-Every peer is given its tensors in the form that suits it best, outside of what is timed. Ours gets the level's tensor
-as it lies in the model: prefix rows first, then the patch stream. The others get rows group by group, which in a model
-of packed studies would take a gather before the call and a scatter after it; that favours them.
+Every peer is given its tensors in the form that suits it best, outside of what is timed. Those of packed sequences get
+the level's tensor as it lies in the model, group after group. Those of dense or padded groups get rows that a model of
+packed studies would have to copy first, which favours them.
 
     hlip-NAME    `hier_attention` with one of its backends
     sdpa         PyTorch's scaled_dot_product_attention, one call for each group
@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -54,19 +53,14 @@ class Problem:
     dtype: torch.dtype
     device: str
     layout: StudyLayout = field(init=False)
-    rows: list[Tensor] = field(init=False)  # of each group, (L) int64: its prefix rows, then its patches
+    rows: list[slice] = field(init=False)  # of the groups
     lengths: np.ndarray = field(init=False)  # (G), prefix rows counted
 
     def __post_init__(self) -> None:
         self.layout = layout = self.make().to(self.device)
-        prefix, groups = layout.num_prefix, layout.num_groups(self.level)
-        patches = layout.seqlens(self.level)
-        bounds = pairwise([0, *np.cumsum(patches).tolist()])
-        self.rows = [
-            torch.cat([torch.arange(g * prefix, (g + 1) * prefix), groups * prefix + torch.arange(start, end)])
-            for g, (start, end) in enumerate(bounds)
-        ]
-        self.lengths = patches + prefix
+        bounds = layout.cu_seqlens(self.level).tolist()
+        self.rows = list(map(slice, bounds[:-1], bounds[1:]))
+        self.lengths = np.diff(bounds)
 
     @property
     def num_rows(self) -> int:
@@ -132,9 +126,9 @@ class Peer:
 
 
 class Ours(Peer):
-    def __init__(self, problem: Problem, backend: str) -> None:
+    def __init__(self, problem: Problem, backend: str, deterministic: bool = False) -> None:
         super().__init__(problem)
-        self.backend = backend
+        self.backend, self.deterministic = backend, deterministic
 
     def reasons(self) -> list[str]:
         return not_supported_reasons(self.backend, self.problem.device, self.problem.dtype, self.problem.head_dim)
@@ -161,7 +155,8 @@ class Ours(Peer):
         return parts[0]
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        return [hier_attention(inputs[0], self.layout, self.problem.level, backend=self.backend)]
+        options: dict[str, Any] = {"backend": self.backend, "deterministic": self.deterministic}
+        return [hier_attention(inputs[0], self.layout, self.problem.level, **options)]
 
 
 class PerGroup(Peer):
@@ -171,7 +166,7 @@ class PerGroup(Peer):
         return [x[rows].transpose(0, 1).contiguous()[None] for rows in self.problem.rows]  # (1, H, L, D)
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return _in_order(torch.cat([part[0].transpose(0, 1) for part in parts]), self.problem)
+        return torch.cat([part[0].transpose(0, 1) for part in parts])
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         count = len(inputs) // 3
@@ -189,10 +184,10 @@ class Dense(Peer):
         return [] if len(set(lengths.tolist())) == 1 else [f"groups differ: {lengths.min()} to {lengths.max()} rows"]
 
     def put(self, x: Tensor) -> list[Tensor]:
-        return [x[torch.stack(self.problem.rows)].transpose(1, 2).contiguous()]
+        return [x.unflatten(0, (len(self.problem.rows), -1)).transpose(1, 2).contiguous()]
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return _in_order(parts[0].transpose(1, 2).flatten(0, 1), self.problem)
+        return parts[0].transpose(1, 2).flatten(0, 1)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         q, k, v = inputs
@@ -250,12 +245,12 @@ class Padded(Peer):
     def put(self, x: Tensor) -> list[Tensor]:
         padded = x.new_zeros(len(self.problem.rows), int(self.problem.lengths.max()), *x.shape[1:])
         for g, rows in enumerate(self.problem.rows):
-            padded[g, : len(rows)] = x[rows]
+            padded[g, : rows.stop - rows.start] = x[rows]
         return [padded.transpose(1, 2).contiguous()]
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
         kept = [group[:, :length].transpose(0, 1) for group, length in zip(parts[0], self.problem.lengths, strict=True)]
-        return _in_order(torch.cat(kept), self.problem)
+        return torch.cat(kept)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         q, k, v = inputs
@@ -266,10 +261,10 @@ class Packed(Peer):
     """All rows in one sequence, group by group: (1, H, R, D)."""
 
     def put(self, x: Tensor) -> list[Tensor]:
-        return [x[torch.cat(self.problem.rows)].transpose(0, 1).contiguous()[None]]
+        return [x.transpose(0, 1).contiguous()[None]]
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return _in_order(parts[0][0].transpose(0, 1), self.problem)
+        return parts[0][0].transpose(0, 1)
 
     def groups(self) -> Tensor:
         """(R) int64: the group of each row."""
@@ -325,10 +320,10 @@ class Jagged(Peer):
     """(R, H, D), group by group."""
 
     def put(self, x: Tensor) -> list[Tensor]:
-        return [x[torch.cat(self.problem.rows)].contiguous()]
+        return [x.contiguous()]
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return _in_order(parts[0], self.problem)
+        return parts[0]
 
     def prepare(self) -> None:
         bounds = np.concatenate([[0], np.cumsum(self.problem.lengths)])
@@ -433,8 +428,3 @@ PEERS: dict[str, Callable[[Problem], Peer]] = {
         )
     },
 }  # fmt: skip
-
-
-def _in_order(x: Tensor, problem: Problem) -> Tensor:
-    """Rows group by group, to the order of the level's tensor."""
-    return torch.empty_like(x).index_copy_(0, torch.cat(problem.rows).to(x.device), x)

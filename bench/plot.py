@@ -3,9 +3,9 @@
     python bench/plot.py
     python bench/plot.py --results bench/results --out docs
 
-Reads `attention.jsonl`, `encoder.jsonl`, `packing.jsonl` and `io.jsonl`, as far as they are there. Of every case its
-latest run is shown. Machines, and numbers of threads, have sections of their own. Nothing is measured here; what is
-slower than something else is shown like all the rest, and listed where we lose.
+Reads `attention.jsonl`, `encoder.jsonl`, `layer.jsonl`, `packing.jsonl` and `io.jsonl`, as far as they are there. Of
+every case its latest run is shown. Machines, and numbers of threads, have sections of their own. Nothing is measured
+here; what is slower than something else is shown like all the rest, and listed where we lose.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from words import (
     ENCODERS,
     GROWING,
     INTRODUCTION,
+    LAYER,
     MODELS,
     PACKING,
     POLICIES,
@@ -68,8 +69,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
     args = parser.parse_args()
     try:
-        encoders, packed, calls, counted = (
-            read(args.results / f"{name}.jsonl") for name in ("encoder", "packing", "attention", "io")
+        encoders, packed, calls, layers, counted = (
+            read(args.results / f"{name}.jsonl") for name in ("encoder", "packing", "attention", "layer", "io")
         )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -81,6 +82,7 @@ def main() -> int:
         *of_machines(packing, packed, args.out / "figures"),
         *of_machines(scaling, growing, args.out / "figures"),
         *of_machines(attention, calls, args.out / "figures"),
+        *of_machines(layer, layers, args.out / "figures"),
         io(counted, args.out / "figures"),
     ]
     if not any(sections):
@@ -393,6 +395,32 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
     )
 
 
+def layer(rows: list[Row], figures: Path, machine: str) -> str:
+    """A table of changes of level; it has no figure."""
+    rows = latest(rows, lambda row: (row["case"], row["dtype"], row["mode"]))
+    if not rows:
+        return ""
+    by_case: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        by_case[row["case"], row["dtype"], row["mode"]][row["way"]] = row
+    lines = []
+    for case, ways in by_case.items():
+        ours, copies = ways["hlip"], ways["copies"]
+        seconds = (f"{1000 * row['p50_s']:.3g}" for row in (ours, copies))
+        moved = (megabytes(row, "bytes") for row in (ours, copies))
+        lines.append([*case, *seconds, times(copies["times_ours"]), *moved])
+    text = LAYER + f" One study of {count(rows[0]['scans'], 'scans')} of 1176 patches, width {rows[0]['width']}."
+    header = ["change", "type", "mode", "ms, hlip", "ms, copies", "times ours", "MB moved, hlip", "copies"]
+    names = [(", ".join(case), ways["copies"]["times_ours"]) for case, ways in by_case.items()]
+    return "\n\n".join(
+        [
+            heading("A change of level and the attention after it", machine, text, rows),
+            table(header, lines),
+            losses(names),
+        ]
+    )
+
+
 REGROUP = ("published_forward_bytes", "ours_forward_bytes", "published_backward_bytes", "ours_backward_bytes")
 FORWARD = "forward", "bytes"
 STYLES = {"slice": ("C0", 5.0), "scan": ("C1", 3.0), "study": ("C2", 1.5)}  # widths, as lines may lie on each other
@@ -462,8 +490,8 @@ def io(rows: list[Row], figures: Path) -> str:
                 for r in lengths
             ],
         ),
-        "### Changes of level in a whole encoder\n\nMB of one study: the published way copies all tokens, ours moves "
-        "prefix rows.",
+        "### Changes of level in a whole encoder\n\nMB of one study: the published way copies all tokens; ours moves "
+        "them in a pass that is made anyway, which adds what prefix rows take.",
         table(
             ["model", "scans", "changes", "forward, published", "ours", "backward, published", "ours"],
             [[r["model"], r["scans"], r["changes"], *(megabytes(r, key) for key in REGROUP)] for r in changes],

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import machine_code
-from hlip_kernels.configs import BLOCK_D, SHORT, Tile, built_in_config, kind_of, max_registers, row_of
+from hlip_kernels.configs import BLOCK_D, Tile, built_in_config, kind_of, max_registers, row_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 HEADS = 12
@@ -21,9 +21,9 @@ SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100
 THREADS_PER_SM = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 REGISTERS_PER_SM = 65536
 COLUMNS = (
-    "arch", "dtype", "head_dim", "width", "length", "kernel", "rows", "streamed", "warps", "stages", "registers",
-    "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "loop_instructions",
-    "dense_loop_instructions",
+    "arch", "dtype", "head_dim", "width", "kernel", "rows", "streamed", "warps", "stages", "registers",
+    "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "serialised",
+    "loop_instructions", "dense_loop_instructions",
 )  # fmt: skip
 NORM_DTYPES = {"fp32+bf16": ("fp32", "bf16"), "bf16": ("bf16", "bf16")}  # of the residual, of the update
 
@@ -32,13 +32,12 @@ class Attention(NamedTuple):
     arch: str
     dtype: str
     head_dim: int
-    length: str
     name: str
     tile: Tile
 
 
 class Norm(NamedTuple):
-    """change: what becomes of the prefix rows from one level to the next; same, coarser or finer."""
+    """change: from one level to the next; same, coarser or finer."""
 
     arch: str
     dtype: str
@@ -67,18 +66,18 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
             found.append(f"{what}: {row['shared_bytes']} bytes of shared memory are more than there is")
         if row["head_dim"] and row["dtype"] != "fp32" and not row["matrix_instructions"]:
             found.append(f"{what}: the matrix units are idle")
+        if row["serialised"]:
+            found.append(f"{what}: every matrix instruction waits for the one before")
     return found
 
 
 def attention_cases(archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int]) -> list[Case]:
-    """The built-in table's distinct rows, for a level of short groups and one of long groups."""
-    found: dict[tuple, Case] = {}
-    for arch, dtype, head_dim, max_seqlen in product(archs, dtypes, head_dims, (SHORT, SHORT + 1)):
-        row = row_of(arch, DTYPES[dtype], head_dim, max_seqlen, dtype == "tf32")
-        for name, tile in vars(built_in_config(row)).items():
-            case = Attention(arch, dtype, head_dim, row.length, name, tile)
-            found.setdefault((arch, dtype, head_dim, name, tile), case)
-    return list(found.values())
+    """The built-in table's rows."""
+    return [
+        Attention(arch, dtype, head_dim, name, tile)
+        for arch, dtype, head_dim in product(archs, dtypes, head_dims)
+        for name, tile in vars(built_in_config(row_of(arch, DTYPES[dtype], head_dim, dtype == "tf32"))).items()
+    ]
 
 
 def norm_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
@@ -88,7 +87,7 @@ def norm_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
         for change, names in (
             ("same", ("norm_forward", "norm_backward")),
             ("coarser", ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
-            ("finer", ("prefix_forward", "prefix_backward")),
+            ("finer", ("norm_forward", "norm_backward", "prefix_backward")),
         )
         for name in names
     ]
@@ -104,8 +103,8 @@ def _attention_facts(case: Attention) -> dict[str, Any]:
     import dense
     from hlip_kernels.backends import triton_attention
 
-    arch, dtype, head_dim, length, name, tile = case
-    known = {"head_dim": head_dim, "length": length, "kernel": name, **tile._asdict()}
+    arch, dtype, head_dim, name, tile = case
+    known = {"head_dim": head_dim, "kernel": name, **tile._asdict()}
     facts = compile_attention(getattr(triton_attention, f"attention_{name}"), arch, dtype, head_dim, tile)
     if dtype == "bf16" and BLOCK_D[head_dim] == head_dim:
         plain = compile_attention(getattr(dense, f"attention_{name}"), arch, dtype, head_dim, tile)
@@ -113,14 +112,21 @@ def _attention_facts(case: Attention) -> dict[str, Any]:
     return known | facts
 
 
-def compile_attention(kernel: Any, arch: str, dtype: str, head_dim: int, tile: Tile) -> dict[str, Any]:
+def compile_attention(
+    kernel: Any, arch: str, dtype: str, head_dim: int, tile: Tile, used: bool = False
+) -> dict[str, Any]:
+    """used: whether there is a `seqused`."""
+    from hlip_kernels.backends import triton_attention
+
     constants = {
         "H": HEADS, "D": head_dim, "BLOCK_D": BLOCK_D[head_dim], "ROWS": tile.rows, "STREAMED": tile.streamed,
         "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+        **({} if used else {"UsedQueries": None, "UsedKeys": None}),
     }  # fmt: skip
     stored = {"tf32": "fp32"}.get(dtype, dtype)
-    types = dict.fromkeys(("QKV", "Out", "GradOut", "GradQKV"), f"*{stored}")
-    types |= {"Lse": "*fp32", "Delta": "*fp32", "Tiles": "*i32", "CuSeqlens": "*i32"}
+    types = dict.fromkeys(("Lse", "Delta", "Stats"), "*fp32") | dict.fromkeys(triton_attention.MAPS, "*i32")
+    tensors = ("Q", "K", "V", "QKV", "Out", "GradOut", "GradQ", "GradK", "GradV", "GradQKV")
+    types |= dict.fromkeys(tensors, f"*{stored}")
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     registers = max_registers(kind_of(DTYPES[dtype], dtype == "tf32"), tile.warps)
     if arch.startswith("sm_") and registers:
@@ -138,14 +144,13 @@ def _norm_facts(case: Norm) -> dict[str, Any]:
     types = dict.fromkeys(("Residual", "X", "GradX", "GradResidual"), f"*{residual}")
     types |= dict.fromkeys(("Update", "Y", "GradY", "GradUpdate"), f"*{update}")
     types |= dict.fromkeys(("PathScale", "Weight", "Bias", "Mean", "Rstd", "Partials"), "*fp32")
-    types |= dict.fromkeys(("Tiles", "CuSeqlens", "Children"), "*i32")
-    constants = settings | {
-        "LayerScale": None, "ROWS": triton_norm.ROWS, "SAME": case.change == "same",
-        "COARSER": case.change == "coarser",
-    }  # fmt: skip
+    types |= dict.fromkeys(triton_norm.MAPS, "*i32")
+    constants = settings | {"LayerScale": None, "COARSER": case.change == "coarser"}
+    if case.change == "same":
+        constants["Parents"] = None
     facts = compile_kernel(getattr(triton_norm, case.name), case.arch, types, constants, options)
     known = {"width": case.width, "kernel": f"{case.name} {case.change}"}
-    return known | {"rows": triton_norm.ROWS, "streamed": settings["SUB"], "warps": options["num_warps"]} | facts
+    return known | {"rows": triton_norm.ROWS, "streamed": settings.get("SUB", 1), "warps": options["num_warps"]} | facts
 
 
 def compile_kernel(

@@ -62,12 +62,17 @@ class _Launch:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*args: Any, **constants: Any) -> None:
-            tensors = [x for x in args if isinstance(x, torch.Tensor)]
             self.traffic._kernel = self.name
-            self.traffic._ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
+            self.traffic._ranges = [_extent(x) for x in args if isinstance(x, torch.Tensor) and x.numel()]
             self.kernel[grid](*args, **constants)
 
         return run
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, which may be a view, and the one after its last."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize
 
 
 @contextmanager

@@ -5,9 +5,10 @@ How time is measured is an argument, so all of this but the GPU's clock runs in 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hlip_kernels import StudyLayout
-from hlip_kernels.backends import reference
-from hlip_kernels.backends.groups import Groups
+from hlip_kernels.backends import BACKENDS
+from hlip_kernels.backends.base import Spans
 from hlip_kernels.configs import (
     BLOCK_D,
-    LENGTHS,
     AttentionConfig,
     Row,
     Tile,
@@ -41,7 +41,7 @@ from static import DTYPES
 WIDTH = 768  # of the model whose attention is timed: heads times head dim
 GAIN = 0.97  # a tile gives way to one that takes at most this part of its time; less may be noise
 CHECKED = (1, 5, 17, 63, 64, 65, 129, 197, 300)  # patch tokens of the groups that results are checked on
-TIMED = {"short": (196,) * 256, "long": (1176,) * 16 + (3528,) * 4 + (11760,)}  # and of those that are timed
+TIMED = (196,) * 512 + (1176,) * 14 + (3528,) * 2  # and of those that are timed: as many scores of each length
 SUMS = {"forward": (1, 1), "dq": (2, 1), "dkdv": (2, 2)}  # tiles of scores, and of results, that a program holds
 
 Measure = Callable[[Callable[[], None]], float]  # seconds that a call takes
@@ -86,7 +86,7 @@ def tune(
     measure: Measure,
     device: str,
     candidates: Callable[[str, str, int], Iterable[Tile]] | None = None,
-    timed: Mapping[str, Sequence[int]] = TIMED,
+    timed: Sequence[int] = TIMED,
 ) -> Iterator[Timing]:
     """The best tile of each kernel and row. Of dtypes that share rows, the first is timed and all are checked."""
     kinds = defaultdict(list)
@@ -96,19 +96,14 @@ def tune(
         (kind, head_dim, kernel, list((candidates or all_candidates)(kind, kernel, head_dim)))
         for kind, head_dim, kernel in product(kinds, head_dims, SUMS)
     ]
-    total = len(LENGTHS) * sum(len(tiles) + 1 for *_, tiles in jobs)
-    with tqdm(total=total, desc="timing", unit="tile") as progress:
+    with tqdm(total=sum(len(tiles) + 1 for *_, tiles in jobs), desc="timing", unit="tile") as progress:
         for kind, head_dim, kernel, tiles in jobs:
             with tf32_products(kind == "tf32"):
                 oracles = [Oracle(dtype, head_dim, device) for dtype in kinds[kind]]
-                order = None  # the first length chooses it, the other must follow: see `Tile.order`
-                for length in reversed(LENGTHS):
-                    row = Row(arch, kind, head_dim, length)
-                    problem = Problem(timed[length], WIDTH // head_dim, kinds[kind][0], head_dim, device)
-                    found = best_tile(row, kernel, tiles, problem, oracles, measure, progress, order)
-                    if found:
-                        order = found.after.order
-                        yield found
+                problem = Problem(timed, WIDTH // head_dim, kinds[kind][0], head_dim, device)
+                timing = best_tile(Row(arch, kind, head_dim), kernel, tiles, problem, oracles, measure, progress)
+                if timing:
+                    yield timing
 
 
 def best_tile(
@@ -119,12 +114,10 @@ def best_tile(
     oracles: Sequence[Oracle],
     measure: Measure,
     progress: tqdm,
-    order: tuple[int, int] | None,
 ) -> Timing | None:
-    """None if no tile works. Of a given order if there is one; the tile in use is timed in any case."""
-    dtype, longest = problem.qkv.dtype, problem.groups.max_seqlen
-    before = getattr(attention_config(row.arch, dtype, row.head_dim, longest, row.kind == "tf32"), kernel)
-    tried = dict.fromkeys([before, *(tile for tile in tiles if order in (None, tile.order))])
+    """None if no tile works; the tile in use is timed in any case."""
+    before = getattr(attention_config(row.arch, problem.qkv.dtype, row.head_dim, row.kind == "tf32"), kernel)
+    tried = dict.fromkeys([before, *tiles])
     seconds: dict[Tile, float] = {}
     for tile in tried:
         progress.set_postfix_str(f"{row}, {kernel} {_name(tile)}")
@@ -140,11 +133,10 @@ def best_tile(
         if faults:
             progress.write(f"skipped {row}, {kernel} {_name(tile)}: {'; '.join(faults)}", file=sys.stderr)
     progress.update(1 + len(tiles) - len(tried))
-    free = [tile for tile in seconds if order in (None, tile.order)]
-    if not free:
+    if not seconds:
         return None
-    after = min(free, key=lambda tile: seconds[tile])
-    if before in free and seconds[after] > GAIN * seconds[before]:
+    after = min(seconds, key=lambda tile: seconds[tile])
+    if before in seconds and seconds[after] > GAIN * seconds[before]:
         after = before
     return Timing(row, kernel, before, seconds.get(before), after, seconds[after])
 
@@ -163,12 +155,11 @@ def all_candidates(kind: str, kernel: str, head_dim: int) -> Iterator[Tile]:
 
 
 def complete_rows(timings: Iterable[Timing]) -> dict[Row, AttentionConfig]:
-    """The rows whose three kernels all have a tile, for groups of either length."""
+    """The rows whose three kernels all have a tile."""
     found: dict[Row, dict[str, Tile]] = defaultdict(dict)
     for timing in timings:
         found[timing.row][timing.kernel] = timing.after
-    whole = {row: AttentionConfig(**tiles) for row, tiles in found.items() if len(tiles) == len(SUMS)}
-    return {row: tiles for row, tiles in whole.items() if all(row._replace(length=n) in whole for n in LENGTHS)}
+    return {row: AttentionConfig(**tiles) for row, tiles in found.items() if len(tiles) == len(SUMS)}
 
 
 def print_timings(timings: Iterable[Timing]) -> None:
@@ -195,32 +186,34 @@ def gpu_seconds(run: Callable[[], None]) -> float:
 
 
 class Problem:
-    """What the three kernels read and write, for groups with so many patch tokens."""
+    """What the three kernels read and write, for groups with so many patch tokens and a prefix row each."""
 
     def __init__(self, lengths: Sequence[int], heads: int, dtype: torch.dtype, head_dim: int, device: str) -> None:
         layout = StudyLayout.from_grids([[(1, 1, n)] for n in lengths], num_prefix=1).to(device)
-        self.groups = Groups(layout.cu_seqlens("study"), layout.tiles("study"), 1, layout.max_seqlen("study"))
+        self.spans = Spans(layout.cu_seqlens("study"), layout.tiles("study"), layout.max_seqlen("study"))
         self.scale = head_dim**-0.5
-        rows = len(lengths) + sum(lengths)
+        rows = layout.num_rows("study")
         generator = torch.Generator().manual_seed(0)
         self.qkv = torch.randn(rows, 3, heads, head_dim, generator=generator).to(device, dtype)
         self.grad_out = torch.randn(rows, heads, head_dim, generator=generator).to(device, dtype)
         self.out = torch.zeros_like(self.grad_out)
         self.lse = torch.full((heads, rows), 10.0, device=device)
-        self.delta = torch.zeros_like(self.lse)
+        self.stats = torch.zeros(heads, rows, 2, device=device)
         self.grad_qkv = torch.empty_like(self.qkv)
 
     def launch(self, kernel: str, tile: Tile) -> None:
         from hlip_kernels.backends import triton_attention as kernels
 
-        groups, scale = self.groups, self.scale
+        (q, k, v), (grad_q, grad_k, grad_v) = self.qkv.unbind(1), self.grad_qkv.unbind(1)
+        spans = self.spans
         if kernel == "forward":
-            kernels.launch_forward(self.qkv, self.out, self.lse, groups, scale, tile)
+            kernels.launch_forward(q, k, v, self.out, self.lse, spans, spans, self.scale, tile)
         elif kernel == "dq":
-            gradients = self.grad_out, self.lse, self.delta, self.grad_qkv
-            kernels.launch_dq(self.qkv, self.out, *gradients, groups, scale, tile)
+            gradients = self.grad_out, self.lse, self.stats, grad_q
+            kernels.launch_dq(q, k, v, self.out, *gradients, spans, spans, self.scale, tile)
         else:
-            kernels.launch_dkdv(self.qkv, self.grad_out, self.lse, self.delta, self.grad_qkv, groups, scale, tile)
+            gradients = self.grad_out, self.stats, grad_k, grad_v
+            kernels.launch_dkdv(q, k, v, *gradients, spans, spans, self.scale, tile)
 
 
 class Oracle:
@@ -232,33 +225,39 @@ class Oracle:
         self.exact, eager = self._reference(torch.float64), self._reference(dtype)
         self.allowed = {}
         for part, exact in self.exact.items():
-            rounding = torch.finfo(torch.float32 if part == "lse" else dtype).eps * float(exact.abs().max())
+            rounding = torch.finfo(eager[part].dtype).eps * float(exact.abs().max())
             factor = 3 if part.startswith("d") else 2
             self.allowed[part] = factor * float((eager[part].double() - exact).abs().max()) + rounding
 
     def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        problem, groups, scale = self.problem, self.problem.groups, self.problem.scale
-        qkv, grad_out = problem.qkv.to(dtype), problem.grad_out.to(dtype)
-        out, lse = reference.forward(qkv, groups, scale)
-        grad = reference.backward(grad_out, qkv, out, lse, groups, scale)
-        return {"out": out, "lse": lse, **{f"d{x}": grad[:, i] for i, x in enumerate("qkv")}}
+        problem, reference = self.problem, BACKENDS["reference"]
+        spans, scale = problem.spans, problem.scale
+        q, k, v = problem.qkv.to(dtype).unbind(1)
+        grad_out = problem.grad_out.to(dtype)
+        out, lse = reference.forward(q, k, v, spans, spans, scale)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        reference.backward((dq, dk, dv), grad_out, q, k, v, out, lse, spans, spans, scale, True)
+        stats = torch.stack([lse / math.log(2), (out * grad_out).sum(2).T.to(lse.dtype)], dim=2)
+        return {"out": out, "lse": lse, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
 
     def faults(self, kernel: str, tile: Tile) -> list[str]:
         """Where the kernel's results are too far off; each kernel is given exact inputs."""
         problem, exact = self.problem, self.exact
         problem.out.copy_(exact["out"])
         problem.lse.copy_(exact["lse"])
-        problem.delta.copy_((exact["out"] * problem.grad_out).sum(2).T)
+        problem.stats.copy_(exact["stats"])
         problem.grad_qkv.fill_(float("nan"))
         if kernel == "forward":
             problem.out.fill_(float("nan"))
             problem.lse.fill_(float("nan"))
+        if kernel == "dq":
+            problem.stats.fill_(float("nan"))
         problem.launch(kernel, tile)
         grads = {f"d{x}": problem.grad_qkv[:, i] for i, x in enumerate("qkv")}
-        parts = {"forward": ("out", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv")}[kernel]
+        parts = {"forward": ("out", "lse"), "dq": ("dq", "stats"), "dkdv": ("dk", "dv")}[kernel]
         found = []
         for part in parts:
-            ours: Any = {"out": problem.out, "lse": problem.lse, **grads}[part]
+            ours: Any = {"out": problem.out, "lse": problem.lse, "stats": problem.stats, **grads}[part]
             error = float((ours.double() - exact[part]).abs().max())
             if not error <= self.allowed[part]:  # nor if it is NaN
                 found.append(f"{part} is off by {error:.2g}, more than {self.allowed[part]:.2g}")

@@ -86,9 +86,14 @@ the work itself, no padding; `of a product` is that as a share of what a large m
 `of a copy` the bytes that the work must read and write at least, as a share of a large copy's. MB kept is what a
 training step holds for its backward (counted on CPUs), MB peak what a call adds at most to the process, or to the GPU's
 memory: results, scratch, and what lies between. `prepare` is paid once a batch, for all layers, and is not in the
-ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run. Other
-libraries get their rows in the order of groups, which favours them: a packed model would pay a gather before the call
-and a scatter after. Results are compared with the formula in float64 before anything is timed."""
+ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run.
+All read the same rows, group after group. Results are compared with the formula in float64 before anything is timed."""
+LAYER = """What does a change of level cost, with the norm before attention and attention itself? `hlip` adds the
+residual, moves every row to where the next level has it and takes the LayerNorm in one pass; attention reads the result
+in place. `copies` is the released way: add, split the cls rows off, average or repeat them, reshape the patches,
+concatenate, LayerNorm, then PyTorch's `scaled_dot_product_attention`. The products with weights between norm and
+attention are the same in both and left out. Residuals are float32. MB moved adds up what the ops of a pass read and
+write, each tensor once for each op: modelled from their shapes, not measured."""
 BYTES = """Counted, not timed: every byte that the Triton kernels request, seen by Triton's interpreter (`ours`), and
 what attention that writes its weights to memory would move (`standard`). Does it grow as theory says? Where an exponent
 is 2, twice as many make four times the bytes; -1 halves them, 0 leaves them. The claims are those of the paper's

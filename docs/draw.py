@@ -78,7 +78,7 @@ def draw_stream(canvas: Canvas, layout: StudyLayout, x: float, y: float) -> None
 
 def packing(path: Path) -> None:
     """The same three studies padded to the longest, and packed."""
-    layout = StudyLayout.from_grids(GRIDS)
+    layout = StudyLayout.from_grids(GRIDS, num_prefix=0)
     longest = layout.max_seqlen("study")
     left, width = 110, 110 + layout.num_tokens * CELL + 20
     canvas = Canvas(width, 250, "Three studies padded, and packed into one stream")
@@ -107,7 +107,7 @@ def packing(path: Path) -> None:
 
 def levels(path: Path) -> None:
     """The same stream cut at the three levels."""
-    layout = StudyLayout.from_grids(GRIDS)
+    layout = StudyLayout.from_grids(GRIDS, num_prefix=0)
     left = 110
     canvas = Canvas(left + layout.num_tokens * CELL + 20, 262, "Slices, scans and studies are intervals of one stream")
     canvas.text(10, 31, "tokens")
@@ -123,43 +123,25 @@ def levels(path: Path) -> None:
 
 
 def prefix_rows(path: Path) -> None:
-    """The token tensor at each level: prefix rows in front, averaged on the way up, cloned on the way down."""
+    """The rows of each level: prefix rows in front of their group, averaged on the way up, cloned on the way down."""
     layout = StudyLayout.from_grids(GRIDS, num_prefix=1)
-    left, gap, step = 70, 24, 96
-    most = layout.num_groups("slice")
-    canvas = Canvas(
-        left + (most + layout.num_tokens) * CELL + gap + 20, 3 * step + 34, "Prefix rows at the three levels"
-    )
-    patches = left + most * CELL + gap
-    children = {
-        ("slice", "scan"): layout.children("slice", "scan"),
-        ("scan", "study"): layout.children("scan", "study"),
-    }
-
-    def x_of(level: Level, group: int) -> float:
-        return patches - gap - (layout.num_groups(level) - group) * CELL
-
+    left, step, places = 70, 96, list(tokens(layout))
+    canvas = Canvas(left + layout.num_rows("slice") * CELL + 20, 2 * step + 70, "The rows of the three levels")
     for row, level in enumerate(LEVELS):
         y = 34 + row * step
         canvas.text(10, y + 15, level)
-        for group in range(layout.num_groups(level)):
-            canvas.cell(x_of(level, group), y, PREFIX, shade=0.85)
-        draw_stream(canvas, layout, patches, y)
-        if row + 1 < len(LEVELS):
-            coarse = LEVELS[row + 1]
-            bounds = children[level, coarse].tolist()
-            for parent, (first, last) in enumerate(pairwise(bounds)):
-                for child in range(first, last):
-                    canvas.arrow(
-                        x_of(level, child) + CELL / 2,
-                        y + CELL + 3,
-                        x_of(coarse, parent) + CELL / 2,
-                        y + step - 4,
-                        PREFIX,
-                    )
-            canvas.text(patches, y + CELL + 42, "patch rows: the same rows, in the same order")
-    canvas.text(patches - gap, 22, "prefix rows", "end", PREFIX)
-    canvas.text(patches, 22, "patch tokens")
+        for place in layout.prefix_rows(level).tolist():
+            canvas.cell(left + place * CELL, y, PREFIX, shade=0.85)
+        for place, (study, scan, layer) in zip(layout.patch_rows(level).tolist(), places, strict=True):
+            canvas.cell(left + place * CELL, y, STUDY_COLOURS[study], shade=shade(scan, layer))
+    for row, (fine, coarse) in enumerate(pairwise(LEVELS)):
+        y, parents = 34 + row * step, layout.parents(fine, coarse).tolist()
+        begin, end = (layout.prefix_rows(level).tolist() for level in (fine, coarse))
+        for child, parent in enumerate(parents):
+            x, to = (left + place * CELL + CELL / 2 for place in (begin[child], end[parent]))
+            canvas.arrow(x, y + CELL + 3, to, y + step - 4, PREFIX)
+    canvas.text(left, 22, "prefix rows", colour=PREFIX)
+    canvas.text(left + 90, 22, "and patch rows, group after group")
     canvas.save(path)
 
 

@@ -1,7 +1,8 @@
 """Attention over nested groups of a packed token stream: slice within scan within study."""
 
 from .backends import available_backends
-from .functional import add_regroup_norm, hier_attention, regroup_prefix
+from .functional import add_regroup_norm, hier_attention, regroup
+from .functional import regroup_prefix as regroup_prefix  # says what came in its place
 from .layers import linear_of_norm, linear_of_pixels, mlp_of_norm
 from .layout import Grid, Level, StudyLayout
 from .linear import hold_weights, is_fusible, is_plain, multiplies_bfloat16, once_differentiable
@@ -23,5 +24,5 @@ __all__ = [
     "mlp_of_norm",
     "multiplies_bfloat16",
     "once_differentiable",
-    "regroup_prefix",
+    "regroup",
 ]

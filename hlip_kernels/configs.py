@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a plain table, no search at run time.
 
-A row is chosen by GPU architecture, kind of arithmetic, head dim, and the length of the level's longest group. Tiles
-change the order of sums, so a table, unlike autotuning, also keeps results the same from run to run.
+A row is chosen by GPU architecture, kind of arithmetic and head dim, and serves groups of any length. Tiles change the
+order of sums, so a table, unlike autotuning, also keeps results the same from run to run.
 `python bench/attention.py --static` compiles every row of the built-in table and shows what it costs; none spills.
 `python bench/attention.py --tune` times others on the GPU at hand and writes the user's own table, whose rows come
 before those of the built-in one. It is read once a process.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 DEFAULT_ARCHITECTURE = "sm_80"
 KINDS = ("half", "fp32", "tf32")
 BLOCK_D = {16: 16, 32: 32, 64: 64, 80: 128, 96: 128, 128: 128}  # head dim -> columns of a tile, a power of two
-SHORT = 256  # patch tokens; groups up to here leave large tiles half empty
-LENGTHS = ("short", "long")
+FORMAT = 2  # of the user's table; it changes when rows or kernels do, so that what was measured no longer holds
+
+log = logging.getLogger(__name__)
 
 
 class Tile(NamedTuple):
@@ -36,12 +38,6 @@ class Tile(NamedTuple):
     streamed: int
     warps: int
     stages: int
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """What fixes the order in which a row's sums are taken. It must not depend on the lengths of groups: a study's
-        result would depend on the other studies of its batch."""
-        return self.streamed, self.warps
 
 
 ALLOWED = Tile(TILE_ROWS, (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5))  # type: ignore[arg-type]
@@ -62,7 +58,6 @@ class Row(NamedTuple):
     arch: str
     kind: str  # one of `KINDS`
     head_dim: int
-    length: str  # one of `LENGTHS`
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
@@ -72,29 +67,31 @@ def kind_of(dtype: torch.dtype, tf32: bool = False) -> str:
     return "half" if dtype.itemsize == 2 else "tf32" if tf32 else "fp32"
 
 
-def row_of(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, tf32: bool = False) -> Row:
-    return Row(arch, kind_of(dtype, tf32), head_dim, LENGTHS[max_seqlen > SHORT])
+def row_of(arch: str, dtype: torch.dtype, head_dim: int, tf32: bool = False) -> Row:
+    return Row(arch, kind_of(dtype, tf32), head_dim)
 
 
-def attention_config(
-    arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, tf32: bool = False
-) -> AttentionConfig:
+def attention_config(arch: str, dtype: torch.dtype, head_dim: int, tf32: bool = False) -> AttentionConfig:
     """The user's row, or else the built-in one.
 
     Raises:
         ValueError: the user's table cannot be read.
     """
-    row = row_of(arch, dtype, head_dim, max_seqlen, tf32)
+    row = row_of(arch, dtype, head_dim, tf32)
     return user_tiles().get(row) or built_in_config(row)
 
 
 def built_in_config(row: Row) -> AttentionConfig:
     """An unknown architecture gets the default's."""
-    arch, kind, head_dim, length = row
+    arch, kind, head_dim = row
     wide = BLOCK_D[head_dim] == 128
     if kind == "tf32":
-        back = Tile(32, 32, 4, 1) if wide else Tile(64, 32, 4, 1)
-        return AttentionConfig(Tile(64, 32, 8, 2) if head_dim > 32 else Tile(64, 32, 4, 2), back, back)
+        forward, back = Tile(64, 32, 8 if head_dim > 32 else 4, 2), Tile(32 if wide else 64, 32, 4, 1)
+        if arch == "sm_100":  # with the others' tiles 8 to 16 bytes spill
+            return AttentionConfig(
+                forward._replace(rows=128) if wide else forward, back, back if wide else back._replace(stages=2)
+            )
+        return AttentionConfig(forward, back, back)
     if kind == "fp32" and head_dim > 32 and arch != "gfx942":
         tile = Tile(32, 16, 8, 1) if wide else Tile(32, 32, 8, 1)
         return AttentionConfig(tile, Tile(32, 32, 16, 1) if wide else tile, tile)
@@ -104,22 +101,14 @@ def built_in_config(row: Row) -> AttentionConfig:
     if arch in ("sm_90", "sm_100") and wide:
         return AttentionConfig(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
     if arch == "sm_90":
-        if length == "short":
-            return AttentionConfig(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
-        return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
+        return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
     if arch == "sm_100":
-        rows = 64 if length == "short" else 128
-        forward = Tile(128 if head_dim == 16 else rows, 64, 4, 2)
-        return AttentionConfig(forward, Tile(rows, 64, 4, 2), Tile(64, 64, 4, 2))
+        return AttentionConfig(Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
     if arch == "gfx942":
-        streamed = 32 if wide else 64
-        return AttentionConfig(Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1), Tile(64, streamed, 4, 1))
-    warps = 8 if wide else 4
-    return AttentionConfig(
-        Tile(64, 32 if head_dim == 32 else 64, warps, 2),
-        Tile(64, 32, warps, 1 if head_dim == 32 else 2),
-        Tile(64, 64 if head_dim == 16 else 32, warps, 2),
-    )
+        tile = Tile(64, 32 if wide else 64, 4, 1)
+        return AttentionConfig(tile, tile, tile)
+    dq = Tile(64, 32, 8 if wide and arch == "sm_120" else 4, 2)  # with 4 warps 16 bytes spill there
+    return AttentionConfig(Tile(128, 64, 8, 2), dq, Tile(64, 64, 8, 2) if wide else Tile(64, 32, 4, 2))
 
 
 def max_registers(kind: str, warps: int) -> int | None:
@@ -149,16 +138,22 @@ def user_tiles() -> dict[Row, AttentionConfig]:
 
 
 def read_tiles(path: Path) -> dict[Row, AttentionConfig]:
-    """
+    """Rows of a table; none, with a line in the log, if it is of another `FORMAT`.
+
     Raises:
         ValueError: anything in the file is not as `write_tiles` writes it; it names the file and what is wrong.
     """
     try:
         content = _expect(json.loads(path.read_text(encoding="utf-8")), "the table")
-        table = {_parse_row(name): _parse_config(name, tiles) for name, tiles in content.items()}
-        for row, config in table.items():
-            _check_order(row, config, table)
-        return table
+        number = content.get("format")
+        if number != FORMAT:
+            log.warning(
+                f"ignored the tile table {path}: expected format {FORMAT}, got {number!r:.20}. "
+                "`python bench/attention.py --tune` makes a new one"
+            )
+            return {}
+        rows = _expect(_expect(content, "the table", ("format", "rows"))["rows"], "rows")
+        return {_parse_row(name): _parse_config(name, tiles) for name, tiles in rows.items()}
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"cannot use the tile table {path}: {error}. Delete the file to go back to the built-in tiles; "
@@ -169,34 +164,22 @@ def read_tiles(path: Path) -> dict[Row, AttentionConfig]:
 def write_tiles(path: Path, table: dict[Row, AttentionConfig]) -> None:
     """Whole or not at all. A running process keeps the table that it has read, this one excepted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = {
+    rows = {
         str(row): {kernel: tile._asdict() for kernel, tile in vars(config).items()}
         for row, config in sorted(table.items())
     }
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps({"format": FORMAT, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
     user_tiles.cache_clear()
 
 
-def _check_order(row: Row, config: AttentionConfig, table: dict[Row, AttentionConfig]) -> None:
-    for length in LENGTHS:
-        other = row._replace(length=length)
-        for kernel, tile in vars(table.get(other) or built_in_config(other)).items():
-            own = getattr(config, kernel)
-            if own.order != tile.order:
-                raise ValueError(
-                    f"{row}, {kernel}: streamed and warps are {own.order}, but {tile.order} in {other}; they must not "
-                    "depend on the length"
-                )
-
-
 def _parse_row(name: str) -> Row:
-    arch, kind, head_dim, length = [*name.split(" "), *[""] * 4][:4]
-    fits = re.fullmatch(r"sm_\d+|gfx\w+", arch) and kind in KINDS and length in LENGTHS
-    if not fits or head_dim not in map(str, BLOCK_D) or name.count(" ") != 3:
-        raise ValueError(f"{name!r} is not a row such as 'sm_90 half 64 long'")
-    return Row(arch, kind, int(head_dim), length)
+    arch, kind, head_dim = [*name.split(" "), *[""] * 3][:3]
+    fits = re.fullmatch(r"sm_\d+|gfx\w+", arch) and kind in KINDS and head_dim in map(str, BLOCK_D)
+    if not fits or name.count(" ") != 2:
+        raise ValueError(f"{name!r} is not a row such as 'sm_90 half 64'")
+    return Row(arch, kind, int(head_dim))
 
 
 def _parse_config(name: str, tiles: Any) -> AttentionConfig:

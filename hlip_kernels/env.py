@@ -29,6 +29,11 @@ SHOWN = (  # variables that change what runs
     "WORLD_SIZE",
     "HF_HUB_OFFLINE",
 )
+REPEATS = {
+    "always": "",
+    "on request": ", the same bits on every run with deterministic=True",
+    "never": ", not the same bits on every run",
+}
 HIDDEN = ("XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "LD_PRELOAD")  # paths
 
 
@@ -59,12 +64,15 @@ def report() -> str:
 
 
 def describe_backends(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Which backend attention takes on tensors of this kind, and why each of the others does not run."""
+    """Which backend attention takes on tensors of this kind, and why each of the others does not run.
+
+    Of one whose gradients may differ in the last bits from run to run it says so.
+    """
     auto = choose_backend("auto", device, dtype, head_dim)
     lines = [f"attention on {device} in {str(dtype).removeprefix('torch.')} (auto: {auto})"]
-    for name in BACKENDS:
+    for name, backend in BACKENDS.items():
         reasons = not_supported_reasons(name, device, dtype, head_dim)
-        lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run'}")
+        lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run' + REPEATS[backend.repeats]}")
     return "\n".join(lines)
 
 

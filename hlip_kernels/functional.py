@@ -1,6 +1,6 @@
 """The public functions: check the arguments once, choose the backend, call the op.
 
-Shapes: T patch tokens, G groups of a level, P prefix rows a group, H heads, D head dim, C width.
+Shapes: T patch tokens, G groups of a level, P prefix rows a group, R = G * P + T rows, H heads, D head dim, C width.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import ops
 from .backends import choose_backend, choose_norm_backend
-from .backends.groups import Regroup
-from .backends.torch_norm import move_prefix
+from .backends.base import Regroup
+from .backends.torch_norm import move
 from .layout import LEVELS, Level, StudyLayout, check_level
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,21 +23,25 @@ def hier_attention(
     level: Level,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    deterministic: bool = False,
 ) -> Tensor:
-    """Attention within every group of `level`: its P prefix rows and its interval of the patch stream.
+    """Attention within every group of `level`: its P prefix rows and its patches.
 
-    Bidirectional, without dropout. A study's result does not depend on what else is in the batch.
+    Bidirectional, without dropout: plain attention over packed sequences. A study's result does not depend on what
+    else is in the batch.
 
     Args:
-        qkv: (G * P + T, 3, H, D) - rows 0 to G * P - 1 are the prefix rows, group after group; the patch
-            stream follows.
+        qkv: (R, 3, H, D) - R = G * P + T rows, group after group, in each its prefix rows and then its patches. At the
+            level whose groups are the rows of a dense batch (B, L, 3, H, D), this is that batch, flattened.
         layout: the batch's groups, on the device of `qkv`.
         level: "slice", "scan" or "study".
         softmax_scale: factor on q k^T, above 0; D ** -0.5 if None.
         backend: "auto", or a name from `available_backends()`; a name never falls back.
+        deterministic: whether gradients must be the same bits on every run; some libraries add them up faster in no
+            fixed order. `torch.use_deterministic_algorithms(True)` asks for the same.
 
     Returns:
-        (G * P + T, H, D), in the dtype of `qkv`.
+        (R, H, D), in the dtype of `qkv`.
 
     Raises:
         ValueError: shapes that do not belong together, mixed devices, or a backend that cannot run, with
@@ -53,18 +57,21 @@ def hier_attention(
     if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     _check_rows("qkv", qkv, layout, level)
+    deterministic = deterministic or (
+        torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     if not torch.compiler.is_compiling():  # a compiled model leaves the choice to the op
-        backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
+        backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3], deterministic)
     out: Tensor
     out, _ = ops.call(
         "hier_attention",
         qkv,
         layout.cu_seqlens(level),
         layout.tiles(level),
-        layout.num_prefix,
         layout.max_seqlen(level),
         qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
         backend,
+        deterministic,
     )
     return out
 
@@ -82,13 +89,14 @@ def add_regroup_norm(
     layer_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`residual + path_scale * layer_scale * update`, carried from level `src` to `dst`, and its LayerNorm.
+    """`residual + path_scale * layer_scale * update`, moved from level `src` to `dst`, and its LayerNorm.
 
-    Patch rows keep their order. Prefix rows are averaged going to a coarser level, every fine group counting the
+    Every row is read where it lies at `src` and written where it lies at `dst`: group after group, in each its prefix
+    rows and then its patches. Prefix rows are averaged going to a coarser level, every fine group counting the
     same, and cloned going to a finer one. With `src == dst` this is a plain residual add and LayerNorm.
 
     Args:
-        residual: (G_src * P + T, C)
+        residual: (R_src, C) - R_src = G_src * P + T rows, in the order of `src`.
         update: the same shape; its dtype may differ.
         layout: the batch's groups, on the device of `residual`.
         weight, bias: (C) - of the LayerNorm.
@@ -97,12 +105,13 @@ def add_regroup_norm(
         backend: "auto", "native", "triton" or "torch"; a name never falls back.
 
     Returns:
-        (G_dst * P + T, C) the new residual in the dtype of `residual`, and its normalised rows in that of `update`.
+        (R_dst, C) the new residual in the dtype of `residual`, and its normalised rows in that of `update`; both in the
+        order of `dst`.
 
     Raises:
         ValueError: shapes that do not belong together, mixed devices, or a backend that cannot run, with the reasons.
 
-    Source: HLIP (arXiv 2505.21862), section 3.1, for the carrying of prefix rows.
+    Source: HLIP (arXiv 2505.21862), section 3.1, for the prefix rows.
     """
     check_level(src)
     _refuse_trace()
@@ -137,45 +146,51 @@ def add_regroup_norm(
     return new_residual, normalised
 
 
-def regroup_prefix(prefix: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Tensor:
-    """Carry prefix rows from the groups of `src` to those of `dst`.
+def regroup(x: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Tensor:
+    """Move the rows of level `src` to where they lie at level `dst`; for those who bring their own norm.
 
-    Going to a coarser level they are averaged, every fine group counting the same; going to a finer one
-    they are cloned. Patch rows need nothing.
+    Going to a coarser level, prefix rows are averaged, every fine group counting the same; going to a finer one they
+    are cloned. `add_regroup_norm` moves them in the pass that adds and normalises.
 
     Args:
-        prefix: (G_src * P, C)
-        layout: the batch's groups, on the device of `prefix`.
+        x: (R_src, C) - group after group, in each its prefix rows and then its patches.
+        layout: the batch's groups, on the device of `x`.
 
     Returns:
-        (G_dst * P, C)
+        (R_dst, C), in the same order of the groups of `dst`. It is `x` itself where the two levels are one.
 
     Raises:
         ValueError: the number of rows does not fit `src`.
 
     Source: HLIP (arXiv 2505.21862), section 3.1.
     """
-    groups = layout.num_groups(src)
-    if prefix.dim() != 2 or prefix.shape[0] != groups * layout.num_prefix:
-        raise ValueError(
-            f"prefix: expected ({groups * layout.num_prefix}, width) at level {src!r}, got {tuple(prefix.shape)}"
-        )
-    if prefix.device != layout.device:
-        raise ValueError(f"prefix is on {prefix.device}, the layout on {layout.device}; move one with .to(device)")
-    if prefix.dtype not in DTYPES:
-        raise ValueError(f"prefix: expected floating-point, got {prefix.dtype}")
+    if x.dim() != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"x: expected a floating-point tensor (rows, width), got {x.dtype} {tuple(x.shape)}")
+    _check_rows("x", x, layout, src)
     _refuse_trace()
-    regroup = _regroup(layout, src, dst)
-    if regroup.coarser:
-        ops.refuse_tangents(prefix)
-    return move_prefix(prefix, regroup)
+    ops.refuse_tangents(x)
+    return move(x, _regroup(layout, src, dst))
+
+
+def regroup_prefix(*_: object, **__: object) -> Tensor:
+    """Was for tensors that had the prefix rows of all groups first.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "regroup_prefix went with version 0.2.0, in which every group's prefix rows lie in front of its own patches: "
+        "call regroup(x, layout, src, dst) on the rows of the whole level; CHANGELOG.md shows old and new code"
+    )
 
 
 def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
-    children = None
-    if src != check_level(dst):
-        children = layout.children(*sorted((src, dst), key=LEVELS.index))
-    return Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst))
+    bounds = layout.cu_seqlens(src), layout.cu_seqlens(dst)
+    if src == dst:
+        return Regroup(*bounds, layout.tiles(src)[0], None, None, layout.num_prefix)
+    pair = fine, coarse = min(src, dst, key=LEVELS.index), max(src, dst, key=LEVELS.index)
+    tiles = layout.tiles(fine)[0]
+    return Regroup(*bounds, tiles, layout.children(*pair), layout.parents(fine, coarse), layout.num_prefix)
 
 
 def _refuse_trace() -> None:
@@ -186,7 +201,7 @@ def _refuse_trace() -> None:
 
 
 def _check_rows(name: str, x: Tensor, layout: StudyLayout, level: Level) -> None:
-    rows = layout.num_groups(check_level(level)) * layout.num_prefix + layout.num_tokens
+    rows = layout.num_rows(level)
     if x.shape[0] != rows:
         raise ValueError(
             f"{name}: expected {rows} rows at level {level!r} ({layout.num_groups(level)} groups x {layout.num_prefix} "

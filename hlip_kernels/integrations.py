@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import hier_attention, regroup_prefix
+from .functional import hier_attention, regroup
 from .layout import LEVELS, Grid, Level, StudyLayout, check_level
 
 
@@ -22,9 +22,9 @@ def dense_attention(
 ) -> Tensor:
     """`hier_attention` on a dense batch, each of whose rows is one group (a slice, scan or study) of `layout`.
 
-    Which of the three follows from the shapes. If `level` is another one, the q, k and v of the prefix rows are
-    regrouped to it before attention and the results regrouped back (see `regroup_prefix`), in every call; HLIP's own
-    encoder regroups where the level changes, and keeps the prefix rows there.
+    Which of the three follows from the shapes. At that level, the dense batch is the packed one, and nothing is copied.
+    If `level` is another one, the rows of q, k and v are moved to it before attention and the results moved back (see
+    `regroup`), in every call; HLIP's own encoder moves rows where the level changes, in a pass that it makes anyway.
 
     Args:
         qkv: (B, L, 3, H, D)
@@ -41,18 +41,15 @@ def dense_attention(
     check_level(level)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: expected (batch, tokens, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    num_prefix, (batch, tokens, *per_token) = layout.num_prefix, qkv.shape
+    batch, tokens = qkv.shape[:2]
     home = _level_of_rows(layout, batch, tokens)
-    if num_prefix == 0:  # the dense batch is the packed stream
-        out = hier_attention(qkv.flatten(0, 1), layout, level, softmax_scale, backend)
-        return out.view(batch, tokens, *out.shape[1:])
-    prefix = regroup_prefix(qkv[:, :num_prefix].reshape(batch * num_prefix, -1), layout, home, level)
-    # Row by row, as flattening the patches first would copy them twice.
-    packed = torch.cat([prefix.unflatten(1, per_token), *qkv[:, num_prefix:].unbind(0)])
+    packed = qkv.flatten(0, 1)
+    if level != home:
+        packed = regroup(packed.flatten(1), layout, home, level).unflatten(1, qkv.shape[2:])
     out = hier_attention(packed, layout, level, softmax_scale, backend)
-    prefix, patches = out.split([len(prefix), layout.num_tokens])
-    prefix = regroup_prefix(prefix.flatten(1), layout, level, home).unflatten(1, per_token[1:])
-    return torch.cat([prefix.unflatten(0, (batch, num_prefix)), patches.unflatten(0, (batch, -1))], dim=1)
+    if level != home:
+        out = regroup(out.flatten(1), layout, level, home).unflatten(1, qkv.shape[3:])
+    return out.view(batch, tokens, *qkv.shape[3:])
 
 
 def _level_of_rows(layout: StudyLayout, batch: int, tokens: int) -> Level:

@@ -51,7 +51,7 @@ class HierarchicalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor:
-        """x: (G * P + T, C), prefix rows first (see `hier_attention`). Returns the same shape.
+        """x: (R, C), group after group (see `hier_attention`). Returns the same shape.
 
         Raises:
             ValueError: x of another width, or anything that `hier_attention` refuses.
@@ -61,7 +61,7 @@ class HierarchicalAttention(nn.Module):
         return self.attend(self.qkv(x), layout, level)
 
     def attend(self, qkv: Tensor, layout: StudyLayout, level: Level) -> Tensor:
-        """What follows the first projection: (G * P + T, 3 C) to (G * P + T, C)."""
+        """What follows the first projection: (R, 3 C) to (R, C)."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if not (is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity)):
             # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.

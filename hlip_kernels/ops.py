@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from . import flops
 from .backends import BACKENDS, NORM_BACKENDS, choose_backend, choose_norm_backend
 from .backends import native_product as amx
-from .backends.groups import Groups, Regroup, wide_dtype
+from .backends.base import QKV, Regroup, Spans, wide_dtype
 
 _library = torch.library.Library("hlip_kernels", "DEF")
 
@@ -30,14 +30,26 @@ def _define(name: str, arguments: str, results: str, implementation: Any, fake: 
 
 # Attention: out is (R, H, D), lse (H, R): the logarithm of each softmax's denominator, not differentiable.
 
-_GROUPS = "Tensor cu_seqlens, Tensor[] tiles, int num_prefix, SymInt max_seqlen"
+_GROUPS = "Tensor cu_seqlens, Tensor[] tiles, SymInt max_seqlen"
+_SETTINGS = "float softmax_scale, str backend, bool deterministic"
 
 
-def _attention(qkv: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    *groups, softmax_scale, backend = settings
-    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
-    results: tuple[Tensor, Tensor] = BACKENDS[name].forward(qkv, Groups(*groups), softmax_scale)
-    return results
+def _attention(
+    qkv: Tensor, cu_seqlens: Tensor, tiles: list[Tensor], max_seqlen: int, scale: float, backend: str, repeat: bool
+) -> tuple[Tensor, Tensor]:
+    name, spans = _backend(qkv, backend, repeat), Spans(cu_seqlens, tiles, max_seqlen)
+    return BACKENDS[name].forward(*_slots(qkv), spans, spans, scale)
+
+
+def _backend(qkv: Tensor, backend: str, deterministic: bool) -> str:
+    return choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3], deterministic)
+
+
+def _slots(qkv: Tensor) -> QKV:
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv: expected (rows, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(1)
+    return q, k, v
 
 
 def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -45,10 +57,14 @@ def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows, dtype=wide_dtype(qkv.dtype))
 
 
-def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *settings: Any) -> Tensor:
-    *groups, softmax_scale, backend = settings
-    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3])
-    grad_qkv: Tensor = BACKENDS[name].backward(grad_out, qkv, out, lse, Groups(*groups), softmax_scale)
+def _attention_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, tiles: list[Tensor], max_seqlen: int, scale: float, backend: str, repeat: bool,
+) -> Tensor:  # fmt: skip
+    name, spans = _backend(qkv, backend, repeat), Spans(cu_seqlens, tiles, max_seqlen)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    q, k, v = _slots(qkv)
+    BACKENDS[name].backward(_slots(grad_qkv), grad_out, q, k, v, out, lse, spans, spans, scale, repeat)
     return grad_qkv
 
 
@@ -58,14 +74,14 @@ def _attention_backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
 
 _define(
     "hier_attention",
-    f"Tensor qkv, {_GROUPS}, float softmax_scale, str backend",
+    f"Tensor qkv, {_GROUPS}, {_SETTINGS}",
     "(Tensor out, Tensor lse)",
     _attention,
     _attention_fake,
 )
 _define(
     "hier_attention_backward",
-    f"Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_GROUPS}, float softmax_scale, str backend",
+    f"Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_GROUPS}, {_SETTINGS}",
     "Tensor",
     _attention_backward,
     _attention_backward_fake,
@@ -90,31 +106,29 @@ def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any
 
 # Residual add, regroup, LayerNorm: x is (R of dst, C), the new residual; y the same, normalised; mean and rstd (R).
 
-_REGROUP = "Tensor cu_seqlens, Tensor tiles, Tensor? children, int num_prefix, SymInt dst_groups"
+_REGROUP = "Tensor src, Tensor dst, Tensor tiles, Tensor? children, Tensor? parents, int num_prefix"
 _SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
 
 
 def _norm(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, eps, backend = rest[:4] + rest[9:]
+    path_scale, layer_scale, weight, bias, *maps, eps, backend = rest
     name = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
-    forward = NORM_BACKENDS[name].norm_forward
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = forward(residual, update, *tensors, Regroup(*rest[4:9]), eps)
-    return results
+    return NORM_BACKENDS[name].forward(residual, update, path_scale, layer_scale, weight, bias, Regroup(*maps), eps)
 
 
 def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, cu_seqlens, _tiles, _children, num_prefix, dst_groups, _eps, _backend = rest
-    rows = residual.shape[0] + (dst_groups - (cu_seqlens.shape[0] - 1)) * num_prefix
+    rows = residual.shape[0] + Regroup(*rest[4:10]).rows_added
     x = residual.new_empty(rows, residual.shape[1])
     mean, rstd = (residual.new_empty(rows, dtype=wide_dtype(residual.dtype)) for _ in range(2))
     return x, x.new_empty(x.shape, dtype=update.dtype), mean, rstd
 
 
 def _norm_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *tensors, backend = rest[:6] + rest[11:]
-    backward = NORM_BACKENDS[choose_norm_backend(backend, x.device.type, x.dtype, grad_y.dtype)].norm_backward
-    grads: tuple[Tensor, ...] = backward(grad_x, grad_y, x, *tensors, Regroup(*rest[6:11]))
-    return grads
+    mean, rstd, update, path_scale, layer_scale, weight, *maps, backend = rest
+    name = choose_norm_backend(backend, x.device.type, x.dtype, grad_y.dtype)
+    return NORM_BACKENDS[name].backward(
+        grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, Regroup(*maps)
+    )
 
 
 def _norm_backward_fake(
@@ -129,9 +143,7 @@ def _norm_backward_fake(
     weight: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    cu_seqlens, _tiles, _children, num_prefix, dst_groups, _backend = settings
-    rows = x.shape[0] + (cu_seqlens.shape[0] - 1 - dst_groups) * num_prefix
-    grad_residual = x.new_empty(rows, x.shape[1])
+    grad_residual = x.new_empty(x.shape[0] - Regroup(*settings[:6]).rows_added, x.shape[1])
     shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
     return (
         grad_residual,
@@ -161,21 +173,19 @@ _define(
 
 
 def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, update, path_scale, layer_scale, weight, _, cu_seqlens, tiles, children, num_prefix, dst_groups, _, backend = (
-        inputs
-    )
+    _, update, path_scale, layer_scale, weight, _, *maps, num_prefix, _, backend = inputs
     x, y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.settings = (num_prefix, dst_groups, backend)
+    ctx.settings = (num_prefix, backend)
     ctx.dtype = y.dtype
     kept = update if layer_scale is not None else None
-    ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, cu_seqlens, tiles, children)
+    ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, *maps)
 
 
 def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_x is None and grad_y is None:
-        return (None,) * 13
+        return (None,) * 14
     x, *saved = ctx.saved_tensors
     if grad_y is None:
         grad_y = x.new_zeros(x.shape, dtype=ctx.dtype)
@@ -189,7 +199,7 @@ def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: N
         layer_scale if layer_scale.numel() else None,
         weight,
         bias,
-        *[None] * 7,
+        *[None] * 8,
     )
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level
 from hlip_kernels import Grid, configs
 from hlip_kernels import native as native_library
 from hlip_kernels.backends import native_product
-from hlip_kernels.backends.groups import Groups
-from hlip_kernels.layout import TILE_ROWS
 from hlip_kernels.native import Native
 
 if importlib.util.find_spec("triton"):
@@ -49,16 +46,6 @@ def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:
         "init_std": 0.2,
     }
     return VisionConfig(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-def plain_groups(lengths: Sequence[int], num_prefix: int) -> Groups:
-    """What an op is told of groups with so many patches each, which may be none: tile maps in the order of groups."""
-    maps = []
-    for rows in TILE_ROWS:
-        tiles = [(g, first) for g, n in enumerate(lengths) for first in range(0, n + num_prefix, rows)]
-        maps.append(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2))
-    cu_seqlens = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    return Groups(cu_seqlens, maps, num_prefix, max(lengths))
 
 
 def use_native(patch: pytest.MonkeyPatch, native: Native) -> None:

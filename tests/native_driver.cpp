@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../hlip_kernels/native/src/attention.h"
@@ -61,61 +62,117 @@ struct Tensor {
     }
 };
 
+static const float UNTOUCHED = 7;  // what results are filled with
+
+// Groups of so many queries and so many keys. Without keys, queries attend to one another, and q, k and v are slots of
+// one tensor. In front of every group lie `gap` rows that are in none, and hold NaN; the library is given the rows
+// behind the first of these.
 struct Case {
-    std::vector<int> lengths;  // patches of each group
-    int num_prefix, heads, head_dim;
+    std::vector<int> queries, keys;
+    int gap, heads, head_dim;
     float spread = 1;  // of queries
 };
 
-static std::vector<std::vector<int64_t>> rows_of(const Case& c) {
-    std::vector<std::vector<int64_t>> groups;
-    int64_t row = int64_t(c.lengths.size()) * c.num_prefix;
-    for (size_t g = 0; g < c.lengths.size(); ++g) {
-        groups.emplace_back();
-        for (int i = 0; i < c.num_prefix; ++i) groups[g].push_back(g * c.num_prefix + i);
-        for (int i = 0; i < c.lengths[g]; ++i) groups[g].push_back(row++);
+// Where groups lie, as the library is told.
+struct Bounds {
+    std::vector<int32_t> bounds = {0}, used;
+
+    Bounds(const std::vector<int>& lengths, int gap) {
+        for (const int length : lengths) {
+            bounds.push_back(bounds.back() + gap + length);
+            used.push_back(length);
+        }
     }
-    return groups;
+};
+
+// A slot of the rows of a tensor, from its row `first` on.
+struct Rows {
+    Tensor& tensor;
+    int64_t first, count, width, slot, slots;
+
+    void* data() const { return static_cast<char*>(tensor.data) + at(0, 0) * (tensor.bfloat16 ? 2 : 4); }
+    int64_t stride() const { return slots * width; }
+    size_t at(int64_t row, int64_t column) const { return ((first + row) * slots + slot) * width + column; }
+    Numbers numbers() const {
+        Numbers all;
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t i = 0; i < width; ++i) all.push_back(tensor.get(at(row, i)));
+        return all;
+    }
+    // Random numbers, times `spread`, into the rows of groups.
+    void draw(const Bounds& b, float spread) const {
+        Tensor drawn(tensor.bfloat16, width);
+        for (size_t g = 0; g < b.used.size(); ++g)
+            for (int64_t row = b.bounds[g]; row < b.bounds[g] + b.used[g]; ++row) {
+                drawn.draw();
+                for (int64_t i = 0; i < width; ++i) tensor.set(at(row, i), drawn.get(i) * spread);
+            }
+    }
+};
+
+static void fill(Tensor& t, float x) {
+    for (size_t i = 0; i < t.count; ++i) t.set(i, x);
 }
 
-// out and the gradient of qkv in double.
-static void formula(
-    const Case& c, const Numbers& qkv, const Numbers& grad_out, double scale, Numbers& out, Numbers& grad
-) {
-    const int H = c.heads, D = c.head_dim;
-    const auto at = [&](int64_t row, int slot, int h) { return ((row * 3 + slot) * H + h) * D; };
-    for (const auto& rows : rows_of(c))
-        for (int h = 0; h < H; ++h)
-            for (const int64_t i : rows) {
-                const int64_t o = (i * H + h) * D;
-                Numbers weights, grads;
-                double total = 0, delta = 0;
-                for (const int64_t j : rows) {
-                    double score = 0, dp = 0;
-                    for (int d = 0; d < D; ++d) {
-                        score += qkv[at(i, 0, h) + d] * qkv[at(j, 1, h) + d];
-                        dp += grad_out[o + d] * qkv[at(j, 2, h) + d];
-                    }
-                    weights.push_back(score * scale);
-                    grads.push_back(dp);
-                }
-                const double most = *std::max_element(weights.begin(), weights.end());
-                for (double& weight : weights) total += weight = exp(weight - most);
-                for (size_t n = 0; n < rows.size(); ++n) {
-                    weights[n] /= total;
-                    delta += weights[n] * grads[n];
-                }
-                for (size_t n = 0; n < rows.size(); ++n) {
-                    const double ds = weights[n] * (grads[n] - delta) * scale;
-                    for (int d = 0; d < D; ++d) {
-                        out[o + d] += weights[n] * qkv[at(rows[n], 2, h) + d];
-                        grad[at(i, 0, h) + d] += ds * qkv[at(rows[n], 1, h) + d];
-                        grad[at(rows[n], 1, h) + d] += ds * qkv[at(i, 0, h) + d];
-                        grad[at(rows[n], 2, h) + d] += weights[n] * grad_out[o + d];
-                    }
-                }
+// In double: out, lse (H, R), and the gradients of q, k and v. NaN in rows of no group.
+struct Exact {
+    Numbers out, lse, grad_q, grad_k, grad_v;
+
+    Exact(
+        const Case& c, const Bounds& queries, const Bounds& keys, const Numbers& q, const Numbers& k, const Numbers& v,
+        const Numbers& grad_out, double scale
+    )
+        : out(q.size(), NAN), lse(q.size() / c.head_dim, NAN), grad_q(q.size(), NAN), grad_k(k.size(), NAN),
+          grad_v(k.size(), NAN) {
+        for (size_t g = 0; g < c.queries.size(); ++g) {
+            const int64_t first = queries.bounds[g], last = first + queries.used[g];
+            const int64_t first_key = keys.bounds[g], last_key = first_key + keys.used[g];
+            const int64_t width = c.heads * c.head_dim;
+            for (Numbers* x : {&out, &grad_q}) std::fill(x->begin() + first * width, x->begin() + last * width, 0);
+            for (Numbers* x : {&grad_k, &grad_v})
+                std::fill(x->begin() + first_key * width, x->begin() + last_key * width, 0);
+            for (int h = 0; h < c.heads; ++h)
+                for (int64_t i = first; i < last; ++i) row(c, h, i, first_key, last_key, q, k, v, grad_out, scale);
+        }
+    }
+
+  private:
+    void row(
+        const Case& c, int h, int64_t i, int64_t first, int64_t last, const Numbers& q, const Numbers& k,
+        const Numbers& v, const Numbers& grad_out, double scale
+    ) {
+        const int H = c.heads, D = c.head_dim;
+        const int64_t o = (i * H + h) * D;
+        Numbers weights, grads;
+        double total = 0, delta = 0, most = -INFINITY;
+        for (int64_t j = first; j < last; ++j) {
+            double score = 0, dp = 0;
+            for (int d = 0; d < D; ++d) {
+                score += q[o + d] * k[(j * H + h) * D + d];
+                dp += grad_out[o + d] * v[(j * H + h) * D + d];
             }
-}
+            weights.push_back(score * scale);
+            grads.push_back(dp);
+            most = fmax(most, score * scale);
+        }
+        for (double& weight : weights) total += weight = exp(weight - most);
+        lse[h * int64_t(lse.size() / H) + i] = weights.empty() ? -INFINITY : most + log(total);
+        for (size_t n = 0; n < weights.size(); ++n) {
+            weights[n] /= total;
+            delta += weights[n] * grads[n];
+        }
+        for (size_t n = 0; n < weights.size(); ++n) {
+            const double ds = weights[n] * (grads[n] - delta) * scale;
+            const int64_t at = ((first + n) * H + h) * D;
+            for (int d = 0; d < D; ++d) {
+                out[o + d] += weights[n] * v[at + d];
+                grad_q[o + d] += ds * k[at + d];
+                grad_k[at + d] += ds * q[o + d];
+                grad_v[at + d] += weights[n] * grad_out[o + d];
+            }
+        }
+    }
+};
 
 // The norm of the difference over that of the formula.
 static double error(const Tensor& got, const Numbers& exact) {
@@ -142,36 +199,63 @@ static F* find(const char* name) {
 static int32_t best() { return find<decltype(hlip_isa)>("hlip_isa")(); }
 static int32_t first = 0;
 
+// The error of rows, of which those of no group are untouched; infinite if they are not, or if an infinity is another.
+static double error(const Numbers& got, const Numbers& exact) {
+    double off = 0, norm = 1e-30;
+    for (size_t i = 0; i < exact.size(); ++i) {
+        if (isnan(exact[i]) ? got[i] != UNTOUCHED : isinf(exact[i]) && got[i] != exact[i]) return INFINITY;
+        if (!isfinite(exact[i])) continue;
+        off += (got[i] - exact[i]) * (got[i] - exact[i]);
+        norm += exact[i] * exact[i];
+    }
+    return sqrt(off / norm);
+}
+
 static void attention(const Case& c, bool bfloat16) {
     const auto needs = find<decltype(hlip_attention_scratch)>("hlip_attention_scratch");
     const auto run = find<decltype(hlip_attention)>("hlip_attention");
-    std::vector<int32_t> bounds = {0};
-    for (const int length : c.lengths) bounds.push_back(bounds.back() + length);
-    const size_t rows = c.lengths.size() * c.num_prefix + bounds.back(), size = rows * c.heads * c.head_dim;
-    Tensor qkv(bfloat16, 3 * size), grad_out(bfloat16, size), out(bfloat16, size), grad(bfloat16, 3 * size);
-    Tensor lse(false, rows * c.heads);
-    qkv.draw();
-    grad_out.draw();
-    for (size_t row = 0; row < rows; ++row)
-        for (int i = 0; i < c.heads * c.head_dim; ++i) {
-            const size_t at = row * 3 * c.heads * c.head_dim + i;
-            qkv.set(at, qkv.get(at) * c.spread);
-        }
+    const bool alone = c.keys.empty();
+    const Bounds queries(c.queries, c.gap), keys(alone ? c.queries : c.keys, c.gap);
+    const int64_t R = queries.bounds.back(), S = keys.bounds.back(), given = R - c.gap;
+    const int64_t slots = alone ? 3 : 1, width = c.heads * c.head_dim;
+    Tensor q_tensor(bfloat16, R * slots * width), grad_q_tensor(bfloat16, R * slots * width);
+    Tensor k_tensor(bfloat16, S * width), v_tensor(bfloat16, S * width);
+    Tensor grad_k_tensor(bfloat16, S * width), grad_v_tensor(bfloat16, S * width);
+    Tensor out(bfloat16, given * width), grad_out(bfloat16, given * width), lse(false, given * c.heads);
+    const auto rows = [&](Tensor& own, Tensor& packed, int64_t slot) {
+        return alone ? Rows{packed, c.gap, given, width, slot, 3} : Rows{own, c.gap, S - c.gap, width, 0, 1};
+    };
+    const Rows q = {q_tensor, c.gap, given, width, 0, slots}, grad_q = {grad_q_tensor, c.gap, given, width, 0, slots};
+    const Rows k = rows(k_tensor, q_tensor, 1), grad_k = rows(grad_k_tensor, grad_q_tensor, 1);
+    const Rows v = rows(v_tensor, q_tensor, 2), grad_v = rows(grad_v_tensor, grad_q_tensor, 2);
+    for (Tensor* t : {&q_tensor, &k_tensor, &v_tensor, &grad_out}) fill(*t, NAN);
+    q.draw(queries, c.spread);
+    k.draw(keys, 1);
+    v.draw(keys, 1);
+    Rows{grad_out, 0, given, width, 0, 1}.draw(queries, 1);
     const float scale = 1 / sqrtf(c.head_dim);
-    Numbers exact_out(size), exact_grad(3 * size);
-    formula(c, qkv.numbers(), grad_out.numbers(), scale, exact_out, exact_grad);
+    const Exact exact(c, queries, keys, q.numbers(), k.numbers(), v.numbers(), grad_out.numbers(), scale);
     for (int32_t i = first; i <= best(); ++i) {
-        Attention a = {
-            qkv.data, bounds.data(), out.data, lse.floats(), grad_out.data, grad.data, nullptr,
-            int64_t(rows), int32_t(c.lengths.size()), c.num_prefix, c.heads, c.head_dim, bfloat16, 2, scale,
-        };
+        for (Tensor* t : {&out, &lse, &grad_q_tensor, &grad_k_tensor, &grad_v_tensor}) fill(*t, UNTOUCHED);
+        Attention a = {};
+        a.q = q.data(), a.k = k.data(), a.v = v.data(), a.out = out.data, a.lse = lse.floats();
+        a.grad_out = grad_out.data, a.grad_q = grad_q.data(), a.grad_k = grad_k.data(), a.grad_v = grad_v.data();
+        a.q_bounds = queries.bounds.data(), a.k_bounds = keys.bounds.data();
+        if (c.gap) a.q_used = queries.used.data(), a.k_used = keys.used.data();
+        a.q_rows = q.count, a.k_rows = k.count, a.q_stride = a.grad_q_stride = q.stride();
+        a.k_stride = a.grad_k_stride = k.stride(), a.groups = c.queries.size(), a.heads = c.heads;
+        a.head_dim = c.head_dim, a.bfloat16 = bfloat16, a.threads = 2, a.softmax_scale = scale;
         for (const int32_t backward : {0, 1}) {
             a.scratch = aligned_alloc(64, round_up(needs(&a, i, backward), 64));
-            run(&a, i, backward);
+            wrong |= run(&a, i, backward) != 0;
             free(a.scratch);
         }
+        double most = fmax(error(out.numbers(), exact.out), error(lse.numbers(), exact.lse));
+        most = fmax(most, error(grad_q.numbers(), exact.grad_q));
+        most = fmax(most, error(grad_k.numbers(), exact.grad_k));
+        most = fmax(most, error(grad_v.numbers(), exact.grad_v));
         // Scores are rounded in proportion to their size.
-        report("attention", i, bfloat16, fmax(error(out, exact_out), error(grad, exact_grad)) / c.spread);
+        report("attention", i, bfloat16, most / c.spread);
     }
 }
 
@@ -184,28 +268,43 @@ struct Change {
     int num_prefix, width;
 };
 
+// The bounds of the groups' rows at one of the two levels.
+static std::vector<int32_t> bounds_of(const Change& c, bool coarse) {
+    std::vector<int32_t> bounds = {0};
+    const size_t groups = coarse ? c.children.size() - 1 : c.fine.size();
+    for (size_t g = 0; g < groups; ++g) {
+        const int first = coarse ? c.children[g] : g, last = coarse ? c.children[g + 1] : g + 1;
+        bounds.push_back(std::accumulate(&c.fine[first], &c.fine[0] + last, bounds.back() + c.num_prefix));
+    }
+    return bounds;
+}
+
 // <weight of x, x> + <weight of y, y> of the norm in double, and its results.
 static double norm_formula(
-    const Change& c, const std::vector<int>& group, const Numbers& residual, const Numbers& update, const Numbers& path,
-    const Numbers& layer, const Numbers& weight, const Numbers& bias, const Numbers& of_x, const Numbers& of_y,
-    Numbers* out_x, Numbers* out_y
+    const Change& c, const std::vector<int32_t>& src, const std::vector<int32_t>& dst, const Numbers& residual,
+    const Numbers& update, const Numbers& path, const Numbers& layer, const Numbers& weight, const Numbers& bias,
+    const Numbers& of_x, const Numbers& of_y, Numbers* out_x, Numbers* out_y
 ) {
-    const int C = c.width, P = c.num_prefix, src = path.size();
-    Numbers sum(residual.size()), x, y;
-    for (size_t i = 0; i < sum.size(); ++i) {
-        const size_t row = i / C, g = row < size_t(src * P) ? row / P : group[row - src * P];
-        sum[i] = residual[i] + path[g] * layer[i % C] * update[i];
+    const int C = c.width, P = c.num_prefix;
+    Numbers sum(residual.size()), x, y, patches;
+    for (size_t g = 0; g + 1 < src.size(); ++g) {
+        for (int64_t i = int64_t(src[g]) * C; i < int64_t(src[g + 1]) * C; ++i)
+            sum[i] = residual[i] + path[g] * layer[i % C] * update[i];
+        patches.insert(patches.end(), sum.begin() + (src[g] + P) * C, sum.begin() + src[g + 1] * C);
     }
-    for (size_t coarse = 0; coarse + 1 < c.children.size(); ++coarse) {
-        const int first = c.children[coarse], last = c.children[coarse + 1];
-        for (int fine = first; fine < (c.coarser ? first + 1 : last); ++fine)
-            for (int i = 0; i < P * C; ++i) {
-                double value = c.coarser ? 0 : sum[coarse * P * C + i];
-                for (int f = first; c.coarser && f < last; ++f) value += sum[f * P * C + i] / (last - first);
-                x.push_back(value);
-            }
+    auto patch = patches.begin();
+    for (size_t g = 0, coarse = 0; g + 1 < dst.size(); ++g) {
+        while (!c.coarser && c.children[coarse + 1] <= int(g)) ++coarse;
+        const int first = c.coarser ? c.children[g] : coarse, last = c.coarser ? c.children[g + 1] : coarse + 1;
+        for (int i = 0; i < P * C; ++i) {
+            double mean = 0;
+            for (int f = first; f < last; ++f) mean += sum[src[f] * C + i] / (last - first);
+            x.push_back(mean);
+        }
+        const auto next = patch + (dst[g + 1] - dst[g] - P) * C;
+        x.insert(x.end(), patch, next);
+        patch = next;
     }
-    x.insert(x.end(), sum.begin() + src * P * C, sum.end());
     double total = 0;
     for (size_t row = 0; row < x.size() / C; ++row) {
         double mean = 0, variance = 0;
@@ -224,14 +323,8 @@ static double norm_formula(
 static void norm(const Change& c, bool bfloat16) {
     const int C = c.width, P = c.num_prefix, coarse = c.children.size() - 1, fine = c.fine.size();
     const int src = c.coarser ? fine : coarse, dst = c.coarser ? coarse : fine;
-    std::vector<int32_t> bounds = {0};
-    std::vector<int> group;  // of each patch
-    for (int g = 0, first = 0; g < src; ++g) {
-        const int last = c.coarser ? first + 1 : c.children[g + 1];
-        for (; first < last; ++first) group.insert(group.end(), c.fine[first], g);
-        bounds.push_back(group.size());
-    }
-    const int64_t tokens = group.size(), before = (src * P + tokens) * C, after = (dst * P + tokens) * C;
+    const std::vector<int32_t> src_rows = bounds_of(c, !c.coarser), dst_rows = bounds_of(c, c.coarser);
+    const int64_t before = src_rows.back() * C, after = dst_rows.back() * C, tokens = src_rows.back() - src * P;
     Tensor residual(bfloat16, before), update(bfloat16, before), x(bfloat16, after), y(bfloat16, after);
     Tensor of_x(bfloat16, after), of_y(bfloat16, after), grad(bfloat16, before), grad_update(bfloat16, before);
     Tensor path(false, src), layer(false, C), weight(false, C), bias(false, C), sums(false, 3 * C);
@@ -244,7 +337,7 @@ static void norm(const Change& c, bool bfloat16) {
         Numbers* to_x = nullptr, Numbers* to_y = nullptr
     ) {
         return norm_formula(
-            c, group, r, u, path.numbers(), l, w, b, of_x.numbers(), of_y.numbers(), to_x, to_y
+            c, src_rows, dst_rows, r, u, path.numbers(), l, w, b, of_x.numbers(), of_y.numbers(), to_x, to_y
         );
     };
     Numbers exact_x, exact_y;
@@ -254,7 +347,8 @@ static void norm(const Change& c, bool bfloat16) {
         Norm n = {};
         n.residual = residual.data, n.update = update.data, n.weight = weight.floats(), n.bias = bias.floats();
         n.path_scale = c.scaled ? path.floats() : nullptr, n.layer_scale = c.scaled ? layer.floats() : nullptr;
-        n.cu_seqlens = bounds.data(), n.children = coarse == fine ? nullptr : c.children.data();
+        n.src = src_rows.data(), n.dst = dst_rows.data();
+        n.children = coarse == fine ? nullptr : c.children.data();
         n.x = x.data, n.y = y.data, n.mean = mean.floats(), n.rstd = rstd.floats();
         n.grad_x = of_x.data, n.grad_y = of_y.data, n.grad_residual = grad.data;
         n.grad_update = c.scaled ? grad_update.data : nullptr, n.sums = sums.floats();
@@ -393,17 +487,20 @@ int main(int count, char** arguments) {
     const bool small_only = count > 2 && !strcmp(arguments[2], "small");
     if (count > 2 && !strcmp(arguments[2], "last")) first = best();
     const Case cases[] = {
-        {{197, 1, 0, 64, 33}, 1, 3, 64}, {{15, 70, 2}, 0, 2, 16}, {{300, 5}, 5, 1, 80}, {{31, 130}, 32, 1, 128},
-        {{139, 8}, 1, 42, 128},  // of which the first is the work of all threads
+        {{198, 2, 0, 65, 34}, {}, 0, 3, 64}, {{15, 70, 2}, {}, 3, 2, 16}, {{305, 10}, {}, 0, 1, 80},
+        {{63, 162}, {}, 32, 1, 128}, {{3, 1, 0, 5, 40, 2}, {70, 1, 7, 0, 130, 197}, 2, 2, 80},
+        {{130, 0, 7}, {33, 0, 300}, 0, 2, 128}, {{0, 0}, {5, 0}, 1, 1, 32}, {{257, 1}, {2, 129}, 1, 1, 48},
+        {{140, 9}, {}, 0, 42, 128}, {{230, 3}, {2, 230}, 1, 42, 128},  // the longest are the work of all threads
     };
-    const Case small = {{15, 40, 0, 2}, 1, 2, 16}, large_scores = {{70, 3, 0}, 1, 2, 48, 200};
+    const Case small[] = {{{16, 41, 1, 3}, {}, 0, 2, 16}, {{3, 0, 17}, {40, 5, 0}, 1, 2, 16}};
+    const Case large_scores = {{71, 4, 1}, {}, 0, 2, 48, 200};
     const Change changes[] = {
         {{5, 40, 3}, {0, 1, 2, 3}, true, true, 2, 40},  // the same level
         {{5, 40, 3}, {0, 2, 3}, true, true, 1, 33}, {{70, 1, 9, 3}, {0, 3, 4}, false, true, 3, 64},
         {{5, 40, 3}, {0, 2, 3}, true, false, 1, 7}, {{2, 1}, {0, 2}, false, false, 1, 4100},  // on the heap
     };
     for (const bool bfloat16 : {false, true}) {
-        attention(small, bfloat16);
+        for (const Case& c : small) attention(c, bfloat16);
         attention(large_scores, bfloat16);
         if (!small_only)
             for (const Case& c : cases) attention(c, bfloat16);

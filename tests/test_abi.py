@@ -10,20 +10,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import plain_groups
 from hlip_kernels import native as library
-from hlip_kernels.backends import cpu, native, native_product, native_rows
-from hlip_kernels.backends.groups import Groups, Regroup
+from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, native, native_product, native_rows
+from hlip_kernels.backends.base import AttentionBackend, NormBackend, Regroup
 from hlip_kernels.native import interface
+from spans import plain_spans
 
 ROOT = Path(__file__).parents[1]
 SOURCES = Path("hlip_kernels/native/src")
@@ -106,17 +106,18 @@ def test_structures_are_those_of_the_headers(structure: type[ctypes.Structure]) 
 def test_structures_that_differ_do_not_pass() -> None:
     """The test above sees a field more in the headers, even in padding, one less, and two in each other's place."""
 
-    class Attention(ctypes.Structure):
-        _fields_ = (*interface.Attention._fields_, ("more", ctypes.c_int32))
-
     class Gelu(ctypes.Structure):
         _fields_ = interface.Gelu._fields_[:-1]
+
+    class Attention(ctypes.Structure):
+        _fields_ = (*interface.Attention._fields_, ("more", ctypes.c_int32))
 
     class Layer(ctypes.Structure):
         _fields_ = (*interface.Layer._fields_[:2], *interface.Layer._fields_[:1:-1])
 
-    for structure in (Attention, Gelu, Layer):
+    for structure in (Gelu, Layer):
         assert ctypes.sizeof(structure) == ctypes.sizeof(getattr(interface, structure.__name__))
+    for structure in (Gelu, Attention, Layer):
         assert compiles(KIND + layout_of(structure)).returncode != 0
 
 
@@ -163,7 +164,7 @@ def test_the_number_of_the_headers(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[str], str]] = {
-    "a field that fits into padding": lambda text: text.replace("float softmax_scale;", "float softmax_scale, cap;"),
+    "a field in attention": lambda text: text.replace("float softmax_scale;", "float softmax_scale, cap;"),
     "a field in a norm": lambda text: text.replace("float* path_scale;", "float *path_scale, *token_scale;"),
     "two fields of one size": lambda text: text.replace("heads, head_dim;", "head_dim, heads;"),
     "two fields of another structure": lambda text: text.replace("void *hidden, *active;", "void *active, *hidden;"),
@@ -198,7 +199,7 @@ def test_a_library_of_other_headers_is_refused(change: str, tmp_path: Path) -> N
         (["-DHLIP_ABI=1"], '#include "abi.cpp"'),
         ([f"-DHLIP_ABI={interface.ABI + 1}"], '#include "abi.cpp"'),
         ([f"-DHLIP_ABI={interface.ABI}"], '#include "attention.h"\n#define HLIP_ISAS 5\n#include "abi.cpp"'),
-        ([f"-DHLIP_ABI={interface.ABI}", "-fpack-struct=1"], '#include "abi.cpp"'),
+        ([f"-DHLIP_ABI={interface.ABI}", "-Dfloat=double"], '#include "abi.cpp"'),
     ],
 )
 def test_older_and_newer_libraries_are_refused(flags: list[str], program: str, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_what_is_no_library_is_refused_and_nothing_ends(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_whole_library_with_one_field_more(tmp_path: Path) -> None:
     def change(text: str) -> str:
-        return text.replace("    int64_t rows;\n    int32_t groups", "    int64_t rows, more;\n    int32_t groups")
+        return text.replace("    int64_t q_rows, k_rows;", "    int64_t q_rows, k_rows, more;")
 
     path = build(tmp_path, "*.cpp", change, "-O0")
     message = refused(path)
@@ -279,61 +280,93 @@ def test_every_function_is_declared() -> None:
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """Of forward and backward, for two groups of 10 patches and a prefix row each."""
-    qkv = changes.get("qkv", torch.ones(22, 3, 2, 16))
-    right = {
-        "qkv": qkv,
-        "groups": plain_groups((10, 10), 1),
-        "softmax_scale": 0.25,
-        "out": torch.ones(22, *qkv.shape[2:], dtype=qkv.dtype),
-        "lse": torch.ones(qkv.shape[2], 22) if qkv.dim() == 4 else torch.ones(2, 22),
-        "grad_out": torch.ones(22, *qkv.shape[2:], dtype=qkv.dtype),
-    }
-    return right | changes
-
-
-def bounds(*values: int, dtype: torch.dtype = torch.int32, num_prefix: int = 1) -> dict[str, Groups]:
-    groups = plain_groups((10, 10), 1)
-    return {"groups": groups._replace(cu_seqlens=torch.tensor(values, dtype=dtype), num_prefix=num_prefix)}
+    """Of forward and backward, for two groups of 11 rows each."""
+    right: dict[str, Any] = {name: torch.ones(22, 2, 16) for name in ("q", "k", "v", "out", "grad_out")}
+    right |= {name: torch.ones(22, 2, 16) for name in ("grad_q", "grad_k", "grad_v")}
+    right |= {"queries": plain_spans((11, 11)), "keys": plain_spans((11, 11)), "softmax_scale": 0.25}
+    return right | {"lse": torch.ones(2, 22)} | changes
 
 
 def shaped(*shape: int, **options: Any) -> dict[str, Tensor]:
-    return {"qkv": torch.ones(shape, **options)}
+    """All tensors of this shape, and lse of that which goes with it."""
+    rows, heads = shape[:2]
+    names = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    return {name: torch.ones(shape, **options) for name in names} | {"lse": torch.ones(heads, rows)}
 
 
-HEAD_DIMS = {f"head dim {n}": shaped(22, 3, 2, n) for n in (0, 1, 8, 24, 40, 136, 144, 256)}
-DTYPES = {str(dtype): shaped(22, 3, 2, 16, dtype=dtype) for dtype in (torch.float16, torch.float64, torch.int32)}
+def spans(
+    side: str, *bounds: int, used: Sequence[int] | None = None, dtype: torch.dtype = torch.int32
+) -> dict[str, Any]:
+    seqused = None if used is None else torch.tensor(used, dtype=dtype)
+    return {side: plain_spans((11, 11))._replace(cu_seqlens=torch.tensor(bounds, dtype=dtype), seqused=seqused)}
+
+
+HEAD_DIMS = {f"head dim {n}": shaped(22, 2, n) for n in (0, 1, 8, 24, 40, 136, 144, 256)}
+DTYPES = {str(dtype): shaped(22, 2, 16, dtype=dtype) for dtype in (torch.float16, torch.float64, torch.int32)}
 WRONG: dict[str, dict[str, Any]] = {
-    "on meta": shaped(22, 3, 2, 16, device="meta"),
-    "two slots": shaped(22, 2, 2, 16),
-    "no heads": shaped(22, 3, 0, 16),
-    "three dimensions": shaped(22, 3, 32),
-    "rows less": shaped(21, 3, 2, 16),
-    "rows more": shaped(23, 3, 2, 16),
-    "int64 bounds": bounds(0, 10, 20, dtype=torch.int64),
-    "bounds beyond the rows": bounds(0, 10, 2000),
-    "bounds before the rows' end": bounds(0, 10, 19),
-    "bounds that fall": bounds(0, 30, 20),
-    "bounds below zero": bounds(0, -10, 20),
-    "bounds that begin below zero": bounds(-5, 10, 20),
-    "bounds that begin late": bounds(5, 10, 20),
-    "no bounds": bounds(),
-    "two prefix rows": bounds(0, 10, 20, num_prefix=2),
-    "prefix rows below zero": bounds(0, 12, 24, num_prefix=-1),
+    "all on meta": shaped(22, 2, 16, device="meta"),
+    "no heads": shaped(22, 0, 16),
+    "two dimensions": {"q": torch.ones(22, 32)},
+    "keys on meta": {"k": torch.ones(22, 2, 16, device="meta")},
+    "keys of two dimensions": {"k": torch.ones(22, 32), "v": torch.ones(22, 32)},
+    "keys of more heads": {"k": torch.ones(22, 3, 16), "v": torch.ones(22, 3, 16)},
+    "keys in bfloat16": {"k": torch.ones(22, 2, 16, dtype=torch.bfloat16)},
+    "values of fewer rows": {"v": torch.ones(21, 2, 16)},
+    "values of a wider head": {"v": torch.ones(22, 2, 32)},
+    "fewer groups of queries": spans("queries", 0, 22),
+    "fewer groups of keys": spans("keys", 0, 22),
     "no scale": {"softmax_scale": math.nan},
     "infinite scale": {"softmax_scale": -math.inf},
+    **{
+        f"{wrong} of {side}": spans(side, *values, **options)  # type: ignore[arg-type]
+        for side in ("queries", "keys")
+        for wrong, values, options in (
+            ("int64 bounds", (0, 11, 22), {"dtype": torch.int64}),
+            ("no bounds", (), {}),
+            ("a used number less", (0, 11, 22), {"used": (11,)}),
+        )
+    },
+}
+# What numbers tell, which no backend reads back from a GPU.
+WRONG_ROWS: dict[str, dict[str, Any]] = {
+    "rows less": shaped(21, 2, 16),
+    "rows more": shaped(23, 2, 16),
+    **{
+        f"{wrong} of {side}": spans(side, *values, used=used)
+        for side in ("queries", "keys")
+        for wrong, values, used in (
+            ("bounds beyond the rows", (0, 11, 2200), None),
+            ("bounds before the rows' end", (0, 11, 21), None),
+            ("bounds that fall", (0, 33, 22), None),
+            ("bounds below zero", (0, -11, 22), None),
+            ("bounds that begin below zero", (-5, 11, 22), None),
+            ("bounds that begin late", (5, 11, 22), None),
+            ("more used than there are", (0, 11, 22), (12, 1)),
+            ("used below zero", (0, 11, 22), (1, -1)),
+            ("used beyond the rows", (0, 11, 2200), (1, 12)),
+            ("used from below zero", (-5, 11, 22), (4, 4)),
+            ("used where bounds fall", (0, 33, 22), (1, 0)),
+            ("used before a bound beyond the rows", (0, 23, 2200), (1, 0)),
+            ("used at the least bound", (-(2**31), 11, 22), (2**31 - 1, 0)),
+            ("used from the greatest bound", (0, 2**31 - 1, -(2**31)), (1, 1)),
+        )
+    },
 }
 WRONG_BACKWARD: dict[str, dict[str, Any]] = {
     "out of fewer rows": {"out": torch.ones(21, 2, 16)},
     "out of fewer heads": {"out": torch.ones(22, 1, 16)},
     "out of a narrower head": {"out": torch.ones(22, 2, 8)},
     "out in bfloat16": {"out": torch.ones(22, 2, 16, dtype=torch.bfloat16)},
-    "gradient of fewer rows": {"grad_out": torch.ones(2, 2, 16)},
-    "gradient in float64": {"grad_out": torch.ones(22, 2, 16, dtype=torch.float64)},
-    "gradient on meta": {"grad_out": torch.ones(22, 2, 16, device="meta")},
+    "grad_out of fewer rows": {"grad_out": torch.ones(2, 2, 16)},
+    "grad_out in float64": {"grad_out": torch.ones(22, 2, 16, dtype=torch.float64)},
+    "grad_out on meta": {"grad_out": torch.ones(22, 2, 16, device="meta")},
     "lse the other way": {"lse": torch.ones(22, 2)},
     "lse of fewer rows": {"lse": torch.ones(2, 10)},
     "lse in bfloat16": {"lse": torch.ones(2, 22, dtype=torch.bfloat16)},
+    "grad_q of fewer rows": {"grad_q": torch.ones(21, 2, 16)},
+    "grad_k of fewer heads": {"grad_k": torch.ones(22, 1, 16)},
+    "grad_v in bfloat16": {"grad_v": torch.ones(22, 2, 16, dtype=torch.bfloat16)},
+    "grad_v on meta": {"grad_v": torch.ones(22, 2, 16, device="meta")},
 }
 
 
@@ -342,104 +375,203 @@ def direction(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def call(backend: ModuleType, direction: str, given: dict[str, Any]) -> Any:
+def call(backend: AttentionBackend, direction: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The results."""
+    q, k, v, queries, keys, scale = (given[name] for name in ("q", "k", "v", "queries", "keys", "softmax_scale"))
     if direction == "forward":
-        return backend.forward(*(given[name] for name in ("qkv", "groups", "softmax_scale")))
-    return backend.backward(*(given[name] for name in ("grad_out", "qkv", "out", "lse", "groups", "softmax_scale")))
+        return backend.forward(q, k, v, queries, keys, scale)
+    grads = given["grad_q"], given["grad_k"], given["grad_v"]
+    backend.backward(grads, given["grad_out"], q, k, v, given["out"], given["lse"], queries, keys, scale, True)
+    return grads
 
 
 @needs_library
-@pytest.mark.parametrize("wrong", [*HEAD_DIMS, *DTYPES, *WRONG])
+@pytest.mark.parametrize("wrong", [*HEAD_DIMS, *DTYPES, "all on meta", *WRONG_ROWS])
 def test_a_direct_call_that_would_leave_its_memory_is_refused(wrong: str, direction: str) -> None:
-    call(native, direction, arguments())
+    call(BACKENDS["native"], direction, arguments())
     with pytest.raises(ValueError):
-        call(native, direction, arguments(**(HEAD_DIMS | DTYPES | WRONG)[wrong]))
+        call(BACKENDS["native"], direction, arguments(**(HEAD_DIMS | DTYPES | WRONG | WRONG_ROWS)[wrong]))
 
 
-@pytest.mark.parametrize("wrong", [key for key in WRONG if key != "on meta"])
-def test_other_backends_refuse_the_same(wrong: str, direction: str) -> None:
-    triton_attention = pytest.importorskip("hlip_kernels.backends.triton_attention")
-    call(cpu, direction, arguments())
-    for backend in (cpu,) if wrong.endswith(("that fall", "below zero")) else (cpu, triton_attention):
-        with pytest.raises(ValueError):
-            call(backend, direction, arguments(**WRONG[wrong]))
+@pytest.fixture(params=["native", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> AttentionBackend:
+    if request.param == "native" and library.native().library is None:
+        pytest.skip(library.native().reason)
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return BACKENDS[request.param]
 
 
-@needs_library
+@pytest.mark.parametrize("wrong", [key for key in WRONG if key != "all on meta"])
+def test_every_backend_refuses_the_same(wrong: str, backend: AttentionBackend, direction: str) -> None:
+    with pytest.raises(ValueError):
+        call(backend, direction, arguments(**WRONG[wrong]))
+
+
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+def test_the_other_backend_on_cpus_refuses_the_same_rows(wrong: str, direction: str) -> None:
+    call(BACKENDS["cpu"], direction, arguments())
+    with pytest.raises(ValueError):
+        call(BACKENDS["cpu"], direction, arguments(**WRONG_ROWS[wrong]))
+
+
 @pytest.mark.parametrize("wrong", WRONG_BACKWARD)
-def test_what_backward_is_given_belongs_together(wrong: str) -> None:
-    triton_attention = pytest.importorskip("hlip_kernels.backends.triton_attention")
-    for backend in (native, cpu, triton_attention):
-        with pytest.raises(ValueError, match=wrong.split()[0].replace("gradient", "grad_out")):
-            call(backend, "backward", arguments(**WRONG_BACKWARD[wrong]))
+def test_what_backward_is_given_belongs_together(wrong: str, backend: AttentionBackend) -> None:
+    with pytest.raises(ValueError, match=wrong.split()[0]):
+        call(backend, "backward", arguments(**WRONG_BACKWARD[wrong]))
 
 
 @needs_library
 def test_memory_of_any_strides(direction: str) -> None:
     torch.manual_seed(0)
-    qkv = torch.randn(16, 2, 3, 22)
-    out, lse = native.forward(qkv.permute(3, 2, 1, 0).contiguous(), plain_groups((10, 10), 1), 0.25)
-    given = arguments(qkv=qkv.permute(3, 2, 1, 0), out=out, lse=lse)
-    plain = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in given.items()}
-    given |= {"out": out.permute(2, 1, 0).contiguous().permute(2, 1, 0), "lse": lse.T.contiguous().T}
-    for got, expected in zip(call(native, direction, given), call(native, direction, plain), strict=True):
-        assert torch.equal(got, expected)
+    own, turned = BACKENDS["native"], {name: torch.randn(16, 2, 22).permute(2, 1, 0) for name in ("q", "k", "v")}
+    plain = {name: x.contiguous() for name, x in turned.items()}
+    out, lse = call(own, "forward", arguments(**plain))
+    turned |= {"out": out.permute(2, 1, 0).contiguous().permute(2, 1, 0), "lse": lse.T.contiguous().T}
+    turned |= {name: torch.ones(16, 2, 22).permute(2, 1, 0) for name in ("grad_q", "grad_k", "grad_v")}
+    expected = call(own, direction, arguments(**plain, out=out, lse=lse))
+    for x, y in zip(call(own, direction, arguments(**turned)), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def structure(
+    memory: Tensor, bounds: dict[str, Sequence[int]], **changes: int
+) -> tuple[interface.Attention, list[Tensor]]:
+    """Of two groups of 11 rows each, in these rows of memory; and what its bounds lie in."""
+    held = {name: torch.tensor(values, dtype=torch.int32) for name, values in bounds.items()}
+    addresses = {name: x.data_ptr() for name, x in held.items()}
+    names = ("q", "k", "v", "out", "lse", "grad_out", "grad_q", "grad_k", "grad_v")
+    addresses |= {name: row.data_ptr() for name, row in zip(names, memory, strict=True)}
+    fields: dict[str, Any] = {"q_rows": 22, "k_rows": 22, "groups": 2, "heads": 2, "head_dim": 16, "threads": 1}
+    fields |= dict.fromkeys(("q_stride", "k_stride", "grad_q_stride", "grad_k_stride"), 32)
+    return interface.Attention(**addresses, **(fields | {"softmax_scale": 0.25} | changes)), list(held.values())
+
+
+BOUNDS: dict[str, Sequence[int]] = {"q_bounds": (0, 11, 22), "k_bounds": (0, 11, 22)}
 
 
 @needs_library
 @pytest.mark.parametrize(
     "wrong",
     [{"head_dim": n} for n in (-16, 0, 8, 24, 136, 256)]
-    + [{"bfloat16": 2}, {"bfloat16": -1}, {"isa": -1}, {"isa": 4}, {"threads": 0}, {"rows": 21}, {"groups": -1}]
-    + [{"num_prefix": -1}, {"heads": -1}, {"cu_seqlens": (0, 30, 20)}, {"cu_seqlens": (-1, 10, 20)}],
+    + [{"bfloat16": 2}, {"bfloat16": -1}, {"isa": -1}, {"isa": 4}, {"threads": 0}, {"heads": -1}, {"groups": -1}]
+    + [{name: n} for name in ("q_rows", "k_rows") for n in (21, 23, 0, -1)]
+    + [{name: n} for name in ("q_stride", "k_stride") for n in (31, 0, -32)]
+    + [{name: values} for name in ("q_bounds", "k_bounds") for values in ((0, 33, 22), (-1, 11, 22), (1, 11, 22))]
+    + [{name: values} for name in ("q_used", "k_used") for values in ((12, 0), (-1, 11), (0, 12))],
     ids=str,
 )
 def test_the_library_refuses_by_itself(wrong: dict[str, Any], direction: str) -> None:
-    functions = library.native().library
-    assert functions is not None
-    memory = torch.full((4, 4096), 7.0)
-    values = torch.tensor(wrong.get("cu_seqlens", (0, 10, 20)), dtype=torch.int32)
-    fields = {"rows": 22, "groups": 2, "num_prefix": 1, "heads": 2, "head_dim": 16, "threads": 1, "softmax_scale": 0.25}
-    fields |= {name: value for name, value in wrong.items() if name not in ("isa", "cu_seqlens")}
-    out, grad_qkv, lse, qkv = (row.data_ptr() for row in memory)
-    attention = interface.Attention(
-        qkv=qkv, cu_seqlens=values.data_ptr(), out=out, lse=lse, grad_out=qkv, grad_qkv=grad_qkv, **fields
-    )
-    settings = ctypes.byref(attention), wrong.get("isa", 0), int(direction == "backward")
-    assert functions.hlip_attention_scratch(*settings) == -1
-    assert functions.hlip_attention(*settings) == -1
+    memory = torch.full((9, 4096), 7.0)
+    assert not called(memory, direction)
+    memory[:] = 7
+    assert called(memory, direction, **wrong)
     assert (memory == 7).all()
 
 
-def carried(**changes: Any) -> Regroup:
-    """From two groups of 10 patches to one, a prefix row each."""
-    right: dict[str, Any] = {
-        "cu_seqlens": torch.tensor([0, 10, 20], dtype=torch.int32),
-        "tiles": plain_groups((10, 10), 1).tiles[0],
-        "children": torch.tensor([0, 2], dtype=torch.int32),
-        "num_prefix": 1,
-        "dst_groups": 1,
-    }
-    return Regroup(**(right | changes))
+@needs_library
+@pytest.mark.parametrize("name", ["grad_q_stride", "grad_k_stride"])
+def test_gradients_whose_rows_overlap_are_refused(name: str) -> None:
+    memory = torch.full((9, 4096), 7.0)
+    assert called(memory, "backward", **{name: 31})
+    assert (memory == 7).all()
+    assert not called(memory, "forward", **{name: 31})  # which has none
+
+
+def called(memory: Tensor, direction: str, isa: int = 0, **changes: Any) -> bool:
+    """Whether the library refuses; both of its functions do, or neither."""
+    functions = library.native().library
+    assert functions is not None
+    bounds = {name: values for name, values in changes.items() if isinstance(values, tuple)}
+    numbers = {name: value for name, value in changes.items() if name not in bounds}
+    attention, held = structure(memory, BOUNDS | bounds, **numbers)
+    settings = ctypes.byref(attention), isa, int(direction == "backward")
+    size = functions.hlip_attention_scratch(*settings)
+    scratch = torch.empty(max(size, 0) + 64, dtype=torch.uint8)
+    attention.scratch = -(-scratch.data_ptr() // 64) * 64
+    refused = functions.hlip_attention(*settings)
+    del held  # not before
+    assert (size, refused) == (-1, -1) or (size >= 0 and refused == 0)
+    return bool(refused)
+
+
+@needs_library
+def test_scratch_suffices_for_several_long_groups(direction: str) -> None:
+    """A shorter one may have more of its heads at a time, and then its tiles take up more."""
+    functions = library.native().library
+    assert functions is not None
+
+    def scratch(*lengths: int) -> int:
+        bounds = tuple(accumulate(lengths, initial=0))
+        rows, groups = bounds[-1], len(lengths)
+        of_one = structure(
+            torch.empty(9, 0),
+            {"q_bounds": bounds, "k_bounds": bounds},
+            q_rows=rows,
+            k_rows=rows,
+            groups=groups,
+            heads=12,
+            head_dim=64,
+            **dict.fromkeys(("q_stride", "k_stride", "grad_q_stride", "grad_k_stride"), 768),
+        )
+        return functions.hlip_attention_scratch(ctypes.byref(of_one[0]), 0, int(direction == "backward"))
+
+    sizes = range(20_000, 260_000, 20_000)
+    assert scratch(*sizes) >= max(map(scratch, sizes))
 
 
 def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def between_levels(**changes: Any) -> Regroup:
+    """From two groups of 11 rows to one, a prefix row each."""
+    right: dict[str, Any] = {
+        "src": ints(0, 11, 22),
+        "dst": ints(0, 21),
+        "tiles": ints(0, 0, 1, 0).view(2, 2),
+        "children": ints(0, 2),
+        "parents": ints(0, 0),
+        "num_prefix": 1,
+    }
+    return Regroup(**(right | changes))
+
+
+def one_level(**changes: Any) -> Regroup:
+    return between_levels(dst=ints(0, 11, 22), children=None, parents=None)._replace(**changes)
+
+
+UNREAD = {  # what a kernel for GPUs does not see
+    "children beyond the groups": between_levels(children=ints(0, 3)),
+    "children that begin late": between_levels(children=ints(1, 2)),
+    "a coarse group without children": between_levels(children=ints(0, 0, 2), dst=ints(0, 1, 22)),
+    "children that fall": between_levels(children=ints(0, 3, 2), dst=ints(0, 11, 22)),
+    "children of a group with other patches": between_levels(children=ints(0, 1, 2), dst=ints(0, 10, 22)),
+    "bounds beyond the rows": between_levels(src=ints(0, 11, 200)),
+    "bounds before the rows' end": between_levels(src=ints(0, 11, 21)),
+    "bounds that fall": between_levels(src=ints(0, 30, 22)),
+    "bounds that begin below zero": between_levels(src=ints(-1, 11, 22)),
+    "dst beyond the rows": between_levels(dst=ints(0, 200)),
+    "dst before the rows' end": between_levels(dst=ints(0, 20)),
+    "a group smaller than its prefix": between_levels(src=ints(0, 0, 22)),
+    "a group of dst smaller than its prefix": between_levels(children=ints(0, 1, 2), dst=ints(0, 0, 22)),
+    "two levels without children": one_level(dst=ints(0, 12, 22)),
+    "prefix rows of another number": between_levels(num_prefix=3),
+}
 REGROUPS = {
-    "children beyond the groups": carried(children=ints(0, 3)),
-    "children that fall": carried(children=ints(0, 3, 2), dst_groups=2, cu_seqlens=ints(0, 10, 10, 20)),
-    "int64 children": carried(children=torch.tensor([0, 2])),
-    "more children than groups": carried(children=ints(0, 1, 2)),
-    "no children": carried(children=None),
-    "bounds beyond the rows": carried(cu_seqlens=ints(0, 10, 200)),
-    "bounds that fall": carried(cu_seqlens=ints(0, 30, 20)),
-    "int64 bounds": carried(cu_seqlens=torch.tensor([0, 10, 20])),
-    "prefix rows of another number": carried(num_prefix=3),
-    "more prefix rows than rows": carried(num_prefix=30),
-    "prefix rows below zero": carried(num_prefix=-1),
-}  # fmt: skip
+    "int64 children": between_levels(children=torch.tensor([0, 2])),
+    "more children than groups": between_levels(children=ints(0, 1, 2)),
+    "no children": between_levels(children=None, parents=None),
+    "children without parents": between_levels(parents=None),
+    "parents without children": one_level(parents=ints(0, 1)),
+    "parents of fewer groups": between_levels(parents=ints(0)),
+    "int64 bounds": between_levels(src=torch.tensor([0, 11, 22])),
+    "int64 bounds of dst": between_levels(dst=torch.tensor([0, 21])),
+    "bounds on meta": between_levels(src=ints(0, 11, 22).to("meta")),
+    "more prefix rows than rows": between_levels(num_prefix=30),
+    "prefix rows that only dst has room for": between_levels(num_prefix=12),
+    "prefix rows below zero": between_levels(num_prefix=-1),
+}
 ROWS: dict[str, dict[str, Any]] = {
     "residual": {"residual": torch.ones(21, 8)},
     "residual in float16": {"residual": torch.ones(22, 8, dtype=torch.float16)},
@@ -463,7 +595,7 @@ FORWARD = ("residual", "update", "path_scale", "layer_scale", "weight", "bias", 
 BACKWARD = ("grad_x", "grad_y", "x", "mean", "rstd", "update", "path_scale", "layer_scale", "weight", "regroup")
 
 
-def norm(module: ModuleType, changes: dict[str, Any]) -> None:
+def norm(backend: NormBackend, changes: dict[str, Any]) -> None:
     """Forward and backward of those that take what is changed. Raises ValueError only if all do."""
     right = {
         **{name: torch.ones(22, 8) for name in ("residual", "update")},
@@ -471,11 +603,11 @@ def norm(module: ModuleType, changes: dict[str, Any]) -> None:
         **{name: torch.ones(21) for name in ("mean", "rstd")},
         **{name: torch.ones(8) for name in ("weight", "bias", "layer_scale")},
         "path_scale": torch.ones(2),
-        "regroup": carried(),
+        "regroup": between_levels(),
         "eps": 1e-6,
     }
     (changed,) = changes or {"regroup": None}
-    for function, names in ((module.norm_forward, FORWARD), (module.norm_backward, BACKWARD)):
+    for function, names in ((backend.forward, FORWARD), (backend.backward, BACKWARD)):
         if changed not in names or (changed == "update" and (changes["update"] is None and names is FORWARD)):
             continue
         given = [(right | changes)[name] for name in names]
@@ -487,14 +619,58 @@ def norm(module: ModuleType, changes: dict[str, Any]) -> None:
 
 
 @needs_library
-def test_rows_of_a_norm_belong_together() -> None:
-    norm(native_rows, {})
+@pytest.mark.parametrize("right", [between_levels(), one_level()])
+def test_rows_of_a_norm_belong_together(right: Regroup) -> None:
+    backend, rows = NORM_BACKENDS["native"], torch.ones(22, 8)
+    x, y, _, _ = backend.forward(rows, rows, None, None, torch.ones(8), torch.ones(8), right, 1e-6)
+    assert (x == 2).all()
+    assert (y == 1).all()
+    norm(backend, {})
 
 
 @needs_library
-@pytest.mark.parametrize("wrong", [*REGROUPS, *ROWS])
+@pytest.mark.parametrize("wrong", [*UNREAD, *REGROUPS, *ROWS])
 def test_a_norm_called_directly_is_refused(wrong: str) -> None:
-    norm(native_rows, {"regroup": REGROUPS[wrong]} if wrong in REGROUPS else ROWS[wrong])
+    regroups = UNREAD | REGROUPS
+    norm(NORM_BACKENDS["native"], {"regroup": regroups[wrong]} if wrong in regroups else ROWS[wrong])
+
+
+@pytest.mark.parametrize("wrong", [*REGROUPS, *(name for name in ROWS if not name.startswith("residual in"))])
+def test_triton_refuses_the_same(wrong: str) -> None:
+    pytest.importorskip("triton")
+    norm(NORM_BACKENDS["triton"], {"regroup": REGROUPS[wrong]} if wrong in REGROUPS else ROWS[wrong])
+
+
+@needs_library
+@pytest.mark.parametrize("backward", [0, 1])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"tokens": n} for n in (-1, 19)),
+        *({"src_groups": n} for n in (-1, 1)),
+        *({"num_prefix": n} for n in (-1, 2)),
+        *({"src": bounds} for bounds in (None, (0, 30, 22))),
+        *({"dst": bounds} for bounds in (None, (0, 22))),
+        *({"children": bounds} for bounds in (None, (0, 3))),
+        {"dst_groups": 2},
+        {"threads": 0},
+        {"src": None, "dst": None},
+    ],
+    ids=str,
+)
+def test_the_library_refuses_a_norm_by_itself(wrong: dict[str, Any], backward: int) -> None:
+    functions = library.native().library
+    assert functions is not None
+    memory = torch.full((14, 4096), 7.0)
+    names = "residual", "update", "weight", "bias", "x", "y", "mean", "rstd", "grad_y", "grad_residual", "partial"
+    fields: dict[str, Any] = {name: row.data_ptr() for name, row in zip((*names, "sums"), memory, strict=False)}
+    fields |= {"tokens": 20, "src_groups": 2, "dst_groups": 1, "num_prefix": 1, "width": 8, "threads": 1, "eps": 1e-6}
+    maps = {"src": (0, 11, 22), "dst": (0, 21), "children": (0, 2)} | wrong
+    held = {name: ints(*maps[name]) for name in ("src", "dst", "children") if maps[name] is not None}
+    fields |= {name: value for name, value in wrong.items() if name not in ("src", "dst", "children")}
+    call = interface.Norm(**fields, **{name: x.data_ptr() for name, x in held.items()})
+    assert functions.hlip_norm(ctypes.byref(call), 0, backward) == -1
+    assert (memory == 7).all()
 
 
 @needs_library

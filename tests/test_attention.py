@@ -6,16 +6,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import plain_groups, token_labels
+from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout, available_backends, hier_attention
 from hlip_kernels.backends import BACKENDS as ALL_BACKENDS
+from hlip_kernels.backends import choose_backend
+from hlip_kernels.backends.base import AttentionBackend, NormBackend, Spans
+from spans import check_few_queries, plain_spans
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
 backward_op = torch.ops.hlip_kernels.hier_attention_backward.default
@@ -37,13 +40,19 @@ def nan_filled_memory() -> Iterator[None]:
 
 
 def group_rows(grids: list[list[Grid]], level: Level, num_prefix: int) -> dict[tuple[int, ...], list[int]]:
-    """For each group, by name: its prefix rows and its patch rows."""
+    """For each group, by name: its prefix rows and its patch rows, which lie one after another."""
     labels = [label[: DEPTH[level]] for label in token_labels(grids)]
-    names = sorted(set(labels))
-    rows = {name: list(range(g * num_prefix, (g + 1) * num_prefix)) for g, name in enumerate(names)}
-    for t, label in enumerate(labels):
-        rows[label].append(len(names) * num_prefix + t)
+    rows, first = {}, 0
+    for name in sorted(set(labels)):
+        last = first + num_prefix + labels.count(name)
+        rows[name] = list(range(first, last))
+        first = last
     return rows
+
+
+def settings(spans: Spans, backend: str, deterministic: bool = False) -> tuple[object, ...]:
+    """What the ops take after their tensors."""
+    return spans.cu_seqlens, spans.tiles, spans.max_seqlen, 0.25, backend, deterministic
 
 
 def textbook(qkv: Tensor, groups: list[list[int]], scale: float) -> Tensor:
@@ -162,14 +171,10 @@ def test_default_scale(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_length_zero(backend: str, lengths: tuple[int, ...], num_prefix: int) -> None:
     torch.manual_seed(0)
-    bounds = list(accumulate(lengths, initial=0))
-    first = len(lengths) * num_prefix  # the row where the patch stream begins
-    groups = [
-        [*range(g * num_prefix, (g + 1) * num_prefix), *range(first + bounds[g], first + bounds[g + 1])]
-        for g in range(len(lengths))
-    ]
-    qkv = torch.randn(first + bounds[-1], 3, HEADS, 16, dtype=torch.float64, requires_grad=True)
-    out, lse = forward_op(qkv, *plain_groups(lengths, num_prefix), 0.25, backend)
+    bounds = list(accumulate((num_prefix + n for n in lengths), initial=0))
+    groups = [list(range(a, b)) for a, b in pairwise(bounds)]
+    qkv = torch.randn(bounds[-1], 3, HEADS, 16, dtype=torch.float64, requires_grad=True)
+    out, lse = forward_op(qkv, *settings(plain_spans(lengths, num_prefix), backend))
     expected = textbook(qkv, groups, 0.25)
     torch.testing.assert_close(out, expected)
     assert lse.isfinite().all()
@@ -224,10 +229,10 @@ def test_opcheck(backend: str, dtype: torch.dtype, memory: str) -> None:
     qkv = random_qkv(layout, "scan", 16, dtype)
     if memory == "strided":
         qkv = strided(qkv)
-    settings = (*plain_groups(layout.seqlens("scan").tolist(), 2), 0.25, backend)
-    torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), *settings))
-    out, lse = forward_op(qkv, *settings)
-    torch.library.opcheck(backward_op, (torch.ones_like(out), qkv, out, lse, *settings))
+    rest = settings(plain_spans(layout.seqlens("scan").tolist(), 2), backend)
+    torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), *rest))
+    out, lse = forward_op(qkv, *rest)
+    torch.library.opcheck(backward_op, (torch.ones_like(out), qkv, out, lse, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,9 +257,9 @@ def test_fake_tensors_of_another_device(dtype: torch.dtype) -> None:
         layout = StudyLayout.from_grids(RAGGED).to("cuda:0")
         qkv = torch.empty(34, 3, HEADS, 16, dtype=dtype, device="cuda:0")
         assert hier_attention(qkv, layout, "scan").device == qkv.device
-        settings = (layout.cu_seqlens("scan"), layout.tiles("scan"), 1, layout.max_seqlen("scan"), 0.25, "reference")
-        out, lse = forward_op(qkv, *settings)
-        grad = backward_op(torch.empty_like(out), qkv, out, lse, *settings)
+        spans = Spans(layout.cu_seqlens("scan"), layout.tiles("scan"), layout.max_seqlen("scan"))
+        out, lse = forward_op(qkv, *settings(spans, "reference"))
+        grad = backward_op(torch.empty_like(out), qkv, out, lse, *settings(spans, "reference"))
         assert (out.shape, lse.shape, grad.shape) == ((34, HEADS, 16), (HEADS, 34), qkv.shape)
         assert {out.device, lse.device, grad.device} == {qkv.device}
         assert (out.dtype, lse.dtype, grad.dtype) == (dtype, torch.float32, dtype)
@@ -271,13 +276,12 @@ def test_a_study_alone_is_the_same_study_in_a_batch(backend: str, level: Level, 
     grad_out = torch.randn_like(out)
     (grad,) = torch.autograd.grad(out, qkv, grad_out)
     for s, study in enumerate(grids):
-        groups = [rows for name, rows in group_rows(grids, level, 2).items() if name[0] == s]
-        prefix_first = [row for rows in groups for row in rows[:2]] + [row for rows in groups for row in rows[2:]]
-        alone = qkv[prefix_first].detach().requires_grad_()
+        own = [row for name, rows in group_rows(grids, level, 2).items() if name[0] == s for row in rows]
+        alone = qkv[own].detach().requires_grad_()
         out_alone = hier_attention(alone, StudyLayout.from_grids([study], num_prefix=2), level, backend=backend)
-        (grad_alone,) = torch.autograd.grad(out_alone, alone, grad_out[prefix_first])
-        assert torch.equal(out_alone, out[prefix_first])
-        assert torch.equal(grad_alone, grad[prefix_first])
+        (grad_alone,) = torch.autograd.grad(out_alone, alone, grad_out[own])
+        assert torch.equal(out_alone, out[own])
+        assert torch.equal(grad_alone, grad[own])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -384,3 +388,90 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_few_queries_attend_to_patches_where_they_lie(backend: str, dtype: torch.dtype) -> None:
+    check_few_queries(ALL_BACKENDS[backend], dtype)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "used", "rows"),
+    [
+        ([0, 3, 2, 5], None, 5),
+        ([1, 3, 5], None, 5),
+        ([0, 3, 4], None, 5),
+        ([0, 3, 7], None, 5),
+        ([0, 3, 5], [3, 3], 5),
+        ([0, 3, 5], [-1, 2], 5),
+        ([-1, 3, 5], [1, 2], 5),
+        ([0, 3, 9], [3, 3], 5),
+    ],
+)
+@pytest.mark.parametrize("side", ["queries", "keys"])
+def test_bounds_that_leave_the_rows_are_refused(
+    side: str, cu_seqlens: list[int], used: list[int] | None, rows: int
+) -> None:
+    bad = Spans(torch.tensor(cu_seqlens, dtype=torch.int32), [], 5, None if used is None else torch.tensor(used).int())
+    good = plain_spans([2] * (len(cu_seqlens) - 1))
+    sides = {"queries": good, "keys": good, side: bad}
+    lengths = {name: rows if name == side else int(good.cu_seqlens[-1]) for name in sides}
+    q, k = (torch.zeros(lengths[name], HEADS, 16) for name in ("queries", "keys"))
+    with pytest.raises(ValueError, match=f"cu_seqlens of {side}: expected bounds that rise"):
+        ALL_BACKENDS["cpu"].forward(q, k, k, sides["queries"], sides["keys"], 1.0)
+
+
+def test_a_level_is_the_flattened_dense_batch() -> None:
+    """(B, P + N, C) of timm, transformers and MONAI, row by row."""
+    layout = StudyLayout.from_grids([[(2, 3, 4)]] * 5, num_prefix=2)
+    dense = torch.randn(5, 2 + 24, 3, HEADS, 16)
+    q, k, v = dense.permute(2, 0, 3, 1, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(hier_attention(dense.flatten(0, 1), layout, "study"), expected)
+
+
+class Forgetful(AttentionBackend):
+    name = "forgetful"
+
+    def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+        return []
+
+    def forward(self, *_: object) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class Forgotten(NormBackend):
+    name = "forgotten"
+
+
+def test_a_backend_without_a_method_is_an_error_when_it_is_registered() -> None:
+    with pytest.raises(TypeError, match=r"Forgetful.*backward"):
+        Forgetful()  # type: ignore[abstract]
+    with pytest.raises(TypeError, match=r"Forgotten.*backward.*forward"):
+        Forgotten()  # type: ignore[abstract]
+
+
+class Unsteady(Forgetful):
+    name = "unsteady"
+    repeats = "never"
+
+    def backward(self, *_: object) -> None:
+        raise NotImplementedError
+
+
+def test_deterministic_keeps_to_backends_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hlip_kernels.backends.BACKENDS", {"unsteady": Unsteady(), **ALL_BACKENDS})
+    choose_backend.cache_clear()
+    layout, qkv = StudyLayout.from_grids(RAGGED), torch.randn(34, 3, HEADS, 16)
+    try:
+        assert choose_backend("auto", "cpu", torch.float32, 16) == "unsteady"
+        assert choose_backend("auto", "cpu", torch.float32, 16, deterministic=True) != "unsteady"
+        hier_attention(qkv, layout, "scan", deterministic=True)
+        with pytest.raises(ValueError, match="'unsteady' cannot run here: its gradients are not the same bits"):
+            hier_attention(qkv, layout, "scan", backend="unsteady", deterministic=True)
+        torch.use_deterministic_algorithms(True)
+        with pytest.raises(ValueError, match="its gradients are not the same bits"):
+            hier_attention(qkv, layout, "scan", backend="unsteady")
+    finally:
+        choose_backend.cache_clear()

@@ -32,14 +32,14 @@ from hlip_kernels import (
     linear_of_norm,
     linear_of_pixels,
     mlp_of_norm,
-    regroup_prefix,
+    regroup,
 )
-from hlip_kernels.backends import reference
-from hlip_kernels.backends.groups import Groups
+from hlip_kernels.backends import BACKENDS
+from hlip_kernels.backends.base import Spans
 from hlip_kernels.integrations import dense_attention
 
 LAYOUT = StudyLayout.from_grids([[(2, 1, 3), (3, 1, 1)], [(1, 2, 2)]], num_prefix=1)
-ROWS, SLICES, WIDTH = 3 + LAYOUT.num_tokens, 6, 8
+ROWS, WIDTH = LAYOUT.num_rows("scan"), 8
 DENSE = StudyLayout.from_grids([[(2, 1, 3)], [(2, 1, 3)]], num_prefix=1)
 Op = Callable[..., Tensor]
 
@@ -73,7 +73,7 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Op, tuple[Tensor, ...]]]:
         "norm": (norm, (rows, update, *weights)),
         "finer": (finer, (rows, update)),
         "dense": (lambda qkv: dense_attention(qkv, DENSE, "slice"), (qkv[:7].unflatten(2, (2, 1)).movedim(2, 0),)),
-        "regroup": (lambda prefix: regroup_prefix(prefix, LAYOUT, "slice", "study"), (rows[:SLICES],)),
+        "regroup": (lambda x: regroup(x, LAYOUT, "scan", "study"), (rows,)),
         "linear": (lambda x: linear_of_norm(layers.linear, layers.norm, x, layers.norm(x)), (rows,)),
         "mlp": (lambda x: mlp_of_norm(layers.mlp.fc1, layers.mlp.fc2, layers.norm, x, layers.norm(x)), (rows,)),
         "pixels": (lambda w, b: linear_of_pixels(patches, 115, 64, w, b), (update[:6].view(4, 12), weights[0, :4])),
@@ -116,7 +116,7 @@ def test_forward_mode_is_refused_or_right(name: str, way: str, dtype: torch.dtyp
     if way == "jacfwd":
         tangents = tangents[0], *(torch.zeros_like(x) for x in tangents[1:])
     if name not in FORWARD_MODE_WORKS:
-        with pytest.raises(NotImplementedError, match=r"forward-mode|forward AD"):
+        with pytest.raises(NotImplementedError, match=r"forward-mode|forward AD|forward mode AD"):
             FORWARD[way](op, inputs, tangents)
         return
     got = FORWARD[way](op, inputs, tangents)
@@ -133,7 +133,7 @@ def test_forward_mode_is_refused_or_right(name: str, way: str, dtype: torch.dtyp
 
 def test_forward_mode_is_refused_by_the_ops_themselves() -> None:
     qkv = EXACT["attention"][1][0]
-    groups = LAYOUT.cu_seqlens("scan"), LAYOUT.tiles("scan"), 1, LAYOUT.max_seqlen("scan"), 0.25, "reference"
+    groups = LAYOUT.cu_seqlens("scan"), LAYOUT.tiles("scan"), LAYOUT.max_seqlen("scan"), 0.25, "reference", False
     out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *groups)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         torch.ops.hlip_kernels.hier_attention_backward(forward_ad.make_dual(out, out), qkv, out, lse, *groups)
@@ -426,17 +426,20 @@ def test_hooks_do_not_break_the_graph() -> None:
 @pytest.mark.parametrize("level", ["slice", "scan", "study"])
 def test_flops_are_those_of_plain_attention_over_the_groups(level: Any, num_prefix: int) -> None:
     layout = LAYOUT.with_num_prefix(num_prefix)
-    rows = layout.num_groups(level) * num_prefix + layout.num_tokens
+    rows = layout.num_rows(level)
     qkv = torch.randn(rows, 3, 2, 16, requires_grad=True)
     with FlopCounterMode(display=False) as ours:
         out = hier_attention(qkv, layout, level)
     with FlopCounterMode(display=False) as ours_backward:
         out.sum().backward()
-    groups = Groups(layout.cu_seqlens(level), layout.tiles(level), num_prefix, layout.max_seqlen(level))
+    spans = Spans(layout.cu_seqlens(level), layout.tiles(level), layout.max_seqlen(level))
+    q, k, v = qkv.unbind(1)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    reference = BACKENDS["reference"]
     with torch.no_grad(), FlopCounterMode(display=False) as plain:
-        out, lse = reference.forward(qkv, groups, 0.25)
+        out, lse = reference.forward(q, k, v, spans, spans, 0.25)
     with torch.no_grad(), FlopCounterMode(display=False) as plain_backward:
-        reference.backward(out, qkv, out, lse, groups, 0.25)
+        reference.backward(grads, out, q, k, v, out, lse, spans, spans, 0.25, False)
     assert ours.get_total_flops() == plain.get_total_flops() > 0
     assert ours_backward.get_total_flops() == plain_backward.get_total_flops() > 0
 
@@ -445,7 +448,7 @@ def test_flops_of_meta_tensors_are_a_bound() -> None:
     layout = LAYOUT.to("meta")
     with FlopCounterMode(display=False) as counter:
         hier_attention(torch.empty(ROWS, 3, 2, 16, device="meta"), layout, "scan", backend="reference")
-    assert counter.get_total_flops() == 4 * 2 * 16 * ROWS * (LAYOUT.max_seqlen("scan") + 1)
+    assert counter.get_total_flops() == 4 * 2 * 16 * ROWS * LAYOUT.max_seqlen("scan")
 
 
 def test_flops_of_an_encoder() -> None:
@@ -455,7 +458,7 @@ def test_flops_of_an_encoder() -> None:
     layout = BATCH.layout.with_num_prefix(config.num_prefix)
     expected, width, hidden = 2 * layout.num_tokens * 4 * 8 * 8 * 48, 48, 48 * 4
     for level in config.levels:
-        rows = layout.num_groups(level) * layout.num_prefix + layout.num_tokens
+        rows = layout.num_rows(level)
         expected += 2 * rows * width * (4 * width + 2 * hidden)
         expected += sum(4 * width * int(n + layout.num_prefix) ** 2 for n in layout.seqlens(level))
     assert counter.get_total_flops() == expected

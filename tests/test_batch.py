@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import random_study, tiny_vision
 from hlip.data.batch import PackedBatch, Study, pack, patch_dropout, scan_dropout
+from hlip.model.vit import StudyEncoder
 from hlip_kernels import Grid, Level, StudyLayout
 from hlip_kernels.layout import LEVELS
 
@@ -93,7 +95,7 @@ def test_layout_matches_the_rows(grids: Grids) -> None:
 def test_a_study_is_packed_alike_alone_and_among_others() -> None:
     alone = pack([make_scans(STUDIES[1])], PATCH)
     among = pack([make_scans(STUDIES[0], 1), make_scans(STUDIES[1]), make_scans(STUDIES[2], 2)], PATCH)
-    start, end = among.layout.cu_seqlens("study")[1:3].tolist()
+    start, end = among.layout.cu_patches("study")[1:3].tolist()
     assert torch.equal(among.patches[start:end], alone.patches)
     assert torch.equal(among.positions[start:end], alone.positions)
 
@@ -177,7 +179,7 @@ def test_select_keeps_patches_positions_and_layout_together(case: tuple[Grids, l
 def test_select_in_steps_equals_select_at_once() -> None:
     batch = make_batch(STUDIES)
     first = torch.arange(0, len(batch.patches), 2)
-    first = torch.unique(torch.cat([first, batch.layout.cu_seqlens("study")[:-1].long()]))
+    first = torch.unique(torch.cat([first, batch.layout.cu_patches("study")[:-1].long()]))
     second = torch.ones(len(first), dtype=torch.bool)
     second[1::3] = False
     in_steps, at_once = batch.select(first).select(second), batch.select(first[second])
@@ -273,3 +275,22 @@ def test_a_study_may_stand_alone() -> None:
     for wrong in (["a.nii"], [["a.nii"]]):
         with pytest.raises(ValueError, match="study 0, scan 0: expected a uint8 tensor"):
             pack(wrong, PATCH)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("num_prefix", [1, 2])
+def test_a_batch_makes_the_tensors_of_one_layout(
+    num_prefix: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    make = StudyLayout._tensors
+
+    def counted(layout: StudyLayout) -> object:
+        made.append(layout)
+        return make(layout)
+
+    monkeypatch.setattr(StudyLayout, "_tensors", counted)
+    vision = tiny_vision("slice+scan+study", num_prefix=num_prefix, patch_dropout=dropout, scan_dropout=dropout)
+    encoder = StudyEncoder(vision).train()
+    encoder(pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)])], (4, 8, 8))).sum().backward()
+    assert len(made) == 1

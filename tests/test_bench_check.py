@@ -14,15 +14,15 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import check  # noqa: E402
-from hlip_kernels.backends import cpu, torch_norm  # noqa: E402
+from hlip_kernels.backends import BACKENDS, NORM_BACKENDS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "HEAD_DIMS", (16,))
     monkeypatch.setattr(check, "WIDTH", 48)
-    monkeypatch.setattr(check, "BACKENDS", {"cpu": cpu})
-    monkeypatch.setattr(check, "NORM_BACKENDS", {"torch": torch_norm})  # Triton's interpreter takes a minute
+    monkeypatch.setattr(check, "BACKENDS", {"cpu": BACKENDS["cpu"]})
+    monkeypatch.setattr(check, "NORM_BACKENDS", {"torch": NORM_BACKENDS["torch"]})  # not Triton, which takes a minute
     monkeypatch.setattr(check, "MEMORY_SCANS", (1, 2))
     monkeypatch.setattr(check, "GRIDS", [[(2, 3, 3)], [(1, 3, 4), (2, 2, 4)]])
 
@@ -38,14 +38,14 @@ def test_a_report_of_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, calls = cpu.forward, []
+    forward, calls = BACKENDS["cpu"].forward, []
 
-    def off(qkv: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        out, lse = forward(qkv, *rest)  # type: ignore[arg-type]
-        calls.append(qkv)
+    def off(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, *rest)  # type: ignore[arg-type]
+        calls.append(q)
         return out + 0.01 * out.abs().max() * len(calls), lse
 
-    monkeypatch.setattr(cpu, "forward", off)
+    monkeypatch.setattr(BACKENDS["cpu"], "forward", off)
     found = check.attention("cpu")
     assert not found.right and "out off by" in found.text and "not the same twice" in check.attention("cpu").text
 

@@ -44,10 +44,14 @@ def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
     packing = ["--studies=2", "--rounds=2", "--depth=3", "--width=64", "--device=cpu", "--grid", 2, 2, 2]
     packing += ["--patch", 2, 4, 4, "--results", results / "packing.jsonl"]
     assert program("packing.py", *packing).returncode == 0
+    layer = ["--scans", 1, "--rounds", 2, "--dtype", "fp32", "--device=cpu", "--results", results / "layer.jsonl"]
+    done = program("layer.py", *layer)
+    assert done.returncode == 0, done.stderr
     done = program("plot.py", "--results", results, "--out", out)
     assert done.returncode == 0, done.stderr
     page = (out / "benchmarks.md").read_text()
-    for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "- flash-attn: ",
+    for words in ("## Attention", "### slice-197, fp32", "| hlip-cpu | forward |", "| study to slice | fp32 |",
+                  "- flash-attn: ",
                   "## Growing studies", "| training: seconds (times ours) | 1 scan | 2 scans |", "## Whole encoders",
                   "### Figure 1b: 1 study of 1 scan, bf16, width 64", "## Packing", "| block_mask |"):  # fmt: skip
         assert words in page

@@ -46,7 +46,7 @@ class SeenBackends(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "hlip_kernels":
-            self.names.append(args[-1])
+            self.names.append(next(x for x in args if isinstance(x, str)))
         return func(*args, **(kwargs or {}))
 
 
@@ -99,9 +99,10 @@ def attention_backward(dtype: torch.dtype) -> tuple[Facts, Facts]:
     with fake_mode():
         moved = layout.to("cuda")
         qkv = torch.empty(num_rows("scan"), 3, HEADS, HEAD_DIM, dtype=dtype, device="cuda")
-        groups = moved.cu_seqlens("scan"), moved.tiles("scan"), NUM_PREFIX, layout.max_seqlen("scan"), 0.25, "triton"
-        out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *groups)
-        grad = torch.ops.hlip_kernels.hier_attention_backward(torch.empty_like(out), qkv, out, lse, *groups)
+        groups = moved.cu_seqlens("scan"), moved.tiles("scan"), layout.max_seqlen("scan")
+        settings = 0.25, "triton", False
+        out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *groups, *settings)
+        grad = torch.ops.hlip_kernels.hier_attention_backward(torch.empty_like(out), qkv, out, lse, *groups, *settings)
         return facts(lse), facts(grad)
 
 
@@ -197,7 +198,10 @@ def norm_backward(residual: torch.dtype, update: torch.dtype) -> list[Facts]:
         moved = layout.to("cuda")
         x = torch.empty(num_rows("slice"), width, dtype=residual, device="cuda")
         weight = torch.empty(width, device="cuda")
-        regroup = moved.cu_seqlens("slice"), moved.tiles("slice")[0], moved.children("slice", "study"), NUM_PREFIX, 2
+        regroup = (
+            moved.cu_seqlens("slice"), moved.cu_seqlens("study"), moved.tiles("slice")[0],
+            moved.children("slice", "study"), moved.parents("slice", "study"), NUM_PREFIX,
+        )  # fmt: skip
         scale = torch.empty(layout.num_groups("slice"), device="cuda")
         ops = torch.ops.hlip_kernels
         outs = ops.add_regroup_norm(x, x.to(update), scale, None, weight, weight, *regroup, 1e-6, "triton")

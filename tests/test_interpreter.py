@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 
+from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends import triton as backend
 
 triton = pytest.importorskip("triton")
@@ -178,6 +179,8 @@ def test_as_it_is_the_interpreter_is_refused_where_it_is_wrong() -> None:
 def test_the_variable_is_read_as_triton_reads_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", (torch.float16, torch.float32))
     monkeypatch.setenv("TRITON_INTERPRET", value)
-    refused = any("interpreter" in reason for reason in backend.not_supported_reasons("cuda", BF16, 64))
+    refused = any("interpreter" in reason for reason in BACKENDS["triton"].not_supported_reasons("cuda", BF16, 64))
     assert refused == triton.knobs.runtime.interpret
-    assert ("needs CUDA or ROCm tensors, got cpu" in backend.not_supported_reasons("cpu", torch.float32, 64)) != refused
+    assert (
+        "needs CUDA or ROCm tensors, got cpu" in BACKENDS["triton"].not_supported_reasons("cpu", torch.float32, 64)
+    ) != refused

@@ -30,9 +30,9 @@ KERNELS = ("forward", "dq", "dkdv")
 def closed_form(kernel: str, length: int, head_dim: int, rows: int) -> int:
     """Bytes, loaded and stored, of one head in fp16: see test_triton_memory.py."""
     row, tiles = 2 * head_dim, math.ceil(length / rows)
-    own = {"forward": 2 * row + 4, "dq": 4 * row + 8, "dkdv": 4 * row}[kernel]
+    own = {"forward": 2 * row + 4, "dq": 4 * row + 12, "dkdv": 4 * row}[kernel]
     streamed = 2 * row + (8 if kernel == "dkdv" else 0)
-    return length * own + tiles * (length * streamed + 16)
+    return length * own + tiles * (length * streamed + 24)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -62,8 +62,8 @@ def test_products_change_no_address(kernel: str) -> None:
         counts.append(traffic.total)
     assert counts[0] == counts[1]
     products = {"forward": 2, "dq": 3, "dkdv": 4}[kernel]
-    tiles = 2 * 2 + 1 * 1  # the group of 41 rows has two tiles, and is streamed in two; that of 8 in one
-    assert counts[0].flops == 2 * products * 2 * 32 * 32 * 16 * tiles
+    streamed = 2 * (32 + 16) + 16  # the group of 41 rows has two tiles, and is streamed in a whole one and a tail
+    assert counts[0].flops == 2 * products * 2 * 32 * 16 * streamed
 
 
 def test_standard_attention_moves_its_scores() -> None:
@@ -147,9 +147,14 @@ def test_our_change_of_level_moves_prefix_rows_only(src: Level, dst: Level) -> N
     fine = 2 if src == "scan" else 6
     rows = {"scan": 2, "slice": 6, "study": 1}
     row = 4 * width
+    programs = 0 if src == "study" else rows[dst]  # means have programs of their own, clones have none
+    read = rows[dst] if src == "study" else rows[src]  # a row for each of its clones
+    bounds = 12 * programs + 4 * fine * (programs > 0)
     assert forward.stored == rows[dst] * (2 * row + 8)
-    assert forward.loaded == rows[src] * 2 * row + 2 * row + 8  # residual and update; weight and bias; bounds
-    assert backward.stored == rows[src] * row + 2 * row
+    assert forward.loaded == read * 2 * row + programs * 2 * row + bounds  # residual and update; weight and bias
+    programs = min(rows[src], rows[dst])
+    assert backward.stored == rows[src] * row + programs * 2 * row
+    assert backward.loaded == rows[dst] * (3 * row + 8) + programs * row + 12 * programs + 4 * fine
     assert max(rows[src], rows[dst]) == fine
 
 
@@ -163,12 +168,12 @@ def test_points_divide_tokens_among_groups() -> None:
     point = io.Point(240, 2, 3)
     levels: tuple[Level, ...] = ("slice", "scan", "study")
     assert [point.groups(level) for level in levels] == [6, 2, 1]
-    assert [point.length(level) for level in levels] == [41, 121, 241]
+    assert [point.length(level) for level in levels] == [40, 120, 240]
     for sweep in io.SWEEPS:
         for point in sweep.points:
             assert point.tokens % (point.scans * point.slices) == 0
             groups = [point.length(level) for level in levels if sweep.name != "scans"]
-            assert all(length <= io.STREAMED * round(length / io.STREAMED) < 1.01 * length for length in groups)
+            assert all(length % io.STREAMED == 0 for length in groups)
 
 
 @pytest.mark.parametrize("claimed", [2, 1])
@@ -177,7 +182,7 @@ def test_claims_are_held_against_counts(
 ) -> None:
     sweep = io.SWEEPS[3]
     assert sweep.name == "scans"
-    points = tuple(io.Point(1022 * k, k, 1) for k in (1, 2))
+    points = tuple(io.Point(1024 * k, k, 1) for k in (1, 2))
     short = sweep._replace(points=points, bytes=(1, 1, claimed), flops=(1, 1, 2))
     monkeypatch.setattr(io, "SWEEPS", (short,))
     monkeypatch.setattr(io, "PUBLISHED", (33,))
@@ -194,7 +199,7 @@ def test_claims_are_held_against_counts(
         if (row["level"], row["quantity"]) != ("study", "bytes"):
             assert row["exponent"] == pytest.approx(row["claimed"], abs=io.TOLERANCE)
     (forward, backward) = [row for row in rows if row["kind"] == "length"]
-    assert forward["bytes"] == closed_form("forward", 33, 64, 64)
+    assert forward["bytes"] == closed_form("forward", 33, 64, 128)
     assert backward["least_bytes"] < backward["bytes"] < backward["standard_bytes"] * 10
     (change,) = [row for row in rows if row["kind"] == "regroup"]
     assert (change["changes"], change["tokens"]) == (7, 2 * 1176)

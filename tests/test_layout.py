@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pickle
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout
+from hlip_kernels import layout as layout_module
+from hlip_kernels.layout import TILE_ROWS
 
 Label = tuple[int, int, int]  # study, scan, slice
 Grids = list[list[Grid]]
@@ -44,18 +49,35 @@ def check(layout: StudyLayout, labels: list[Label], grids: Grids, num_prefix: in
         sizes = group_sizes(labels, level)
         assert layout.num_groups(level) == len(sizes)
         assert layout.seqlens(level).tolist() == sizes
-        assert layout.max_seqlen(level) == max(sizes)
-        assert layout.cu_seqlens(level).tolist() == bounds(sizes)
-        assert layout.cu_seqlens(level).dtype == torch.int32
+        assert layout.max_seqlen(level) == max(sizes) + num_prefix
+        assert layout.cu_seqlens(level).tolist() == bounds([num_prefix + n for n in sizes])
+        assert layout.cu_patches(level).tolist() == bounds(sizes)
+        assert layout.cu_seqlens(level).dtype == layout.cu_patches(level).dtype == torch.int32
+        check_rows(layout, level, sizes)
     for fine, coarse in PAIRS:
         names = group_names(labels, fine)
         runs = [sum(name[: len(parent)] == parent for name in names) for parent in group_names(labels, coarse)]
         assert layout.children(fine, coarse).tolist() == bounds(runs)
-        assert layout.children(fine, coarse).dtype == torch.int32
+        assert layout.parents(fine, coarse).tolist() == [c for c, run in enumerate(runs) for _ in range(run)]
+        assert layout.children(fine, coarse).dtype == layout.parents(fine, coarse).dtype == torch.int32
     scans = group_names(labels, "scan")
     assert layout.grids == tuple(
         tuple(grid for m, grid in enumerate(study) if (s, m) in scans) for s, study in enumerate(grids)
     )
+
+
+def check_rows(layout: StudyLayout, level: Level, sizes: list[int]) -> None:
+    """Group after group, in each its prefix rows and then its patches; tiles cut every group's rows."""
+    kinds = [kind for n in sizes for kind in ["prefix"] * layout.num_prefix + ["patch"] * n]
+    assert layout.num_rows(level) == len(kinds)
+    for rows, kind in ((layout.prefix_rows(level), "prefix"), (layout.patch_rows(level), "patch")):
+        assert rows.dtype == torch.int64
+        assert rows.tolist() == [row for row, its in enumerate(kinds) if its == kind]
+    for height, tiles in zip(TILE_ROWS, layout.tiles(level), strict=True):
+        expected = [(g, first) for g, n in enumerate(sizes) for first in range(0, n + layout.num_prefix, height)]
+        assert sorted(map(tuple, tiles.tolist())) == expected
+        lengths = [sizes[g] for g, _ in tiles.tolist()]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 def rows_where(labels: list[Label], *dropped: tuple[int, ...]) -> torch.Tensor:
@@ -72,13 +94,18 @@ def test_from_grids(grids: Grids, num_prefix: int) -> None:
 def test_numbers_by_hand() -> None:
     layout = StudyLayout.from_grids(RAGGED)
     assert layout.num_prefix == 1
-    assert layout.cu_seqlens("slice").tolist() == [0, 6, 12, 13, 14, 15, 23, 24, 25, 26, 27, 28, 29]
-    assert layout.cu_seqlens("scan").tolist() == [0, 12, 15, 23, 24, 29]
-    assert layout.cu_seqlens("study").tolist() == [0, 15, 23, 29]
+    assert layout.cu_patches("slice").tolist() == [0, 6, 12, 13, 14, 15, 23, 24, 25, 26, 27, 28, 29]
+    assert layout.cu_patches("scan").tolist() == [0, 12, 15, 23, 24, 29]
+    assert layout.cu_patches("study").tolist() == [0, 15, 23, 29]
+    assert layout.cu_seqlens("scan").tolist() == [0, 13, 17, 26, 28, 34]
+    assert layout.cu_seqlens("study").tolist() == [0, 16, 25, 32]
+    assert layout.prefix_rows("study").tolist() == [0, 16, 25]
+    assert layout.patch_rows("study").tolist() == [*range(1, 16), *range(17, 25), *range(26, 32)]
+    assert layout.parents("scan", "study").tolist() == [0, 0, 1, 2, 2]
     assert layout.children("slice", "scan").tolist() == [0, 2, 5, 6, 7, 12]
     assert layout.children("slice", "study").tolist() == [0, 5, 6, 12]
     assert layout.children("scan", "study").tolist() == [0, 2, 3, 5]
-    assert [layout.max_seqlen(level) for level in DEPTH] == [15, 12, 8]
+    assert [layout.max_seqlen(level) for level in DEPTH] == [16, 13, 9]
 
 
 @pytest.mark.parametrize(
@@ -178,11 +205,69 @@ def test_to() -> None:
         assert moved.cu_seqlens(level).device == moved.device
         assert moved.cu_seqlens(level).shape == layout.cu_seqlens(level).shape
         assert moved.seqlens(level).tolist() == layout.seqlens(level).tolist()  # the host copy stays readable
+        assert moved.patch_rows(level).device == moved.prefix_rows(level).device == moved.device
     for fine, coarse in PAIRS:
-        assert moved.children(fine, coarse).device == moved.device
+        assert moved.children(fine, coarse).device == moved.parents(fine, coarse).device == moved.device
     assert moved.select(torch.arange(29)).device == moved.device
     assert moved.with_num_prefix(1).device == moved.device
-    check(moved.to("cpu"), token_labels(RAGGED), RAGGED, 2)
+
+
+def count_tile_maps(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Grows by the lengths of a level whenever its tile maps are made."""
+    made = []
+    make = layout_module._tile_maps
+
+    def counted(lengths: np.ndarray) -> list[np.ndarray]:
+        made.append(lengths)
+        return make(lengths)
+
+    monkeypatch.setattr(layout_module, "_tile_maps", counted)
+    return made
+
+
+def test_a_layout_moves_as_one_buffer_and_is_not_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
+    made = count_tile_maps(monkeypatch)
+    with CopyCounter() as counter:
+        moved = layout.to("meta")
+    assert (made, counter.copies) == ([], 1)
+    storages = {moved.cu_seqlens(level).untyped_storage().nbytes() for level in DEPTH}
+    assert storages == {tiles.untyped_storage().nbytes() for level in DEPTH for tiles in moved.tiles(level)}
+
+
+def test_a_layout_moved_in_inference_mode_serves_in_training() -> None:
+    layout = StudyLayout.from_grids(RAGGED)
+    with torch.inference_mode():
+        moved, pinned = layout.to("meta"), layout.pin_memory()
+    assert not moved.cu_seqlens("scan").is_inference()
+    assert not pinned.cu_seqlens("scan").is_inference()
+
+
+class CopyCounter(TorchDispatchMode):
+    copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.copies += func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layout_of_which_others_are_made_has_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = count_tile_maps(monkeypatch)
+    layout = StudyLayout.from_grids(RAGGED, device=None).select(torch.arange(0, 29, 2)).with_num_prefix(2)
+    assert made == []
+    assert layout.device == torch.device("cpu")
+    kept = token_labels(RAGGED)[::2]
+    check(layout, kept, RAGGED, 2)  # they are made when they are asked for, once
+    check(layout.to("cpu"), kept, RAGGED, 2)
+    assert len(made) == 3
+    moved = StudyLayout.from_grids(RAGGED, device=None).to("meta").select(torch.arange(29))
+    assert len(made) == 3
+    assert moved.device == moved.cu_seqlens("scan").device == torch.device("meta")
+    unmade = StudyLayout.from_grids(RAGGED, device=None)
+    compiled = torch.compile(lambda x, layout: x + len(layout.cu_seqlens("scan")), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"layout.build\(\)"):
+        compiled(torch.zeros(3), unmade)
+    assert compiled(torch.zeros(3), unmade.build()).tolist() == [6.0] * 3
 
 
 def test_pickle() -> None:
@@ -217,7 +302,20 @@ def test_bad_num_prefix(num_prefix: int) -> None:
         StudyLayout.from_grids(RAGGED).with_num_prefix(num_prefix)
 
 
-@pytest.mark.parametrize("method", ["num_groups", "cu_seqlens", "seqlens", "max_seqlen"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "num_groups",
+        "num_rows",
+        "cu_seqlens",
+        "cu_patches",
+        "patch_rows",
+        "prefix_rows",
+        "seqlens",
+        "max_seqlen",
+        "tiles",
+    ],
+)
 def test_bad_level(method: str) -> None:
     with pytest.raises(ValueError, match="slice, scan, study, got 'voxel'"):
         getattr(StudyLayout.from_grids(RAGGED), method)("voxel")
@@ -227,3 +325,11 @@ def test_bad_level(method: str) -> None:
 def test_bad_level_of_children(levels: tuple[Level, Level]) -> None:
     with pytest.raises(ValueError, match="slice, scan, study, got 'voxel'"):
         StudyLayout.from_grids(RAGGED).children(*levels)
+    with pytest.raises(ValueError, match="slice, scan, study, got 'voxel'"):
+        StudyLayout.from_grids(RAGGED).parents(*levels)
+
+
+def test_more_rows_than_an_int32_counts() -> None:
+    with pytest.raises(ValueError, match="2147483648 rows: a batch holds at most 2147483647"):
+        StudyLayout.from_grids([[(1, 2**20, 2**11 - 1)], [(1, 2**20 - 2, 1)]], num_prefix=1, device=None)
+    StudyLayout.from_grids([[(1, 2**20, 2**11 - 1)], [(1, 2**20 - 3, 1)]], num_prefix=1, device=None)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
 from hlip_kernels import native as library
-from hlip_kernels.backends.groups import Regroup
+from hlip_kernels.functional import _regroup
 from hlip_kernels.layout import LEVELS
 from hlip_kernels.native import ISAS, Native, native
 
@@ -41,23 +41,34 @@ def names_of(grids: list[list[Grid]], level: Level) -> list[tuple[int, ...]]:
     return sorted({label[: DEPTH[level]] for label in token_labels(grids)})
 
 
+def patches_of(grids: list[list[Grid]], level: Level) -> dict[tuple[int, ...], list[int]]:
+    """The patches of each group, by its name: their numbers in the stream."""
+    labels = [label[: DEPTH[level]] for label in token_labels(grids)]
+    return {name: [t for t, label in enumerate(labels) if label == name] for name in names_of(grids, level)}
+
+
 def formula(
     inputs: dict[str, Tensor], grids: list[list[Grid]], num_prefix: int, src: Level, dst: Level
 ) -> list[Tensor]:
-    """The residual and the normalised rows, one row at a time."""
-    before, after = names_of(grids, src), names_of(grids, dst)
-    rows = inputs["residual"], inputs["update"]
-    labels = [label[: DEPTH[src]] for label in token_labels(grids)]
-    groups = [before.index(name) for name in [n for n in before for _ in range(num_prefix)] + labels]
-    update = rows[1] * inputs["layer_scale"] if "layer_scale" in inputs else rows[1]
+    """The residual and the normalised rows, one group at a time."""
+    before, after = patches_of(grids, src), patches_of(grids, dst)
+    groups = [g for g, patches in enumerate(before.values()) for _ in range(num_prefix + len(patches))]
+    update = inputs["update"] * inputs["layer_scale"] if "layer_scale" in inputs else inputs["update"]
     if "path_scale" in inputs:
         update = update * inputs["path_scale"][groups][:, None]
-    x = rows[0] + update
-    own = {name: x[i * num_prefix : (i + 1) * num_prefix] for i, name in enumerate(before)}
+    x = inputs["residual"] + update
+    own, stream = {}, {}
+    runs = x.split([num_prefix + len(patches) for patches in before.values()])
+    for (name, patches), rows in zip(before.items(), runs, strict=True):
+        own[name] = rows[:num_prefix]
+        stream.update(zip(patches, rows[num_prefix:], strict=True))
     short = min(DEPTH[src], DEPTH[dst])
-    prefix = [torch.stack([own[o] for o in before if o[:short] == name[:short]]).mean(0) for name in after]
-    moved = torch.cat([*prefix, x[len(before) * num_prefix :]])
-    return [moved, F.layer_norm(moved, moved.shape[1:], inputs["weight"], inputs["bias"], 1e-6)]
+    moved = []
+    for name, patches in after.items():
+        moved.append(torch.stack([own[o] for o in before if o[:short] == name[:short]]).mean(0))
+        moved.append(torch.stack([stream[t] for t in patches]))
+    result = torch.cat(moved)
+    return [result, F.layer_norm(result, result.shape[1:], inputs["weight"], inputs["bias"], 1e-6)]
 
 
 def make_inputs(layout: StudyLayout, src: Level, scales: str, seed: int = 0, width: int = WIDTH) -> dict[str, Tensor]:
@@ -67,7 +78,7 @@ def make_inputs(layout: StudyLayout, src: Level, scales: str, seed: int = 0, wid
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     groups = layout.num_groups(src)
-    rows = groups * layout.num_prefix + layout.num_tokens
+    rows = layout.num_rows(src)
     inputs = {"residual": draw(rows, width), "update": draw(rows, width), "weight": draw(width), "bias": draw(width)}
     if scales in ("path", "both"):
         inputs["path_scale"] = (torch.rand(groups, generator=generator) < 0.6).double() / 0.6
@@ -109,7 +120,7 @@ def assert_close_to_oracle(ours: dict[str, Tensor], eager: dict[str, Tensor], ex
 
 
 @pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize("num_prefix", [0, 1, 3])
+@pytest.mark.parametrize("num_prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
 def test_torch_equals_the_formula(src: Level, dst: Level, num_prefix: int, scales: str) -> None:
     layout = StudyLayout.from_grids(RAGGED, num_prefix)
@@ -144,6 +155,44 @@ def test_kernels_are_as_exact_as_eager(
         run(inputs, layout, src, dst, "torch", RAGGED),
         run(exact, layout, src, dst, None, RAGGED),
     )
+
+
+LONG: list[list[Grid]] = [[(2, 5, 8), (1, 1, 3)], [(1, 7, 10)]]  # groups of several tiles
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_prefix"),
+    [*(("triton", n) for n in (0, 1, 5, 32)), *(pytest.param("native", n, marks=NATIVE.marks) for n in (0, 1, 5, 32))],
+)
+@pytest.mark.parametrize(("src", "dst"), PAIRS)
+def test_kernels_with_any_number_of_prefix_rows(src: Level, dst: Level, backend: str, num_prefix: int) -> None:
+    """With 32, the first tile of a group has no patch."""
+    layout = StudyLayout.from_grids(LONG, num_prefix)
+    inputs = make_inputs(layout, src, "both")
+    exact = run(inputs, layout, src, dst, None, LONG)
+    single = cast(inputs, torch.float32)
+    ours, eager = (run(single, layout, src, dst, name, LONG) for name in (backend, "torch"))
+    assert_close_to_oracle(ours, eager, exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize(
+    "grids",
+    [[[(1, 2, 3)], [(1, 1, 10)]], [[(3, 2, 2)], [(2, 1, 5)]], [[(1, 2, 2)] * 3], [[(1, 1, 1)]]],
+    ids=["all levels are one", "scans are studies", "slices are scans", "one patch"],
+)
+def test_levels_with_as_many_groups(grids: list[list[Grid]], num_prefix: int, backend: str) -> None:
+    """Every mean is of one row, and rows stay where they are."""
+    layout = StudyLayout.from_grids(grids, num_prefix)
+    for src, dst in PAIRS:
+        inputs = make_inputs(layout, src, "both")
+        exact = run(inputs, layout, src, dst, None, grids)
+        single = cast(inputs, torch.float32)
+        ours, eager = (run(single, layout, src, dst, name, grids) for name in (backend, "torch"))
+        assert_close_to_oracle(ours, eager, exact)
+        if layout.num_groups(src) == layout.num_groups(dst):
+            assert torch.equal(ours["x"], run(single, layout, src, src, backend, grids)["x"])
 
 
 @pytest.mark.parametrize("use", ["x", "y"])
@@ -194,14 +243,12 @@ def test_a_study_alone_is_bitwise_the_study_in_a_batch(src: Level, dst: Level, b
 
     def last(level: Level) -> Tensor:
         """The rows of the last study."""
-        groups, own = batch.num_groups(level), alone.num_groups(level)
-        patches = groups * 2 + batch.num_tokens - alone.num_tokens + torch.arange(alone.num_tokens)
-        return torch.cat([torch.arange((groups - own) * 2, groups * 2), patches])
+        return torch.arange(batch.num_rows(level) - alone.num_rows(level), batch.num_rows(level))
 
     rows = {"residual": last(src), "update": last(src), "path_scale": torch.arange(batch.num_groups(src))}
     rows["path_scale"] = rows["path_scale"][-alone.num_groups(src) :]
     part = {name: x[rows[name]] if name in rows else x for name, x in inputs.items()}
-    grads = [torch.randn(batch.num_groups(dst) * 2 + batch.num_tokens, WIDTH) for _ in range(2)]
+    grads = [torch.randn(batch.num_rows(dst), WIDTH) for _ in range(2)]
 
     def results(values: dict[str, Tensor], layout: StudyLayout, rows: slice | Tensor) -> list[Tensor]:
         leaves = {**values, "residual": values["residual"].clone().requires_grad_()}
@@ -265,11 +312,6 @@ def test_strided_vectors() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
 
 
-def op_arguments(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
-    children = None if src == dst else layout.children(*sorted((src, dst), key=LEVELS.index))
-    return Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, layout.num_prefix, layout.num_groups(dst))
-
-
 @pytest.mark.parametrize(
     ("src", "dst", "update", "scales"),
     [("slice", "study", torch.bfloat16, "both"), ("scan", "scan", torch.float32, "none"),
@@ -281,7 +323,7 @@ def test_opcheck(backend: str, src: Level, dst: Level, update: torch.dtype, scal
     inputs = cast(make_inputs(layout, src, scales), torch.float32, update)
     names = ("residual", "update", "path_scale", "layer_scale", "weight", "bias")
     tensors = [inputs[n].requires_grad_(n != "path_scale") if n in inputs else None for n in names]
-    regroup = op_arguments(layout, src, dst)
+    regroup = _regroup(layout, src, dst)
     torch.library.opcheck(forward_op, (*tensors, *regroup, 1e-6, backend))
     with torch.no_grad():
         x, y, mean, rstd = forward_op(*tensors, *regroup, 1e-6, backend)
@@ -308,16 +350,14 @@ def test_a_group_of_nan_leaves_the_others_exact() -> None:
     layout = StudyLayout.from_grids(RAGGED, 1)
     inputs = cast(make_inputs(layout, "slice", "none"), torch.float32)
     spoiled = {name: x.clone() for name, x in inputs.items()}
-    groups = layout.num_groups("slice")
-    rows = [0, 1, *range(groups, groups + 18)]  # the first scan: two slices of nine patches
-    spoiled["update"][rows] = float("nan")
+    spoiled["update"][: 2 * 10] = float("nan")  # the first scan: two slices of nine patches, each with a prefix row
     for backend in ("torch", "triton", *([] if native().reason else ["native"])):
         clean, dirty = (
             add_regroup_norm(**values, layout=layout, src="slice", dst="scan", backend=backend)
             for values in (inputs, spoiled)
         )
         others = torch.ones(len(clean[0]), dtype=torch.bool)
-        others[[0, *range(layout.num_scans, layout.num_scans + 18)]] = False
+        others[: 1 + 18] = False
         for a, b in zip(clean, dirty, strict=True):
             assert torch.equal(a[others], b[others])
             assert b[~others].isnan().all()

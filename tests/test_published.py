@@ -119,7 +119,7 @@ def test_training_with_the_patches_that_were_kept(name: str) -> None:
 
     size = grid[1] * grid[2] * (1 if facts.levels[0] == "slice" else grid[0])
     keep = max(1, int(size * 0.75))
-    bounds = tokens.layout.cu_seqlens(facts.levels[0])
+    bounds = tokens.layout.cu_patches(facts.levels[0])
     assert (bounds.diff() == keep).all()
     # A patch is known by its voxels, which are random.
     whole = hlip.pack(studies, facts.patch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,23 +60,31 @@ def dense(model: hlip.HLIPModel, scans: Sequence[Tensor], text: Tensor, layers: 
     places, num_prefix = token_labels(batch.layout.grids), config.num_prefix
     keys = {level: sorted(set(map(key, places))) for level, key in KEY.items()}
 
+    def rows(level: str) -> list[tuple[tuple[int, ...], int | None, int | None]]:
+        """Group, prefix place, patch: of every row, group after group."""
+        of_group = {key: [(key, p, None) for p in range(num_prefix)] for key in keys[level]}
+        for t, place in enumerate(places):
+            of_group[KEY[level](place)].append((KEY[level](place), None, t))
+        return [row for group in of_group.values() for row in group]
+
     def regroup(src: str, dst: str) -> Tensor:
         """(rows of dst, rows of src)"""
-        shape = (len(keys[dst]) * num_prefix + len(places), len(keys[src]) * num_prefix + len(places))
-        matrix = torch.zeros(shape, dtype=torch.float64)
-        for i, mine in enumerate(keys[dst]):
-            shared = [j for j, other in enumerate(keys[src]) if all(a == b for a, b in zip(mine, other, strict=False))]
-            for j, p in itertools.product(shared, range(num_prefix)):
-                matrix[i * num_prefix + p, j * num_prefix + p] = 1 / len(shared)
-        matrix[len(keys[dst]) * num_prefix :, len(keys[src]) * num_prefix :] = torch.eye(len(places))
-        return matrix
+        matrix = torch.zeros(len(rows(dst)), len(rows(src)), dtype=torch.float64)
+        for i, (mine, p, t) in enumerate(rows(dst)):
+            for j, (other, q, u) in enumerate(rows(src)):
+                nested = all(a == b for a, b in zip(mine, other, strict=False))
+                matrix[i, j] = (p, t) == (q, u) and (p is None or nested)
+        return matrix / matrix.sum(1, keepdim=True)
+
+    def patches_of(level: str) -> list[int]:
+        return [i for i, (_, p, _) in enumerate(rows(level)) if p is None]
 
     x, level = trunk.embed(trunk.plan(batch)).x.detach(), config.levels[0]
     attentions, moves = [], []
     for block, following in zip(trunk.blocks, config.levels, strict=True):
         moves.append(regroup(level, following))
         x, level = moves[-1] @ x, following
-        owner = [key for key in keys[level] for _ in range(num_prefix)] + list(map(KEY[level], places))
+        owner = [group for group, _, _ in rows(level)]
         apart = torch.tensor([[a != b for b in owner] for a in owner])
         q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)
         attention = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(apart, -torch.inf).softmax(-1)
@@ -95,12 +102,12 @@ def dense(model: hlip.HLIPModel, scans: Sequence[Tensor], text: Tensor, layers: 
     if normalize:
         matrices = [torch.nan_to_num(matrix / matrix.sum(1, keepdim=True)) for matrix in matrices]
     if layers == "last":
-        return (moves[-1] @ matrices[-1])[0, -len(places) :]
-    total = torch.eye(len(x) - num_prefix + len(keys[config.levels[0]]) * num_prefix).double()
+        return (moves[-1] @ matrices[-1])[0, patches_of(level)]
+    total = torch.eye(len(rows(config.levels[0]))).double()
     for matrix, move in zip(matrices, moves[:-1], strict=True):
         total = move @ total
         total = total + matrix @ total
-    return (moves[-1] @ total)[0, -len(places) :]
+    return (moves[-1] @ total)[0, patches_of(config.levels[0])]
 
 
 def flat(found: Relevance) -> Tensor:

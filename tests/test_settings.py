@@ -23,7 +23,7 @@ from hlip.data.preprocess import RECIPES, Recipe, Window, load_recipe
 from hlip.data.quality import Rules
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig, preset
 from hlip.model.weights import read_json
-from hlip_kernels.configs import read_tiles
+from hlip_kernels.configs import FORMAT, read_tiles
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train"))
@@ -135,7 +135,7 @@ def test_json_of_settings_has_finite_numbers(text: str, tmp_path: Path) -> None:
     path.write_text(f'{{"vision": {{"init_std": {text}}}}}')
     with pytest.raises(ValueError, match=r"config\.json: .*expected a finite number"):
         read_json(path)
-    path.write_text(f'{{"sm_90 half 64 long": {{"forward": {{"warps": {text}}}}}}}')
+    path.write_text(f'{{"format": {FORMAT}, "rows": {{"sm_90 half 64": {{"forward": {{"warps": {text}}}}}}}}}')
     with pytest.raises(ValueError, match=r"config\.json"):
         read_tiles(path)
 

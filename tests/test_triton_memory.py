@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import plain_groups
 from hlip_kernels import Level, StudyLayout
-from hlip_kernels.backends.groups import Groups, Regroup
+from hlip_kernels.backends import BACKENDS
+from hlip_kernels.backends.base import Regroup, Spans
 from hlip_kernels.configs import attention_config
+from hlip_kernels.layout import LEVELS
+from spans import check_few_queries, plain_spans
 
 triton = pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
@@ -28,33 +30,39 @@ HEADS = 2
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
 
 
-def inputs(lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, Groups]:
-    rows = len(lengths) * num_prefix + sum(lengths)
-    qkv = torch.randn(rows, 3, HEADS, head_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return qkv, plain_groups(lengths, num_prefix)
+def closed_form(queries: Spans, keys: Spans, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """Bytes (loaded, stored) of each kernel, by the number of tiles that cover the queries, or the keys, of each group.
 
-
-def closed_form(groups: Groups, head_dim: int, itemsize: int) -> dict[str, tuple[int, int]]:
-    """Bytes (loaded, stored) of each kernel, by the number of tiles nt that cover the L rows of each group.
-
-    A tile's program reads its map entry and two bounds (16 bytes), and streams two rows of D values for each of
-    the group's L rows; dkdv streams two statistics of 4 bytes with them.
+    A tile's program reads its map entry, and a begin and an end of the group's queries and of its keys (24 bytes), and
+    streams two rows of D values for each of the group's keys. That of dkdv streams them for each query, with two
+    statistics of 4 bytes, which dq writes.
     """
-    row = head_dim * itemsize
-    dtype = {2: torch.float16, 4: torch.float32}[itemsize]
-    config = attention_config("sm_80", dtype, head_dim, groups.max_seqlen)
-    total = {name: [0, 0] for name in KERNELS}
-    for n in groups.cu_seqlens.diff().tolist():
-        length = n + groups.num_prefix
-        q_tiles, k_tiles = (-(-length // tile.rows) for tile in (config.forward, config.dkdv))
-        for name, loaded, stored in (
-            ("attention_forward", length * row + q_tiles * (2 * length * row + 16), length * (row + 4)),
-            ("attention_dq", length * (3 * row + 4) + q_tiles * (2 * length * row + 16), length * (row + 4)),
-            ("attention_dkdv", length * 2 * row + k_tiles * (length * (2 * row + 8) + 16), length * 2 * row),
-        ):
-            total[name][0] += HEADS * loaded
-            total[name][1] += HEADS * stored
-    return {name: (loaded, stored) for name, (loaded, stored) in total.items()}
+    row = head_dim * dtype.itemsize
+    config = attention_config("sm_80", dtype, head_dim)
+    total = {name: np.zeros(2, dtype=int) for name in KERNELS}
+    lengths = (map(int, x.cu_seqlens.diff() if x.seqused is None else x.seqused) for x in (queries, keys))
+    for q, k in zip(*lengths, strict=True):
+        forward, dq, dkdv = (-(-n // tile.rows) for n, tile in zip((q, q, k), vars(config).values(), strict=True))
+        total["attention_forward"] += q * row + forward * (2 * k * row + 24), q * (row + 4)
+        total["attention_dq"] += q * (3 * row + 4) + dq * (2 * k * row + 24), q * (row + 8)
+        total["attention_dkdv"] += k * 2 * row + dkdv * (q * (2 * row + 8) + 24), k * 2 * row
+    return {name: (HEADS * int(loaded), HEADS * int(stored)) for name, (loaded, stored) in total.items()}
+
+
+def assert_bytes_are_the_closed_form(queries: Spans, keys: Spans, head_dim: int, dtype: torch.dtype) -> None:
+    """Rows of queries and of keys are slots of packed tensors, with rows in front that are in no group."""
+    generator = torch.Generator().manual_seed(0)
+    front = 3
+    rows = [front + int(spans.cu_seqlens[-1]) for spans in (queries, keys)]
+    q = torch.randn(rows[0], 3, HEADS, head_dim, generator=generator).to(dtype)[front:, 0]
+    k, v = torch.randn(rows[1], 2, HEADS, head_dim, generator=generator).to(dtype)[front:].unbind(1)
+    triton, settings = BACKENDS["triton"], (queries, keys, 0.25)
+    with watched() as traffic:
+        out, lse = triton.forward(q, k, v, *settings)
+        grads = torch.empty_like(q), *torch.empty(len(k), 2, HEADS, head_dim, dtype=dtype).unbind(1)
+        triton.backward(grads, torch.ones_like(out), q, k, v, out, lse, *settings, True)
+    seen = {name: (counts.loaded, counts.stored) for name, counts in traffic.kernels.items()}
+    assert seen == closed_form(queries, keys, head_dim, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -65,30 +73,29 @@ def closed_form(groups: Groups, head_dim: int, itemsize: int) -> dict[str, tuple
 def test_every_address_is_inside_and_bytes_are_the_closed_form(
     lengths: list[int], num_prefix: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    qkv, groups = inputs(lengths, num_prefix, head_dim, dtype)
-    expected = closed_form(groups, head_dim, dtype.itemsize)
+    spans = plain_spans(lengths, num_prefix)
+    assert_bytes_are_the_closed_form(spans, spans, head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("used", [False, True])
+def test_bytes_of_queries_and_keys_of_different_lengths(used: bool, dtype: torch.dtype) -> None:
+    queries, keys = (3, 0, 150, 40), (70, 7, 0, 130)
+    rest = [n // 2 for n in keys] if used else None
+    assert_bytes_are_the_closed_form(plain_spans(queries), plain_spans(keys, 0, rest), 32, dtype)
+
+
+def test_every_address_of_few_queries_is_inside() -> None:
     with watched() as traffic:
-        out, lse = triton_attention.forward(qkv, groups, 0.25)
-        assert (traffic.total.loaded, traffic.total.stored) == expected["attention_forward"]
-        traffic.clear()
-        triton_attention.backward(torch.ones_like(out), qkv, out, lse, groups, 0.25)
-    backward = [expected["attention_dq"], expected["attention_dkdv"]]
-    assert (traffic.total.loaded, traffic.total.stored) == tuple(map(sum, zip(*backward, strict=True)))
+        check_few_queries(BACKENDS["triton"], torch.float32)
+    assert set(traffic.kernels) == set(KERNELS)
 
 
 @pytest.mark.parametrize("level", ["slice", "scan", "study"])
 def test_bytes_of_each_level(level: Level) -> None:
     layout = StudyLayout.from_grids([[(2, 5, 7), (3, 4, 4)], [(1, 6, 6)]])
-    qkv = torch.randn(layout.num_groups(level) + layout.num_tokens, 3, HEADS, 16)
-    groups = Groups(layout.cu_seqlens(level), layout.tiles(level), 1, layout.max_seqlen(level))
-    expected = closed_form(groups, 16, 4)
-    with watched() as traffic:
-        out, lse = triton_attention.forward(qkv, groups, 0.25)
-        assert (traffic.total.loaded, traffic.total.stored) == expected["attention_forward"]
-        traffic.clear()
-        triton_attention.backward(torch.ones_like(out), qkv, out, lse, groups, 0.25)
-    backward = [expected["attention_dq"], expected["attention_dkdv"]]
-    assert (traffic.total.loaded, traffic.total.stored) == tuple(map(sum, zip(*backward, strict=True)))
+    spans = Spans(layout.cu_seqlens(level), layout.tiles(level), layout.max_seqlen(level))
+    assert_bytes_are_the_closed_form(spans, spans, 16, torch.float32)
 
 
 def addresses_only(monkeypatch: pytest.MonkeyPatch, real: list[torch.Tensor]) -> list[np.ndarray]:
@@ -113,87 +120,104 @@ def addresses_only(monkeypatch: pytest.MonkeyPatch, real: list[torch.Tensor]) ->
 
 
 def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group that begins two thousand million rows into the stream: the addresses, without the memory."""
-    start, length, num_prefix, head_dim = 2_000_000_000, 150, 3, 32
-    qkv = torch.zeros(4, 3, HEADS, head_dim)
-    bounds = torch.tensor([start, start + length], dtype=torch.int32)
-    statistics = torch.zeros(HEADS, 4)
-    tile = torch.tensor([[0, 64]], dtype=torch.int32)
-    seen = addresses_only(monkeypatch, [bounds, tile])
-    out, grad = torch.zeros(4, HEADS, head_dim), torch.zeros_like(qkv)
-    rows = 4 * np.arange(3 * HEADS * head_dim)  # bytes within one row of qkv
-    shared = (bounds, *qkv.stride()[:3], start + length + num_prefix, num_prefix)
-    constants = {"H": HEADS, "D": head_dim, "BLOCK_D": 32, "ROWS": 64, "STREAMED": 32, "PRECISION": "ieee"}
+    """Queries and keys that begin two thousand million rows into their tensors: addresses, without the memory."""
+    q_begin, k_begin, num_q, num_k, head_dim = 2_000_000_000, 2_100_000_000, 90, 150, 32
+    q_bounds, k_bounds = (torch.tensor([a, a + n], dtype=torch.int32) for a, n in ((q_begin, num_q), (k_begin, num_k)))
+    q_tile, k_tile = (torch.tensor([[0, first]], dtype=torch.int32) for first in (64, 128))
+    seen = addresses_only(monkeypatch, [q_bounds, k_bounds, q_tile, k_tile])
+    packed, grads = torch.zeros(2, 2, 3, HEADS, head_dim).unbind(0)
+    q, k, v = packed.unbind(1)
+    dq, dk, dv = grads.unbind(1)
+    out, grad_out = torch.zeros(2, 2, HEADS, head_dim).unbind(0)
+    lse, stats = torch.zeros(HEADS, 2), torch.zeros(HEADS, 2, 2)
+    num_rows = q_begin + num_q
+    spans, constants = (q_bounds, k_bounds, None, None), {"H": HEADS, "D": head_dim, "BLOCK_D": 32, "ROWS": 64}
 
     def run(kernel: Any, *args: Any) -> np.ndarray:
         seen.clear()
-        kernel[(1, HEADS)](*args, num_prefix, **constants)
+        kernel[(1, HEADS)](*args, **constants, STREAMED=32, PRECISION="ieee")
         return np.unique(np.concatenate(seen))
 
-    row_bytes, out_bytes = qkv.stride(0) * 4, HEADS * head_dim * 4
-    patches = num_prefix + start + np.arange(length, dtype=np.int64)
-    group = np.concatenate([np.arange(num_prefix), patches])
-    tensors = {  # bytes of a row, and which rows the group has in it
-        "qkv": qkv.data_ptr() + group[:, None] * row_bytes + rows,
-        "out": out.data_ptr() + group[:, None] * out_bytes + 4 * np.arange(HEADS * head_dim),
-        "grad": grad.data_ptr() + group[:, None] * row_bytes + rows,
-    }
-    heads = np.arange(HEADS)[:, None] * (start + length + num_prefix)
-    lse = statistics.data_ptr() + 4 * (heads + group)
-    delta = torch.zeros(1)
-    tensors |= {"lse": lse, "delta": delta.data_ptr() + 4 * (heads + group)}
-    legal = np.unique(np.concatenate([x.ravel() for x in tensors.values()])).astype(np.uint64)
-    forward = run(triton_attention.attention_forward, qkv, out, statistics, tile, *shared, 0.25)
-    dq = run(triton_attention.attention_dq, qkv, out, out, statistics, delta, grad, tile, *shared, 0.25, 0.25)
-    dkdv = run(triton_attention.attention_dkdv, qkv, out, statistics, delta, grad, tile, *shared, 0.25, 0.25)
-    for addresses in (forward, dq, dkdv):
-        assert np.isin(addresses, legal).all()
-    keys = tensors["qkv"].reshape(-1, 3, HEADS * head_dim)[:, 1:].ravel().astype(np.uint64)
-    assert np.isin(keys, forward).all()
-    assert int(forward.max() - np.uint64(qkv.data_ptr())) > 2**31
+    def rows(x: torch.Tensor, begin: int, end: int) -> np.ndarray:
+        """Addresses of rows of x (R, H, D), if it had that many."""
+        columns = np.arange(HEADS)[:, None] * x.stride(1) + np.arange(head_dim)
+        return x.data_ptr() + 4 * (np.arange(begin, end)[:, None] * x.stride(0) + columns.ravel())
+
+    def statistics(x: torch.Tensor, begin: int, end: int) -> np.ndarray:
+        """The same of x (H, R) or (H, R, 2)."""
+        size = x.nbytes // (2 * HEADS)
+        at = np.arange(HEADS)[:, None] * num_rows + np.arange(begin, end)
+        return x.data_ptr() + (at[..., None] * size + 4 * np.arange(size // 4))
+
+    def assert_all(addresses: np.ndarray, *expected: np.ndarray) -> None:
+        assert np.array_equal(addresses, np.unique(np.concatenate([x.ravel() for x in expected])).astype(np.uint64))
+
+    own_q, all_q = (q_begin + 64, q_begin + num_q), (q_begin, q_begin + num_q)
+    own_k, all_k = (k_begin + 128, k_begin + num_k), (k_begin, k_begin + num_k)
+    strides = [x.stride(i) for x in (q, k) for i in (0, 1)]
+    in_backward = [*strides, *grad_out.stride()[:2], *dq.stride()[:2]]
+    streamed = rows(k, *all_k), rows(v, *all_k)
+
+    addresses = run(triton_attention.attention_forward, q, k, v, out, lse, q_tile, *spans, *strides, num_rows, 0.25)
+    assert_all(addresses, rows(q, *own_q), *streamed, rows(out, *own_q), statistics(lse, *own_q))
+    assert int(addresses.max()) - q.data_ptr() > 2**31
+
+    tensors = q, k, v, out, grad_out, lse, stats, dq
+    addresses = run(triton_attention.attention_dq, *tensors, q_tile, *spans, *in_backward, num_rows, 0.25, 0.25)
+    own = [rows(x, *own_q) for x in (q, out, grad_out, dq)] + [statistics(x, *own_q) for x in (lse, stats)]
+    assert_all(addresses, *own, *streamed)
+
+    tensors = q, k, v, grad_out, stats, dk, dv
+    in_backward += dv.stride()[:2]
+    addresses = run(triton_attention.attention_dkdv, *tensors, k_tile, *spans, *in_backward, num_rows, 0.25, 0.25)
+    own = [rows(x, *own_k) for x in (k, v, dk, dv)]
+    assert_all(addresses, *own, rows(q, *all_q), rows(grad_out, *all_q), statistics(stats, *all_q))
 
 
-def test_offsets_of_the_norm_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, length, num_prefix, width = 2_000_000_000, 40, 3, 16
-    bounds = torch.tensor([start, start + length], dtype=torch.int32)
-    tile = torch.tensor([[0, 0]], dtype=torch.int32)
-    families = torch.tensor([1_000_000_000, 1_000_000_005], dtype=torch.int32)  # a coarse group's run of fine ones
-    seen = addresses_only(monkeypatch, [bounds, tile, families])
+@pytest.mark.parametrize("coarser", [None, False, True])
+def test_offsets_of_the_norm_beyond_32_bits(coarser: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine groups of 40 rows far along their tensor, and their coarse one, which begins elsewhere; None: one level."""
+    start, length, num_prefix, width, family = 2_000_000_000, 40, 3, 16, 5
+    elsewhere = start - 10_000
+    fine = torch.arange(start, start + family * length + 1, length, dtype=torch.int32)
+    coarse = torch.tensor([elsewhere, elsewhere + 500], dtype=torch.int32)
+    tile, children = torch.tensor([[0, 0]], dtype=torch.int32), torch.tensor([0, family], dtype=torch.int32)
+    parents = None if coarser is None else torch.zeros(family, dtype=torch.int32)
+    seen = addresses_only(monkeypatch, [fine, coarse, tile, children, *([] if parents is None else [parents])])
     x, statistics = torch.zeros(4, width), torch.zeros(4)
-    base = x.data_ptr()
     forward = x, x, None, None, x, x, x, x, statistics, statistics
     backward = x, x, x, statistics, statistics, None, None, None, x, x, x, x
-    for src_rows, dst_rows in ((num_prefix, num_prefix), (5 * num_prefix, num_prefix)):
-        constants = {"SAME": src_rows == dst_rows, "C": width, "BLOCK_C": 16, "ROWS": 64, "SUB": 2}
-        patches = start + np.arange(length, dtype=np.int64)
-        rows = [np.arange(num_prefix), src_rows + patches, dst_rows + patches]  # the prefix, or weight and bias
-        legal = [base + (np.concatenate(rows)[:, None] * width + np.arange(width)) * 4]
-        legal += [statistics.data_ptr() + np.concatenate(rows) * 4]
-        legal = np.unique(np.concatenate([a.ravel() for a in legal])).astype(np.uint64)
-        for kernel, tensors, rest in (
-            (triton_norm.norm_forward, forward, (1e-6,)),
-            (triton_norm.norm_backward, backward, ()),
-        ):
-            seen.clear()
-            kernel[(1,)](*tensors, tile, bounds, src_rows, dst_rows, num_prefix, *rest, **constants)
-            addresses = np.concatenate(seen)
-            assert np.isin(addresses, legal).all()
-            assert int(addresses.max()) - base >= 4 * width * start
-    for coarser in (True, False):
-        constants = {"COARSER": coarser, "C": width, "BLOCK_C": 16, "SUB": 2}
-        children = (1_000_000_000 + np.arange(5)) * num_prefix
-        rows = np.concatenate([np.arange(3), children])
-        for kernel, tensors, rest in (
-            (triton_norm.prefix_forward, forward, (1e-6,)),
-            (triton_norm.prefix_backward, backward, (0,)),
-        ):
-            seen.clear()
-            kernel[(1,)](*tensors, families, num_prefix, *rest, **constants)
-            addresses = np.concatenate(seen)
-            legal = np.concatenate([(base + (rows[:, None] * width + np.arange(width)) * 4).ravel(),
-                                    statistics.data_ptr() + rows * 4])  # fmt: skip
-            assert np.isin(addresses, legal.astype(np.uint64)).all()
-            assert int(addresses.max()) - base >= 4 * width * int(children[-1])
+
+    def rows_of(kernel: Any, *arguments: Any, **constants: Any) -> np.ndarray:
+        """The rows that are read or written, of tensors and of statistics; those of parameters and sums are 0 to 3."""
+        seen.clear()
+        kernel[(1,)](*arguments, C=width, BLOCK_C=16, **constants)
+        addresses = np.unique(np.concatenate(seen)).astype(np.int64)
+        rows = (addresses - x.data_ptr()) // (4 * width)
+        of_statistics = (addresses - statistics.data_ptr()) // 4
+        assert abs(x.data_ptr() - statistics.data_ptr()) < 2**40
+        return np.unique(np.where(np.isin(of_statistics, legal), of_statistics, rows))
+
+    own, prefix = np.arange(start, start + length), elsewhere + np.arange(num_prefix)
+    patches = own if coarser is None else own[num_prefix:]
+    legal = np.concatenate([own, prefix, fine[:-1].numpy().astype(np.int64)])
+    settings: dict[str, Any] = {"COARSER": bool(coarser), "ROWS": 64}
+    parameters = np.arange(2)
+    rows = rows_of(triton_norm.norm_forward, *forward, tile, fine, coarse, parents, num_prefix, 1e-6, **settings)
+    clones = [own, prefix] if coarser is False else [patches]
+    assert set(rows) - set(parameters) == set(np.concatenate(clones))
+    rows = rows_of(triton_norm.norm_backward, *backward, tile, fine, parents, num_prefix, **settings)
+    assert set(rows) - set(parameters) == set(patches)
+    if coarser is None:
+        return
+    relatives = {elsewhere, *fine[:-1].tolist()}  # the first prefix row of the coarse group, and those of fine ones
+    rows = rows_of(
+        triton_norm.prefix_backward, *backward, fine, coarse, children, num_prefix, 0, COARSER=coarser, SUB=2
+    )
+    assert set(rows) - set(parameters) == relatives
+    if coarser:
+        rows = rows_of(triton_norm.prefix_forward, *forward, fine, coarse, children, num_prefix, 1e-6, SUB=2)
+        assert set(rows) - set(parameters) == relatives
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -204,20 +228,25 @@ def test_offsets_of_the_norm_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> 
 def test_add_regroup_norm_reads_and_writes_every_row_once(
     src: Level, dst: Level, update_dtype: torch.dtype, scaled: bool
 ) -> None:
-    """Forward: residual and update of each row of src, the two results of each row of dst, and what each program
-    reads beside: 16 bytes of bounds (prefix programs 8), weight and bias. Backward alike. With scales, the bounds only:
-    every address is in the tensor of those that are read with it."""
+    """Forward: residual and update of each row of src (of a clone's source for each clone), the two results of each row
+    of dst, and what each program reads beside: 16 bytes of map and bounds, 4 of its parent, 4 of where clones come
+    from; prefix programs 12 of map and bounds and 4 for each fine group; weight and bias. Backward alike. With scales,
+    the bounds only: every address is in the tensor of those that are read with it."""
     width, num_prefix = 24, 3
     layout = StudyLayout.from_grids([[(2, 5, 7), (3, 4, 4)], [(1, 6, 6)]], num_prefix)
-    rows = {level: layout.num_groups(level) * num_prefix + layout.num_tokens for level in (src, dst)}
-    children = None if src == dst else layout.children(*sorted((src, dst), key=("slice", "scan", "study").index))
-    regroup = Regroup(layout.cu_seqlens(src), layout.tiles(src)[0], children, num_prefix, layout.num_groups(dst))
+    rows = {level: layout.num_rows(level) for level in (src, dst)}
+    same, (fine, coarse) = src == dst, sorted((src, dst), key=LEVELS.index)
+    coarser = not same and src == fine
+    relations = (None, None) if same else (layout.children(fine, coarse), layout.parents(fine, coarse))
+    bounds = layout.cu_seqlens(src), layout.cu_seqlens(dst)
+    regroup = Regroup(*bounds, layout.tiles(fine)[0], *relations, num_prefix)
     residual, weight = torch.randn(rows[src], width), torch.randn(width)
     update = torch.randn(rows[src], width).to(update_dtype)
     tiles = len(regroup.tiles)
-    families = 0 if children is None else (len(children) - 1) * num_prefix
+    families = 0 if same else layout.num_groups(coarse) * num_prefix
     row, update_row = 4 * width, update_dtype.itemsize * width
-    bounds = 16 * tiles + 8 * families
+    of_tiles = tiles * (16 if same else 20)
+    of_families = 12 * families + 4 * layout.num_groups(fine) * num_prefix * (not same)
     if scaled:
         scales = torch.rand(layout.num_groups(src)), torch.rand(width)
         with watched():
@@ -226,11 +255,17 @@ def test_add_regroup_norm_reads_and_writes_every_row_once(
         return
     with watched() as traffic:
         x, y, mean, rstd = triton_norm.forward(residual, update, None, None, weight, weight, regroup, 1e-6)
-        assert traffic.total.loaded == rows[src] * (row + update_row) + bounds + (tiles + families) * 2 * row
+        read, bounds, programs = rows[src], of_tiles, tiles
+        if coarser:
+            bounds, programs = of_tiles + of_families, tiles + families
+        elif not same:  # a prefix row for each of its clones, and where it is
+            read, bounds = rows[dst], of_tiles + 4 * tiles
+        assert traffic.total.loaded == read * (row + update_row) + bounds + programs * 2 * row
         assert traffic.total.stored == rows[dst] * (row + update_row + 8)
         traffic.clear()
         grads = torch.ones_like(x), torch.ones_like(y)
         triton_norm.backward(*grads, x, mean, rstd, None, None, None, weight, regroup)
+    bounds = of_tiles + of_families
     assert traffic.total.loaded == rows[dst] * (2 * row + update_row + 8) + bounds + (tiles + families) * row
     separate = update_row if update_dtype != residual.dtype else 0  # one gradient serves as both where it can
     assert traffic.total.stored == rows[src] * (row + separate) + (tiles + families) * 2 * row

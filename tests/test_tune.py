@@ -24,10 +24,10 @@ sys.path.insert(0, str(BENCH))
 import tune  # noqa: E402
 from hlip_kernels.backends import triton_attention  # noqa: E402
 
-ROW = Row("sm_999", "fp32", 16, "short")
+ROW = Row("sm_999", "fp32", 16)
 SMALL, LARGE = Tile(32, 32, 4, 1), Tile(128, 64, 8, 2)
 CONFIG = AttentionConfig(LARGE, SMALL, SMALL)
-TIMED = {"short": (20, 5), "long": (257,)}
+TIMED = (20, 5, 257)
 
 
 @pytest.fixture
@@ -43,11 +43,6 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 TABLE_PATH = configs.table_path  # before conftest hides the user's own
-
-
-def both(row: Row) -> dict[Row, AttentionConfig]:
-    """One configuration for groups of either length."""
-    return {row._replace(length=length): CONFIG for length in configs.LENGTHS}
 
 
 def wall_clock(run: Callable[[], None]) -> float:
@@ -74,47 +69,29 @@ def tuned(measure: Any, *tiles: Tile, dtypes: tuple[str, ...] = ("fp32",)) -> li
 
 
 def test_the_fastest_tiles_are_written_and_used(table: Path) -> None:
-    assert attention_config("sm_999", torch.float32, 16, 20).forward != LARGE
+    assert attention_config("sm_999", torch.float32, 16).forward != LARGE
     timings = tuned(prefers(LARGE)[0], SMALL, LARGE)
     rows = tune.complete_rows(timings)
-    assert rows == {ROW: AttentionConfig(LARGE, LARGE, LARGE), ROW._replace(length="long"): rows[ROW]}
+    assert rows == {ROW: AttentionConfig(LARGE, LARGE, LARGE)}
     configs.write_tiles(table, rows)
     assert list(table.parent.iterdir()) == [table]
-    for max_seqlen in (20, 257):
-        assert attention_config("sm_999", torch.float32, 16, max_seqlen) == rows[ROW]
-    built_in = configs.built_in_config(ROW._replace(head_dim=32))
-    assert attention_config("sm_999", torch.float32, 32, 20) == built_in
-    assert attention_config("sm_999", torch.float32, 16, 20, tf32=True) != rows[ROW]
-
-
-def test_the_order_of_sums_is_one_for_all_lengths(table: Path) -> None:
-    """A study's result would else depend on the longest group of its batch."""
-    other = LARGE._replace(rows=64)
-
-    def measure(run: Any) -> float:  # long groups like LARGE best, short ones SMALL
-        groups = next(x for x in run.args if isinstance(x, str)) and run.func.__self__.groups
-        return {LARGE: 1.0, SMALL: 0.5 if groups.max_seqlen < 100 else 3.0}.get(run.args[1], 2.0)
-
-    timings = tuned(measure, SMALL, LARGE, other)
-    assert {each.after for each in timings if each.row.length == "long"} == {LARGE}
-    assert {each.after.order for each in timings} == {LARGE.order}
-    configs.write_tiles(table, {ROW: CONFIG})
-    with pytest.raises(ValueError, match=r"they must not depend on the length.* Delete the file"):
-        attention_config("sm_80", torch.float16, 64, 20)
+    assert attention_config("sm_999", torch.float32, 16) == rows[ROW]
+    assert attention_config("sm_999", torch.float32, 32) == configs.built_in_config(ROW._replace(head_dim=32))
+    assert attention_config("sm_999", torch.float32, 16, tf32=True) != rows[ROW]
 
 
 def test_a_real_clock_and_the_table_that_is_printed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timings = tuned(wall_clock, SMALL)
-    assert len(timings) == 6
+    assert len(timings) == 3
     assert all(each.after_seconds > 0 for each in timings)
     tune.print_timings(timings)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["row", "kernel", "before", "ms", "after", "ms", "ratio"]
-    assert len(lines) == 7
+    assert len(lines) == 4
 
 
 def test_a_tile_that_is_hardly_faster_changes_nothing(table: Path) -> None:
-    before = attention_config("sm_999", torch.float32, 16, 20).forward
+    before = attention_config("sm_999", torch.float32, 16).forward
 
     def measure(run: Any) -> float:
         return 1.0 if run.args[1] == before else 0.98
@@ -136,7 +113,7 @@ def test_a_tile_that_fails_is_reported_and_passed_over(
             raise RuntimeError("out of resource: shared memory\nand more")
         elif how == "wrong":
             launch(*args)
-            written = args[1] if kernel == "forward" else args[-4][:, 0 if kernel == "dq" else 2]
+            written = args[3] if kernel == "forward" else args[-5]
             written[-1, -1] += 1e-2
 
     monkeypatch.setattr(triton_attention, f"launch_{kernel}", broken)
@@ -146,7 +123,7 @@ def test_a_tile_that_fails_is_reported_and_passed_over(
     assert chosen == {(name, before if name == kernel else LARGE) for name in ("forward", "dq", "dkdv")}
     reason = {"raises": "RuntimeError: out of resource: shared memory", "wrong": "is off by 0.01", "unwritten": "nan"}
     said = capsys.readouterr().err
-    assert f"skipped sm_999 fp32 16 long, {kernel} 128x64, 8 warps, 2 stages" in said
+    assert f"skipped sm_999 fp32 16, {kernel} 128x64, 8 warps, 2 stages" in said
     assert reason[how] in said
     assert "and more" not in said
 
@@ -185,7 +162,7 @@ def test_tf32_has_rows_of_its_own_and_the_switch_is_put_back(table: Path) -> Non
 
     timings = tuned(measure, LARGE, dtypes=("fp32", "tf32"))
     assert {each.row.kind for each in timings} == {"fp32", "tf32"}
-    assert seen.count(True) == seen.count(False) == 9  # in use and LARGE; of short groups, what has the order of sums
+    assert seen.count(True) == seen.count(False) == 6  # of each kernel the tile in use, and LARGE
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
@@ -200,11 +177,15 @@ def test_candidates_fit_the_table() -> None:
                 )
 
 
-GOOD = {str(ROW): {name: tile._asdict() for name, tile in vars(CONFIG).items()}}
+GOOD = {name: tile._asdict() for name, tile in vars(CONFIG).items()}
+
+
+def of_rows(rows: object, **others: object) -> str:
+    return json.dumps({"format": configs.FORMAT, "rows": rows, **others})
 
 
 def changed(**tile: object) -> str:
-    return json.dumps({str(ROW): {**GOOD[str(ROW)], "dq": {**SMALL._asdict(), **tile}}})
+    return of_rows({str(ROW): {**GOOD, "dq": {**SMALL._asdict(), **tile}}})
 
 
 @pytest.mark.parametrize(
@@ -213,16 +194,17 @@ def changed(**tile: object) -> str:
         ("{", "Expecting property name"),
         ("", "Expecting value"),
         ("[]", "the table is [], not an object"),
-        (json.dumps({"sm_90 half 64": GOOD[str(ROW)]}), "'sm_90 half 64' is not a row such as"),
-        (json.dumps({"sm_90 half 65 long": GOOD[str(ROW)]}), "'sm_90 half 65 long' is not a row"),
-        (json.dumps({"sm_90 bf16 64 long": GOOD[str(ROW)]}), "'sm_90 bf16 64 long' is not a row"),
-        (json.dumps({"sm_90 half 64 long ": GOOD[str(ROW)]}), "is not a row"),
-        (
-            json.dumps({str(ROW): {"forward": SMALL._asdict()}}),
-            "sm_999 fp32 16 short has forward, not forward, dq, dkdv",
-        ),
-        (json.dumps({str(ROW): 3}), "sm_999 fp32 16 short is 3, not an object"),
-        (changed(rows=48), "sm_999 fp32 16 short, dq: rows must be one of 32, 64, 128, got 48"),
+        (json.dumps({"format": configs.FORMAT}), "the table has format, not format, rows"),
+        (of_rows({}, more=1), "the table has format, more, rows, not format, rows"),
+        (of_rows([]), "rows is [], not an object"),
+        (of_rows({"sm_90 half 64 long": GOOD}), "'sm_90 half 64 long' is not a row such as"),
+        (of_rows({"sm_90 half 65": GOOD}), "'sm_90 half 65' is not a row"),
+        (of_rows({"sm_90 bf16 64": GOOD}), "'sm_90 bf16 64' is not a row"),
+        (of_rows({"sm_90 half 64 ": GOOD}), "is not a row"),
+        (of_rows({"sm_90 half": GOOD}), "is not a row"),
+        (of_rows({str(ROW): {"forward": SMALL._asdict()}}), "sm_999 fp32 16 has forward, not forward, dq, dkdv"),
+        (of_rows({str(ROW): 3}), "sm_999 fp32 16 is 3, not an object"),
+        (changed(rows=48), "sm_999 fp32 16, dq: rows must be one of 32, 64, 128, got 48"),
         (changed(streamed=48), "streamed must be one of 16, 32, 64, 128, got 48"),
         (changed(warps=3), "warps must be one of 1, 2, 4, 8, 16, got 3"),
         (changed(warps=4.0), "got 4.0"),
@@ -234,13 +216,34 @@ def test_a_broken_table_is_refused(text: str, complaint: str, table: Path) -> No
     table.parent.mkdir()
     table.write_text(text)
     with pytest.raises(ValueError, match="Delete the file") as error:
-        attention_config("sm_80", torch.float16, 64, 20)
+        attention_config("sm_80", torch.float16, 64)
     assert complaint in str(error.value)
     assert str(table) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (json.dumps({f"{ROW} long": GOOD}), "None"),  # as 0.1 wrote it
+        (json.dumps({"format": configs.FORMAT + 1, "rows": {"something": "else"}}), str(configs.FORMAT + 1)),
+        (json.dumps({"format": str(configs.FORMAT), "rows": {}}), f"'{configs.FORMAT}'"),
+    ],
+)
+def test_a_table_of_another_format_is_ignored_with_one_line(
+    text: str, number: str, table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table.parent.mkdir()
+    table.write_text(text)
+    for _ in range(2):
+        assert attention_config("sm_999", torch.float32, 16) == configs.built_in_config(ROW)
+    (line,) = caplog.messages
+    assert f"{table}: expected format {configs.FORMAT}, got {number}." in line
+    assert "`python bench/attention.py --tune`" in line
+    assert "\n" not in line
+
+
 def test_what_is_written_is_read(table: Path) -> None:
-    rows = both(ROW) | both(Row("gfx942", "half", 128, "long")) | both(Row("sm_90", "tf32", 80, "long"))
+    rows = dict.fromkeys((ROW, Row("gfx942", "half", 128), Row("sm_90", "tf32", 80)), CONFIG)
     configs.write_tiles(table, rows)
     assert configs.user_tiles() == configs.read_tiles(table) == rows
 
@@ -265,15 +268,15 @@ def env_report(cache: Path) -> str:
 def test_env_says_which_tiles_are_used(table: Path, tmp_path: Path) -> None:
     shown = "$XDG_CACHE_HOME/hlip-kernels/tiles.json"
     assert f"built-in; none in {shown}" in env_report(tmp_path)
-    configs.write_tiles(table, both(ROW))
-    assert f"2 rows from {shown}, the others built-in" in env_report(tmp_path)
+    configs.write_tiles(table, {ROW: CONFIG})
+    assert f"1 row from {shown}, the others built-in" in env_report(tmp_path)
     table.write_text("{")
     assert f"cannot use the tile table {shown}" in env_report(tmp_path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such thing"), OSError("read-only")])
 def test_a_broken_run_leaves_the_table(error: Any, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs.write_tiles(table, both(ROW))
+    configs.write_tiles(table, {ROW: CONFIG})
     before, run = table.read_bytes(), tune.tune
 
     def stopped(*_: object) -> Iterator[tune.Timing]:
@@ -288,14 +291,14 @@ def test_a_broken_run_leaves_the_table(error: Any, table: Path, monkeypatch: pyt
 
 def test_a_whole_run_keeps_the_other_rows(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = ROW._replace(head_dim=64)
-    configs.write_tiles(table, both(other) | both(ROW))
+    configs.write_tiles(table, {other: CONFIG, ROW: CONFIG})
     run = tune.tune
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune, "tune", lambda _arch, *rest: run("sm_999", *rest[:3], "cpu", lambda *_: [SMALL], TIMED))
     monkeypatch.setattr(tune, "gpu_seconds", prefers(SMALL)[0])
     assert tune.main(["fp32"], [16]) == 0
-    assert attention_config("sm_999", torch.float32, 64, 20) == CONFIG
-    assert attention_config("sm_999", torch.float32, 16, 20) == AttentionConfig(SMALL, SMALL, SMALL)
+    assert attention_config("sm_999", torch.float32, 64) == CONFIG
+    assert attention_config("sm_999", torch.float32, 16) == AttentionConfig(SMALL, SMALL, SMALL)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -91,7 +91,7 @@ def pack(studies: Study | Sequence[Study | Sequence[Tensor]], patch_size: Grid) 
         if not study.scans:
             raise ValueError(f"{study.uid}: the study has no scans")
         grids.append([_grid(study, m, patch_size) for m in range(len(study.scans))])
-    layout = StudyLayout.from_grids(grids)
+    layout = StudyLayout.from_grids(grids, device=None)  # the encoder's plan makes the tensors, once
     pd, ph, pw = patch_size
 
     patches = torch.empty(layout.num_tokens, int(np.prod(patch_size)), dtype=torch.uint8)

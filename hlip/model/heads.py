@@ -1,6 +1,7 @@
 """Heads that pool the patch rows of a study with learned weights.
 
-Shapes: B studies, T patch tokens, C width, H heads, D head dim.
+Shapes: B studies, R rows at the level of studies, C width, H heads, D head dim. A study's prefix rows, in front of its
+patches, are not among what is pooled.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hlip_kernels import StudyLayout
+from hlip_kernels import Level, StudyLayout
 
 from .config import VisionConfig
 from .layers import Mlp
@@ -16,7 +17,7 @@ from .layers import Mlp
 
 class AttentionPool(nn.Module):
     """A learned query that attends to a study's patch rows. Parameter names are those of timm's AttentionPoolLatent;
-    as in timm 1.0.31's ViTs by default, prefix rows are not among what is pooled."""
+    timm 1.0.31's ViTs leave prefix rows out by default, too."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -29,12 +30,12 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def forward(self, patches: Tensor, layout: StudyLayout) -> Tensor:
-        """patches (T, C), ordered by study. Returns (B, 1, C)."""
+    def forward(self, rows: Tensor, layout: StudyLayout) -> Tensor:
+        """rows (R, C). Returns (B, 1, C)."""
         query = self.q(self.latent[0, 0]).unflatten(0, (self.heads, -1))
-        k, v = self.kv(patches).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        k, v = self.kv(rows).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         scores = (k * query).sum(-1) * query.shape[-1] ** -0.5
-        x = self.proj(softmax_mean(scores, v, layout).flatten(1).to(patches.dtype))
+        x = self.proj(softmax_mean(scores, v, layout).flatten(1).to(rows.dtype))
         return (x + self.mlp(self.norm(x)))[:, None]
 
 
@@ -45,23 +46,45 @@ class WeightedAverage(nn.Module):
         super().__init__()
         self.score = nn.Linear(width, 1)
 
-    def forward(self, patches: Tensor, layout: StudyLayout) -> Tensor:
-        """patches (T, C), ordered by study. Returns (B, 1, C)."""
-        return softmax_mean(self.score(patches), patches[:, None], layout).to(patches.dtype)
+    def forward(self, rows: Tensor, layout: StudyLayout) -> Tensor:
+        """rows (R, C). Returns (B, 1, C)."""
+        return softmax_mean(self.score(rows), rows[:, None], layout).to(rows.dtype)
+
+
+def patch_mean(rows: Tensor, layout: StudyLayout) -> Tensor:
+    """The mean of each study's patch rows: (R, C) to (B, C)."""
+    return _reduce("mean", rows, _runs(layout))
+
+
+def prefix_mean(prefix: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+    """Prefix rows of the groups of `level`, (G * P, C), to their means over each study, (B * P, C)."""
+    if level == "study":
+        return prefix
+    sets = prefix.to(torch.promote_types(prefix.dtype, torch.float32)).view(layout.num_groups(level), -1)
+    means: Tensor = torch.segment_reduce(sets, "mean", offsets=layout.children(level, "study").long(), axis=0)
+    return means.to(prefix.dtype).view(-1, prefix.shape[1])
 
 
 def softmax_mean(scores: Tensor, values: Tensor, layout: StudyLayout) -> Tensor:
-    """For each study and head, the mean of its rows' values (T, H, D), weighted by the softmax of their scores (T, H).
+    """For each study and head, the mean of its patches' values (R, H, D), weighted by the softmax of their scores
+    (R, H).
 
     Returns (B, H, D), in float32 for 16-bit values.
     """
     scores = scores.to(torch.promote_types(values.dtype, torch.float32))
-    bounds = layout.cu_seqlens("study")
-    offsets = bounds.long()
+    runs = _runs(layout)
+    highest: Tensor = torch.segment_reduce(scores.detach(), "max", offsets=runs, axis=0)
+    p = (scores - highest.repeat_interleave(runs.diff(), dim=0, output_size=len(scores))).exp()
+    return _reduce("sum", p[..., None] * values, runs) / _reduce("sum", p, runs)[..., None]
 
-    def each_study(reduce: str, rows: Tensor) -> Tensor:
-        return torch.segment_reduce(rows, reduce, offsets=offsets, axis=0)
 
-    highest = each_study("max", scores.detach())
-    p = (scores - highest.repeat_interleave(bounds.diff(), dim=0, output_size=layout.num_tokens)).exp()
-    return each_study("sum", p[..., None] * values) / each_study("sum", p)[..., None]
+def _runs(layout: StudyLayout) -> Tensor:
+    """Bounds of each study's prefix rows and of its patches, in turns: (2 B + 1) int64."""
+    bounds = layout.cu_seqlens("study").long()
+    starts = torch.stack([bounds[:-1], bounds[:-1] + layout.num_prefix], dim=1)
+    return torch.cat([starts.flatten(), bounds[-1:]])
+
+
+def _reduce(reduce: str, rows: Tensor, runs: Tensor) -> Tensor:
+    reduced: Tensor = torch.segment_reduce(rows, reduce, offsets=runs, axis=0)
+    return reduced[1::2]  # of the patches

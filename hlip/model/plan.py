@@ -41,6 +41,7 @@ class TokenBatch:
             patches=self.patches.pin_memory(),
             places=self.places.pin_memory(),
             weights=self.weights.pin_memory(),
+            layout=self.layout.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> TokenBatch:
@@ -86,7 +87,7 @@ def plan(batch: PackedBatch, config: VisionConfig, training: bool, seeds: Sequen
         columns.append((numbers + int(np.prod(config.grid)), factors))
     places = torch.from_numpy(np.concatenate([rows for rows, _ in columns], axis=1).astype(np.int32))
     weights = torch.from_numpy(np.concatenate([factors for _, factors in columns], axis=1).astype(np.float32))
-    tokens = TokenBatch(batch.patches, places, weights, layout.with_num_prefix(config.num_prefix))
+    tokens = TokenBatch(batch.patches, places, weights, layout.with_num_prefix(config.num_prefix).build())
     return tokens.to(batch.patches.device)
 
 

@@ -1,7 +1,8 @@
 """The study encoder: a plain vision transformer over a packed batch.
 
 Shapes: T patch tokens, G groups of the current level, P prefix rows a group, B studies, C width, V voxels a patch.
-The token stream is (G * P + T, C), prefix rows first. Parameter names are those of the published weights.
+The token stream is (R, C), R = G * P + T: group after group, in each its prefix rows and then its patches. Parameter
+names are those of the published weights.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from hlip_kernels import (
     linear_of_norm,
     linear_of_pixels,
     mlp_of_norm,
-    regroup_prefix,
 )
 
 from ..data.batch import PackedBatch
 from .config import VisionConfig
-from .heads import AttentionPool, WeightedAverage
+from .heads import AttentionPool, WeightedAverage, patch_mean, prefix_mean
 from .layers import Mlp
 from .plan import TokenBatch, plan
 
@@ -68,8 +68,8 @@ NORM_BACKEND = {"native": "native", "triton": "triton", "cpu": "torch", "referen
 class Stream(NamedTuple):
     """The token stream between two blocks, at the level of the block before.
 
-    x: (G * P + T, C) - the residual.
-    update: (G * P + T, C) - what the block before adds to it; None before the first block.
+    x: (R, C) - the residual.
+    update: (R, C) - what the block before adds to it; None before the first block.
     path_scale: (G) - the factor of each group's update; None for 1.
     """
 
@@ -203,10 +203,15 @@ class StudyEncoder(nn.Module):
     def embed(self, tokens: TokenBatch) -> Stream:
         """What the first block reads, at its own level: cls and register rows, and the patches with their positions."""
         patches = self.patch_embed(tokens.patches) + self._positions(tokens)  # fp32 under autocast
+        if not self.config.num_prefix:
+            return Stream(patches, None, None)
+        layout, level = tokens.layout, self.config.levels[0]
         own = [getattr(self, name)[0] for name in ("cls_token", "reg_token")[: self.config.num_prefix]]
-        groups = tokens.layout.num_groups(self.config.levels[0])
-        prefix = torch.cat(own).repeat(groups, 1) if own else patches[:0]
-        return Stream(torch.cat([prefix.to(patches.dtype), patches]), None, None)
+        prefix = torch.cat(own).to(patches.dtype).repeat(layout.num_groups(level), 1)
+        rows = layout.prefix_rows(level)
+        x = patches.new_empty(layout.num_rows(level), patches.shape[1]).index_fill_(0, rows, 0)
+        # In this order, backward makes no copy of the stream's gradient but that of the patches.
+        return Stream(x.index_copy_(0, layout.patch_rows(level), patches).index_add_(0, rows, prefix), None, None)
 
     def outputs(self, stream: Stream, layout: StudyLayout) -> Tensor:
         """What the head gives of the last block's stream, as `forward` returns it."""
@@ -215,13 +220,14 @@ class StudyEncoder(nn.Module):
 
     def _prefix(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
         """(B, P, C): the prefix rows of every study, normalised. Patch rows are left as they are."""
-        rows = layout.num_groups(level) * layout.num_prefix
         x, update, path_scale = stream
         assert update is not None
-        prefix = update[:rows]
+        rows = layout.prefix_rows(level)
+        prefix = take(update, rows)
         if path_scale is not None:
             prefix = prefix * path_scale.repeat_interleave(layout.num_prefix)[:, None]
-        prefix = regroup_prefix((x[:rows] + prefix).to(x.dtype), layout, level, "study")
+        prefix = (take(x, rows) + prefix).to(x.dtype)
+        prefix = prefix_mean(prefix, layout, level)
         return self.norm(prefix).unflatten(0, (layout.num_studies, layout.num_prefix))
 
     def _pool(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
@@ -233,16 +239,14 @@ class StudyEncoder(nn.Module):
         # In the residual's dtype: these rows are not for a product in 16 bits.
         stream = Stream(x, update.to(x.dtype), path_scale)
         _, y = add_norm(stream, layout, level, "study", norm, last.norm_backend)
-        rows = layout.num_studies * layout.num_prefix
-        prefix, patches = y[:rows].unflatten(0, (layout.num_studies, layout.num_prefix)), y[rows:]
         if self.config.head == "attention_pool":
-            return self.attn_pool(patches, layout)
+            return self.attn_pool(y, layout)
         if self.config.head == "weighted_average":
-            return self.weighted_average(patches, layout)
-        bounds = layout.cu_seqlens("study").long()
-        mean = torch.segment_reduce(patches, "mean", offsets=bounds, axis=0)[:, None]
+            return self.weighted_average(y, layout)
+        mean = patch_mean(y, layout)[:, None]
         if self.config.head == "average":
             return mean
+        prefix = take(y, layout.prefix_rows("study")).unflatten(0, (layout.num_studies, layout.num_prefix))
         return torch.cat([prefix, mean.expand(-1, layout.num_prefix, -1)], dim=-1)
 
     def _positions(self, tokens: TokenBatch) -> Tensor:
@@ -252,6 +256,11 @@ class StudyEncoder(nn.Module):
             tables = torch.cat([tables, self.sequential_posemb[0]])
         weights = tokens.weights.to(tables.dtype)
         return F.embedding_bag(tokens.places, tables, mode="sum", per_sample_weights=weights)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of x (R, C). Their gradient is written to zeros in one pass, which indexing takes three for."""
+    return F.embedding(rows, x)
 
 
 def sincos(places: np.ndarray, width: int) -> Tensor:

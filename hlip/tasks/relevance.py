@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hlip_kernels import Level, StudyLayout, regroup_prefix
+from hlip_kernels import Level, StudyLayout, regroup
 
 from ..data.batch import PackedBatch, Study, pack
 from ..model.clip import HLIPModel
@@ -141,7 +141,7 @@ def _carried_back(
         logit = model.logit_scale.detach().exp() * (similarities[0] - similarities[1:].sum())
         grads = torch.autograd.grad(logit, [stream.x, stream.update])
 
-    row = torch.zeros(layout.num_prefix + layout.num_tokens, dtype=image.dtype, device=model.device)
+    row = torch.zeros(layout.num_rows("study"), dtype=image.dtype, device=model.device)
     row[0] = 1
     above: Level = "study"
     for i in progress(range(last, first - 1, -1)):
@@ -150,7 +150,7 @@ def _carried_back(
         qkv, grad_out, grads = _gradients(block, _leaves(streams.pop()), layout, levels[max(0, i - 1)], level, grads)
         row = move_back(row, layout, level, above)
         row, above = row + times_matrix(row, qkv, grad_out, layout, level, normalize), level
-    return row[layout.num_groups(above) * layout.num_prefix :], float(similarities[0].detach())
+    return row[layout.patch_rows(above)], float(similarities[0].detach())
 
 
 def _leaves(stream: Stream) -> Stream:
@@ -205,16 +205,16 @@ def times_matrix(
     qkv, grad_out = at_least_float32(qkv), at_least_float32(grad_out)
     _, _, num_heads, head_dim = qkv.shape
     result = torch.zeros_like(row)
-    for rows in _groups(layout, level):
-        rows = rows.to(row.device)
-        active = rows[row[rows] != 0]
+    for start, end in pairwise(layout.cu_seqlens(level).tolist()):
+        rows, length = slice(start, end), end - start
+        active = start + row[rows].nonzero()[:, 0]
         if not len(active):
             continue
-        heads_at_once = min(num_heads, max(1, TILE // (TILE_ROWS * len(rows))))
-        rows_at_once = max(1, TILE // (heads_at_once * len(rows)))
+        heads_at_once = min(num_heads, max(1, TILE // (TILE_ROWS * length)))
+        rows_at_once = max(1, TILE // (heads_at_once * length))
         k, v = (qkv[rows, i].permute(1, 2, 0) for i in (1, 2))
         for some in active.split(rows_at_once):
-            matrix = row.new_zeros(len(some), len(rows))
+            matrix = row.new_zeros(len(some), length)
             for first in range(0, num_heads, heads_at_once):
                 heads = slice(first, first + heads_at_once)
                 q, g = (x[some].transpose(0, 1) for x in (qkv[:, 0, heads], grad_out[:, heads]))
@@ -232,20 +232,10 @@ def move_back(row: Tensor, layout: StudyLayout, below: Level, above: Level) -> T
     """
     if below == above:
         return row
-    rows = layout.num_groups(above) * layout.num_prefix
     with torch.enable_grad():
-        prefix = row.new_zeros(layout.num_groups(below) * layout.num_prefix, 1, requires_grad=True)
-        (moved,) = torch.autograd.grad(regroup_prefix(prefix, layout, below, above), prefix, row[:rows, None])
-    return torch.cat([moved[:, 0], row[rows:]])
-
-
-def _groups(layout: StudyLayout, level: Level) -> Iterator[Tensor]:
-    """The rows of each group, prefix rows first."""
-    bounds = np.concatenate([[0], np.cumsum(layout.seqlens(level))])
-    patches = layout.num_groups(level) * layout.num_prefix
-    for g, (start, end) in enumerate(pairwise(bounds.tolist())):
-        prefix = torch.arange(g * layout.num_prefix, (g + 1) * layout.num_prefix)
-        yield torch.cat([prefix, torch.arange(patches + start, patches + end)])
+        rows = row.new_zeros(layout.num_rows(below), 1, requires_grad=True)
+        (moved,) = torch.autograd.grad(regroup(rows, layout, below, above), rows, row[:, None])
+    return moved[:, 0]
 
 
 @contextmanager

@@ -1,80 +1,106 @@
-"""PyTorch's flash attention for CPUs, one batched call for all groups of equal length.
+"""PyTorch's flash attention for CPUs, one batched call for all groups of equal lengths.
 
-No mask and no padding: the rows of equally long groups are gathered into (groups, L, H, D).
-The calls are the two halves of `torch.nn.functional.scaled_dot_product_attention` on a CPU; taking them
-one by one keeps the log-sum-exp, so that backward does not run the forward again.
+No mask and no padding. Groups that follow one another are read where they lie; those of equal lengths that do not are
+gathered into (n, L, H, D). The calls are the two halves of `torch.nn.functional.scaled_dot_product_attention` on a CPU;
+taking them one by one keeps the log-sum-exp, so that backward does not run the forward again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .groups import Groups, check_attention, wide_dtype
+from .base import QKV, AttentionBackend, Spans, bounds_on_host, check_attention, wide_dtype
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    return [] if device == "cpu" else [f"needs CPU tensors, got {device}"]
+class CPU(AttentionBackend):
+    name = "cpu"
+
+    def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+        return [] if device == "cpu" else [f"needs CPU tensors, got {device}"]
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        check_attention(q, k, v, queries, keys, softmax_scale)
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype))
+        for of_q, of_k in _equal_groups(q, k, queries, keys):
+            if 0 in (of_q.shape[1], of_k.shape[1]):
+                of_q.put(out, torch.zeros(()))
+                of_q.put(lse.T, torch.tensor(-torch.inf))
+                continue
+            o, lse_nHL = _flash(of_q.get(q), of_k.get(k), of_k.get(v), 0.0, False, scale=softmax_scale)
+            of_q.put(out, o.transpose(1, 2).flatten(0, 1))
+            of_q.put(lse.T, lse_nHL.transpose(1, 2).flatten(0, 1))
+        return out, lse
+
+    def backward(
+        self,
+        grads: QKV,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Spans,
+        keys: Spans,
+        softmax_scale: float,
+        deterministic: bool,
+    ) -> None:
+        check_attention(q, k, v, queries, keys, softmax_scale, out, lse, grad_out, grads)
+        for of_q, of_k in _equal_groups(q, k, queries, keys):
+            if 0 in (of_q.shape[1], of_k.shape[1]):
+                results = (torch.zeros(()),) * 3
+            else:
+                tensors = of_q.get(grad_out), of_q.get(q), of_k.get(k), of_k.get(v), of_q.get(out)
+                lse_nHL = of_q.get(lse.T[..., None])[..., 0]
+                results = _flash_backward(*tensors, lse_nHL, 0.0, False, scale=softmax_scale)
+                results = tuple(grad.transpose(1, 2).flatten(0, 1) for grad in results)
+            for grad, rows, result in zip(grads, (of_q, of_k, of_k), results, strict=True):
+                rows.put(grad, result)
 
 
-def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    check_attention(qkv, groups, softmax_scale)
-    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    lse = qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=wide_dtype(qkv.dtype))
-    for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
-        q, k, v = _gather(qkv, rows, shape).unbind(2)
-        o, lse_nHL = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, scale=softmax_scale)
-        out.index_copy_(0, rows, o.transpose(1, 2).flatten(0, 1))
-        lse.index_copy_(1, rows, lse_nHL.transpose(0, 1).flatten(1))
-    return out, lse
+class _Rows(NamedTuple):
+    """The rows of n groups that have L rows each: (n, L). rows: a run of them, or (n * L) int64."""
+
+    rows: slice | Tensor
+    shape: tuple[int, int]
+
+    def get(self, x: Tensor) -> Tensor:
+        """(R, H, D) to (n, H, L, D)."""
+        gathered: Tensor = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+        if gathered.stride(-1) != 1:
+            gathered = gathered.contiguous()
+        groups: Tensor = gathered.unflatten(0, self.shape)
+        return groups.transpose(1, 2)
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """Write (n * L, ...) into the rows of x (R, ...)."""
+        x[self.rows] = values.to(x.dtype)
 
 
-def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
-    check_attention(qkv, groups, softmax_scale, out, lse, grad_out)
-    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    for rows, shape in _equal_groups(groups.cu_seqlens, groups.num_prefix):
-        q, k, v = _gather(qkv, rows, shape).unbind(2)
-        o, g = (_gather(x, rows, shape) for x in (out, grad_out))
-        lse_nHL = lse.index_select(1, rows).unflatten(1, shape).transpose(0, 1)
-        grads = _flash_backward(
-            g.transpose(1, 2),
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            o.transpose(1, 2),
-            lse_nHL,
-            0.0,
-            False,
-            scale=softmax_scale,
-        )
-        for i, grad in enumerate(grads):  # (n, H, L, D)
-            grad_qkv[:, i].index_copy_(0, rows, grad.transpose(1, 2).flatten(0, 1))
-    return grad_qkv
+def _equal_groups(q: Tensor, k: Tensor, queries: Spans, keys: Spans) -> Iterator[tuple[_Rows, _Rows]]:
+    """For every pair of lengths that occurs: the rows of its groups, of queries and of keys."""
+    of_q = bounds_on_host("queries", queries, q.shape[0])
+    of_k = bounds_on_host("keys", keys, k.shape[0])
+    lengths = np.stack([of_q[1], of_k[1]], axis=1)
+    for pair in np.unique(lengths, axis=0):
+        if pair.any():
+            groups = np.flatnonzero((lengths == pair).all(1))
+            yield _rows_of(of_q[0][groups], int(pair[0])), _rows_of(of_k[0][groups], int(pair[1]))
 
 
-def _gather(x: Tensor, rows: Tensor, shape: tuple[int, int]) -> Tensor:
-    gathered: Tensor = x.index_select(0, rows).unflatten(0, shape)
-    return gathered
-
-
-def _equal_groups(cu_seqlens: Tensor, num_prefix: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """For each length that occurs: the rows of its groups, (n * L) int64, and (n, L), L with prefix rows."""
-    bounds = cu_seqlens.numpy().astype(np.int64)
-    num_groups = len(bounds) - 1
-    lengths = np.diff(bounds)
-    if (lengths < 0).any():
-        raise ValueError(f"cu_seqlens: expected bounds that rise, got {cu_seqlens}")
-    for length in np.unique(lengths):
-        if num_prefix + length == 0:
-            continue
-        groups = np.flatnonzero(lengths == length)
-        prefix = groups[:, None] * num_prefix + np.arange(num_prefix)
-        patches = num_groups * num_prefix + bounds[groups, None] + np.arange(length)
-        rows = np.concatenate([prefix, patches], axis=1)
-        yield torch.from_numpy(rows.ravel()), (rows.shape[0], rows.shape[1])
+def _rows_of(begin: np.ndarray, length: int) -> _Rows:
+    shape = len(begin), length
+    if (np.diff(begin) == length).all():
+        return _Rows(slice(int(begin[0]), int(begin[0]) + length * len(begin)), shape)
+    return _Rows(torch.from_numpy((begin[:, None] + np.arange(length)).ravel()), shape)

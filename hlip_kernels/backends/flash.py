@@ -1,67 +1,81 @@
-"""flash-attn 2 as a backend: its forward and backward over packed sequences, without its autograd.
+"""flash-attn 2 as a backend: its ops for packed sequences, without its autograd.
 
-The ops take the same arguments by name from flash-attn 2.7 on. Backward is the deterministic one.
+The ops take the same arguments by name from flash-attn 2.7 on. They read q, k, v as views and write the gradients into
+the views that they are given: nothing is copied. Backward has no `seqused`. Its keys' and values' gradients are each
+added up by one block, those of queries atomically, or in a fixed order if it is told to.
+
+Source: flash_attn/flash_attn_interface.py and csrc/flash_attn/flash_api.cpp of github.com/Dao-AILab/flash-attention.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .external import GroupOrder, flash_not_supported_reasons, group_order
-from .groups import Groups
+from .base import QKV, Spans
+from .external import LibraryBackend, flash_not_supported_reasons, installed, lengths
 
 OLDEST = (2, 7)
 
 
-def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = flash_not_supported_reasons(device, dtype, head_dim)
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        return ["flash-attn is not installed (pip install flash-attn --no-build-isolation)", *reasons]
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
-        reasons.insert(0, f"needs flash-attn {'.'.join(map(str, OLDEST))} or newer, got {version}")
-    if not reasons:
-        try:
-            _ops()
-        except ImportError as error:  # built for another torch, most often
-            reasons.append(f"flash-attn {version} cannot be imported: {error}")
-    return reasons
+class Flash(LibraryBackend):
+    name = "flash"
+    repeats = "on request"
 
+    def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+        reasons = flash_not_supported_reasons(device, dtype, head_dim)
+        version = installed("flash-attn")
+        if version is None:
+            return ["flash-attn is not installed (pip install flash-attn --no-build-isolation)", *reasons]
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+            reasons.insert(0, f"needs flash-attn {'.'.join(map(str, OLDEST))} or newer, got {version}")
+        if not reasons:
+            try:
+                _ops()
+            except ImportError as error:  # built for another torch, most often
+                reasons.append(f"flash-attn {version} cannot be imported: {error}")
+        return reasons
 
-def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    order = group_order(groups, qkv.shape[0])
-    q, k, v = order.gather(qkv).unbind(1)
-    out, lse, *_ = _ops()._flash_attn_varlen_forward(q=q, k=k, v=v, **_settings(order, softmax_scale))
-    return order.scatter(out), order.scatter(lse, 1)
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _ops()._flash_attn_varlen_forward(
+            q=q, k=k, v=v, seqused_k=keys.seqused, **_settings(queries, keys, softmax_scale)
+        )
+        return out, lse
 
-
-def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
-    order = group_order(groups, qkv.shape[0])
-    gathered = order.gather(qkv)
-    q, k, v = gathered.unbind(1)
-    grad_qkv = torch.empty_like(gathered)
-    dq, dk, dv = grad_qkv.unbind(1)  # written in place
-    _ops()._flash_attn_varlen_backward(
-        dout=order.gather(grad_out),
-        q=q,
-        k=k,
-        v=v,
-        out=order.gather(out),
-        softmax_lse=order.gather(lse, 1),
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        deterministic=True,
-        **_settings(order, softmax_scale),
-    )
-    return order.scatter(grad_qkv)
+    def _backward(
+        self,
+        grads: QKV,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Spans,
+        keys: Spans,
+        softmax_scale: float,
+        deterministic: bool,
+    ) -> None:
+        dq, dk, dv = grads
+        _ops()._flash_attn_varlen_backward(
+            dout=grad_out,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            softmax_lse=lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            deterministic=deterministic,
+            **_settings(queries, keys, softmax_scale),
+        )
 
 
 def _ops() -> Any:
@@ -69,12 +83,9 @@ def _ops() -> Any:
     return torch.ops.flash_attn
 
 
-def _settings(order: GroupOrder, softmax_scale: float) -> dict[str, Any]:
+def _settings(queries: Spans, keys: Spans, softmax_scale: float) -> dict[str, Any]:
     return {
-        "cu_seqlens_q": order.cu_seqlens,
-        "cu_seqlens_k": order.cu_seqlens,
-        "max_seqlen_q": order.max_seqlen,
-        "max_seqlen_k": order.max_seqlen,
+        **lengths(queries, keys),
         "dropout_p": 0.0,
         "softmax_scale": softmax_scale,
         "causal": False,

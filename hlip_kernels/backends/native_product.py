@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..native import native, scratch
 from ..native.interface import Layer, Product, WeightGradient
-from .groups import check_tensor
+from .base import check_tensor
 
 TILE = 1024  # bytes
 CPU = torch.device("cpu")

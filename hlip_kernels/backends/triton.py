@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from ..configs import BLOCK_D
-from .groups import Groups, gpu_capability_reasons
+from .base import QKV, AttentionBackend, NormBackend, Spans, gpu_capability_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Triton's interpreter keeps a bfloat16 as an integer: its products are off by 1e8, its casts truncate.
 INTERPRETED = (torch.float16, torch.float32)
-
-
-def not_supported_reasons(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    reasons = norm_not_supported_reasons(device, dtype, dtype)
-    if head_dim not in BLOCK_D:
-        reasons.append(f"needs a head dim of {', '.join(map(str, BLOCK_D))}, got {head_dim}")
-    return reasons
 
 
 def norm_not_supported_reasons(device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> list[str]:
@@ -45,29 +38,59 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    from . import triton_attention
+class TritonAttention(AttentionBackend):
+    name = "triton"
 
-    with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        return triton_attention.forward(qkv, groups, softmax_scale)
+    def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+        reasons = norm_not_supported_reasons(device, dtype, dtype)
+        if head_dim not in BLOCK_D:
+            reasons.append(f"needs a head dim of {', '.join(map(str, BLOCK_D))}, got {head_dim}")
+        return reasons
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from . import triton_attention
+
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return triton_attention.forward(q, k, v, queries, keys, softmax_scale)
+
+    def backward(
+        self,
+        grads: QKV,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Spans,
+        keys: Spans,
+        softmax_scale: float,
+        deterministic: bool,
+    ) -> None:
+        from . import triton_attention
+
+        with torch.cuda.device_of(q):
+            triton_attention.backward(grads, grad_out, q, k, v, out, lse, queries, keys, softmax_scale)
 
 
-def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
-    from . import triton_attention
+class TritonNorm(NormBackend):
+    name = "triton"
 
-    with torch.cuda.device_of(qkv):
-        return triton_attention.backward(grad_out, qkv, out, lse, groups, softmax_scale)
+    def not_supported_reasons(self, device: str, dtype: torch.dtype, update_dtype: torch.dtype) -> list[str]:
+        return norm_not_supported_reasons(device, dtype, update_dtype)
 
+    def forward(self, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from . import triton_norm
 
-def norm_forward(residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import triton_norm
+        with torch.cuda.device_of(residual):  # Triton launches on the current device
+            return triton_norm.forward(residual, *rest)
 
-    with torch.cuda.device_of(residual):
-        return triton_norm.forward(residual, *rest)
+    def backward(
+        self, grad_x: Tensor | None, grad_y: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        from . import triton_norm
 
-
-def norm_backward(grad_x: Tensor | None, grad_y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from . import triton_norm
-
-    with torch.cuda.device_of(grad_y):
-        return triton_norm.backward(grad_x, grad_y, *rest)
+        with torch.cuda.device_of(grad_y):
+            return triton_norm.backward(grad_x, grad_y, *rest)

@@ -1,14 +1,15 @@
-"""Variable-length attention over nested groups in Triton: forward, dq, dkdv.
+"""Variable-length attention in Triton: forward, dq, dkdv.
 
-Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim.
+Shapes: R rows of queries, S rows of keys and values, G groups, H heads, D head dim.
 
-Row r of group g is row g * P + r of the tensor if r < P, else G * P + cu_seqlens[g] + r - P. A program owns the
-tile of rows that its entry of the tile map names, and streams all rows of the group past it. The map lists the
-tiles of the longest groups first and no empty ones.
+The queries of group g are a run of rows, and so are its keys; where either begins and how many rows it has is told
+apart (`Spans`). A program owns the tile of queries (in dkdv, of keys) that its entry of the tile map names, and streams
+the group's keys (queries) past it. The map lists the tiles of the longest groups first and no empty ones.
 
-Streamed rows come in two parts. The prefix rows and the n % STREAMED first patches go first, in masked tiles;
-what is left is a contiguous run of full tiles, read by moving pointers, without a mask. So prefix rows and ragged
-ends cost nothing in the loop that matters, and the number of tiles is the least that covers the group.
+Streamed rows come in whole tiles, read at moving offsets without a mask in a pipelined loop, and what is left in
+masked tiles of `TAIL` rows, so that a ragged end costs next to nothing. The tail comes last and is not pipelined: in
+front, or pipelined, it would make the compiler for sm_90 wait for every matrix instruction of the loop that matters.
+In float32, whose products fill the registers, what is left is one more tile of the same shape.
 
 Every program writes rows that no other writes: no atomics, and the same bits on every run.
 """
@@ -23,56 +24,71 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config, kind_of, max_registers
-from .groups import Groups, check_attention
+from .base import QKV, Spans, check_attention
 
 # What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
-VARYING = ["num_rows", "prefix_rows"]
-MAPS = ["Tiles", "CuSeqlens"]
+VARYING = ["num_rows"]
+MAPS = ["Tiles", "CuQueries", "CuKeys", "UsedQueries", "UsedKeys"]
 LOG2_E = tl.constexpr(1.4426950408889634)
+TAIL = tl.constexpr(16)  # the least that matrix units take
 
 
 @triton.jit
-def _tile(Tiles, CuSeqlens, prefix_rows, P):
-    """This program's group: its first row, number of patches, and where its prefix rows and row 0 of its patches
-    would lie; int64."""
+def _span(CuSeqlens, SeqUsed, group):
+    """The first row of a group, int64, and how many it has."""
+    begin = tl.load(CuSeqlens + group)
+    length = tl.load(CuSeqlens + group + 1) - begin if SeqUsed is None else tl.load(SeqUsed + group)
+    return begin.to(tl.int64), length
+
+
+@triton.jit
+def _tile(Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys):
+    """This program's head, the first row of its tile in the group, and the group's queries and keys."""
     entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
-    group = tl.load(entry).to(tl.int64)
-    first = tl.load(entry + 1)
-    start = tl.load(CuSeqlens + group).to(tl.int64)
-    num_patches = (tl.load(CuSeqlens + group + 1) - start).to(tl.int32)
-    return first, num_patches, group * P, prefix_rows + start - P
+    group = tl.load(entry)
+    q_begin, num_q = _span(CuQueries, UsedQueries, group)
+    k_begin, num_k = _span(CuKeys, UsedKeys, group)
+    return tl.program_id(1).to(tl.int64), tl.load(entry + 1), q_begin, num_q, k_begin, num_k
 
 
 @triton.jit
-def _rows(r, P, prefix_base, patch_base):
-    """Rows of a group, counted in the group, to rows of the tensor: int64."""
-    return tl.where(r < P, prefix_base, patch_base) + r
+def _rows(o_rows, stride, BLOCK_D: tl.constexpr):
+    """[N, BLOCK_D] offsets of rows `o_rows`, int64."""
+    return o_rows.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def _load(pointers, m_rows, m_d, EVEN_ROWS: tl.constexpr, EVEN_D: tl.constexpr):
-    if EVEN_ROWS:
-        if EVEN_D:
-            return tl.load(pointers)
-        return tl.load(pointers, mask=m_d, other=0.0)
-    if EVEN_D:
-        return tl.load(pointers, mask=m_rows, other=0.0)
-    return tl.load(pointers, mask=m_rows & m_d, other=0.0)
+def _load(pointers, m_rows, D: tl.constexpr):
+    """[N, BLOCK_D] values; all rows if there is no mask of rows."""
+    EVEN_D: tl.constexpr = pointers.shape[1] == D
+    m_d = tl.arange(0, pointers.shape[1])[None, :] < D
+    if m_rows is None:
+        values = tl.load(pointers) if EVEN_D else tl.load(pointers, mask=m_d, other=0.0)
+    else:
+        values = tl.load(pointers, mask=m_rows[:, None] if EVEN_D else m_rows[:, None] & m_d, other=0.0)
+    return values
 
 
 @triton.jit
-def _attend(b_q, p_k, slot, m_k, m_d, b_m, b_l, b_acc, qk_scale,
-            MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of keys and values into the running softmax. p_k: [N, D] pointers; v lies `slot` after k."""
-    b_k = tl.trans(_load(p_k, m_k[:, None], m_d[None, :], not MASKED, EVEN_D))
-    b_v = _load(p_k + slot, m_k[:, None], m_d[None, :], not MASKED, EVEN_D)
+def _store(pointers, values, m_rows, D: tl.constexpr):
+    m_d = tl.arange(0, pointers.shape[1])[None, :] < D
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=m_rows[:, None] & m_d)
+
+
+@triton.jit
+def _attend(b_q, p_k, p_v, m_k, b_m, b_l, b_acc, qk_scale,
+            D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys and values into the running softmax."""
+    b_k = tl.trans(_load(p_k, m_k, D))
+    b_v = _load(p_v, m_k, D)
     b_s = tl.dot(b_q, b_k, input_precision=PRECISION)  # [M, N]
-    if MASKED:
+    if m_k is not None:
         b_s = tl.where(m_k[None, :], b_s, float("-inf"))
     # In units of log2. Scaling after the maximum leaves one fused multiply-add per score; it needs a positive scale.
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * qk_scale)
-    b_p = tl.exp2(b_s * qk_scale - b_m_new[:, None])
-    b_alpha = tl.exp2(b_m - b_m_new)
+    b_ref = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # a row of scores that are all -inf: no inf - inf
+    b_p = tl.exp2(b_s * qk_scale - b_ref[:, None])
+    b_alpha = tl.exp2(b_m - b_ref)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
     return b_m_new, b_l, b_acc
@@ -80,56 +96,44 @@ def _attend(b_q, p_k, slot, m_k, m_d, b_m, b_l, b_acc, qk_scale,
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def attention_forward(
-    QKV, Out, Lse, Tiles, CuSeqlens,
-    stride_row, stride_slot, stride_head, num_rows, prefix_rows, qk_scale, P,
+    Q, K, V, Out, Lse, Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys,
+    stride_q, stride_q_head, stride_k, stride_k_head, num_rows, qk_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out [R, H, D] and lse [H, R] of the program's query rows."""
-    first, num_patches, prefix_base, patch_base = _tile(Tiles, CuSeqlens, prefix_rows, P)
-    head = tl.program_id(1).to(tl.int64)
-    p_base = QKV + head * stride_head
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    EVEN_D: tl.constexpr = BLOCK_D == D
-
-    r_q = first + tl.arange(0, ROWS)
-    m_q = r_q < num_patches + P
-    row_q = _rows(r_q, P, prefix_base, patch_base)
-    p_q = p_base + row_q[:, None] * stride_row + o_d[None, :]
-    b_q = _load(p_q, m_q[:, None], m_d[None, :], False, EVEN_D)
+    """Out [R, H, D] and lse [H, R] of the program's queries."""
+    head, first, q_begin, num_q, k_begin, num_k = _tile(Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys)
+    o_q = tl.arange(0, ROWS)
+    m_q = first + o_q < num_q
+    row = q_begin + first
+    b_q = _load(Q + row * stride_q + head * stride_q_head + _rows(o_q, stride_q, BLOCK_D), m_q, D)
 
     b_m = tl.full([ROWS], float("-inf"), tl.float32)
     b_l = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    o_k = tl.arange(0, STREAMED)
-    mixed = P + num_patches % STREAMED
-    for begin in tl.range(0, mixed, STREAMED, num_stages=1):
-        r_k = begin + o_k
-        row_k = _rows(r_k, P, prefix_base, patch_base)
-        p_k = p_base + stride_slot + row_k[:, None] * stride_row + o_d[None, :]
-        b_m, b_l, b_acc = _attend(
-            b_q, p_k, stride_slot, r_k < mixed, m_d, b_m, b_l, b_acc, qk_scale, True, EVEN_D, PRECISION
-        )
-    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row + o_k[:, None] * stride_row + o_d[None, :]
-    for _ in range(num_patches // STREAMED):
-        b_m, b_l, b_acc = _attend(
-            b_q, p_run, stride_slot, o_k >= 0, m_d, b_m, b_l, b_acc, qk_scale, False, EVEN_D, PRECISION
-        )
-        p_run += STREAMED * stride_row
+    base = k_begin * stride_k + head * stride_k_head
+    o_run = _rows(tl.arange(0, STREAMED), stride_k, BLOCK_D) + base
+    for _ in range(num_k // STREAMED):
+        b_m, b_l, b_acc = _attend(b_q, K + o_run, V + o_run, None, b_m, b_l, b_acc, qk_scale, D, PRECISION)
+        o_run += STREAMED * stride_k
+    REST: tl.constexpr = TAIL if K.dtype.element_ty.primitive_bitwidth == 16 else STREAMED
+    for begin in tl.range(num_k - num_k % STREAMED, num_k, REST, num_stages=1):
+        r_k = begin + tl.arange(0, REST)
+        o_k = _rows(r_k, stride_k, BLOCK_D) + base
+        b_m, b_l, b_acc = _attend(b_q, K + o_k, V + o_k, r_k < num_k, b_m, b_l, b_acc, qk_scale, D, PRECISION)
 
-    p_out = Out + (row_q[:, None] * H + head) * D + o_d[None, :]
-    tl.store(p_out, (b_acc / b_l[:, None]).to(Out.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
-    tl.store(Lse + head * num_rows + row_q, (b_m + tl.log2(b_l)) / LOG2_E, mask=m_q)
+    b_l = tl.where(b_l == 0.0, 1.0, b_l)  # no keys: 0, and a lse of -inf
+    _store(Out + (row * H + head) * D + _rows(o_q, H * D, BLOCK_D), b_acc / b_l[:, None], m_q, D)
+    tl.store(Lse + head * num_rows + row + o_q, (b_m + tl.log2(b_l)) / LOG2_E, mask=m_q)
 
 
 @triton.jit
-def _add_dq(b_q, b_do, b_lse, b_delta, p_k, slot, m_k, m_d, b_dq, qk_scale,
-            MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    b_k = _load(p_k, m_k[:, None], m_d[None, :], not MASKED, EVEN_D)  # [N, D]
-    b_v = _load(p_k + slot, m_k[:, None], m_d[None, :], not MASKED, EVEN_D)
+def _add_dq(b_q, b_do, b_lse, b_delta, p_k, p_v, m_k, b_dq, qk_scale,
+            D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    b_k = _load(p_k, m_k, D)  # [N, D]
+    b_v = _load(p_v, m_k, D)
     b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale - b_lse[:, None])
-    if MASKED:
+    if m_k is not None:
         b_p = tl.where(m_k[None, :], b_p, 0.0)  # exp2 may be infinite there, and infinity times 0 is not 0
     b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
@@ -137,62 +141,52 @@ def _add_dq(b_q, b_do, b_lse, b_delta, p_k, slot, m_k, m_d, b_dq, qk_scale,
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def attention_dq(
-    QKV, Out, GradOut, Lse, Delta, GradQKV, Tiles, CuSeqlens,
-    stride_row, stride_slot, stride_head, num_rows, prefix_rows, softmax_scale, qk_scale, P,
+    Q, K, V, Out, GradOut, Lse, Stats, GradQ, Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys,
+    stride_q, stride_q_head, stride_k, stride_k_head, stride_do, stride_do_head, stride_dq, stride_dq_head,
+    num_rows, softmax_scale, qk_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Slot 0 of the packed gradient, and delta = sum(out * grad_out) [H, R], of the program's query rows."""
-    first, num_patches, prefix_base, patch_base = _tile(Tiles, CuSeqlens, prefix_rows, P)
-    head = tl.program_id(1).to(tl.int64)
-    p_base = QKV + head * stride_head
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    EVEN_D: tl.constexpr = BLOCK_D == D
-
-    r_q = first + tl.arange(0, ROWS)
-    m_q = r_q < num_patches + P
-    row_q = _rows(r_q, P, prefix_base, patch_base)
-    b_q = _load(p_base + row_q[:, None] * stride_row + o_d[None, :], m_q[:, None], m_d[None, :], False, EVEN_D)
-    o_out = (row_q[:, None] * H + head) * D + o_d[None, :]
-    b_do = _load(GradOut + o_out, m_q[:, None], m_d[None, :], False, EVEN_D)
-    b_out = _load(Out + o_out, m_q[:, None], m_d[None, :], False, EVEN_D)
+    """The gradient of the program's queries, and their statistics for `attention_dkdv`, Stats [H, R, 2]: lse in units
+    of log2, and delta = sum(out * grad_out)."""
+    head, first, q_begin, num_q, k_begin, num_k = _tile(Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys)
+    o_q = tl.arange(0, ROWS)
+    m_q = first + o_q < num_q
+    row = q_begin + first
+    b_q = _load(Q + row * stride_q + head * stride_q_head + _rows(o_q, stride_q, BLOCK_D), m_q, D)
+    b_do = _load(GradOut + row * stride_do + head * stride_do_head + _rows(o_q, stride_do, BLOCK_D), m_q, D)
+    b_out = _load(Out + (row * H + head) * D + _rows(o_q, H * D, BLOCK_D), m_q, D)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(Delta + head * num_rows + row_q, b_delta, mask=m_q)
-    b_lse = tl.load(Lse + head * num_rows + row_q, mask=m_q, other=float("inf")) * LOG2_E
+    o_stats = head * num_rows + row + o_q
+    b_lse = tl.load(Lse + o_stats, mask=m_q, other=float("inf")) * LOG2_E
+    tl.store(Stats + _rows(o_stats, 2, 2), tl.join(b_lse, b_delta), mask=m_q[:, None])
 
     b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    o_k = tl.arange(0, STREAMED)
-    mixed = P + num_patches % STREAMED
-    for begin in tl.range(0, mixed, STREAMED, num_stages=1):
-        r_k = begin + o_k
-        row_k = _rows(r_k, P, prefix_base, patch_base)
-        p_k = p_base + stride_slot + row_k[:, None] * stride_row + o_d[None, :]
-        b_dq = _add_dq(
-            b_q, b_do, b_lse, b_delta, p_k, stride_slot, r_k < mixed, m_d, b_dq, qk_scale, True, EVEN_D, PRECISION
-        )
-    p_run = p_base + stride_slot + (patch_base + mixed) * stride_row + o_k[:, None] * stride_row + o_d[None, :]
-    for _ in range(num_patches // STREAMED):
-        b_dq = _add_dq(
-            b_q, b_do, b_lse, b_delta, p_run, stride_slot, o_k >= 0, m_d, b_dq, qk_scale, False, EVEN_D, PRECISION
-        )  # fmt: skip
-        p_run += STREAMED * stride_row
-    p_dq = GradQKV + (row_q[:, None] * 3 * H + head) * D + o_d[None, :]
-    tl.store(p_dq, (b_dq * softmax_scale).to(GradQKV.dtype.element_ty), mask=m_q[:, None] & m_d[None, :])
+    base = k_begin * stride_k + head * stride_k_head
+    o_run = _rows(tl.arange(0, STREAMED), stride_k, BLOCK_D) + base
+    for _ in range(num_k // STREAMED):
+        b_dq = _add_dq(b_q, b_do, b_lse, b_delta, K + o_run, V + o_run, None, b_dq, qk_scale, D, PRECISION)
+        o_run += STREAMED * stride_k
+    REST: tl.constexpr = TAIL if K.dtype.element_ty.primitive_bitwidth == 16 else STREAMED
+    for begin in tl.range(num_k - num_k % STREAMED, num_k, REST, num_stages=1):
+        r_k = begin + tl.arange(0, REST)
+        o_k = _rows(r_k, stride_k, BLOCK_D) + base
+        b_dq = _add_dq(b_q, b_do, b_lse, b_delta, K + o_k, V + o_k, r_k < num_k, b_dq, qk_scale, D, PRECISION)
+    p_dq = GradQ + row * stride_dq + head * stride_dq_head + _rows(o_q, stride_dq, BLOCK_D)
+    _store(p_dq, b_dq * softmax_scale, m_q, D)
 
 
 @triton.jit
-def _add_dkdv(b_k, b_v, p_q, p_do, p_lse, p_delta, m_q, m_d, b_dk, b_dv, qk_scale,
-              MASKED: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _add_dkdv(b_k, b_v, p_q, p_do, p_stats, m_q, b_dk, b_dv, qk_scale,
+              D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of queries into dk and dv. A row out of range has lse = inf, so p = 0: scores need no mask."""
-    b_q = _load(p_q, m_q[:, None], m_d[None, :], not MASKED, EVEN_D)  # [M, D]
-    b_do = _load(p_do, m_q[:, None], m_d[None, :], not MASKED, EVEN_D)
-    if MASKED:
-        b_lse = tl.load(p_lse, mask=m_q, other=float("inf")) * LOG2_E
-        b_delta = tl.load(p_delta, mask=m_q, other=0.0)
+    b_q = _load(p_q, m_q, D)  # [M, D]
+    b_do = _load(p_do, m_q, D)
+    if m_q is None:
+        b_lse, b_delta = tl.split(tl.load(p_stats))
     else:
-        b_lse = tl.load(p_lse) * LOG2_E
-        b_delta = tl.load(p_delta)
+        b_lse, b_delta = tl.split(tl.load(p_stats, mask=m_q[:, None], other=float("inf")))
+        b_delta = tl.where(m_q, b_delta, 0.0)
     b_pT = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * qk_scale - b_lse[None, :])  # [N, M]
     b_dv = tl.dot(b_pT.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
     b_dsT = b_pT * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - b_delta[None, :])
@@ -202,146 +196,180 @@ def _add_dkdv(b_k, b_v, p_q, p_do, p_lse, p_delta, m_q, m_d, b_dk, b_dv, qk_scal
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def attention_dkdv(
-    QKV, GradOut, Lse, Delta, GradQKV, Tiles, CuSeqlens,
-    stride_row, stride_slot, stride_head, num_rows, prefix_rows, softmax_scale, qk_scale, P,
+    Q, K, V, GradOut, Stats, GradK, GradV, Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys,
+    stride_q, stride_q_head, stride_k, stride_k_head, stride_do, stride_do_head, stride_dk, stride_dk_head,
+    stride_dv, stride_dv_head, num_rows, softmax_scale, qk_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STREAMED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Slots 1 and 2 of the packed gradient of the program's key rows."""
-    first, num_patches, prefix_base, patch_base = _tile(Tiles, CuSeqlens, prefix_rows, P)
-    head = tl.program_id(1).to(tl.int64)
-    p_base = QKV + head * stride_head
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    EVEN_D: tl.constexpr = BLOCK_D == D
-
-    r_k = first + tl.arange(0, ROWS)
-    m_k = r_k < num_patches + P
-    row_k = _rows(r_k, P, prefix_base, patch_base)
-    p_k = p_base + stride_slot + row_k[:, None] * stride_row + o_d[None, :]
-    b_k = _load(p_k, m_k[:, None], m_d[None, :], False, EVEN_D)
-    b_v = _load(p_k + stride_slot, m_k[:, None], m_d[None, :], False, EVEN_D)
+    """The gradients of the program's keys and values."""
+    head, first, q_begin, num_q, k_begin, num_k = _tile(Tiles, CuQueries, CuKeys, UsedQueries, UsedKeys)
+    o_k = tl.arange(0, ROWS)
+    m_k = first + o_k < num_k
+    row = k_begin + first
+    o_own = row * stride_k + head * stride_k_head + _rows(o_k, stride_k, BLOCK_D)
+    b_k = _load(K + o_own, m_k, D)
+    b_v = _load(V + o_own, m_k, D)
 
     b_dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    q_base = q_begin * stride_q + head * stride_q_head
+    do_base = q_begin * stride_do + head * stride_do_head
+    stats_base = 2 * (head * num_rows + q_begin)
     o_q = tl.arange(0, STREAMED)
-    p_do_base = GradOut + head * D
-    mixed = P + num_patches % STREAMED
-    for begin in tl.range(0, mixed, STREAMED, num_stages=1):
-        r_q = begin + o_q
-        row_q = _rows(r_q, P, prefix_base, patch_base)
-        o_mixed = head * num_rows + row_q
+    o_run = _rows(o_q, stride_q, BLOCK_D) + q_base
+    o_run_do = _rows(o_q, stride_do, BLOCK_D) + do_base
+    p_stats = Stats + stats_base + _rows(o_q, 2, 2)
+    for _ in range(num_q // STREAMED):
         b_dk, b_dv = _add_dkdv(
-            b_k, b_v, p_base + row_q[:, None] * stride_row + o_d[None, :],
-            p_do_base + row_q[:, None] * (H * D) + o_d[None, :],
-            Lse + o_mixed, Delta + o_mixed, r_q < mixed, m_d, b_dk, b_dv, qk_scale, True, EVEN_D, PRECISION,
-        )  # fmt: skip
-    run = patch_base + mixed
-    p_q = p_base + run * stride_row
-    p_do = p_do_base + run * (H * D)
-    o_stat = head * num_rows + run
-    o_run_q = o_q[:, None] * stride_row + o_d[None, :]
-    o_run_do = o_q[:, None] * (H * D) + o_d[None, :]
-    for _ in range(num_patches // STREAMED):
+            b_k, b_v, Q + o_run, GradOut + o_run_do, p_stats, None, b_dk, b_dv, qk_scale, D, PRECISION
+        )
+        o_run += STREAMED * stride_q
+        o_run_do += STREAMED * stride_do
+        p_stats += 2 * STREAMED
+    REST: tl.constexpr = TAIL if Q.dtype.element_ty.primitive_bitwidth == 16 else STREAMED
+    for begin in tl.range(num_q - num_q % STREAMED, num_q, REST, num_stages=1):
+        r_q = begin + tl.arange(0, REST)
         b_dk, b_dv = _add_dkdv(
-            b_k, b_v, p_q + o_run_q, p_do + o_run_do, Lse + o_stat + o_q, Delta + o_stat + o_q,
-            o_q >= 0, m_d, b_dk, b_dv, qk_scale, False, EVEN_D, PRECISION,
+            b_k, b_v, Q + q_base + _rows(r_q, stride_q, BLOCK_D), GradOut + do_base + _rows(r_q, stride_do, BLOCK_D),
+            Stats + stats_base + _rows(r_q, 2, 2), r_q < num_q, b_dk, b_dv, qk_scale, D, PRECISION,
         )  # fmt: skip
-        p_q += STREAMED * stride_row
-        p_do += STREAMED * H * D
-        o_stat += STREAMED
-    p_dk = GradQKV + ((row_k[:, None] * 3 + 1) * H + head) * D + o_d[None, :]
-    m_store = m_k[:, None] & m_d[None, :]
-    tl.store(p_dk, (b_dk * softmax_scale).to(GradQKV.dtype.element_ty), mask=m_store)
-    tl.store(p_dk + H * D, b_dv.to(GradQKV.dtype.element_ty), mask=m_store)
+
+    p_dk = GradK + row * stride_dk + head * stride_dk_head + _rows(o_k, stride_dk, BLOCK_D)
+    p_dv = GradV + row * stride_dv + head * stride_dv_head + _rows(o_k, stride_dv, BLOCK_D)
+    _store(p_dk, b_dk * softmax_scale, m_k, D)
+    _store(p_dv, b_dv, m_k, D)
 
 
-def forward(qkv: Tensor, groups: Groups, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    check_attention(qkv, groups, softmax_scale)
-    qkv = _last_contiguous(qkv)
-    num_rows, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(num_rows, heads, head_dim)
-    lse = qkv.new_empty(heads, num_rows, dtype=torch.float32)
-    launch_forward(qkv, out, lse, groups, softmax_scale, _config(qkv, groups).forward)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    check_attention(q, k, v, queries, keys, softmax_scale)
+    q, k, v = _readable(q, k, v)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    launch_forward(q, k, v, out, lse, queries, keys, softmax_scale, _config(q).forward)
     return out, lse
 
 
-def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float) -> Tensor:
-    check_attention(qkv, groups, softmax_scale, out, lse, grad_out)
-    qkv, grad_out, out, lse = _last_contiguous(qkv), grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    delta, grad_qkv = torch.empty_like(lse), qkv.new_empty(qkv.shape)
-    config = _config(qkv, groups)
-    launch_dq(qkv, out, grad_out, lse, delta, grad_qkv, groups, softmax_scale, config.dq)
-    launch_dkdv(qkv, grad_out, lse, delta, grad_qkv, groups, softmax_scale, config.dkdv)
-    return grad_qkv
+def backward(
+    grads: QKV,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    queries: Spans,
+    keys: Spans,
+    softmax_scale: float,
+) -> None:
+    check_attention(q, k, v, queries, keys, softmax_scale, out, lse, grad_out, grads)
+    for name, grad in zip(("grad_q", "grad_k", "grad_v"), grads, strict=True):
+        if grad.stride(2) != 1:
+            raise ValueError(f"{name}: expected memory whose last dimension is contiguous, got strides {grad.stride()}")
+    q, k, v = _readable(q, k, v)
+    grad_out = grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
+    stats = lse.new_empty(*lse.shape, 2)
+    grad_q, grad_k, grad_v = grads
+    config = _config(q)
+    launch_dq(q, k, v, out, grad_out, lse, stats, grad_q, queries, keys, softmax_scale, config.dq)
+    launch_dkdv(q, k, v, grad_out, stats, grad_k, grad_v, queries, keys, softmax_scale, config.dkdv)
 
 
-def launch_forward(qkv: Tensor, out: Tensor, lse: Tensor, groups: Groups, softmax_scale: float, tile: Tile) -> None:
-    """Writes out and lse."""
-    tiles = groups.tile_map(tile.rows)
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    queries: Spans,
+    keys: Spans,
+    softmax_scale: float,
+    tile: Tile,
+) -> None:
+    """Write out and lse."""
+    tiles = queries.tile_map(tile.rows)
     if len(tiles):
-        attention_forward[(len(tiles), qkv.shape[2])](
-            qkv, out, lse, tiles, *_geometry(qkv, groups), softmax_scale * LOG2_E.value, groups.num_prefix,
-            **_constants(qkv, tile),
+        attention_forward[(len(tiles), q.shape[1])](
+            q, k, v, out, lse, tiles, *_spans(queries, keys), *_strides(q, k), q.shape[0],
+            softmax_scale * LOG2_E.value, **_constants(q, tile),
         )  # fmt: skip
 
 
 def launch_dq(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     out: Tensor,
     grad_out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    grad_qkv: Tensor,
-    groups: Groups,
+    stats: Tensor,
+    grad_q: Tensor,
+    queries: Spans,
+    keys: Spans,
     softmax_scale: float,
     tile: Tile,
 ) -> None:
-    """Writes delta and slot 0 of grad_qkv."""
-    tiles = groups.tile_map(tile.rows)
+    """Write grad_q, and stats (H, R, 2) for `launch_dkdv`."""
+    tiles = queries.tile_map(tile.rows)
     if len(tiles):
-        attention_dq[(len(tiles), qkv.shape[2])](
-            qkv, out, grad_out, lse, delta, grad_qkv, tiles, *_geometry(qkv, groups),
-            softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, tile),
+        attention_dq[(len(tiles), q.shape[1])](
+            q, k, v, out, grad_out, lse, stats, grad_q, tiles, *_spans(queries, keys),
+            *_strides(q, k, grad_out, grad_q), q.shape[0], softmax_scale, softmax_scale * LOG2_E.value,
+            **_constants(q, tile),
         )  # fmt: skip
 
 
 def launch_dkdv(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    grad_qkv: Tensor,
-    groups: Groups,
+    stats: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    queries: Spans,
+    keys: Spans,
     softmax_scale: float,
     tile: Tile,
 ) -> None:
-    """Writes slots 1 and 2 of grad_qkv."""
-    tiles = groups.tile_map(tile.rows)
+    """Write grad_k and grad_v."""
+    tiles = keys.tile_map(tile.rows)
     if len(tiles):
-        attention_dkdv[(len(tiles), qkv.shape[2])](
-            qkv, grad_out, lse, delta, grad_qkv, tiles, *_geometry(qkv, groups),
-            softmax_scale, softmax_scale * LOG2_E.value, groups.num_prefix, **_constants(qkv, tile),
+        attention_dkdv[(len(tiles), q.shape[1])](
+            q, k, v, grad_out, stats, grad_k, grad_v, tiles, *_spans(queries, keys),
+            *_strides(q, k, grad_out, grad_k, grad_v), q.shape[0], softmax_scale, softmax_scale * LOG2_E.value,
+            **_constants(q, tile),
         )  # fmt: skip
 
 
-def _geometry(qkv: Tensor, groups: Groups) -> tuple[Any, ...]:
-    prefix_rows = (len(groups.cu_seqlens) - 1) * groups.num_prefix
-    return groups.cu_seqlens, *qkv.stride()[:3], qkv.shape[0], prefix_rows
+def _spans(queries: Spans, keys: Spans) -> tuple[Tensor | None, ...]:
+    return queries.cu_seqlens, keys.cu_seqlens, queries.seqused, keys.seqused
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Those of rows and of heads."""
+    return tuple(stride for x in tensors for stride in x.stride()[:2])
 
 
-def _config(qkv: Tensor, groups: Groups) -> AttentionConfig:
-    arch = architecture(qkv.device.index or 0)
-    return attention_config(arch, qkv.dtype, qkv.shape[3], groups.max_seqlen, _tf32(qkv))
+def _readable(q: Tensor, k: Tensor, v: Tensor) -> QKV:
+    """As the kernels take them: values next to one another, and one set of strides for k and v."""
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if k.stride(2) != 1 or k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    return q, k, v
 
 
-def _tf32(qkv: Tensor) -> bool:
+def _config(q: Tensor) -> AttentionConfig:
+    return attention_config(architecture(q.device.index or 0), q.dtype, q.shape[2], _tf32(q.dtype))
+
+
+def _tf32(dtype: torch.dtype) -> bool:
     """Whether the caller lets PyTorch's own products of float32 run in tf32."""
-    if qkv.dtype != torch.float32:
+    if dtype != torch.float32:
         return False
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if precision is None:  # before PyTorch 2.9
@@ -349,13 +377,14 @@ def _tf32(qkv: Tensor) -> bool:
     return (getattr(torch.backends, "fp32_precision", "ieee") if precision == "none" else precision) == "tf32"
 
 
-def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
-    kind = kind_of(qkv.dtype, _tf32(qkv))
+def _constants(q: Tensor, tile: Tile) -> dict[str, Any]:
+    _, heads, head_dim = q.shape
+    kind = kind_of(q.dtype, _tf32(q.dtype))
     registers = None if torch.version.hip else max_registers(kind, tile.warps)
     return {
-        "H": qkv.shape[2],
-        "D": qkv.shape[3],
-        "BLOCK_D": BLOCK_D[qkv.shape[3]],
+        "H": heads,
+        "D": head_dim,
+        "BLOCK_D": BLOCK_D[head_dim],
         "ROWS": tile.rows,
         "STREAMED": tile.streamed,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",

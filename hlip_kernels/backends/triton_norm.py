@@ -2,11 +2,12 @@
 
 Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, C width.
 
-Patch rows keep their order, so they only shift by the difference in prefix rows: a program takes a tile of rows of one
-group of src, adds, writes the new residual and its normalised rows. Where the levels differ, prefix rows have programs
-of their own, one for each coarse group and prefix place: it owns that row, and all its fine rows. Every row is thus
-written by one program, without atomics; sums over rows, for the parameters' gradients, are kept per program and added
-up in a fixed order.
+A program takes a tile of rows of one group of the finer of the two levels. They follow one another at both levels, so
+its rows at the coarser one are a shift away; on the way to a finer level, a group's prefix rows are read from those of
+its coarse group. Means of prefix rows, and in backward all prefix rows of a change of level, have programs of their
+own, one for each coarse group and prefix place: it owns that row, and all its fine rows. Every row is thus written by
+one program, without atomics; sums over rows, for the parameters' gradients, are kept per program and added up in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -19,12 +20,30 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import TILE_ROWS
-from .groups import Regroup, check_norm
+from .base import Regroup, check_norm
 
 ROWS = TILE_ROWS[0]  # of the tile maps
 # What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
-VARYING = ["src_rows", "dst_rows", "first_partial"]
-MAPS = ["Tiles", "CuSeqlens", "Children"]
+VARYING = ["first_partial"]
+MAPS = ["Tiles", "Fine", "Coarse", "Children", "Parents"]
+
+
+@triton.jit
+def _tile(Tiles, Fine, Parents, P, ROWS: tl.constexpr):
+    """A program's rows.
+
+    Returns the fine group and its coarse one (or itself, if the levels are the same), the first row and its place in
+    the group, how many rows there are, and by how much rows of patches are shifted at the coarser level.
+    """
+    entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
+    fine = tl.load(entry).to(tl.int64)
+    place = tl.load(entry + 1)
+    first = tl.load(Fine + fine).to(tl.int64) + place
+    num_rows = tl.minimum(tl.load(Fine + fine + 1) - first, ROWS).to(tl.int32)
+    coarse = fine
+    if Parents is not None:
+        coarse = tl.load(Parents + fine).to(tl.int64)
+    return fine, coarse, first, place, num_rows, (coarse - fine) * P
 
 
 @triton.jit
@@ -61,18 +80,14 @@ def _write_normalised(b_x, X, Y, Mean, Rstd, row, m_row, b_w, b_b, o_c, m_c, eps
     tl.store(Rstd + row, b_rstd, mask=m_row)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def norm_forward(
-    Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Tiles, CuSeqlens,
-    src_rows, dst_rows, P, eps,
-    SAME: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
+    Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Tiles, Fine, Coarse, Parents, P, eps,
+    COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tile: all of them where the levels are the same, else the patches."""
-    entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
-    group = tl.load(entry).to(tl.int64)
-    first = tl.load(entry + 1)
-    start = tl.load(CuSeqlens + group).to(tl.int64)
-    num_rows = (tl.load(CuSeqlens + group + 1) - start).to(tl.int32) + P
+    """The rows of a tile: all of them, but for prefix rows on the way to a coarser level."""
+    fine, coarse, first, place, num_rows, shift = _tile(Tiles, Fine, Parents, P, ROWS)
+    group = fine if COARSER else coarse
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_w = _vector(Weight, o_c, m_c)
@@ -81,73 +96,77 @@ def norm_forward(
     path = 1.0
     if PathScale is not None:
         path = tl.load(PathScale + group).to(tl.float32)
-    for begin in range(first, tl.minimum(first + ROWS, num_rows), SUB):
-        r = begin + tl.arange(0, SUB)
-        m_row = r < num_rows
-        if not SAME:
-            m_row = m_row & (r >= P)
-        patch = start + r - P
-        row = tl.where(r < P, group * P + r, src_rows + patch)
-        m = m_row[:, None] & m_c[None, :]
-        o = row[:, None] * C + o_c[None, :]
-        b_u = tl.load(Update + o, mask=m, other=0.0).to(tl.float32)
-        b_x = tl.load(Residual + o, mask=m, other=0.0).to(tl.float32)
+    start, source, row = 0, first, first
+    if COARSER:
+        start = tl.maximum(P - place, 0)
+        row += shift
+    elif Parents is not None:
+        source += shift
+        clones = tl.load(Coarse + coarse) + place - source  # from there to where the prefix rows are
+    # Offsets from these are small: 64-bit ones of every row take registers that some compilers do not have.
+    Residual += source * C
+    Update += source * C
+    X += row * C
+    Y += row * C
+    Mean += row
+    Rstd += row
+    o_one = tl.arange(0, 1)
+    for at in range(start, num_rows):
+        p_x, p_u = Residual, Update
+        if Parents is not None and not COARSER:
+            moved = tl.where(place + at < P, clones, 0) * C
+            p_x += moved
+            p_u += moved
+        o = (at + o_one)[:, None] * C + o_c[None, :]
+        b_u = tl.load(p_u + o, mask=m_c[None, :], other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + o, mask=m_c[None, :], other=0.0).to(tl.float32)
         b_x += _scaled(b_u, b_layer, path, LayerScale, PathScale)
-        to = row if SAME else dst_rows + patch
-        _write_normalised(b_x, X, Y, Mean, Rstd, to, m_row, b_w, b_b, o_c, m_c, eps, C)
+        _write_normalised(b_x, X, Y, Mean, Rstd, at + o_one, o_one == 0, b_w, b_b, o_c, m_c, eps, C)
 
 
 @triton.jit
-def _family(Children, P):
-    """A prefix program's coarse row, and its run of fine groups."""
+def _family(Children, Coarse, P):
+    """A prefix program's coarse group and row, its place in the group, and its run of fine groups."""
     group = (tl.program_id(0) // P).to(tl.int64)
     place = tl.program_id(0) % P
-    begin = tl.load(Children + group)
-    end = tl.load(Children + group + 1)
-    return group, place, begin, end
+    row = (tl.load(Coarse + group) + place).to(tl.int64) + tl.arange(0, 1)
+    return group, row, place, tl.load(Children + group), tl.load(Children + group + 1)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
+@triton.jit
+def _relatives(PathScale, Fine, at, end, place, SUB: tl.constexpr):
+    """Rows of fine groups from `at`, which of them there are, and their groups' scales."""
+    group = at + tl.arange(0, SUB)
+    m_row = group < end
+    row = (tl.load(Fine + group, mask=m_row, other=0) + place).to(tl.int64)
+    path = 1.0
+    if PathScale is not None:
+        path = tl.load(PathScale + group, mask=m_row, other=0.0).to(tl.float32)[:, None]
+    return row, m_row, path
+
+
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def prefix_forward(
-    Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Children, P, eps,
-    COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, SUB: tl.constexpr,
+    Residual, Update, PathScale, LayerScale, Weight, Bias, X, Y, Mean, Rstd, Fine, Coarse, Children, P, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """One prefix row of a coarse group: the mean of its fine groups' rows, or the row that they clone."""
-    group, place, begin, end = _family(Children, P)
+    """One prefix row of a coarse group: the mean of its fine groups' rows."""
+    _, own, place, begin, end = _family(Children, Coarse, P)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_w = _vector(Weight, o_c, m_c)
     b_b = _vector(Bias, o_c, m_c)
     b_layer = _vector(LayerScale, o_c, m_c)
-    o_one = tl.arange(0, 1)
-    coarse = group * P + place + o_one
-    if COARSER:
-        b_sum = tl.zeros([BLOCK_C], tl.float32)
-        for at in range(begin, end, SUB):
-            child = (at + tl.arange(0, SUB)).to(tl.int64)
-            m_row = child < end
-            m = m_row[:, None] & m_c[None, :]
-            o = (child * P + place)[:, None] * C + o_c[None, :]
-            b_u = tl.load(Update + o, mask=m, other=0.0).to(tl.float32)
-            path = 1.0
-            if PathScale is not None:
-                path = tl.load(PathScale + child, mask=m_row, other=0.0).to(tl.float32)[:, None]
-            b_x = tl.load(Residual + o, mask=m, other=0.0).to(tl.float32)
-            b_sum += tl.sum(b_x + _scaled(b_u, b_layer, path, LayerScale, PathScale), 0)
-        b_mean = (b_sum / (end - begin))[None, :]
-        _write_normalised(b_mean, X, Y, Mean, Rstd, coarse, o_one == 0, b_w, b_b, o_c, m_c, eps, C)
-    else:
-        o = coarse[:, None] * C + o_c[None, :]
-        b_u = tl.load(Update + o, mask=m_c[None, :], other=0.0).to(tl.float32)
-        path = 1.0
-        if PathScale is not None:
-            path = tl.load(PathScale + group).to(tl.float32)
-        b_x = tl.load(Residual + o, mask=m_c[None, :], other=0.0).to(tl.float32)
-        b_x += _scaled(b_u, b_layer, path, LayerScale, PathScale)
-        for at in range(begin, end, SUB):
-            child = (at + tl.arange(0, SUB)).to(tl.int64)
-            b_clones = tl.broadcast_to(b_x, [SUB, BLOCK_C])
-            _write_normalised(b_clones, X, Y, Mean, Rstd, child * P + place, child < end, b_w, b_b, o_c, m_c, eps, C)
+    b_sum = tl.zeros([BLOCK_C], tl.float32)
+    for at in range(begin, end, SUB):
+        row, m_row, path = _relatives(PathScale, Fine, at, end, place, SUB)
+        m = m_row[:, None] & m_c[None, :]
+        o = row[:, None] * C + o_c[None, :]
+        b_u = tl.load(Update + o, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(Residual + o, mask=m, other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_x + _scaled(b_u, b_layer, path, LayerScale, PathScale), 0)
+    b_mean = (b_sum / (end - begin))[None, :]
+    _write_normalised(b_mean, X, Y, Mean, Rstd, own, tl.arange(0, 1) == 0, b_w, b_b, o_c, m_c, eps, C)
 
 
 @triton.jit
@@ -197,18 +216,15 @@ def _write_partials(Partials, LayerScale, place, b_gw, b_gb, b_gl, o_c, m_c, C: 
         tl.store(p + 2 * C, b_gl, mask=m_c)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def norm_backward(
     GradX, GradY, X, Mean, Rstd, Update, PathScale, LayerScale, Weight, GradResidual, GradUpdate, Partials,
-    Tiles, CuSeqlens, src_rows, dst_rows, P,
-    SAME: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
+    Tiles, Fine, Parents, P,
+    COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of rows of src: all of them where the levels are the same, else the patches."""
-    entry = Tiles + 2 * tl.program_id(0).to(tl.int64)
-    group = tl.load(entry).to(tl.int64)
-    first = tl.load(entry + 1)
-    start = tl.load(CuSeqlens + group).to(tl.int64)
-    num_rows = (tl.load(CuSeqlens + group + 1) - start).to(tl.int32) + P
+    """The gradients of a tile's rows: all of them where the levels are the same, else the patches."""
+    fine, coarse, first, place, num_rows, shift = _tile(Tiles, Fine, Parents, P, ROWS)
+    group = fine if COARSER else coarse
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_w = _vector(Weight, o_c, m_c)
@@ -219,29 +235,34 @@ def norm_backward(
     path = 1.0
     if PathScale is not None:
         path = tl.load(PathScale + group).to(tl.float32)
-    for begin in range(first, tl.minimum(first + ROWS, num_rows), SUB):
-        r = begin + tl.arange(0, SUB)
-        m_row = r < num_rows
-        if not SAME:
-            m_row = m_row & (r >= P)
-        patch = start + r - P
-        row = tl.where(r < P, group * P + r, src_rows + patch)
-        to = row if SAME else dst_rows + patch
-        b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, to, m_row, b_w, b_gw, b_gb, o_c, m_c, C)
+    start = 0
+    if Parents is not None:
+        start = tl.maximum(P - place, 0)
+    o_one = tl.arange(0, 1)
+    m_one = o_one == 0
+    for at in range(start, num_rows):
+        row = first + at + o_one
+        target = row
+        if COARSER:
+            row += shift
+        elif Parents is not None:
+            target += shift
+        b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, row, m_one, b_w, b_gw, b_gb, o_c, m_c, C)
         b_gl = _write_gradient(
-            b_g, GradResidual, GradUpdate, Update, PathScale, LayerScale, row, m_row, b_layer, path, b_gl, o_c, m_c, C
-        )
+            b_g, GradResidual, GradUpdate, Update, PathScale, LayerScale, target, m_one, b_layer, path, b_gl, o_c,
+            m_c, C,
+        )  # fmt: skip
     _write_partials(Partials, LayerScale, tl.program_id(0), b_gw, b_gb, b_gl, o_c, m_c, C)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=MAPS)
 def prefix_backward(
     GradX, GradY, X, Mean, Rstd, Update, PathScale, LayerScale, Weight, GradResidual, GradUpdate, Partials,
-    Children, P, first_partial,
+    Fine, Coarse, Children, P, first_partial,
     COARSER: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of `prefix_forward`: a mean's gradient shared out, or the sum over clones."""
-    group, place, begin, end = _family(Children, P)
+    """One prefix row of a coarse group: the gradient of a mean is shared out, those of clones are added up."""
+    group, own, place, begin, end = _family(Children, Coarse, P)
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_w = _vector(Weight, o_c, m_c)
@@ -249,36 +270,28 @@ def prefix_backward(
     b_gw = tl.zeros([BLOCK_C], tl.float32)
     b_gb = tl.zeros([BLOCK_C], tl.float32)
     b_gl = tl.zeros([BLOCK_C], tl.float32)
-    o_one = tl.arange(0, 1)
-    m_one = o_one == 0
-    coarse = group * P + place + o_one
+    m_own = tl.arange(0, 1) == 0
     if COARSER:
-        b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, coarse, m_one, b_w, b_gw, b_gb, o_c, m_c, C)
-        b_share = tl.broadcast_to(b_g / (end - begin), [SUB, BLOCK_C])
+        b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, own, m_own, b_w, b_gw, b_gb, o_c, m_c, C)
+        b_share = tl.broadcast_to(b_g * (1.0 / (end - begin)), [SUB, BLOCK_C])
         for at in range(begin, end, SUB):
-            child = (at + tl.arange(0, SUB)).to(tl.int64)
-            m_row = child < end
-            path = 1.0
-            if PathScale is not None:
-                path = tl.load(PathScale + child, mask=m_row, other=0.0).to(tl.float32)[:, None]
+            row, m_row, path = _relatives(PathScale, Fine, at, end, place, SUB)
             b_gl = _write_gradient(
-                b_share, GradResidual, GradUpdate, Update, PathScale, LayerScale, child * P + place, m_row, b_layer,
-                path, b_gl, o_c, m_c, C,
+                b_share, GradResidual, GradUpdate, Update, PathScale, LayerScale, row, m_row, b_layer, path, b_gl, o_c,
+                m_c, C,
             )  # fmt: skip
     else:
         b_sum = tl.zeros([BLOCK_C], tl.float32)
         for at in range(begin, end, SUB):
-            child = (at + tl.arange(0, SUB)).to(tl.int64)
-            b_g, b_gw, b_gb = _gradient(
-                GradX, GradY, X, Mean, Rstd, child * P + place, child < end, b_w, b_gw, b_gb, o_c, m_c, C
-            )
+            row, m_row, _ = _relatives(None, Fine, at, end, place, SUB)
+            b_g, b_gw, b_gb = _gradient(GradX, GradY, X, Mean, Rstd, row, m_row, b_w, b_gw, b_gb, o_c, m_c, C)
             b_sum += tl.sum(b_g, 0)
         path = 1.0
         if PathScale is not None:
             path = tl.load(PathScale + group).to(tl.float32)
         b_gl = _write_gradient(
-            b_sum[None, :], GradResidual, GradUpdate, Update, PathScale, LayerScale, coarse, m_one, b_layer, path,
-            b_gl, o_c, m_c, C,
+            b_sum[None, :], GradResidual, GradUpdate, Update, PathScale, LayerScale, own, m_own, b_layer, path, b_gl,
+            o_c, m_c, C,
         )  # fmt: skip
     _write_partials(Partials, LayerScale, first_partial + tl.program_id(0), b_gw, b_gb, b_gl, o_c, m_c, C)
 
@@ -296,24 +309,24 @@ def forward(
     residual, update, path_scale, layer_scale, weight, bias = map(
         _contiguous, (residual, update, path_scale, layer_scale, weight, bias)
     )
-    src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
-    num_rows, width = residual.shape[0] - src + dst, residual.shape[1]
     check_norm(
-        regroup, num_rows - dst, residual, update, residual=residual, update=update, path_scale=path_scale,
+        regroup, residual.shape[0], residual, update, residual=residual, update=update, path_scale=path_scale,
         layer_scale=layer_scale, weight=weight, bias=bias,
     )  # fmt: skip
+    num_rows, width = residual.shape[0] + regroup.rows_added, residual.shape[1]
     x = residual.new_empty(num_rows, width)
     y = update.new_empty(num_rows, width)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     tensors = residual, update, path_scale, layer_scale, weight, bias, x, y, mean, rstd
-    if regroup.children is not None and regroup.num_prefix:
+    fine, coarse = _levels(regroup)
+    if regroup.coarser and regroup.num_prefix:
         prefix_forward[(_families(regroup),)](
-            *tensors, regroup.children, regroup.num_prefix, eps, COARSER=regroup.coarser, **_constants(width, True)
+            *tensors, fine, coarse, regroup.children, regroup.num_prefix, eps, **_constants(width, True)
         )
     if len(regroup.tiles):
         norm_forward[(len(regroup.tiles),)](
-            *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix, eps,
-            SAME=regroup.children is None, ROWS=ROWS, **_constants(width, False),
+            *tensors, regroup.tiles, fine, coarse, regroup.parents, regroup.num_prefix, eps,
+            COARSER=regroup.coarser, **_constants(width, False),
         )  # fmt: skip
     return x, y, mean, rstd
 
@@ -333,31 +346,32 @@ def backward(
     grad_x, grad_y, update, path_scale, layer_scale, weight = map(
         _contiguous, (grad_x, grad_y, update, path_scale, layer_scale, weight)
     )
-    src, dst = (groups * regroup.num_prefix for groups in (regroup.src_groups, regroup.dst_groups))
-    width = x.shape[1]
+    src_rows = x.shape[0] - regroup.rows_added
     check_norm(
-        regroup, x.shape[0] - dst, x, grad_y, x=x, grad_x=grad_x, grad_y=grad_y, mean=mean, rstd=rstd, update=update,
+        regroup, src_rows, x, grad_y, x=x, grad_x=grad_x, grad_y=grad_y, mean=mean, rstd=rstd, update=update,
         path_scale=path_scale, layer_scale=layer_scale, weight=weight,
     )  # fmt: skip
-    grad_residual = x.new_empty(x.shape[0] - dst + src, width)
+    width = x.shape[1]
+    grad_residual = x.new_empty(src_rows, width)
     grad_update = None
     if path_scale is not None or layer_scale is not None or grad_y.dtype != x.dtype:
         grad_update = grad_y.new_empty(grad_residual.shape)
     slots = 2 if layer_scale is None else 3
-    families = _families(regroup) if regroup.children is not None else 0
+    families = _families(regroup)
     partials = x.new_empty(len(regroup.tiles) + families, slots, width, dtype=torch.float32)
     tensors = (
         grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, grad_residual, grad_update, partials,
     )  # fmt: skip
+    fine, coarse = _levels(regroup)
     if families:
         prefix_backward[(families,)](
-            *tensors, regroup.children, regroup.num_prefix, len(regroup.tiles),
+            *tensors, fine, coarse, regroup.children, regroup.num_prefix, len(regroup.tiles),
             COARSER=regroup.coarser, **_constants(width, True),
         )  # fmt: skip
     if len(regroup.tiles):
         norm_backward[(len(regroup.tiles),)](
-            *tensors, regroup.tiles, regroup.cu_seqlens, src, dst, regroup.num_prefix,
-            SAME=regroup.children is None, ROWS=ROWS, **_constants(width, False),
+            *tensors, regroup.tiles, fine, regroup.parents, regroup.num_prefix,
+            COARSER=regroup.coarser, **_constants(width, False),
         )  # fmt: skip
     grad_weight, grad_bias, *grad_layer_scale = (x.to(weight.dtype, copy=True) for x in partials.sum(0))
     return (
@@ -373,14 +387,20 @@ def _contiguous(x: Any) -> Any:
     return None if x is None else x.contiguous()
 
 
+def _levels(regroup: Regroup) -> tuple[Tensor, Tensor]:
+    """Bounds of the groups of the finer level, and of the coarser one."""
+    return (regroup.src, regroup.dst) if regroup.coarser else (regroup.dst, regroup.src)
+
+
 def _families(regroup: Regroup) -> int:
-    assert regroup.children is not None
-    return (len(regroup.children) - 1) * regroup.num_prefix
+    """Prefix rows of the coarser level, if they change it."""
+    return 0 if regroup.children is None else (len(regroup.children) - 1) * regroup.num_prefix
 
 
 def _constants(width: int, prefix: bool) -> dict[str, Any]:
     """Either way a thread holds 16 values of each tensor. Programs of prefix rows are few and each has many rows to go
-    through: two at a time. On sm_100, patch rows two at a time spill."""
+    through: two at a time. On sm_100, two rows of a tile at a time spill."""
     block = triton.next_power_of_2(width)
     rows = 2 if prefix else 1
-    return {"C": width, "BLOCK_C": block, "SUB": rows, "num_warps": min(16, max(1, rows * block // 512))}
+    constants = {"C": width, "BLOCK_C": block, "num_warps": min(16, max(1, rows * block // 512))}
+    return constants | ({"SUB": rows} if prefix else {"ROWS": ROWS})

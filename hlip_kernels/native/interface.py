@@ -11,18 +11,24 @@ from typing import Any
 
 ISAS = ("scalar", "avx2", "avx512", "amx")  # as `HLIP_GENERIC` and the next of attention.h number them
 # A number for the text of the headers, comments too, as setup.py makes it: a library built from others has another.
-ABI = 0xEEA3D4BBC92E031
+ABI = 0xDB2E5A51E1FE755
 
 
 class Attention(ctypes.Structure):
     """`struct Attention` of attention.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("qkv", "cu_seqlens", "out", "lse", "grad_out", "grad_qkv", "scratch")),
-        ("rows", c_int64),
-        *((name, c_int32) for name in ("groups", "num_prefix", "heads", "head_dim", "bfloat16", "threads")),
+        *(
+            (name, c_void_p)
+            for name in (
+                "q", "k", "v", "q_bounds", "k_bounds", "q_used", "k_used",
+                "out", "lse", "grad_out", "grad_q", "grad_k", "grad_v", "scratch",
+            )
+        ),
+        *((name, c_int64) for name in ("q_rows", "k_rows", "q_stride", "k_stride", "grad_q_stride", "grad_k_stride")),
+        *((name, c_int32) for name in ("groups", "heads", "head_dim", "bfloat16", "threads")),
         ("softmax_scale", c_float),
-    )
+    )  # fmt: skip
 
 
 class Norm(ctypes.Structure):
@@ -32,7 +38,7 @@ class Norm(ctypes.Structure):
         *(
             (name, c_void_p)
             for name in (
-                "residual", "update", "path_scale", "layer_scale", "weight", "bias", "cu_seqlens", "children",
+                "residual", "update", "path_scale", "layer_scale", "weight", "bias", "src", "dst", "children",
                 "x", "y", "mean", "rstd", "grad_x", "grad_y", "grad_residual", "grad_update", "partial", "sums",
             )
         ),

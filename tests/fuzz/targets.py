@@ -290,7 +290,7 @@ class Tasks:
             "run/log.jsonl",
             b'{"event": "start"}\n{"step": 1, "loss": 2.5, "logit_scale": 2}\n{"step": 2}\n',
         )
-        row = Row("sm_90", "half", 64, "long")
+        row = Row("sm_90", "half", 64)
         write_tiles(self.home / "tiles.json", {row: built_in_config(row)})
         yield "tiles.json", (self.home / "tiles.json").read_bytes()
 

@@ -4,6 +4,7 @@
 // they pack its units, then take tasks of (head, block of rows). No sum depends on who computes it.
 #include "attention.h"
 
+#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,29 +28,35 @@ static const Kernel& kernel_of(const Attention& a, int32_t isa, int32_t backward
     return (backward ? generic::backward : generic::forward)[a.bfloat16][width];
 }
 
-// Whether there is a kernel, and the groups make up the rows: then nothing beyond the tensors is read or written.
-static bool fits(const Attention& a, int32_t isa) {
-    if (a.head_dim <= 0 || a.head_dim % 16 || a.head_dim > HEAD_STEP * HEAD_WIDTHS) return false;
-    if ((a.bfloat16 != 0 && a.bfloat16 != 1) || isa < 0 || isa >= HLIP_ISAS) return false;
-    if (a.groups < 0 || a.num_prefix < 0 || a.heads < 0 || a.threads < 1) return false;
-    return rise(a.cu_seqlens, a.groups, a.rows - int64_t(a.groups) * a.num_prefix);
+static int64_t row_size(const Attention& a) { return int64_t(a.heads) * a.head_dim; }
+
+static Span span_of(const int32_t* bounds, const int32_t* used, int64_t g) {
+    return {bounds[g], used ? used[g] : int64_t(bounds[g + 1]) - bounds[g]};
 }
 
 static Group group_of(const Attention& a, int64_t g) {
-    const int64_t begin = a.cu_seqlens[g], end = a.cu_seqlens[g + 1];
-    const int64_t prefix = g * a.num_prefix, patches = int64_t(a.groups) * a.num_prefix + begin - a.num_prefix;
-    return {prefix, patches, a.num_prefix + end - begin, a.num_prefix};
+    return {span_of(a.q_bounds, a.q_used, g), span_of(a.k_bounds, a.k_used, g)};
 }
 
-static int64_t length_of(const Attention& a, int64_t g) {
-    return a.num_prefix + a.cu_seqlens[g + 1] - a.cu_seqlens[g];
+// Whether groups follow one another within the rows, and make up all of them where no group leaves some out.
+static bool in_order(const int32_t* bounds, const int32_t* used, int64_t groups, int64_t rows) {
+    for (int64_t g = 0; g < groups; ++g) {
+        const Span s = span_of(bounds, used, g);
+        if (s.begin < 0 || s.length < 0 || s.begin + s.length > smaller(bounds[g + 1], rows)) return false;
+    }
+    return used || (bounds[0] == 0 && bounds[groups] == rows);
 }
 
-static int64_t longest(const Attention& a) {
-    int64_t most = 0;
-    for (int64_t g = 0; g < a.groups; ++g)
-        if (length_of(a, g) > most) most = length_of(a, g);
-    return most;
+// Whether there is a kernel, and groups and rows are where they should be: then nothing beyond the groups' rows is read
+// or written.
+static bool fits(const Attention& a, int32_t isa, int32_t backward) {
+    if (a.head_dim <= 0 || a.head_dim % 16 || a.head_dim > HEAD_STEP * HEAD_WIDTHS) return false;
+    if ((a.bfloat16 != 0 && a.bfloat16 != 1) || isa < 0 || isa >= HLIP_ISAS) return false;
+    if (a.groups < 0 || a.heads < 0 || a.threads < 1) return false;
+    const int64_t size = row_size(a);
+    if (a.q_stride < size || a.k_stride < size) return false;
+    if (backward && (a.grad_q_stride < size || a.grad_k_stride < size)) return false;
+    return in_order(a.q_bounds, a.q_used, a.groups, a.q_rows) && in_order(a.k_bounds, a.k_used, a.groups, a.k_rows);
 }
 
 // How many heads are worked on at a time, so that their tiles fit into so many bytes.
@@ -58,8 +65,25 @@ static int heads_at_once(const Attention& a, int64_t head_bytes, int64_t bytes) 
     return head_bytes >= bytes ? 1 : bytes / head_bytes;
 }
 
-static bool is_short(const Attention& a, const Kernel& k, int64_t length) {
-    return int64_t(k.tile_bytes(a, length)) * a.heads <= SHORT;
+static bool is_empty(const Group& group) { return group.queries.length == 0 || group.keys.length == 0; }
+
+static bool is_short(const Attention& a, int64_t head_bytes) { return head_bytes * a.heads <= SHORT; }
+
+static int64_t blocks_of(const Kernel& k, Span rows) { return (rows.length + k.block - 1) / k.block; }
+
+struct Place {
+    int64_t bytes, group;  // of a head's tiles
+};
+
+static Place place_of(const Attention& a, const Kernel& k, int64_t g) {
+    const Group group = group_of(a, g);
+    return {is_empty(group) ? 0 : int64_t(k.tile_bytes(a, group)), g};
+}
+
+static int larger_first(const void* x, const void* y) {
+    const Place &a = *static_cast<const Place*>(x), &b = *static_cast<const Place*>(y);
+    if (a.bytes != b.bytes) return a.bytes < b.bytes ? 1 : -1;
+    return a.group < b.group ? -1 : a.group > b.group;
 }
 
 // How the scratch of a call is divided, in bytes: the order of groups, turns, a part for each thread, tiles of a long
@@ -68,44 +92,79 @@ struct Scratch {
     int64_t turns = 0, part, local, own_turns, part_bytes, shared, total;
 
     Scratch(const Attention& a, const Kernel& k) {
-        const int64_t most = longest(a), head = k.tile_bytes(a, most);
-        const int64_t all_turns = round_up(a.heads * (most / k.block + 1) * sizeof(int32_t), LINE);
-        turns = round_up(a.groups * 2 * sizeof(int64_t), LINE);
+        int64_t blocks = 0, of_short = 0, of_long = 0;
+        for (int64_t g = 0; g < a.groups; ++g) {
+            const int64_t head = place_of(a, k, g).bytes;
+            blocks = larger(blocks, blocks_of(k, group_of(a, g).queries));
+            if (is_short(a, head))
+                of_short = larger(of_short, head * a.heads);
+            else
+                of_long = larger(of_long, head * heads_at_once(a, head, SHARED));
+        }
+        const int64_t all_turns = round_up(a.heads * blocks * sizeof(int32_t), LINE);
+        turns = round_up(a.groups * sizeof(Place), LINE);
         part = turns + all_turns;
-        local = smaller(head * a.heads, SHORT);  // after a thread's tiles
+        local = round_up(of_short, LINE);  // after a thread's tiles
         own_turns = local + round_up(k.local_bytes(a), LINE);
         part_bytes = own_turns + all_turns;
         shared = round_up(part + a.threads * part_bytes, 2 << 20);
-        total = shared + (is_short(a, k, most) ? 0 : head * heads_at_once(a, head, SHARED));
+        total = shared + of_long;
     }
 };
 
-struct Place {
-    int64_t length, group;
-};
-
-static int longer_first(const void* x, const void* y) {
-    const Place &a = *static_cast<const Place*>(x), &b = *static_cast<const Place*>(y);
-    if (a.length != b.length) return a.length < b.length ? 1 : -1;
-    return a.group < b.group ? -1 : a.group > b.group;
+// The results of a group without keys or without queries.
+static void clear(const Attention& a, const Group& group, int32_t backward) {
+    const int64_t size = a.bfloat16 ? 2 : 4;
+    const auto zero = [&](void* tensor, Span rows, int64_t stride) {
+        char* to = static_cast<char*>(tensor) + rows.begin * stride * size;
+        for (int64_t i = 0; i < rows.length; ++i, to += stride * size) memset(to, 0, row_size(a) * size);
+    };
+    if (backward) {
+        zero(a.grad_q, group.queries, a.grad_q_stride);
+        zero(a.grad_k, group.keys, a.grad_k_stride);
+        zero(a.grad_v, group.keys, a.grad_k_stride);
+        return;
+    }
+    zero(a.out, group.queries, row_size(a));
+    for (int head = 0; head < a.heads; ++head) {
+        float* lse = a.lse + head * a.q_rows + group.queries.begin;
+        for (int64_t i = 0; i < group.queries.length; ++i) lse[i] = -INFINITY;
+    }
 }
 
 // All of a group by one thread.
-static void run_alone(const Attention& a, const Kernel& k, int64_t g, char* tiles, char* local, Turns turns) {
-    const Group group = group_of(a, g);
-    if (group.length == 0) return;
-    const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
-    const Heads all = {0, a.heads};
-    k.pack(a, group, all, 0, group.length, tiles);
-    if (k.refine) k.refine(a, group, all, 0, group.length, tiles);
+static void run_alone(const Attention& a, const Kernel& k, const Group& group, char* tiles, char* local, Turns turns) {
+    const int64_t length = (k.by_keys ? group.keys : group.queries).length, head_bytes = k.tile_bytes(a, group);
+    const auto go_through = [&](const Pass& pass) {
+        const Heads all = {0, a.heads};
+        if (pass.queries) pass.queries(a, group, all, 0, group.queries.length, tiles);
+        if (pass.keys) pass.keys(a, group, all, 0, group.keys.length, tiles);
+    };
+    go_through(k.pack);
+    go_through(k.refine);
     for (int head = 0; head < a.heads; ++head) {
-        memset(turns.done, 0, blocks * sizeof(int32_t));
-        for (int64_t first = 0; first < group.length; first += k.block) {
-            const int64_t last = smaller(first + k.block, group.length);
+        memset(turns.done, 0, blocks_of(k, group.queries) * sizeof(int32_t));
+        for (int64_t first = 0; first < length; first += k.block) {
+            const int64_t last = smaller(first + k.block, length);
             k.run(a, group, head, first, last, tiles + head * head_bytes, local, turns);
         }
     }
-    if (k.finish) k.finish(a, group, all, 0, group.length, tiles);
+    go_through(k.finish);
+}
+
+// A share of a pass that all threads work on; each calls this.
+static void share(
+    const Attention& a, const Kernel& k, const Pass& pass, const Group& group, Heads heads, char* tiles
+) {
+    const auto units = [&](Work* work, Span rows) { return work ? (rows.length + k.unit - 1) / k.unit : 0; };
+    const int64_t of_queries = units(pass.queries, group.queries), of_keys = units(pass.keys, group.keys);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < of_queries + of_keys; ++i) {
+        const bool keys = i >= of_queries;
+        const int64_t first = (keys ? i - of_queries : i) * k.unit;
+        const int64_t last = smaller(first + k.unit, (keys ? group.keys : group.queries).length);
+        (keys ? pass.keys : pass.queries)(a, group, heads, first, last, tiles);
+    }
 }
 
 // A share of some heads of a group that all threads work on; each calls this. `next` counts tasks: first whole heads,
@@ -115,27 +174,23 @@ static void run_together(
     const Attention& a, const Kernel& k, const Group& group, Heads heads, char* tiles, char* local, Turns turns,
     int64_t* next
 ) {
-    const int64_t blocks = (group.length + k.block - 1) / k.block, head_bytes = k.tile_bytes(a, group.length);
+    const Span rows = k.by_keys ? group.keys : group.queries;
+    const int64_t blocks = blocks_of(k, rows), turns_of_head = blocks_of(k, group.queries);
+    const int64_t head_bytes = k.tile_bytes(a, group);
     const int64_t count = heads.last - heads.first, whole = count / a.threads * a.threads;
     const int64_t tasks = whole + (count - whole) * blocks;
     const auto run = [&](int64_t head, int64_t block) {
-        const int64_t first = block * k.block, last = smaller(first + k.block, group.length);
-        const Turns own = {turns.done + head * blocks};
+        const int64_t first = block * k.block, last = smaller(first + k.block, rows.length);
+        const Turns own = {turns.done + head * turns_of_head};
         k.run(a, group, heads.first + head, first, last, tiles + head * head_bytes, local, own);
     };
 #pragma omp single
     {
-        memset(turns.done, 0, count * blocks * sizeof(int32_t));
+        memset(turns.done, 0, count * turns_of_head * sizeof(int32_t));
         *next = 0;
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < group.length; first += k.unit)
-        k.pack(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
-    if (k.refine) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < group.length; first += k.unit)
-            k.refine(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
-    }
+    share(a, k, k.pack, group, heads, tiles);
+    share(a, k, k.refine, group, heads, tiles);
     // Numbers are drawn in order, so that whoever waits for a turn waits for a task that runs.
     for (;;) {
         const int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -146,20 +201,19 @@ static void run_together(
             run(whole + (task - whole) / blocks, (task - whole) % blocks);
     }
 #pragma omp barrier
-    if (!k.finish) return;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < group.length; first += k.unit)
-        k.finish(a, group, heads, first, smaller(first + k.unit, group.length), tiles);
+    share(a, k, k.finish, group, heads, tiles);
 }
 
-// The huge pages within some memory.
+// The huge pages within a result of rows that lie a stride apart.
 struct HugePages {
     static const int64_t SIZE = 2 << 20;
     char *begin, *end;
 
-    HugePages(void* memory, int64_t bytes)
-        : begin(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory), SIZE))),
-          end(reinterpret_cast<char*>((reinterpret_cast<int64_t>(memory) + bytes) / SIZE * SIZE)) {}
+    HugePages(const Attention& a, void* tensor, int64_t rows, int64_t stride) {
+        const int64_t bytes = rows > 0 ? ((rows - 1) * stride + row_size(a)) * (a.bfloat16 ? 2 : 4) : 0;
+        begin = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(tensor), SIZE));
+        end = reinterpret_cast<char*>((reinterpret_cast<int64_t>(tensor) + bytes) / SIZE * SIZE);
+    }
 
     // Large results are fresh memory at every call: in huge pages it is cleared at a fraction of the cost.
     void advise() const {
@@ -167,35 +221,39 @@ struct HugePages {
         if (end - begin >= 2 * SIZE) madvise(begin, end - begin, MADV_HUGEPAGE);
 #endif
     }
-    // All threads call this before they write. If two came upon the same fresh page, both would clear it.
+    // All threads call this before they write. If two came upon the same fresh page, both would clear it. What lies
+    // there stays: it may belong to rows of no group, or to what lies between rows.
     void touch() const {
 #pragma omp for schedule(static)
-        for (char* page = begin; page < end; page += SIZE) *static_cast<volatile char*>(page) = 0;
+        for (char* page = begin; page < end; page += SIZE) __atomic_fetch_or(page, 0, __ATOMIC_RELAXED);
     }
 };
 
 extern "C" __attribute__((visibility("default"))) int64_t hlip_attention_scratch(
     const Attention* a, int32_t isa, int32_t backward
 ) {
-    return fits(*a, isa) ? Scratch(*a, kernel_of(*a, isa, backward)).total : -1;
+    return fits(*a, isa, backward) ? Scratch(*a, kernel_of(*a, isa, backward)).total : -1;
 }
 
 extern "C" __attribute__((visibility("default"))) int32_t hlip_attention(
     const Attention* arguments, int32_t isa, int32_t backward
 ) {
     const Attention& a = *arguments;
-    if (!fits(a, isa)) return -1;
+    if (!fits(a, isa, backward)) return -1;
     const Kernel& k = kernel_of(a, isa, backward);
     const Scratch scratch(a, k);
-    const int64_t row_bytes = int64_t(a.heads) * a.head_dim * (a.bfloat16 ? 2 : 4);
-    const HugePages pages(backward ? a.grad_qkv : a.out, a.rows * row_bytes * (backward ? 3 : 1));
-    pages.advise();
+    const HugePages results[] = {
+        backward ? HugePages(a, a.grad_q, a.q_rows, a.grad_q_stride) : HugePages(a, a.out, a.q_rows, row_size(a)),
+        {a, a.grad_k, backward ? a.k_rows : 0, a.grad_k_stride},
+        {a, a.grad_v, backward ? a.k_rows : 0, a.grad_k_stride},
+    };
+    for (const HugePages& pages : results) pages.advise();
     char* memory = static_cast<char*>(a.scratch);
     Place* order = reinterpret_cast<Place*>(memory);
-    for (int64_t g = 0; g < a.groups; ++g) order[g] = {length_of(a, g), g};
-    qsort(order, a.groups, sizeof(Place), longer_first);
+    for (int64_t g = 0; g < a.groups; ++g) order[g] = place_of(a, k, g);
+    qsort(order, a.groups, sizeof(Place), larger_first);
     int64_t long_groups = 0, next = 0;
-    while (long_groups < a.groups && !is_short(a, k, order[long_groups].length)) ++long_groups;
+    while (long_groups < a.groups && !is_short(a, order[long_groups].bytes)) ++long_groups;
 
 #pragma omp parallel num_threads(a.threads)
     {
@@ -203,17 +261,23 @@ extern "C" __attribute__((visibility("default"))) int32_t hlip_attention(
         char* local = tiles + scratch.local;
         const Turns own = {reinterpret_cast<int32_t*>(tiles + scratch.own_turns)};
         const Turns turns = {reinterpret_cast<int32_t*>(memory + scratch.turns)};
-        pages.touch();
+        for (const HugePages& pages : results) pages.touch();
         for (int64_t i = 0; i < long_groups; ++i) {
             const Group group = group_of(a, order[i].group);
-            const int count = heads_at_once(a, k.tile_bytes(a, group.length), SHARED);
+            const int count = heads_at_once(a, order[i].bytes, SHARED);
             for (int head = 0; head < a.heads; head += count) {
                 const Heads heads = {head, int(smaller(head + count, a.heads))};
                 run_together(a, k, group, heads, memory + scratch.shared, local, turns, &next);
             }
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = long_groups; i < a.groups; ++i) run_alone(a, k, order[i].group, tiles, local, own);
+        for (int64_t i = long_groups; i < a.groups; ++i) {
+            const Group group = group_of(a, order[i].group);
+            if (is_empty(group))
+                clear(a, group, backward);
+            else
+                run_alone(a, k, group, tiles, local, own);
+        }
     }
     return 0;
 }

@@ -8,28 +8,32 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// Shapes: R rows, G groups, P prefix rows a group, H heads, D head dim. Tensors are contiguous.
+// Shapes: R rows of queries, S rows of keys, G groups, H heads, D head dim. In q, k, v and their gradients rows lie a
+// stride apart, in elements, at least H D; the heads of a row lie side by side. All else is contiguous.
 struct Attention {
-    const void* qkv;  // (R, 3, H, D)
-    const int32_t* cu_seqlens;  // (G + 1), bounds of the groups in the patch stream
+    const void *q, *k, *v;  // (R, H, D), (S, H, D), (S, H, D)
+    const int32_t *q_bounds, *k_bounds;  // (G + 1), group g begins at row bounds[g] and ends before bounds[g + 1]
+    const int32_t *q_used, *k_used;  // (G), how many rows, from the first, group g has; null: all to the next group
     void* out;  // (R, H, D)
     float* lse;  // (H, R), natural logarithm of the softmax's denominator
     const void* grad_out;  // (R, H, D); backward only, as the next
-    void* grad_qkv;  // (R, 3, H, D)
+    void *grad_q, *grad_k, *grad_v;  // (R, H, D), (S, H, D), (S, H, D)
     void* scratch;  // what `hlip_attention_scratch` asks for, aligned to 2 MiB
-    int64_t rows;
-    int32_t groups, num_prefix, heads, head_dim;
+    int64_t q_rows, k_rows;  // R, S
+    int64_t q_stride, k_stride, grad_q_stride, grad_k_stride;  // v has the stride of k, grad_v that of grad_k
+    int32_t groups, heads, head_dim;
     int32_t bfloat16;  // 1: all tensors but lse are bfloat16; 0: float32
     int32_t threads;
     float softmax_scale;
 };
 
-// The rows of one group. Its row i is row `prefix + i` of the tensor for i < num_prefix, otherwise `patches + i`.
-struct Group {
-    int64_t prefix, patches, length;
-    int32_t num_prefix;
+// The rows of a group in tensors of queries, or in tensors of keys.
+struct Span {
+    int64_t begin, length;
+};
 
-    int64_t row(int64_t i) const { return (i < num_prefix ? prefix : patches) + i; }
+struct Group {
+    Span queries, keys;
 };
 
 // A run of heads, whose tiles lie side by side.
@@ -54,22 +58,31 @@ struct Turns {
     void pass(int64_t block, int32_t turn) const { __atomic_store_n(&done[block], turn + 1, __ATOMIC_RELEASE); }
 };
 
-// One direction of attention on one ISA. `tiles` is memory of some heads of a group, shared by the threads that work on
-// them; `local` is a thread's own.
+// Work on rows first to last of a group, for some heads. `tiles` is memory of these heads, shared by the threads that
+// work on them.
+typedef void Work(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
+
+// Work on all queries and all keys of a group, in any order. Either may be null.
+struct Pass {
+    Work *queries, *keys;
+};
+
+// One direction of attention on one ISA, for groups that have queries and keys. `local` is a thread's own memory.
 struct Kernel {
     int32_t unit;  // rows that are packed together
-    int32_t block;  // rows of a task: queries in forward, keys in backward
-    size_t (*tile_bytes)(const Attention&, int64_t length);  // of a head
+    int32_t block;  // rows of a task
+    bool by_keys;  // whether these are keys, as in backward, or queries
+    size_t (*tile_bytes)(const Attention&, const Group&);  // of a head
     size_t (*local_bytes)(const Attention&);
-    // Rows first to last into tiles; first is a multiple of `unit`.
-    void (*pack)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
-    // What is known of rows first to last once more, from all rows of the group, when they are packed. May be null.
-    void (*refine)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
-    // Rows first to last of one head, whose tiles are given, against all rows of the group. Tasks of a head begin in the
-    // order of their rows.
+    // Rows into tiles; first is a multiple of `unit`.
+    Pass pack;
+    // The lse of queries once more, from all keys of the group, where one float is too coarse; when all rows are packed.
+    Pass refine;
+    // Rows first to last of one head, whose tiles are given, against all keys or queries of the group. Tasks of a head
+    // begin in the order of their rows.
     void (*run)(const Attention&, const Group&, int head, int64_t first, int64_t last, char* tiles, char* local, Turns);
-    // Rows first to last from tiles to the result, when all tasks have ended. May be null.
-    void (*finish)(const Attention&, const Group&, Heads, int64_t first, int64_t last, char* tiles);
+    // From tiles to the results, when all tasks have ended.
+    Pass finish;
 };
 
 extern "C" {
@@ -78,22 +91,17 @@ enum { HLIP_GENERIC, HLIP_AVX2, HLIP_AVX512, HLIP_AMX, HLIP_ISAS };
 // The best ISA that this processor has and this library was built with.
 int32_t hlip_isa(void);
 // Bytes of scratch that a call needs. With `backward`, of the gradient. -1 if there is no kernel for such a head dim or
-// type, or if the groups do not make up the rows.
+// type, or if groups or rows are not where they should be.
 int64_t hlip_attention_scratch(const Attention*, int32_t isa, int32_t backward);
-// out and lse; with `backward`, grad_qkv from all others. Returns 0, or -1 where `hlip_attention_scratch` does, and then
-// nothing is written.
+// out and lse; with `backward`, grad_q, grad_k and grad_v from all others. Rows in no group are neither read nor
+// written. A group without keys has an out of 0 and a lse of minus infinity. Returns 0, or -1 where
+// `hlip_attention_scratch` does, and then nothing is written.
 int32_t hlip_attention(const Attention*, int32_t isa, int32_t backward);
 }
 
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Whether bounds, (count + 1), rise from 0 to `last`.
-static inline bool rise(const int32_t* bounds, int64_t count, int64_t last) {
-    for (int64_t i = 0; i < count; ++i)
-        if (bounds[i] > bounds[i + 1]) return false;
-    return bounds[0] == 0 && bounds[count] == last;
-}
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Head dims are multiples of 16, padded with zeros to a multiple of HEAD_STEP in tiles.
 static const int HEAD_STEP = 32;

@@ -30,38 +30,39 @@ struct Packed {
     // this the logarithm of the sum of its weights without that, in powers of two. Elsewhere it begins with FINE.
     float* rest;
 
-    static int64_t bytes(int64_t length) {
-        const int64_t units = round_up(length, UNIT) / UNIT;
-        return units * (9 * MATRIX + 3 * UNIT * sizeof(float));
+    Packed(const Group& group, int head, char* tiles) {
+        const int64_t queries = units_of(group.queries), keys = units_of(group.keys) * MATRIX;
+        k = tiles + head * bytes(group);
+        v = k + keys;
+        k_columns = v + keys;
+        q_columns = k_columns + keys;
+        g_columns = q_columns + queries * MATRIX;
+        q = g_columns + queries * MATRIX;
+        g = q + queries * MATRIX;
+        grad_q = reinterpret_cast<float*>(g + queries * MATRIX);
+        lse = grad_q + queries * UNIT * 32 * K;
+        delta = lse + queries * UNIT;
+        rest = delta + queries * UNIT;
     }
-    Packed(int64_t length, int head, char* tiles) {
-        const int64_t units = round_up(length, UNIT) / UNIT, matrix = units * MATRIX;
-        k = tiles + head * bytes(length);
-        v = k + matrix;
-        k_columns = v + matrix;
-        q_columns = k_columns + matrix;
-        g_columns = q_columns + matrix;
-        q = g_columns + matrix;
-        g = q + matrix;
-        grad_q = reinterpret_cast<float*>(g + matrix);
-        lse = grad_q + units * UNIT * 32 * K;
-        delta = lse + units * UNIT;
-        rest = delta + units * UNIT;
+    static int64_t bytes(const Group& group) {
+        const int64_t of_query = 6 * MATRIX + 3 * UNIT * sizeof(float);  // of a unit; grad_q is as much as two matrices
+        return units_of(group.queries) * of_query + units_of(group.keys) * 3 * MATRIX;
     }
 };
 
 template <int K>
-size_t tile_bytes(const Attention&, int64_t length) {
-    return Packed<K>::bytes(length);
+size_t tile_bytes(const Attention&, const Group& group) {
+    return Packed<K>::bytes(group);
 }
 
-// lse and delta, the product of out and its gradient, of a unit. A query that does not exist has weights of 0.
+// What else belongs to a unit of queries: the gradient of out, lse, and delta, the product of out and its gradient. A
+// query that does not exist has weights of 0.
 template <int K>
-void pack_rows(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const Rows<UNIT> out(a.out, group, first, last, a.heads * a.head_dim);
-    const Rows<UNIT> grad(a.grad_out, group, first, last, a.heads * a.head_dim);
+void pack_rest(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t size = a.heads * int64_t(a.head_dim);
+    const Rows<UNIT> out(a.out, group.queries, first, last, size), grad(a.grad_out, group.queries, first, last, size);
     for (int head = heads.first; head < heads.last; ++head) {
-        const Packed<K> to(group.length, head - heads.first, tiles);
+        const Packed<K> to(group, head - heads.first, tiles);
         const int64_t unit = first / UNIT * Packed<K>::MATRIX;
         alignas(64) float sums[UNIT][16] = {};
         for (int c = 0; c < K; ++c) {
@@ -77,52 +78,57 @@ void pack_rows(const Attention& a, const Group& group, Heads heads, int64_t firs
         }
         _mm512_store_ps(to.delta + first, totals(sums[0]));
         _mm512_store_ps(to.delta + first + ROWS, totals(sums[ROWS]));
-        for (int i = 0; i < UNIT; ++i)
-            to.lse[first + i] = first + i < last ? a.lse[head * a.rows + group.row(first + i)] * LOG2E : 1e30f;
+        const float* lse = a.lse + head * a.q_rows + group.queries.begin;
+        for (int64_t i = first; i < first + UNIT; ++i) to.lse[i] = i < last ? lse[i] * LOG2E : 1e30f;
         to.rest[first] = FINE;
     }
 }
 
 template <int K>
-void pack_unit(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, slot = a.heads * D, unit = first / UNIT * Packed<K>::MATRIX;
-    const Rows<UNIT> rows(a.qkv, group, first, last, 3 * slot);
-    for (int head = heads.first; head < heads.last; ++head) {
-        const Packed<K> to(group.length, head - heads.first, tiles);
-        for (int c = 0; c < K; ++c) {
-            rows.load(head * D + c * 32, D - c * 32);
-            pack_transposed(rows.part, to.q_columns + unit + 2 * c * TILE);
-            pack_transposed(rows.part + ROWS, to.q_columns + unit + (2 * c + 1) * TILE);
-            pack_pairs(rows.part, to.q + unit + 2 * c * TILE);
+void pack_queries(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim;
+    for (int64_t at = first; at < last; at += UNIT) {
+        const Rows<UNIT> rows(a.q, group.queries, at, last, a.q_stride);
+        const int64_t unit = at / UNIT * Packed<K>::MATRIX;
+        for (int head = heads.first; head < heads.last; ++head) {
+            const Packed<K> to(group, head - heads.first, tiles);
+            for (int c = 0; c < K; ++c) {
+                rows.load(head * D + c * 32, D - c * 32);
+                pack_transposed(rows.part, to.q_columns + unit + 2 * c * TILE);
+                pack_transposed(rows.part + ROWS, to.q_columns + unit + (2 * c + 1) * TILE);
+                pack_pairs(rows.part, to.q + unit + 2 * c * TILE);
+            }
         }
-    }
-    for (int head = heads.first; head < heads.last; ++head) {
-        const Packed<K> to(group.length, head - heads.first, tiles);
-        for (int c = 0; c < K; ++c) {
-            rows.load(slot + head * D + c * 32, D - c * 32);
-            pack_plain(rows.part, to.k + unit + c * TILE);
-            pack_plain(rows.part + ROWS, to.k + unit + (K + c) * TILE);
-            char* columns = to.k_columns + unit + 2 * c * TILE;
-            pack_pairs(rows.part, columns);
-            transpose_tile(columns);
-            transpose_tile(columns + TILE);
-        }
-    }
-    for (int head = heads.first; head < heads.last; ++head) {
-        const Packed<K> to(group.length, head - heads.first, tiles);
-        for (int c = 0; c < K; ++c) {
-            rows.load(2 * slot + head * D + c * 32, D - c * 32);
-            pack_plain(rows.part, to.v + unit + c * TILE);
-            pack_plain(rows.part + ROWS, to.v + unit + (K + c) * TILE);
-        }
+        pack_rest<K>(a, group, heads, at, last, tiles);
     }
 }
 
 template <int K>
-void pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+void pack_keys(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim;
     for (int64_t at = first; at < last; at += UNIT) {
-        pack_unit<K>(a, group, heads, at, last, tiles);
-        pack_rows<K>(a, group, heads, at, last, tiles);
+        const Rows<UNIT> k(a.k, group.keys, at, last, a.k_stride), v(a.v, group.keys, at, last, a.k_stride);
+        const int64_t unit = at / UNIT * Packed<K>::MATRIX;
+        for (int head = heads.first; head < heads.last; ++head) {
+            const Packed<K> to(group, head - heads.first, tiles);
+            for (int c = 0; c < K; ++c) {
+                k.load(head * D + c * 32, D - c * 32);
+                pack_plain(k.part, to.k + unit + c * TILE);
+                pack_plain(k.part + ROWS, to.k + unit + (K + c) * TILE);
+                char* columns = to.k_columns + unit + 2 * c * TILE;
+                pack_pairs(k.part, columns);
+                transpose_tile(columns);
+                transpose_tile(columns + TILE);
+            }
+        }
+        for (int head = heads.first; head < heads.last; ++head) {
+            const Packed<K> to(group, head - heads.first, tiles);
+            for (int c = 0; c < K; ++c) {
+                v.load(head * D + c * 32, D - c * 32);
+                pack_plain(v.part, to.v + unit + c * TILE);
+                pack_plain(v.part + ROWS, to.v + unit + (K + c) * TILE);
+            }
+        }
     }
 }
 
@@ -257,7 +263,7 @@ void refine(const Attention& a, const Group& group, Heads heads, int64_t first, 
     const __m512 sign = _mm512_set1_ps(a.softmax_scale < 0 ? -1 : 1);
     for (int head = heads.first; head < heads.last; ++head)
         for (int64_t query = first; query < last; query += UNIT) {
-            const Packed<K> to(group.length, head - heads.first, tiles);
+            const Packed<K> to(group, head - heads.first, tiles);
             bool coarse = false;
             for (int64_t i = query; i < smaller(query + UNIT, last); ++i) coarse |= fabsf(to.lse[i]) > LARGE_LSE;
             if (!coarse) continue;
@@ -266,11 +272,11 @@ void refine(const Attention& a, const Group& group, Heads heads, int64_t first, 
             __m512 most[2], sum[2] = {};  // of 16 queries each
             for (__m512& largest : most) largest = _mm512_set1_ps(-FLT_MAX);
             for (int summing = 0; summing < 2; ++summing)
-                for (int64_t key = 0; key < group.length; key += UNIT) {
+                for (int64_t key = 0; key < group.keys.length; key += UNIT) {
                     Machine machine;
                     machine.run(scores_of(to, key / UNIT, query / UNIT, scores));
                     machine.store();
-                    for (int r = 0; r < smaller(UNIT, group.length - key); ++r)
+                    for (int r = 0; r < smaller(UNIT, group.keys.length - key); ++r)
                         for (int j = 0; j < 2; ++j) {
                             const __m512 s = _mm512_load_ps(scores + r / ROWS * 2 * ROWS * 16 + r % ROWS * 16 + j * ROWS * 16);
                             if (summing)
@@ -294,9 +300,9 @@ template <int K>
 class Block {
   public:
     Block(const Attention& a, const Group& group, int64_t first, int64_t last, char* tiles, char* memory, Turns turns)
-        : from_(group.length, 0, tiles), local_(*reinterpret_cast<Local<K>*>(memory)), turns_(turns),
+        : from_(group, 0, tiles), local_(*reinterpret_cast<Local<K>*>(memory)), turns_(turns),
           scale_(a.softmax_scale), first_(first / UNIT), keys_(round_up(last - first, UNIT) / UNIT),
-          units_(round_up(group.length, UNIT) / UNIT), absent_(round_up(last, UNIT) - last) {}
+          units_(units_of(group.queries)), absent_(round_up(last, UNIT) - last) {}
 
     void run() {
         const int64_t blocks = (units_ + UNITS - 1) / UNITS;
@@ -328,7 +334,9 @@ class Block {
     Local<K>& local_;
     const Turns turns_;
     const float scale_;
-    const int64_t first_, keys_, units_, absent_;
+    const int64_t first_, keys_;  // units of keys: the first, and how many
+    const int64_t units_;  // of queries
+    const int64_t absent_;  // keys of the last unit that do not exist
     Machine machine_;
     Owed owed_ = {};  // products for grad_k and grad_v of a unit of keys with a block of queries,
     int64_t paid_ = 0;  // and how many of their jobs are done
@@ -462,35 +470,44 @@ INLINE void write_queries(const float* columns, float scale, uint16_t* const* ro
 }
 
 template <int K>
-void finish(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, slot = a.heads * D;
+void finish_queries(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim;
     for (int64_t at = first; at < last; at += ROWS) {
         uint16_t* rows[ROWS];
-        for (int r = 0; r < ROWS; ++r)
-            rows[r] = at + r < last ? static_cast<uint16_t*>(a.grad_qkv) + group.row(at + r) * 3 * slot : nullptr;
+        for (int64_t r = 0, row = group.queries.begin + at; r < ROWS; ++r, ++row)
+            rows[r] = at + r < last ? static_cast<uint16_t*>(a.grad_q) + row * a.grad_q_stride : nullptr;
         const int64_t unit = at / UNIT, half = at / ROWS % 2;
         for (int head = heads.first; head < heads.last; ++head) {
-            const float* sums = Packed<K>(group.length, head - heads.first, tiles).grad_q + unit * K * QUAD + half * ROWS * 16;
+            const float* sums = Packed<K>(group, head - heads.first, tiles).grad_q + unit * K * QUAD + half * ROWS * 16;
             for (int c = 0; c < K; ++c)
                 write_queries(sums + c * QUAD, a.softmax_scale, rows, head * D + 32 * c, D - 32 * c);
         }
-        for (int r = 0; r < ROWS && rows[r]; ++r)
-            for (int matrix = 1; matrix < 3; ++matrix)
-                for (int head = heads.first; head < heads.last; ++head) {
-                    const Packed<K> packed(group.length, head - heads.first, tiles);
-                    const char* from = matrix == 1 ? packed.k : packed.v;
-                    from += unit * Packed<K>::MATRIX + half * K * TILE + 64 * r;
-                    for (int c = 0; c < K; ++c)
-                        store_part(
-                            rows[r] + matrix * slot + head * D + 32 * c, _mm512_load_si512(from + c * TILE), D - 32 * c
-                        );
-                }
+    }
+}
+
+template <int K>
+void finish_keys(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim;
+    for (int64_t i = first; i < last; ++i) {
+        const int64_t from = i / ROWS * K * TILE + i % ROWS * 64, to = (group.keys.begin + i) * a.grad_k_stride;
+        const auto write = [&](const char* matrix, void* grad, int64_t column) {
+            for (int c = 0; c < K; ++c) {
+                const __m512i part = _mm512_load_si512(matrix + from + c * TILE);
+                store_part(static_cast<uint16_t*>(grad) + to + column + 32 * c, part, D - 32 * c);
+            }
+        };
+        for (int head = heads.first; head < heads.last; ++head)
+            write(Packed<K>(group, head - heads.first, tiles).k, a.grad_k, head * D);
+        for (int head = heads.first; head < heads.last; ++head)
+            write(Packed<K>(group, head - heads.first, tiles).v, a.grad_v, head * D);
     }
 }
 
 template <int K>
 constexpr Kernel kernel() {
-    return {UNIT, BLOCK, tile_bytes<K>, local_bytes<K>, pack<K>, refine<K>, run<K>, finish<K>};
+    const Pass pack = {pack_queries<K>, pack_keys<K>}, refined = {refine<K>, nullptr};
+    const Pass finish = {finish_queries<K>, finish_keys<K>};
+    return {UNIT, BLOCK, true, tile_bytes<K>, local_bytes<K>, pack, refined, run<K>, finish};
 }
 
 }  // namespace

@@ -28,45 +28,56 @@ struct Packed {
     static constexpr int64_t MATRIX = 2 * K * TILE;  // of a unit
     char *q, *k, *v;
 
-    Packed(int64_t length, int head, char* tiles) {
-        const int64_t bytes = round_up(length, UNIT) / UNIT * MATRIX;
-        q = tiles + head * 3 * bytes;
-        k = q + bytes;
-        v = k + bytes;
+    Packed(const Group& group, int head, char* tiles) {
+        q = tiles + head * bytes(group);
+        k = q + units_of(group.queries) * MATRIX;
+        v = k + units_of(group.keys) * MATRIX;
+    }
+    static int64_t bytes(const Group& group) {
+        return (units_of(group.queries) + 2 * units_of(group.keys)) * MATRIX;
     }
 };
 
-size_t tile_bytes(const Attention& a, int64_t length) {
-    return 3 * round_up(length, UNIT) * padded_head_dim(a) * sizeof(uint16_t);
+template <int K>
+size_t tile_bytes(const Attention&, const Group& group) {
+    return Packed<K>::bytes(group);
 }
 
 // Row by row through all heads: rows lie pages apart, and a head's part of them is short.
 template <int K>
-void pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, slot = a.heads * D;
+void pack_queries(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim;
     for (int64_t at = first; at < last; at += UNIT) {
-        const Rows<UNIT> rows(a.qkv, group, at, last, 3 * slot);
+        const Rows<UNIT> rows(a.q, group.queries, at, last, a.q_stride);
         for (int head = heads.first; head < heads.last; ++head) {
-            char* to = Packed<K>(group.length, head - heads.first, tiles).q + at / UNIT * Packed<K>::MATRIX;
+            char* to = Packed<K>(group, head - heads.first, tiles).q + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 rows.load(head * D + c * 32, D - c * 32);
                 pack_plain(rows.part, to + c * TILE);
                 pack_plain(rows.part + ROWS, to + (K + c) * TILE);
             }
         }
+    }
+}
+
+template <int K>
+void pack_keys(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim;
+    for (int64_t at = first; at < last; at += UNIT) {
+        const Rows<UNIT> k(a.k, group.keys, at, last, a.k_stride), v(a.v, group.keys, at, last, a.k_stride);
         for (int head = heads.first; head < heads.last; ++head) {
-            char* to = Packed<K>(group.length, head - heads.first, tiles).k + at / UNIT * Packed<K>::MATRIX;
+            char* to = Packed<K>(group, head - heads.first, tiles).k + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
-                rows.load(slot + head * D + c * 32, D - c * 32);
-                pack_transposed(rows.part, to + 2 * c * TILE);
-                pack_transposed(rows.part + ROWS, to + (2 * c + 1) * TILE);
+                k.load(head * D + c * 32, D - c * 32);
+                pack_transposed(k.part, to + 2 * c * TILE);
+                pack_transposed(k.part + ROWS, to + (2 * c + 1) * TILE);
             }
         }
         for (int head = heads.first; head < heads.last; ++head) {
-            char* to = Packed<K>(group.length, head - heads.first, tiles).v + at / UNIT * Packed<K>::MATRIX;
+            char* to = Packed<K>(group, head - heads.first, tiles).v + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
-                rows.load(2 * slot + head * D + c * 32, D - c * 32);
-                pack_pairs(rows.part, to + 2 * c * TILE);
+                v.load(head * D + c * 32, D - c * 32);
+                pack_pairs(v.part, to + 2 * c * TILE);
             }
         }
     }
@@ -171,11 +182,11 @@ template <int K>
 struct Steps {
     const Packed<K> from;
     Local<K>& local;
-    int64_t first, tiles, length, units;
+    int64_t first, tiles, keys, units;  // units of keys
     int64_t chunk = 0, tile = 0, unit = 0;
 
     Step next() {
-        const int64_t query = first / ROWS + tile, left = length - unit * UNIT;
+        const int64_t query = first / ROWS + tile, left = keys - unit * UNIT;
         const int64_t end = smaller(chunk + CHUNK, units);
         const Step s = {
             from.q + query * K * TILE, from.k + unit * Packed<K>::MATRIX, from.v + unit * Packed<K>::MATRIX,
@@ -270,8 +281,9 @@ void conclude(
     alignas(64) float inverse[ROWS], lse[ROWS];
     _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1), sums));
     _mm512_store_ps(lse, _mm512_fmadd_ps(_mm512_load_ps(local.most + tile * ROWS), _mm512_set1_ps(LN2), log(sums)));
-    const int64_t query = first + tile * ROWS, rows = smaller(ROWS, group.length - query);
-    for (int r = 0; r < rows; ++r) a.lse[head * a.rows + group.row(query + r)] = lse[r];
+    const int64_t query = first + tile * ROWS, rows = smaller(ROWS, group.queries.length - query);
+    float* to_lse = a.lse + head * a.q_rows + group.queries.begin + query;
+    for (int r = 0; r < rows; ++r) to_lse[r] = lse[r];
     for (int c = 0; c < K; ++c)
         for (int r = 0; r < ROWS; ++r) {
             const float* from = local.out[tile][2 * c] + 16 * r;
@@ -286,11 +298,11 @@ void conclude(
 
 // Results from the place of their queries, again row by row.
 template <int K>
-void finish(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+void finish_queries(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
     for (int64_t i = first; i < last; ++i) {
-        uint16_t* row = static_cast<uint16_t*>(a.out) + group.row(i) * a.heads * a.head_dim;
+        uint16_t* row = static_cast<uint16_t*>(a.out) + (group.queries.begin + i) * a.heads * a.head_dim;
         for (int head = heads.first; head < heads.last; ++head) {
-            const char* from = Packed<K>(group.length, head - heads.first, tiles).q + i / ROWS * K * TILE + i % ROWS * 64;
+            const char* from = Packed<K>(group, head - heads.first, tiles).q + i / ROWS * K * TILE + i % ROWS * 64;
             for (int c = 0; c < K; ++c)
                 store_part(row + head * a.head_dim + 32 * c, _mm512_load_si512(from + c * TILE), a.head_dim - 32 * c);
         }
@@ -303,8 +315,10 @@ void run(
 ) {
     Local<K>& local = *reinterpret_cast<Local<K>*>(memory);
     const TilesInUse in_use;
-    const int64_t rows = last - first, padded = round_up(rows, ROWS), units = round_up(group.length, UNIT) / UNIT;
-    const Steps<K> steps = {{group.length, 0, tiles}, local, first, padded / ROWS, group.length, units};
+    const int64_t rows = last - first, padded = round_up(rows, ROWS);
+    const Steps<K> steps = {
+        {group, 0, tiles}, local, first, padded / ROWS, group.keys.length, units_of(group.keys),
+    };
     const int64_t tiles_used = steps.tiles;
     memset(local.most, 0, sizeof local.most);
     memset(local.sum, 0, padded * sizeof local.sum[0]);
@@ -322,7 +336,8 @@ void run(
 
 template <int K>
 constexpr Kernel kernel() {
-    return {UNIT, BLOCK, tile_bytes, local_bytes<K>, pack<K>, nullptr, run<K>, finish<K>};
+    const Pass pack = {pack_queries<K>, pack_keys<K>}, finish = {finish_queries<K>, nullptr};
+    return {UNIT, BLOCK, false, tile_bytes<K>, local_bytes<K>, pack, {}, run<K>, finish};
 }
 
 }  // namespace

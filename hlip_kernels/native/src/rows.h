@@ -4,6 +4,8 @@
 #include <stdint.h>
 
 // Shapes: R = G * P + T rows of a level, G groups, P prefix rows a group, T patch tokens, C width. Tensors are contiguous.
+// The rows of a level lie group after group, in each its prefix rows and then its patches: patch t of the batch, in group
+// g of a level, is its row t + (g + 1) * P.
 // Residuals (x) are of one type, updates (y) of another: bfloat16 or float32.
 struct Norm {
     const void* residual;  // (R_src, C)
@@ -12,7 +14,8 @@ struct Norm {
     const float* layer_scale;  // (C), may be null
     const float* weight;  // (C)
     const float* bias;  // (C); forward only
-    const int32_t* cu_seqlens;  // (G_src + 1), bounds of the groups of src in the patch stream
+    const int32_t* src;  // (G_src + 1), bounds of the groups' rows; null, as is dst, if rows are in no groups
+    const int32_t* dst;  // (G_dst + 1)
     const int32_t* children;  // (coarser G + 1), bounds of its runs of finer groups; null if the levels are the same
     void* x;  // (R_dst, C), the new residual; null in forward if y alone is wanted, of a residual as it is
     void* y;  // (R_dst, C), its normalised rows
@@ -43,7 +46,7 @@ struct Gelu {
 extern "C" {
 // Blocks of rows whose sums are kept apart in backward.
 int64_t hlip_norm_blocks(const Norm*);
-// Returns 0, or -1 if the groups do not make up the rows, and then nothing is written.
+// Returns 0, or -1 if the groups do not make up the rows of both levels, and then nothing is written.
 int32_t hlip_norm(const Norm*, int32_t isa, int32_t backward);
 // y = gelu(x), and the gradient of y is made that of x.
 void hlip_gelu(const Gelu*, int32_t isa);

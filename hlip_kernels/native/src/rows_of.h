@@ -59,59 +59,73 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-// Which group of src a patch belongs to.
-int32_t group_of(const Norm& n, int64_t token) {
-    int32_t low = 0, high = n.src_groups;
-    while (high - low > 1) {
-        const int32_t middle = low + (high - low) / 2;
-        (n.cu_seqlens[middle] <= token ? low : high) = middle;
+// The group of one level that a row lies in, of rows numbered without the `prefix` rows in front of every group.
+struct Place {
+    const int32_t* bounds;  // null if rows are in no groups
+    int64_t groups, prefix, group = 0, end = 0;  // end: of the group
+
+    Place(const int32_t* bounds, int64_t groups, int64_t prefix) : bounds(bounds), groups(groups), prefix(prefix) {}
+
+    int64_t begin_of(int64_t g) const { return bounds[g] - g * prefix; }
+
+    void find(int64_t number) {
+        int64_t high = groups;
+        group = 0, end = INT64_MAX;
+        while (high - group > 1) {
+            const int64_t middle = group + (high - group) / 2;
+            (begin_of(middle) <= number ? group : high) = middle;
+        }
+        if (bounds) end = begin_of(group + 1);
     }
-    return low;
-}
+    void advance(int64_t number) {
+        while (end <= number) end = begin_of(++group + 1);
+    }
+    int64_t row(int64_t number) const { return number + (group + 1) * prefix; }
+};
 
 // Where the rows of both levels lie, and what is done in which block.
 struct Rows {
     const Norm& n;
-    int64_t src_prefix, dst_prefix;  // rows
-    int64_t coarse;  // groups of the coarser level
-    bool coarser;  // whether dst is that
-    int64_t prefix_blocks, prefix_each, rows, row_blocks, row_each;
+    const bool coarser;  // whether dst is the coarser level
+    const int64_t coarse;  // its groups
+    const int32_t *coarse_rows, *fine_rows;  // bounds of groups
+    int64_t prefix;  // rows that change level, of each group
+    int64_t prefix_blocks, prefix_size, rows, row_blocks, row_size;
 
+    // Of two levels with as many groups each is as good as the other: every mean is of one row.
     explicit Rows(const Norm& n)
-        : n(n), src_prefix(int64_t(n.src_groups) * n.num_prefix), dst_prefix(int64_t(n.dst_groups) * n.num_prefix),
-          coarse(n.src_groups < n.dst_groups ? n.src_groups : n.dst_groups), coarser(false) {
-        // Of two levels with as many groups each is as good as the other: every mean is of one row.
-        coarser = n.dst_groups == coarse;
-        rows = n.tokens + (n.children ? 0 : src_prefix);
-        prefix_blocks = n.children ? blocks_of(coarse, 1) : 0, prefix_each = block_of(coarse, 1);
-        row_blocks = blocks_of(rows, 32), row_each = block_of(rows, 32);
+        : n(n), coarser(n.dst_groups <= n.src_groups), coarse(coarser ? n.dst_groups : n.src_groups),
+          coarse_rows(coarser ? n.dst : n.src), fine_rows(coarser ? n.src : n.dst) {
+        prefix = n.children ? n.num_prefix : 0;
+        rows = n.tokens + (n.children ? 0 : int64_t(n.src_groups) * n.num_prefix);
+        prefix_blocks = n.children ? blocks_of(coarse, 1) : 0, prefix_size = block_of(coarse, 1);
+        row_blocks = blocks_of(rows, 32), row_size = block_of(rows, 32);
     }
 
-    // Rows that keep their place but for a shift: f(block, row of src, row of dst, group of src); prefix rows that change
-    // level: g(block, coarse group, prefix place). The thread that has a block does all of it, in order.
+    // Rows that only move: f(block, row of src, row of dst, group of src); prefix rows that change level: g(block, coarse
+    // group, prefix place). The thread that has a block does all of it, in order.
     template <typename F, typename G>
-    void each(F f, G g) const {
-        const int64_t skipped = n.children ? 0 : src_prefix;  // rows of `rows` that are not patches
-        const int64_t src = n.children ? src_prefix : 0, dst = n.children ? dst_prefix : 0;
+    void visit(F f, G g) const {
 #pragma omp parallel num_threads(n.threads)
         {
 #pragma omp for schedule(dynamic, 1) nowait
             for (int64_t b = 0; b < prefix_blocks; ++b)
-                for (int64_t c = b * prefix_each; c < coarse && c < (b + 1) * prefix_each; ++c)
+                for (int64_t c = b * prefix_size; c < coarse && c < (b + 1) * prefix_size; ++c)
                     for (int32_t p = 0; p < n.num_prefix; ++p) g(b, c, p);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t b = 0; b < row_blocks; ++b) {
-                const int64_t last = (b + 1) * row_each < rows ? (b + 1) * row_each : rows;
-                int32_t group = 0;
-                for (int64_t r = b * row_each; r < last; ++r) {
-                    if (r < skipped) {
-                        group = r / n.num_prefix;
-                    } else if (n.path_scale && (r == b * row_each || r == skipped)) {
-                        group = group_of(n, r - skipped);
-                    } else if (n.path_scale) {
-                        while (n.cu_seqlens[group + 1] <= r - skipped) ++group;
-                    }
-                    f(prefix_blocks + b, src + r, dst + r, group);
+                const int64_t last = (b + 1) * row_size < rows ? (b + 1) * row_size : rows;
+                Place src(n.src, n.src_groups, prefix), dst(n.dst, n.dst_groups, prefix);
+                int64_t r = b * row_size;
+                src.find(r);
+                dst.find(r);
+                while (r < last) {
+                    src.advance(r);
+                    dst.advance(r);
+                    int64_t stop = src.end < dst.end ? src.end : dst.end;
+                    if (last < stop) stop = last;
+                    for (int64_t from = src.row(r), to = dst.row(r); r < stop; ++r)
+                        f(prefix_blocks + b, from++, to++, src.group);
                 }
             }
         }
@@ -175,7 +189,7 @@ struct Forward {
 
     void run() const {
         const Rows rows(n);
-        rows.each(
+        rows.visit(
             [&](int64_t, int64_t src, int64_t dst, int32_t group) {
                 Buffer sum(width);
                 add(src, group, true, sum.row);
@@ -184,9 +198,10 @@ struct Forward {
             [&](int64_t, int64_t coarse, int32_t place) {
                 Buffer sum(width);
                 const int32_t first = n.children[coarse], last = n.children[coarse + 1];
-                if (!rows.coarser) add(coarse * n.num_prefix + place, coarse, true, sum.row);
+                const int64_t own = rows.coarse_rows[coarse] + place;
+                if (!rows.coarser) add(own, coarse, true, sum.row);
                 for (int32_t fine = first; fine < last; ++fine) {
-                    const int64_t row = int64_t(fine) * n.num_prefix + place;
+                    const int64_t row = rows.fine_rows[fine] + place;
                     if (rows.coarser) {
                         add(row, fine, fine == first, sum.row);
                     } else {
@@ -195,7 +210,7 @@ struct Forward {
                         write(row, copy.row, 1);
                     }
                 }
-                if (rows.coarser) write(coarse * n.num_prefix + place, sum.row, 1.0f / (last - first));
+                if (rows.coarser) write(own, sum.row, 1.0f / (last - first));
             }
         );
     }
@@ -260,7 +275,7 @@ struct Backward {
         const Rows rows(n);
         const int64_t blocks = rows.prefix_blocks + rows.row_blocks;
         memset(n.partial, 0, blocks * 3 * width * sizeof(float));
-        rows.each(
+        rows.visit(
             [&](int64_t block, int64_t src, int64_t dst, int32_t group) {
                 Buffer sum(width);
                 add(block, dst, true, sum.row);
@@ -269,15 +284,16 @@ struct Backward {
             [&](int64_t block, int64_t coarse, int32_t place) {
                 Buffer sum(width);
                 const int32_t first = n.children[coarse], last = n.children[coarse + 1];
-                if (rows.coarser) add(block, coarse * n.num_prefix + place, true, sum.row);
+                const int64_t own = rows.coarse_rows[coarse] + place;
+                if (rows.coarser) add(block, own, true, sum.row);
                 for (int32_t fine = first; fine < last; ++fine) {
-                    const int64_t row = int64_t(fine) * n.num_prefix + place;
+                    const int64_t row = rows.fine_rows[fine] + place;
                     if (rows.coarser)
                         write(block, row, fine, sum.row, 1.0f / (last - first));
                     else
                         add(block, row, fine == first, sum.row);
                 }
-                if (!rows.coarser) write(block, coarse * n.num_prefix + place, coarse, sum.row, 1);
+                if (!rows.coarser) write(block, own, coarse, sum.row, 1);
             }
         );
         // Block by block, so that sums do not depend on who makes them.

@@ -20,6 +20,8 @@ const int64_t TILE = 1024;  // bytes
 const int UNIT = 32;  // rows that are packed together
 const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
+inline int64_t units_of(Span rows) { return round_up(rows.length, UNIT) / UNIT; }
+
 #ifndef HLIP_EMULATED  // by the tests, which have these in plain C++
 // The memory clobbers keep what the vector units do to the same memory, and do meanwhile, in its place.
 template <int T>
@@ -115,9 +117,10 @@ struct Rows {
     const uint16_t* at[N];
     alignas(64) mutable __m512i part[N];
 
-    Rows(const void* tensor, const Group& group, int64_t first, int64_t last, int64_t stride) {
+    Rows(const void* tensor, Span rows, int64_t first, int64_t last, int64_t stride) {
+        first += rows.begin, last += rows.begin;
         for (int i = 0; i < N; ++i)
-            at[i] = first + i < last ? static_cast<const uint16_t*>(tensor) + group.row(first + i) * stride : nullptr;
+            at[i] = first + i < last ? static_cast<const uint16_t*>(tensor) + (first + i) * stride : nullptr;
     }
     INLINE void load(int64_t column, int64_t present) const {
         const int64_t AHEAD = 64;  // elements, of which the hardware would not know with so many rows

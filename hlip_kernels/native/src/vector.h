@@ -104,9 +104,10 @@ struct Rows {
     static const int COUNT = 16;
     const T* at[COUNT];  // null where there is none
 
-    Rows(const void* tensor, const Group& group, int64_t first, int64_t last, int64_t stride) {
+    Rows(const void* tensor, Span rows, int64_t first, int64_t last, int64_t stride) {
+        first += rows.begin, last += rows.begin;
         for (int i = 0; i < COUNT; ++i)
-            at[i] = first + i < last ? static_cast<const T*>(tensor) + group.row(first + i) * stride : nullptr;
+            at[i] = first + i < last ? static_cast<const T*>(tensor) + (first + i) * stride : nullptr;
     }
 
     // WIDTH elements of row i.
@@ -137,28 +138,23 @@ struct Rows {
 struct Matrices {
     int64_t matrix, rows, padded;
 
-    Matrices(const Attention& a, int64_t length)
-        : rows(round_up(length, KEYS)), padded(padded_head_dim(a)) {
+    Matrices(const Attention& a, Span of) : rows(round_up(of.length, KEYS)), padded(padded_head_dim(a)) {
         matrix = rows * padded;
     }
 };
 
-const int FORWARD_MATRICES = 2;  // k^T, v
-const int BACKWARD_MATRICES = 6;  // q, grad_out, k, k^T, v^T, grad_q; then queries
-
 struct ForwardTiles {
     float *kt, *v;
 
-    ForwardTiles(const Attention& a, int64_t length, int head, char* tiles) {
-        const Matrices m(a, length);
-        kt = reinterpret_cast<float*>(tiles) + head * FORWARD_MATRICES * m.matrix;
-        v = kt + m.matrix;
+    ForwardTiles(const Attention& a, const Group& group, int head, char* tiles) {
+        const int64_t matrix = Matrices(a, group.keys).matrix;
+        kt = reinterpret_cast<float*>(tiles + head * bytes(a, group));
+        v = kt + matrix;
+    }
+    static size_t bytes(const Attention& a, const Group& group) {
+        return 2 * Matrices(a, group.keys).matrix * sizeof(float);
     }
 };
-
-size_t forward_tile_bytes(const Attention& a, int64_t length) {
-    return FORWARD_MATRICES * Matrices(a, length).matrix * sizeof(float);
-}
 
 size_t forward_local_bytes(const Attention& a) {
     const int64_t matrices = 2 * TASK_QUERIES * padded_head_dim(a) + 2 * TILE_QUERIES * KEYS;
@@ -167,17 +163,15 @@ size_t forward_local_bytes(const Attention& a) {
 
 template <typename T>
 void forward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, slot = a.heads * D, padded = padded_head_dim(a);
+    const int64_t D = a.head_dim, padded = padded_head_dim(a);
     for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
-        const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
+        const Rows<T> k(a.k, group.keys, i, last, a.k_stride), v(a.v, group.keys, i, last, a.k_stride);
         for (int head = heads.first; head < heads.last; ++head) {
-            const ForwardTiles to(a, group.length, head - heads.first, tiles);
-            rows.pack_columns(slot + head * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
+            const ForwardTiles to(a, group, head - heads.first, tiles);
+            k.pack_columns(head * D, D, padded, to.kt + i / KEYS * KEYS * padded + i % KEYS);
         }
-        for (int head = heads.first; head < heads.last; ++head) {
-            const ForwardTiles to(a, group.length, head - heads.first, tiles);
-            rows.pack(2 * slot + head * D, D, padded, to.v + i * padded);
-        }
+        for (int head = heads.first; head < heads.last; ++head)
+            v.pack(head * D, D, padded, ForwardTiles(a, group, head - heads.first, tiles).v + i * padded);
     }
 }
 
@@ -254,10 +248,10 @@ inline void conclude(
     for (int64_t at = 0; at < rows; at += WIDTH) {
         const vec total = totals(sum + at), inverse = 1 / total, lse = load(most + at) * LN2 + log(total);
         for (int64_t i = at; i < smaller(at + WIDTH, rows); ++i) {
-            const int64_t row = group.row(first + i);
+            const int64_t row = group.queries.begin + first + i;
             T* to = static_cast<T*>(a.out) + (row * a.heads + head) * D;
             for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(out + i * padded + d) * inverse[i - at]);
-            a.lse[head * a.rows + row] = lse[i - at];
+            a.lse[head * a.q_rows + row] = lse[i - at];
         }
     }
 }
@@ -269,29 +263,30 @@ void forward_run(
     const int ROWS = TILE_QUERIES;
     using Sums = Product<ROWS, FORWARD_VECTORS, KEYS, 1, padded, padded>;  // of rows of a block with rows
     const int64_t count = (last - first + ROWS - 1) / ROWS;
-    const ForwardTiles from(a, group.length, 0, tiles);
+    const int64_t length = group.keys.length;
+    const ForwardTiles from(a, group, 0, tiles);
     vec* sum = reinterpret_cast<vec*>(local);  // (TASK_QUERIES + WIDTH)
     float* weights = reinterpret_cast<float*>(sum + TASK_QUERIES + WIDTH);  // (2, TILE_QUERIES, KEYS)
     float* out = weights + 2 * ROWS * KEYS;  // (TASK_QUERIES, padded)
     float* q = out + TASK_QUERIES * padded;  // (TASK_QUERIES, padded)
     float* most = q + TASK_QUERIES * padded;  // (TASK_QUERIES + WIDTH)
     for (int64_t i = 0; i < count * ROWS; i += Rows<T>::COUNT)
-        Rows<T>(a.qkv, group, first + i, last, 3 * a.heads * a.head_dim)
+        Rows<T>(a.q, group.queries, first + i, last, a.q_stride)
             .pack(head * a.head_dim, a.head_dim, padded, q + i * padded, a.softmax_scale * LOG2E);
     for (int64_t i = 0; i < count * ROWS + WIDTH; ++i) {
         sum[i] = vec{};
         most[i] = 0;
     }
     bool risen = false;
-    for (int64_t key = 0; key < group.length; key += KEYS) {
-        const int64_t keys = smaller(KEYS, group.length - key);
+    for (int64_t key = 0; key < length; key += KEYS) {
+        const int64_t keys = smaller(KEYS, length - key);
         const float *kt = from.kt + key * padded, *v = from.v + key * padded;
         // A tile is summed up after the next one's scores, which do not wait for its weights.
         for (int64_t t = 0; t <= count; ++t) {
             float* now = weights + t % 2 * ROWS * KEYS;
             if (t < count) {
                 const QueryTile<padded> tile = {q + t * ROWS * padded, most + t * ROWS, sum + t * ROWS, risen};
-                if (group.length == 1 || !tile.weigh(kt, keys, key != 0, now)) {  // one key weighs 1, not nearly 1
+                if (length == 1 || !tile.weigh(kt, keys, key != 0, now)) {  // one key weighs 1, not nearly 1
                     tile.rise(kt, keys, key != 0, now, out + t * ROWS * padded);
                     tile.weigh(kt, keys, true, now);
                 }
@@ -309,7 +304,7 @@ void forward_run(
                 const float* before = weights + (t - 1) % 2 * ROWS * KEYS;
                 const int64_t at = (t - 1) * ROWS;
                 Sums::run(before, v, keys, out + at * padded, ROWS, padded, key != 0);
-                if (key + KEYS >= group.length)
+                if (key + KEYS >= length)
                     conclude<T, padded>(a, group, head, first + at, last, sum + at, most + at, out + at * padded);
             }
         }
@@ -323,24 +318,24 @@ struct Query {
     float lse, rounding, delta;
 };
 
-size_t backward_tile_bytes(const Attention& a, int64_t length) {
-    const Matrices m(a, length);
-    return BACKWARD_MATRICES * m.matrix * sizeof(float) + m.rows * sizeof(Query);
-}
-
 struct BackwardTiles {
-    float *q, *g, *k, *kt, *vt, *grad_q;
+    float *q, *g, *grad_q;  // g: the gradient of out
+    float *k, *kt, *vt;
     Query* queries;
 
-    BackwardTiles(const Attention& a, int64_t length, int head, char* tiles) {
-        const Matrices m(a, length);
-        q = reinterpret_cast<float*>(tiles + head * backward_tile_bytes(a, length));
-        g = q + m.matrix;
-        k = g + m.matrix;
-        kt = k + m.matrix;
-        vt = kt + m.matrix;
-        grad_q = vt + m.matrix;
-        queries = reinterpret_cast<Query*>(grad_q + m.matrix);
+    BackwardTiles(const Attention& a, const Group& group, int head, char* tiles) {
+        const Matrices of_q(a, group.queries), of_k(a, group.keys);
+        q = reinterpret_cast<float*>(tiles + head * bytes(a, group));
+        g = q + of_q.matrix;
+        grad_q = g + of_q.matrix;
+        k = grad_q + of_q.matrix;
+        kt = k + of_k.matrix;
+        vt = kt + of_k.matrix;
+        queries = reinterpret_cast<Query*>(vt + of_k.matrix);
+    }
+    static size_t bytes(const Attention& a, const Group& group) {
+        const Matrices of_q(a, group.queries), of_k(a, group.keys);
+        return 3 * (of_q.matrix + of_k.matrix) * sizeof(float) + of_q.rows * sizeof(Query);
     }
 };
 
@@ -349,26 +344,39 @@ size_t backward_local_bytes(const Attention& a) {
 }
 
 template <typename T>
-void backward_pack(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim, slot = a.heads * D, padded = padded_head_dim(a);
+void backward_pack_queries(
+    const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles
+) {
+    const int64_t D = a.head_dim, size = a.heads * D, padded = padded_head_dim(a);
     for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
-        const Rows<T> rows(a.qkv, group, i, last, 3 * slot);
-        const Rows<T> grads(a.grad_out, group, i, last, slot), out(a.out, group, i, last, slot);
+        const Rows<T> q(a.q, group.queries, i, last, a.q_stride);
+        const Rows<T> grads(a.grad_out, group.queries, i, last, size), out(a.out, group.queries, i, last, size);
         for (int head = heads.first; head < heads.last; ++head) {
-            const BackwardTiles to(a, group.length, head - heads.first, tiles);
-            const int64_t column = i / KEYS * KEYS * padded + i % KEYS;
-            rows.pack(head * D, D, padded, to.q + i * padded, a.softmax_scale * LOG2E);
+            const BackwardTiles to(a, group, head - heads.first, tiles);
+            q.pack(head * D, D, padded, to.q + i * padded, a.softmax_scale * LOG2E);
             grads.pack(head * D, D, padded, to.g + i * padded);
-            rows.pack(slot + head * D, D, padded, to.k + i * padded);
-            rows.pack_columns(slot + head * D, D, padded, to.kt + column);
-            rows.pack_columns(2 * slot + head * D, D, padded, to.vt + column);
             for (int r = 0; r < Rows<T>::COUNT && i + r < last; ++r) {
                 float delta = 0;  // rounded as the products are, or a softmax of one key would have a gradient
                 for (int64_t d = 0; d < D; ++d)
                     delta = add_product(to.g[(i + r) * padded + d], widen(out.at[r][head * D + d]), delta);
-                const double lse = a.lse[head * a.rows + group.row(i + r)] * 1.4426950408889634;
+                const double lse = a.lse[head * a.q_rows + group.queries.begin + i + r] * 1.4426950408889634;
                 to.queries[i + r] = {float(lse), float(lse - float(lse)), delta};
             }
+        }
+    }
+}
+
+template <typename T>
+void backward_pack_keys(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
+    const int64_t D = a.head_dim, padded = padded_head_dim(a);
+    for (int64_t i = first; i < last; i += Rows<T>::COUNT) {
+        const Rows<T> k(a.k, group.keys, i, last, a.k_stride), v(a.v, group.keys, i, last, a.k_stride);
+        for (int head = heads.first; head < heads.last; ++head) {
+            const BackwardTiles to(a, group, head - heads.first, tiles);
+            const int64_t column = i / KEYS * KEYS * padded + i % KEYS;
+            k.pack(head * D, D, padded, to.k + i * padded);
+            k.pack_columns(head * D, D, padded, to.kt + column);
+            v.pack_columns(head * D, D, padded, to.vt + column);
         }
     }
 }
@@ -378,7 +386,7 @@ void backward_refine(const Attention& a, const Group& group, Heads heads, int64_
     const int ROWS = WIDTH == 16 ? 8 : 4;
     using Scores = Product<ROWS, 2, padded, 1, KEYS, KEYS>;  // as in backward_run, to the last bit
     for (int head = heads.first; head < heads.last; ++head) {
-        const BackwardTiles from(a, group.length, head - heads.first, tiles);
+        const BackwardTiles from(a, group, head - heads.first, tiles);
         for (int64_t i = first; i < last; i += ROWS) {
             Query* rows = from.queries + i;
             const int64_t count = smaller(ROWS, last - i);
@@ -389,8 +397,8 @@ void backward_refine(const Attention& a, const Group& group, Heads heads, int64_
             vec sum[ROWS] = {};
             for (float& score : most) score = -FLT_MAX;
             for (int summing = 0; summing < 2; ++summing)
-                for (int64_t key = 0; key < group.length; key += KEYS) {
-                    const int64_t keys = smaller(KEYS, group.length - key);
+                for (int64_t key = 0; key < group.keys.length; key += KEYS) {
+                    const int64_t keys = smaller(KEYS, group.keys.length - key);
                     Scores::run(from.q + i * padded, from.kt + key * padded, padded, scores, ROWS, keys, false);
                     for (int64_t r = 0; r < count; ++r) {
                         const float* row = scores + r * KEYS;
@@ -425,14 +433,14 @@ void backward_run(
     using RowSums = Product<ROWS, VECTORS, KEYS, 1, padded, padded>;  // of rows of a block with rows
     using ColumnSums = Product<ROWS, VECTORS, 1, KEYS, padded, padded>;  // of columns of a block with rows
     const int64_t D = a.head_dim, keys = last - first;
-    const BackwardTiles from(a, group.length, 0, tiles);
+    const BackwardTiles from(a, group, 0, tiles);
     float* weights = reinterpret_cast<float*>(local);  // (QUERIES, KEYS)
     float* grads = weights + QUERIES * KEYS;  // (QUERIES, KEYS)
     float* grad_k = grads + QUERIES * KEYS;  // (KEYS, padded)
     float* grad_v = grad_k + KEYS * padded;  // (KEYS, padded)
     const float *kt = from.kt + first * padded, *vt = from.vt + first * padded, *k = from.k + first * padded;
-    for (int64_t query = 0; query < group.length; query += QUERIES) {
-        const int64_t queries = smaller(QUERIES, group.length - query);
+    for (int64_t query = 0; query < group.queries.length; query += QUERIES) {
+        const int64_t queries = smaller(QUERIES, group.queries.length - query);
         const float *q = from.q + query * padded, *g = from.g + query * padded;
         Scores::run(q, kt, padded, weights, queries, keys, false);
         Scores::run(g, vt, padded, grads, queries, keys, false);
@@ -444,10 +452,10 @@ void backward_run(
         turns.pass(query / QUERIES, first / KEYS);
     }
     for (int64_t j = 0; j < keys; ++j) {
-        T* to = static_cast<T*>(a.grad_qkv) + ((group.row(first + j) * 3 + 1) * a.heads + head) * D;
-        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_k + j * padded + d) * LN2);
-        to += a.heads * D;
-        for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(grad_v + j * padded + d));
+        const int64_t at = (group.keys.begin + first + j) * a.grad_k_stride + head * D;
+        T *to_k = static_cast<T*>(a.grad_k) + at, *to_v = static_cast<T*>(a.grad_v) + at;
+        for (int64_t d = 0; d < D; d += WIDTH) store(to_k + d, load(grad_k + j * padded + d) * LN2);
+        for (int64_t d = 0; d < D; d += WIDTH) store(to_v + d, load(grad_v + j * padded + d));
     }
 }
 
@@ -456,22 +464,25 @@ void backward_finish(const Attention& a, const Group& group, Heads heads, int64_
     const int64_t D = a.head_dim, padded = padded_head_dim(a);
     for (int64_t i = first; i < last; ++i)
         for (int head = heads.first; head < heads.last; ++head) {
-            const float* from = BackwardTiles(a, group.length, head - heads.first, tiles).grad_q + i * padded;
-            T* to = static_cast<T*>(a.grad_qkv) + (group.row(i) * 3 * a.heads + head) * D;
+            const float* from = BackwardTiles(a, group, head - heads.first, tiles).grad_q + i * padded;
+            T* to = static_cast<T*>(a.grad_q) + (group.queries.begin + i) * a.grad_q_stride + head * D;
             for (int64_t d = 0; d < D; d += WIDTH) store(to + d, load(from + d) * a.softmax_scale);
         }
 }
 
 template <typename T, int padded>
 constexpr Kernel forward_kernel() {
-    return {KEYS, TASK_QUERIES, forward_tile_bytes, forward_local_bytes, forward_pack<T>, nullptr,
-            forward_run<T, padded>, nullptr};
+    const Pass pack = {nullptr, forward_pack<T>};
+    return {KEYS, TASK_QUERIES, false, ForwardTiles::bytes, forward_local_bytes, pack, {}, forward_run<T, padded>, {}};
 }
 
 template <typename T, int padded>
 constexpr Kernel backward_kernel() {
-    return {KEYS, KEYS, backward_tile_bytes, backward_local_bytes, backward_pack<T>, backward_refine<padded>,
-            backward_run<T, padded>, backward_finish<T>};
+    const Pass pack = {backward_pack_queries<T>, backward_pack_keys<T>};
+    const Pass refine = {backward_refine<padded>, nullptr}, finish = {backward_finish<T>, nullptr};
+    return {
+        KEYS, KEYS, true, BackwardTiles::bytes, backward_local_bytes, pack, refine, backward_run<T, padded>, finish,
+    };
 }
 
 #define KERNELS(direction, T) \

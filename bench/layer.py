@@ -1,0 +1,165 @@
+"""A change of level and the attention after it: in one pass and in place, beside copies and flash attention.
+
+    python bench/layer.py
+    python bench/layer.py --dtype fp32 --scans 8 --results bench/results/layer.jsonl
+
+The layer's memory-bound part is the residual add, the move of rows to the next level, and the LayerNorm; then comes
+attention over the groups of that level. The products with weights between them are the same in all ways, and left out:
+attention reads q, k and v that are given in the level's order.
+
+hlip      `add_regroup_norm`, then `hier_attention`, each with the backend that `auto` takes
+copies    the released encoder's way on dense tensors (groups, 1 + n, C): add, split the cls rows off, reshape the
+          patches, average or repeat the cls rows, concatenate, LayerNorm; then `scaled_dot_product_attention`
+
+Bytes are those of the ops forward and backward, each reading its tensors once and writing its results once
+(`op_traffic.py`). Results are compared before anything is timed. Residuals are float32, updates, q, k and v of --dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baselines import regroup as regroup_by_copies
+from hlip.model.memory import keep_memory
+from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
+from op_traffic import OpTraffic
+from options import add_device, number
+from report import append_rows, megabytes, print_table, provenance
+from timing import in_turns, percentiles, ratio
+
+SCAN: Grid = (6, 14, 14)
+WIDTH, HEADS = 768, 12
+CHANGES: tuple[tuple[Level, Level], ...] = (
+    ("scan", "scan"), ("slice", "scan"), ("scan", "study"), ("study", "slice"), ("study", "scan"),
+)  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}  # of the norm of the difference over the norm
+Run = Callable[[], list[Tensor]]
+
+
+class Layer:
+    """One change of level, its inputs, and the ways to do it.
+
+    A way gives the new residual, its normalised rows and attention's result; in training the gradients of residual,
+    update and qkv.
+    """
+
+    def __init__(self, scans: int, src: Level, dst: Level, dtype: torch.dtype, device: str) -> None:
+        self.layout = StudyLayout.from_grids([[SCAN] * scans], num_prefix=1).to(device)
+        self.src, self.dst = src, dst
+        generator = torch.Generator().manual_seed(0)
+        rows = [self.layout.num_rows(level) for level in (src, dst)]
+
+        def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.leaves = draw(rows[0], WIDTH), draw(rows[0], WIDTH, dtype=dtype), draw(rows[1], 3 * WIDTH, dtype=dtype)
+        self.weight, self.bias = draw(WIDTH), draw(WIDTH)
+        self.grads = draw(rows[1], WIDTH), draw(rows[1], WIDTH, dtype=dtype), draw(rows[1], WIDTH, dtype=dtype)
+        self.ways = {"hlip": self.in_one_pass, "copies": self.by_copies}
+
+    def runs(self, training: bool) -> dict[str, Run]:
+        return {name: partial(self.run, way, training) for name, way in self.ways.items()}
+
+    def run(self, way: Callable[..., tuple[Tensor, ...]], training: bool) -> list[Tensor]:
+        if not training:
+            with torch.no_grad():
+                return [x.reshape(len(grad), -1) for x, grad in zip(way(*self.leaves), self.grads, strict=True)]
+        leaves = [x.detach().requires_grad_() for x in self.leaves]
+        outs = way(*leaves)
+        return list(torch.autograd.grad(outs, leaves, [g.view_as(x) for g, x in zip(self.grads, outs, strict=True)]))
+
+    def in_one_pass(self, residual: Tensor, update: Tensor, qkv: Tensor) -> tuple[Tensor, ...]:
+        x, y = add_regroup_norm(residual, update, self.layout, self.src, self.dst, self.weight, self.bias)
+        return x, y, hier_attention(qkv.unflatten(1, (3, HEADS, -1)), self.layout, self.dst)
+
+    def by_copies(self, residual: Tensor, update: Tensor, qkv: Tensor) -> tuple[Tensor, ...]:
+        before, after = (self.layout.num_groups(level) for level in (self.src, self.dst))
+        x = (residual + update).unflatten(0, (before, -1))
+        if self.src != self.dst:
+            x = regroup_by_copies(x, after)
+        y = F.layer_norm(x, (WIDTH,), self.weight, self.bias, 1e-6).to(update.dtype)
+        q, k, v = qkv.view(after, -1, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        return x, y, F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def main() -> int:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, Any]] = []
+    keep_memory()
+    for dtype, (src, dst), training in product(args.dtype, CHANGES, (False, True)):
+        rows += measure(args, dtype, src, dst, training)
+    facts = provenance(torch.device(args.device))
+    header = ["change", "type", "mode", "way", "ms", "times ours", "MB moved"]
+    print(f"{args.scans} scans of {SCAN}, width {WIDTH}, {facts['device']}, {facts['threads']} threads\n")
+    print_table(
+        header,
+        [
+            [row["case"], row["dtype"], row["mode"], row["way"], f"{1000 * row['p50_s']:.3g}",
+             row["times_ours"],
+             megabytes(row, "bytes")]
+            for row in rows
+        ],
+    )  # fmt: skip
+    if args.results:
+        append_rows([row | facts for row in rows], args.results)
+    wrong = [row for row in rows if row["wrong"]]
+    for row in wrong:
+        print(f"{row['case']}, {row['dtype']}, {row['mode']}, {row['way']}: {row['wrong']}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+def measure(args: argparse.Namespace, dtype: str, src: Level, dst: Level, training: bool) -> list[dict[str, Any]]:
+    """A row for each way."""
+    layer = Layer(args.scans, src, dst, DTYPES[dtype], args.device)
+    runs = layer.runs(training)
+    expected = runs["hlip"]()
+    wrong = {name: differences(run(), expected, TOLERANCE[dtype]) for name, run in runs.items()}
+    moved = {}
+    for name, run in runs.items():
+        with OpTraffic() as traffic:
+            run()
+        moved[name] = traffic.counts.bytes
+    seconds = in_turns(runs, args.rounds, args.calls)
+    return [
+        {
+            "case": f"{src} to {dst}", "dtype": dtype, "scans": args.scans, "width": WIDTH,
+            "mode": "training" if training else "forward", "way": name, "bytes": moved[name],
+            **percentiles(seconds[name]), "times_ours": ratio(seconds[name], seconds["hlip"]),
+            "wrong": wrong[name],
+        }
+        for name in runs
+    ]  # fmt: skip
+
+
+def differences(results: list[Tensor], expected: list[Tensor], tolerance: float) -> str:
+    errors = [float((x.double() - y).norm() / y.double().norm()) for x, y in zip(results, expected, strict=True)]
+    return "" if max(errors) <= tolerance else f"results differ by {max(errors):.2g}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser.add_argument("--scans", type=number, default=4, help="of the study (default: %(default)s)")
+    parser.add_argument("--rounds", type=number, default=7, help="measurements of each way (default: %(default)s)")
+    parser.add_argument("--threads", type=number, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--results", type=Path, metavar="JSONL", help="also append the rows to this file")
+    add_device(parser)
+    args = parser.parse_args()
+    args.calls = 10 if args.device == "cuda" else 1
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
