@@ -170,7 +170,7 @@ def ours(direction: str, point: Point, level: Level) -> Counts:
 
 @functools.cache
 def kernel_counts(kernel: str, length: int, head_dim: int, rows: int, streamed: int = STREAMED) -> Counts:
-    """Of one of our kernels on a group of so many rows."""
+    """Count what one of our kernels asks for on a group of `rows` rows."""
     problem = Problem([length - 1], 1, torch.float16, head_dim, "cpu")
     with watched(compute=False) as traffic:
         problem.launch(kernel, Tile(rows, streamed, 4, 1))

@@ -34,7 +34,7 @@ from hlip.model.memory import keep_memory
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
 from op_traffic import OpTraffic
 from options import add_device, number
-from report import append_rows, megabytes, print_table, provenance
+from report import append_rows, megabytes, print_table, provenance, short
 from timing import in_turns, percentiles, ratio
 
 SCAN: Grid = (6, 14, 14)
@@ -106,7 +106,7 @@ def main() -> int:
     print_table(
         header,
         [
-            [row["case"], row["dtype"], row["mode"], row["way"], f"{1000 * row['p50_s']:.3g}",
+            [row["case"], row["dtype"], row["mode"], row["way"], short(1000 * row["p50_s"]),
              row["times_ours"],
              megabytes(row, "bytes")]
             for row in rows

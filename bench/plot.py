@@ -406,7 +406,7 @@ def layer(rows: list[Row], figures: Path, machine: str) -> str:
     lines = []
     for case, ways in by_case.items():
         ours, copies = ways["hlip"], ways["copies"]
-        seconds = (f"{1000 * row['p50_s']:.3g}" for row in (ours, copies))
+        seconds = (short(1000 * row["p50_s"]) for row in (ours, copies))
         moved = (megabytes(row, "bytes") for row in (ours, copies))
         lines.append([*case, *seconds, times(copies["times_ours"]), *moved])
     text = LAYER + f" One study of {count(rows[0]['scans'], 'scans')} of 1176 patches, width {rows[0]['width']}."

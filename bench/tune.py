@@ -186,7 +186,7 @@ def gpu_seconds(run: Callable[[], None]) -> float:
 
 
 class Problem:
-    """What the three kernels read and write, for groups with so many patch tokens and a prefix row each."""
+    """The tensors of the three kernels, for groups of `lengths` patch tokens and one prefix row."""
 
     def __init__(self, lengths: Sequence[int], heads: int, dtype: torch.dtype, head_dim: int, device: str) -> None:
         layout = StudyLayout.from_grids([[(1, 1, n)] for n in lengths], num_prefix=1).to(device)

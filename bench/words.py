@@ -87,7 +87,8 @@ the work itself, no padding; `of a product` is that as a share of what a large m
 training step holds for its backward (counted on CPUs), MB peak what a call adds at most to the process, or to the GPU's
 memory: results, scratch, and what lies between. `prepare` is paid once a batch, for all layers, and is not in the
 ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run.
-All read the same rows, group after group. Results are compared with the formula in float64 before anything is timed."""
+Ways of packed sequences read the same rows, group after group; those of dense or padded groups get copies that are
+made before, which favours them. Results are compared with the formula in float64 before anything is timed."""
 LAYER = """What does a change of level cost, with the norm before attention and attention itself? `hlip` adds the
 residual, moves every row to where the next level has it and takes the LayerNorm in one pass; attention reads the result
 in place. `copies` is the released way: add, split the cls rows off, average or repeat them, reshape the patches,

@@ -1,4 +1,4 @@
-"""What a backend is, and what it is told about the groups of a level.
+"""The protocol of backends, and the description of groups that they are given.
 
 A backend is one class in one file, and one line in `backends/__init__.py`. Its methods are abstract here: one that is
 missing is an error when the package is imported.
@@ -245,7 +245,7 @@ def bounds_on_host(name: str, spans: Spans, rows: int) -> tuple[np.ndarray, np.n
     """First row and number of rows of each group, (G) int64 each; reads `cu_seqlens` back, so for CPU tensors only.
 
     Raises:
-        ValueError: groups that do not follow one another within so many rows, or leave rows out without `seqused`.
+        ValueError: groups that do not follow one another within `rows` rows, or leave rows out without `seqused`.
     """
     bounds = spans.cu_seqlens.numpy().astype(np.int64)
     room = np.diff(bounds)
