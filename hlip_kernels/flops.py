@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import TILE_ROWS
+
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -69,13 +71,13 @@ def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     return 5 * _product(qkv, *groups)  # with the scores once more, as PyTorch counts FlashAttention's
 
 
-def _product(qkv: Tensor, cu_seqlens: Tensor, tiles: Any, max_seqlen: int, *_: Any) -> int:
+def _product(qkv: Tensor, cu_seqlens: Tensor, *rest: Any) -> int:
     """Count one product of all rows with all rows of their groups; or the most that it may be, from shapes alone."""
     rows, _slots, heads, head_dim = qkv.shape
     if type(cu_seqlens) is Tensor and cu_seqlens.device.type != "meta":
         pairs: int = sum((end - start) ** 2 for start, end in pairwise(cu_seqlens.tolist()))
     else:
-        pairs = rows * max_seqlen
+        pairs = rows * rest[len(TILE_ROWS)]  # the longest group
     return 2 * heads * head_dim * pairs
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import choose_backend, choose_norm_backend
-from .backends.base import Regroup
+from .backends.base import Regroup, Spans
 from .backends.torch_norm import move
 from .layout import LEVELS, Level, StudyLayout, check_level
 
@@ -57,22 +57,23 @@ def hier_attention(
     if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     _check_rows("qkv", qkv, layout, level)
-    deterministic = deterministic or (
-        torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = deterministic or (  # a compiler cannot ask whether they would warn only
+        torch.are_deterministic_algorithms_enabled()
+        and (torch.compiler.is_compiling() or not torch.is_deterministic_algorithms_warn_only_enabled())
     )
+    head_dim = qkv.shape[3]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     if not torch.compiler.is_compiling():  # a compiled model leaves the choice to the op
-        backend = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3], deterministic)
+        backend = choose_backend(backend, qkv.device.type, qkv.dtype, head_dim, deterministic, level)
+    spans = Spans(layout.cu_seqlens(level), layout.tiles(level), layout.max_seqlen(level))
+    settings = spans, scale, backend, deterministic
     out: Tensor
-    out, _ = ops.call(
-        "hier_attention",
-        qkv,
-        layout.cu_seqlens(level),
-        layout.tiles(level),
-        layout.max_seqlen(level),
-        qkv.shape[3] ** -0.5 if softmax_scale is None else softmax_scale,
-        backend,
-        deterministic,
-    )
+    if not ops.unwatched(qkv):
+        out, _ = ops.call("hier_attention", qkv, *ops.flat_attention(*settings, level))
+    elif torch.is_grad_enabled():
+        out = ops.attend_with_graph(qkv, settings)
+    else:
+        out, _ = ops.attend(qkv, *settings)
     return out
 
 
@@ -115,35 +116,42 @@ def add_regroup_norm(
     """
     check_level(src)
     _refuse_trace()
-    if residual.dim() != 2 or update.shape != residual.shape:
+    shape = residual.shape
+    if len(shape) != 2 or update.shape != shape:
         raise ValueError(
-            f"residual and update: expected two tensors (rows, width) of one shape, got {tuple(residual.shape)} and "
+            f"residual and update: expected two tensors (rows, width) of one shape, got {tuple(shape)} and "
             f"{tuple(update.shape)}"
         )
     _check_rows("residual", residual, layout, src)
-    width, groups = residual.shape[1], layout.num_groups(src)
-    for name, x, shape in (
-        ("residual", residual, residual.shape),
-        ("weight", weight, (width,)),
-        ("bias", bias, (width,)),
-        ("layer_scale", layer_scale, (width,)),
-        ("path_scale", path_scale, (groups,)),
-        ("update", update, update.shape),
+    device, width = residual.device, shape[1:]
+    for name, x, expected in (
+        ("residual", residual, shape),
+        ("update", update, shape),
+        ("weight", weight, width),
+        ("bias", bias, width),
+        ("layer_scale", layer_scale, width),
+        ("path_scale", path_scale, (layout.num_groups(src),)),
     ):
-        if x is not None and (x.shape != shape or x.device != residual.device or x.dtype not in DTYPES):
+        if x is not None and (x.shape != expected or x.device != device or x.dtype not in DTYPES):
             raise ValueError(
-                f"{name}: expected floating-point {tuple(shape)} on {residual.device}, got {x.dtype} {tuple(x.shape)} "
-                f"on {x.device}"
+                f"{name}: expected floating-point {tuple(expected)} on {device}, got {x.dtype} {tuple(x.shape)} on "
+                f"{x.device}"
             )
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be 0 or more and finite, got {eps}")
     if path_scale is not None and path_scale.requires_grad:
         raise ValueError("path_scale: expected a constant; there is no gradient for it")
     if not torch.compiler.is_compiling():
-        backend = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
-    tensors = residual, update, path_scale, layer_scale, weight, bias
-    new_residual, normalised, _, _ = ops.call("add_regroup_norm", *tensors, *_regroup(layout, src, dst), eps, backend)
-    return new_residual, normalised
+        backend = choose_norm_backend(backend, device.type, residual.dtype, update.dtype)
+    tensors = residual, update, weight, bias, layer_scale
+    regroup = _regroup(layout, src, dst)
+    if not ops.unwatched(*tensors, path_scale):
+        x, y, _, _ = ops.call("add_regroup_norm", *tensors, path_scale, *regroup, eps, backend)
+    elif torch.is_grad_enabled():
+        x, y = ops.add_and_norm_with_graph(*tensors, (path_scale, regroup, eps, backend))
+    else:
+        x, y, _, _ = ops.add_and_norm(*tensors, path_scale, regroup, eps, backend)
+    return x, y
 
 
 def regroup(x: Tensor, layout: StudyLayout, src: Level, dst: Level) -> Tensor:
@@ -187,10 +195,11 @@ def regroup_prefix(*_: object, **__: object) -> Tensor:
 def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
     bounds = layout.cu_seqlens(src), layout.cu_seqlens(dst)
     if src == dst:
-        return Regroup(*bounds, layout.tiles(src)[0], None, None, layout.num_prefix)
-    pair = fine, coarse = min(src, dst, key=LEVELS.index), max(src, dst, key=LEVELS.index)
+        return Regroup(*bounds, layout.tiles(src)[0], None, None, layout.num_prefix, False)
+    coarser = LEVELS.index(src) < LEVELS.index(dst)
+    pair = fine, _ = (src, dst) if coarser else (dst, src)
     tiles = layout.tiles(fine)[0]
-    return Regroup(*bounds, tiles, layout.children(*pair), layout.parents(fine, coarse), layout.num_prefix)
+    return Regroup(*bounds, tiles, layout.children(*pair), layout.parents(*pair), layout.num_prefix, coarser)
 
 
 def _refuse_trace() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import linear as kernels
+from . import ops
 
 
 def linear_of_norm(linear: nn.Linear, norm: nn.LayerNorm, x: Tensor, y: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class _LinearOfPixels(torch.autograd.Function):
         )
 
     @staticmethod
-    @kernels.once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, saved: kernels.Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         patches, weight = saved
         if not any(ctx.needs_input_grad[3:]):
@@ -90,15 +91,16 @@ class _LinearOfNorm(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        product = kernels.converted(weight, y)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, kernels.kept_product(product, weight))
         ctx.eps = eps
-        return kernels.linear(y, weight, bias)
+        return kernels.linear(y, product, bias)
 
     @staticmethod
-    @kernels.once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, saved: kernels.Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight = saved
-        gradient = kernels.input_gradient(grad, kernels.gradient_weight(weight, grad))
+        x, norm_weight, norm_bias, weight, product = saved
+        gradient = kernels.input_gradient(grad, kernels.gradient_weight(weight, grad, product))
         if not any(ctx.needs_input_grad[5:]):
             return gradient, *[None] * 6
         sums = kernels.Gradients(weight)
@@ -113,17 +115,20 @@ class _MlpOfNorm(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
         weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
     ) -> Tensor:  # fmt: skip
-        out, hidden = kernels.mlp_kept(y, (weight1, bias1), (weight2, bias2))
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden)
+        out, hidden, products = kernels.mlp_kept(y, (weight1, bias1), (weight2, bias2))
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight1, weight2, hidden, *products)
         ctx.eps = eps
         return out
 
     @staticmethod
-    @kernels.once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, saved: kernels.Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight1, weight2, hidden = saved
+        x, norm_weight, norm_bias, weight1, weight2, hidden, *products = saved
         sums1, sums2 = (kernels.Gradients(weight) for weight in (weight1, weight2))
-        weight1, weight2 = (kernels.gradient_weight(weight, grad) for weight in (weight1, weight2))
+        weight1, weight2 = (
+            kernels.gradient_weight(weight, grad, product)
+            for weight, product in zip((weight1, weight2), products, strict=True)
+        )
         parts = []
         for run in kernels.runs(grad, kernels.ROWS_BACKWARD):
             active, inner = kernels.hidden_gradient(grad[run], weight2, hidden[run])

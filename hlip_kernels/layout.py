@@ -330,9 +330,10 @@ def check_level(level: str) -> Level:
 
 
 def _check_pair(fine: Level, coarse: Level) -> tuple[Level, Level]:
-    if LEVELS.index(check_level(fine)) >= LEVELS.index(check_level(coarse)):
+    pair = check_level(fine), check_level(coarse)
+    if pair not in PAIRS:
         raise ValueError(f"expected a finer and a coarser level, got {fine!r} and {coarse!r}")
-    return fine, coarse
+    return pair
 
 
 def _check_num_prefix(num_prefix: int) -> None:

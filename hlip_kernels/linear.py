@@ -10,6 +10,12 @@ On a CPU, run eagerly in float32 or bfloat16:
   fault;
 - the gradient of a weight multiplies a transposed copy of the narrower factor: oneDNN's bfloat16 product takes a first
   factor by rows more than twice as fast as one by columns. Sums over runs of rows are kept in float32.
+
+On a GPU, run eagerly, where every launch takes the host time:
+- the parameters that autocast multiplies with are converted once for forward and backward, and within `hold_weights`
+  once for all passes;
+- gradients of parameters are summed in the parameters' dtype, which takes no conversion and loses no digits;
+- GELU and its gradient are one kernel in backward, and so is a LayerNorm computed again (`triton_rows`).
 """
 
 from __future__ import annotations
@@ -25,11 +31,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
-from .backends import native_product, native_rows
+from .backends import choose_norm_backend, native_product, native_rows
 from .native import DTYPES, native
 
+MM_WIDENS = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
 ROWS = 1024  # of hidden rows that a thread makes at once: 6 MiB of 3072 bfloat16 values
 ROWS_PACKED = 1024  # from which on a weight is packed for one product
 ROWS_BACKWARD = 4096  # more, as every run adds to the gradients of the weights
@@ -42,18 +50,34 @@ class Tiles(NamedTuple):
     columns: int
 
 
-_held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Tensor | Tiles] | None] = contextvars.ContextVar(
+class Held(NamedTuple):
+    """A parameter as products take it. version: of the parameter, which every change counts up."""
+
+    product: Tensor | Tiles
+    version: int
+
+
+_held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Held] | None] = contextvars.ContextVar(
     "held", default=None
 )
 
 
 @contextlib.contextmanager
 def hold_weights() -> Iterator[None]:
-    """Within it, `linear` converts and packs every parameter once. None may change meanwhile."""
-    token = _held.set({})
+    """Within it, linear layers convert and pack every parameter once: for inference, and for training with several
+    passes to a step.
+
+    A parameter is converted anew after a change in place, and all are after a step of any optimizer of PyTorch's kind.
+    Changes through `parameter.data`, and those of a CUDA graph that is replayed, are not seen: leave it and enter it
+    again.
+    """
+    held: dict[tuple[Tensor, torch.dtype], Held] = {}
+    token = _held.set(held)
+    hook = register_optimizer_step_post_hook(lambda *_: held.clear())  # fused ones count no version up
     try:
         yield
     finally:
+        hook.remove()
         _held.reset(token)
 
 
@@ -136,7 +160,7 @@ def linear(x: Tensor, weight: Tensor | Tiles, bias: Tensor, gelu: bool = False) 
     dtype = product_dtype(x)
     if isinstance(weight, Tensor):
         if not on_cpu(x, dtype):
-            y = F.linear(x, weight, bias)
+            y = F.linear(x, converted(weight, x), converted(bias, x))  # type: ignore[arg-type] # packed on CPUs alone
             return F.gelu(y) if gelu else y
         weight = converted(weight, x)
     x = x.to(dtype)
@@ -155,17 +179,34 @@ def linear(x: Tensor, weight: Tensor | Tiles, bias: Tensor, gelu: bool = False) 
 def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor | Tiles:
     """The weight as `linear` multiplies x with it; `packed` as that is fastest, which is for several products."""
     dtype = product_dtype(x)
-    if weight.is_mkldnn or not on_cpu(x, dtype):
+    if weight.is_mkldnn or torch.compiler.is_compiling():
         return weight
-    held = _held.get()
+    if not on_cpu(x, dtype):
+        if dtype == weight.dtype or not torch.is_autocast_enabled(x.device.type):
+            return weight
+        return _once(weight, dtype, lambda: weight.detach().to(dtype))
     if type(x) is not Tensor and type(x) is not nn.Parameter:  # a fake one: oneDNN's layout cannot be pretended
         return weight.to(dtype)
-    if held is None or not isinstance(weight, nn.Parameter):
+    if _held.get() is None or not isinstance(weight, nn.Parameter):
         return _packed(weight, dtype) if packed or _pays(x, dtype) else weight.to(dtype)
+    return _once(weight, dtype, lambda: _packed(weight, dtype))
+
+
+def _once(weight: Tensor, dtype: torch.dtype, convert: Callable[[], Tensor | Tiles]) -> Tensor | Tiles:
+    """Convert a parameter; within `hold_weights` once, as long as it does not change."""
+    held = _held.get()
+    if held is None or not isinstance(weight, nn.Parameter):
+        return convert()
+    version = 0 if weight.is_inference() else weight._version
     key = (weight, dtype)  # a tensor is hashed as what it is, not by its values
-    if key not in held:
-        held[key] = _packed(weight, dtype)
-    return held[key]
+    if key not in held or held[key].version != version:
+        held[key] = Held(convert(), version)
+    return held[key].product
+
+
+def kept_product(product: Tensor | Tiles, weight: Tensor) -> Tensor | None:
+    """Return the weight that `converted` made, for backward to multiply with; None if it is the weight, or packed."""
+    return product if isinstance(product, Tensor) and product is not weight and not product.is_mkldnn else None
 
 
 def _pays(x: Tensor, dtype: torch.dtype) -> bool:
@@ -196,19 +237,23 @@ def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     return join([linear(linear(x[run], weight1, fc1.bias, gelu=True), weight2, fc2.bias) for run in parts])
 
 
-def mlp_kept(x: Tensor, fc1: tuple[Tensor, Tensor], fc2: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """fc2(gelu(fc1(x))) (R, C) of layers given as weight and bias, and fc1(x) (R, D) for backward."""
+def mlp_kept(
+    x: Tensor, fc1: tuple[Tensor, Tensor], fc2: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """fc2(gelu(fc1(x))) (R, C) of layers given as weight and bias; and for backward fc1(x) (R, D), and `kept_product`
+    of both weights."""
     x = x.to(product_dtype(x))
     first = converted(fc1[0], x)
     if isinstance(first, Tiles) and isinstance(second := converted(fc2[0], x), Tiles):
         tiles, columns = zip(first, second, strict=True)
         out: Tensor
         out, hidden = torch.ops.hlip_kernels.amx_mlp(x, tiles, [fc1[1], fc2[1]], columns)
-        return out, hidden
+        return out, hidden, (None, None)
     hidden = linear(x, first, fc1[1])
     parts = runs(hidden)
     second = converted(fc2[0], hidden, packed=len(parts) > 1)
-    return join([linear(F.gelu(hidden[run]), second, fc2[1]) for run in parts]), hidden
+    out = join([linear(F.gelu(hidden[run]), second, fc2[1]) for run in parts])
+    return out, hidden, (kept_product(first, fc1[0]), kept_product(second, fc2[0]))
 
 
 def join(parts: list[Tensor]) -> Tensor:
@@ -226,9 +271,13 @@ def hidden_gradient(grad: Tensor, weight: Tensor | Tiles, hidden: Tensor) -> tup
 
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(x) once more, and the gradient of x from that of gelu(x), whose memory it may take."""
-    known = on_cpu(x, x.dtype) and grad.dtype == x.dtype and x.is_contiguous() and grad.is_contiguous()
-    if known and type(x) is Tensor and not native().reason:
+    plain = grad.dtype == x.dtype and x.is_contiguous() and grad.is_contiguous() and type(x) is Tensor
+    if plain and on_cpu(x, x.dtype) and not native().reason:
         return native_rows.gelu_backward_(grad, x), grad
+    if plain and has_triton(x):
+        from .backends import triton_rows
+
+        return triton_rows.gelu_backward_(grad, x), grad
     return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
@@ -237,6 +286,10 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     known = on_cpu(x, dtype) and x.dtype in DTYPES
     if known and type(x) is Tensor and not native().reason:
         return native_rows.normalised(x, weight, bias, eps, dtype)
+    if type(x) is Tensor and has_triton(x):
+        from .backends import triton_rows
+
+        return triton_rows.normalised(x, weight, bias, eps, dtype)
     return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(dtype)
 
 
@@ -246,9 +299,10 @@ def _native(grad: Tensor) -> bool:
     return known and native_product.available()
 
 
-def gradient_weight(weight: Tensor, grad: Tensor) -> Tensor | Tiles:
-    """The weight (D, C) of a layer as `input_gradient` multiplies gradients (R, D) with it."""
-    weight = weight.to(grad.dtype)
+def gradient_weight(weight: Tensor, grad: Tensor, product: Tensor | None) -> Tensor | Tiles:
+    """The weight (D, C) of a layer as `input_gradient` multiplies gradients (R, D) with it. product: of
+    `kept_product`."""
+    weight = (weight if product is None else product).to(grad.dtype)
     if _native(grad) and _pays(grad, grad.dtype):
         return Tiles(torch.ops.hlip_kernels.amx_tiles(weight, True), weight.shape[1])
     return weight
@@ -280,13 +334,14 @@ class Gradients:
                 self.bias = grad.new_empty(grad.shape[1], dtype=torch.float32)
             torch.ops.hlip_kernels.amx_weight_gradient(grad, given, self.weight, self.bias, not first)
             return
-        if not on_cpu(grad, grad.dtype) or grad.dtype == torch.float32:
-            weight = grad.T @ given
+        if not on_cpu(grad, grad.dtype):
+            weight, bias = _product(grad.T, given, self.dtype), grad.sum(0, dtype=self.dtype)
+        elif grad.dtype == torch.float32:
+            weight, bias = grad.T @ given, grad.sum(0)
         else:
             self.transposed = given.shape[1] < grad.shape[1]
             narrow, wide = (given, grad) if self.transposed else (grad, given)
-            weight = narrow.T.contiguous() @ wide
-        bias = grad.sum(0)
+            weight, bias = narrow.T.contiguous() @ wide, grad.sum(0)
         if self.weight is None or self.bias is None:
             self.weight, self.bias = weight.to(self.dtype), bias.to(self.dtype)
         else:
@@ -300,32 +355,28 @@ class Gradients:
         return weight.to(self.dtype), self.bias.to(self.dtype)
 
 
-Saved = tuple[Any, ...]
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`; on NVIDIA's GPUs, since PyTorch 2.8, without rounding to 16 bits in between.
 
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward of a Function, whose own derivative is an error. It is given the saved tensors, too.
-
-    PyTorch's decorator of this name raises nothing where only some tensors' second derivatives are asked for.
+    Not in a compiled function or on fake tensors, for which PyTorch 2.8 does not know the product's shape.
     """
-
-    def wrapper(ctx: Any, *grads: Any) -> Any:
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return backward(ctx, saved, *grads)
-        return _Once.apply(lambda: backward(ctx, saved, *grads), *grads, *saved)  # type: ignore[no-untyped-call]
-
-    return wrapper
+    if a.dtype.itemsize == 2 and dtype == torch.float32 and _widens(a):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backward: Callable[[], Any], *inputs: Any) -> Any:
-        return backward()
+def _widens(x: Tensor) -> bool:
+    return MM_WIDENS and x.is_cuda and type(x) is Tensor and not torch.compiler.is_compiling()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return ops.second_derivative()
+
+def has_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels serve rows x. A compiler makes its own."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return False
+    return choose_norm_backend("auto", "cuda", x.dtype, x.dtype) == "triton"
+
+
+Saved = tuple[Any, ...]
 
 
 class Linear(torch.autograd.Function):
@@ -334,18 +385,19 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         given = x.to(product_dtype(x))
-        ctx.save_for_backward(given, weight)
+        product = converted(weight, given)
+        ctx.save_for_backward(given, weight, kept_product(product, weight))
         ctx.dtype = x.dtype
-        return linear(given, weight, bias)
+        return linear(given, product, bias)
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = saved
+        x, weight, product = saved
         sums = Gradients(weight)
         parameters: tuple[Tensor | None, ...] = (None, None)
         if any(ctx.needs_input_grad[1:]):
             for run in runs(grad, ROWS_BACKWARD):
                 sums.add(grad[run], x[run])
             parameters = sums.total()
-        return input_gradient(grad, gradient_weight(weight, grad)).to(ctx.dtype), *parameters
+        return input_gradient(grad, gradient_weight(weight, grad, product)).to(ctx.dtype), *parameters

@@ -3,21 +3,26 @@
 Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim, C width.
 Backward passes are ops of their own, so that they can be dispatched, traced and tested by themselves. The backend is
 chosen inside, when an op runs: a compiled model sees one op, whatever runs it.
+
+Compilers, modes and the transforms of torch.func are shown these ops. Where none of them is at work, a
+Function stands for an op and calls the backend itself, because PyTorch's dispatcher takes the host three times as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library import autograd
 from torch.autograd import forward_ad
 
 from . import flops
 from .backends import BACKENDS, NORM_BACKENDS, choose_backend, choose_norm_backend
 from .backends import native_product as amx
-from .backends.base import QKV, Regroup, Spans, wide_dtype
+from .backends.base import Regroup, Spans, wide_dtype
+from .layout import TILE_ROWS
 
 _library = torch.library.Library("hlip_kernels", "DEF")
 
@@ -30,26 +35,42 @@ def _define(name: str, arguments: str, results: str, implementation: Any, fake: 
 
 # Attention: out is (R, H, D), lse (H, R): the logarithm of each softmax's denominator, not differentiable.
 
-_GROUPS = "Tensor cu_seqlens, Tensor[] tiles, SymInt max_seqlen"
-_SETTINGS = "float softmax_scale, str backend, bool deterministic"
+_TILES = ", ".join(f"Tensor tiles{rows}" for rows in TILE_ROWS)
+_GROUPS = f"Tensor cu_seqlens, {_TILES}, SymInt max_seqlen"
+_SETTINGS = "float softmax_scale, str backend, bool deterministic, str level"
 
 
-def _attention(
-    qkv: Tensor, cu_seqlens: Tensor, tiles: list[Tensor], max_seqlen: int, scale: float, backend: str, repeat: bool
-) -> tuple[Tensor, Tensor]:
-    name, spans = _backend(qkv, backend, repeat), Spans(cu_seqlens, tiles, max_seqlen)
-    return BACKENDS[name].forward(*_slots(qkv), spans, spans, scale)
+def attend(qkv: Tensor, spans: Spans, scale: float, backend: str, _: bool) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.unbind(1)
+    return BACKENDS[backend].forward(q, k, v, spans, spans, scale)
 
 
-def _backend(qkv: Tensor, backend: str, deterministic: bool) -> str:
-    return choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3], deterministic)
+def _attend_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float, backend: str, repeat: bool
+) -> Tensor:
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    q, k, v = qkv.unbind(1)
+    grads: Any = grad_qkv.unbind(1)
+    BACKENDS[backend].backward(grads, grad_out, q, k, v, out, lse, spans, spans, scale, repeat)
+    return grad_qkv
 
 
-def _slots(qkv: Tensor) -> QKV:
+def flat_attention(spans: Spans, *settings: Any) -> tuple[Any, ...]:
+    """The arguments of the op after `qkv`."""
+    return spans.cu_seqlens, *spans.tiles, spans.max_seqlen, *settings
+
+
+def _attention_settings(qkv: Tensor, flat: tuple[Any, ...]) -> tuple[Spans, float, str, bool]:
+    """The reverse of `flat_attention`, and the backend's own name for "auto"."""
+    cu_seqlens, *tiles, max_seqlen, scale, backend, repeat, level = flat
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected (rows, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(1)
-    return q, k, v
+    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3], repeat, level)
+    return Spans(cu_seqlens, tiles, max_seqlen), scale, name, repeat
+
+
+def _attention(qkv: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    return attend(qkv, *_attention_settings(qkv, flat))
 
 
 def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -57,15 +78,8 @@ def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows, dtype=wide_dtype(qkv.dtype))
 
 
-def _attention_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, tiles: list[Tensor], max_seqlen: int, scale: float, backend: str, repeat: bool,
-) -> Tensor:  # fmt: skip
-    name, spans = _backend(qkv, backend, repeat), Spans(cu_seqlens, tiles, max_seqlen)
-    grad_qkv = qkv.new_empty(qkv.shape)
-    q, k, v = _slots(qkv)
-    BACKENDS[name].backward(_slots(grad_qkv), grad_out, q, k, v, out, lse, spans, spans, scale, repeat)
-    return grad_qkv
+def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *flat: Any) -> Tensor:
+    return _attend_backward(grad_out, qkv, out, lse, *_attention_settings(qkv, flat))
 
 
 def _attention_backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
@@ -89,35 +103,43 @@ _define(
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, tiles, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, *tiles)
+    *tensors, max_seqlen, scale, backend, repeat, level = inputs
+    ctx.settings = max_seqlen, scale, backend, repeat, level
+    ctx.save_for_backward(out, lse, *tensors)
 
 
-def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
-    qkv, out, lse, cu_seqlens, *tiles = ctx.saved_tensors  # may be asked for once only, under checkpointing
+def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    out, lse, qkv, *maps = ctx.saved_tensors  # may be asked for once only, under checkpointing
     grad_qkv = None
     if grad_out is not None:
-        grad_qkv = call("hier_attention_backward", grad_out, qkv, out, lse, cu_seqlens, tiles, *ctx.settings)
-    return grad_qkv, None, [None] * len(tiles), *[None] * 4
+        grad_qkv = call("hier_attention_backward", grad_out, qkv, out, lse, *maps, *ctx.settings)
+    return grad_qkv, *[None] * (len(maps) + len(ctx.settings))
 
 
 # Residual add, regroup, LayerNorm: x is (R of dst, C), the new residual; y the same, normalised; mean and rstd (R).
 
-_REGROUP = "Tensor src, Tensor dst, Tensor tiles, Tensor? children, Tensor? parents, int num_prefix"
+_REGROUP = "Tensor src, Tensor dst, Tensor tiles, Tensor? children, Tensor? parents, int num_prefix, bool coarser"
 _SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
 
 
+def add_and_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor | None,
+    path_scale: Tensor | None, regroup: Regroup, eps: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return NORM_BACKENDS[backend].forward(residual, update, path_scale, layer_scale, weight, bias, regroup, eps)
+
+
 def _norm(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    path_scale, layer_scale, weight, bias, *maps, eps, backend = rest
+    weight, bias, layer_scale, path_scale, *maps, eps, backend = rest
     name = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
-    return NORM_BACKENDS[name].forward(residual, update, path_scale, layer_scale, weight, bias, Regroup(*maps), eps)
+    return add_and_norm(residual, update, weight, bias, layer_scale, path_scale, Regroup(*maps), eps, name)
 
 
 def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = residual.shape[0] + Regroup(*rest[4:10]).rows_added
+    rows = residual.shape[0] + Regroup(*rest[4:11]).rows_added
     x = residual.new_empty(rows, residual.shape[1])
     mean, rstd = (residual.new_empty(rows, dtype=wide_dtype(residual.dtype)) for _ in range(2))
     return x, x.new_empty(x.shape, dtype=update.dtype), mean, rstd
@@ -143,7 +165,7 @@ def _norm_backward_fake(
     weight: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_residual = x.new_empty(x.shape[0] - Regroup(*settings[:6]).rows_added, x.shape[1])
+    grad_residual = x.new_empty(x.shape[0] - Regroup(*settings[:7]).rows_added, x.shape[1])
     shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
     return (
         grad_residual,
@@ -156,7 +178,8 @@ def _norm_backward_fake(
 
 _define(
     "add_regroup_norm",
-    f"Tensor residual, Tensor update, {_SCALES}, Tensor bias, {_REGROUP}, float eps, str backend",
+    "Tensor residual, Tensor update, Tensor weight, Tensor bias, Tensor? layer_scale, Tensor? path_scale, "
+    f"{_REGROUP}, float eps, str backend",
     "(Tensor x, Tensor y, Tensor mean, Tensor rstd)",
     _norm,
     _norm_fake,
@@ -173,11 +196,11 @@ _define(
 
 
 def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, update, path_scale, layer_scale, weight, _, *maps, num_prefix, _, backend = inputs
+    _, update, weight, _, layer_scale, path_scale, *maps, num_prefix, coarser, _, backend = inputs
     x, y, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.settings = (num_prefix, backend)
+    ctx.settings = num_prefix, coarser, backend
     ctx.dtype = y.dtype
     kept = update if layer_scale is not None else None
     ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, *maps)
@@ -189,18 +212,16 @@ def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: N
     x, *saved = ctx.saved_tensors
     if grad_y is None:
         grad_y = x.new_zeros(x.shape, dtype=ctx.dtype)
-    residual, update, layer_scale, weight, bias = call(
-        "add_regroup_norm_backward", grad_x, grad_y, x, *saved, *ctx.settings
-    )
-    return (
-        residual,
-        update if update.numel() else residual,
-        None,
-        layer_scale if layer_scale.numel() else None,
-        weight,
-        bias,
-        *[None] * 8,
-    )
+    grads = call("add_regroup_norm_backward", grad_x, grad_y, x, *saved, *ctx.settings)
+    return *_norm_gradients(*grads), *[None] * 10
+
+
+def _norm_gradients(
+    residual: Tensor, update: Tensor, layer_scale: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Put the results of a backend into the order of the op's arguments."""
+    update = update if update.numel() else residual
+    return residual, update, weight, bias, layer_scale if layer_scale.numel() else None
 
 
 # Linear layers on AMX, called where no graph is made: see `linear`.
@@ -289,14 +310,11 @@ def _reverse_only(op: Any, formula: Any, context: Any) -> Any:
 def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.Function]:
     """The op as torch.func.grad, vjp, jacrev and vmap take it."""
 
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return tuple(None if isinstance(grad, list) else grad for grad in formula(ctx, *grads))
-
     def one_by_one(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if not info.batch_size:
             raise ValueError("torch.func.vmap over no elements: the ops of hlip_kernels need one or more")
         calls = [
-            [x if d is None or isinstance(d, list) else x.select(d, i) for x, d in zip(args, in_dims, strict=True)]
+            [x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)]
             for i in range(info.batch_size)
         ]
         outs = [call(op._opname, *arguments) for arguments in calls]
@@ -307,7 +325,7 @@ def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.
     methods = {
         "forward": op,
         "setup_context": context or (lambda *_: None),
-        "backward": backward,
+        "backward": formula,
         "jvp": _forward_mode,
         "vmap": one_by_one,
     }
@@ -331,5 +349,108 @@ for _name, _formula, _context in (
     _op = getattr(torch.ops.hlip_kernels, _name).default
     _library.impl(_name, _reverse_only(_op, _formula, _context), "Autograd", with_keyset=True)
     _FUNCTIONS[_name] = _for_torch_func(_op, _formula, _context)
+
+
+# The same where nobody looks at PyTorch's ops.
+
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether a Function may stand for an op: no compiler, mode, transform or forward-mode derivative is at work, and
+    the tensors are of no special kind."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or not _PLAIN.issuperset(map(type, tensors))
+        or (tensors[0] is not None and tensors[0].is_meta)
+    )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of a Function, whose own derivative is an error. It is given the saved tensors, too.
+
+    PyTorch's decorator of this name raises nothing where only some tensors' second derivatives are asked for.
+    """
+
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
+        return _Once.apply(lambda: backward(ctx, saved, *grads), *grads, *saved)  # type: ignore[no-untyped-call]
+
+    return wrapper
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[[], Any], *inputs: Any) -> Any:
+        return backward()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return second_derivative()
+
+
+class Attend(torch.autograd.Function):
+    """`hier_attention`. settings: what `attend` takes after qkv; in one tuple, as every argument takes time.
+
+    It saves what the op saves: under checkpointing one may run forward, and the other again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, settings: tuple[Spans, float, str, bool]) -> Tensor:
+        out, lse = attend(qkv, *settings)
+        spans, *ctx.settings = settings
+        ctx.max_seqlen = spans.max_seqlen
+        ctx.save_for_backward(out, lse, qkv, spans.cu_seqlens, *spans.tiles)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Tensor, None]:
+        out, lse, qkv, cu_seqlens, *tiles = saved
+        spans = Spans(cu_seqlens, tiles, ctx.max_seqlen)
+        return _attend_backward(grad_out, qkv, out, lse, spans, *ctx.settings), None
+
+
+class AddAndNorm(torch.autograd.Function):
+    """`add_regroup_norm`. settings: what `add_and_norm` takes after the tensors that have gradients. It saves what the
+    op saves, as `Attend` does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor | None,
+        settings: tuple[Tensor | None, Regroup, float, str],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x, y, mean, rstd = add_and_norm(residual, update, weight, bias, layer_scale, *settings)
+        path_scale, (*maps, num_prefix, coarser), _, backend = settings
+        ctx.settings = num_prefix, coarser, backend, y.dtype
+        ctx.set_materialize_grads(False)
+        kept = None if layer_scale is None else update
+        ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, *maps)
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: Any, grad_x: Tensor | None, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_x is None and grad_y is None:
+            return (None,) * 6
+        x, mean, rstd, update, path_scale, layer_scale, weight, src, dst, tiles, children, parents = saved
+        num_prefix, coarser, backend, dtype = ctx.settings
+        if grad_y is None:
+            grad_y = x.new_zeros(x.shape, dtype=dtype)
+        grads = NORM_BACKENDS[backend].backward(
+            grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight,
+            Regroup(src, dst, tiles, children, parents, num_prefix, coarser),
+        )  # fmt: skip
+        return *_norm_gradients(*grads), None
+
+
+# `apply` as Function inherits it. Its own looks for the transforms of torch.func first, which are not at work here.
+attend_with_graph: Callable[..., Tensor] = super(torch.autograd.Function, Attend).apply
+add_and_norm_with_graph: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, AddAndNorm).apply
 
 flops.register_when_imported()

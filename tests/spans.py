@@ -27,7 +27,7 @@ def plain_spans(lengths: Sequence[int], num_prefix: int = 0, used: Sequence[int]
         maps.append(torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2))
     cu_seqlens = torch.tensor(list(accumulate(rows_of, initial=0)), dtype=torch.int32)
     seqused = None if used is None else torch.tensor(used, dtype=torch.int32)
-    return Spans(cu_seqlens, maps, max(used or rows_of), seqused)
+    return Spans(cu_seqlens, maps, max(used or rows_of, default=0), seqused)
 
 
 def check_few_queries(

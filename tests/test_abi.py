@@ -533,12 +533,13 @@ def between_levels(**changes: Any) -> Regroup:
         "children": ints(0, 2),
         "parents": ints(0, 0),
         "num_prefix": 1,
+        "coarser": True,
     }
     return Regroup(**(right | changes))
 
 
 def one_level(**changes: Any) -> Regroup:
-    return between_levels(dst=ints(0, 11, 22), children=None, parents=None)._replace(**changes)
+    return between_levels(dst=ints(0, 11, 22), children=None, parents=None, coarser=False)._replace(**changes)
 
 
 UNREAD = {  # what a kernel for GPUs does not see

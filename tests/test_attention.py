@@ -12,12 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import token_labels
-from hlip_kernels import Grid, Level, StudyLayout, available_backends, hier_attention
+from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, available_backends, functional, hier_attention, ops
 from hlip_kernels.backends import BACKENDS as ALL_BACKENDS
 from hlip_kernels.backends import choose_backend
 from hlip_kernels.backends.base import AttentionBackend, NormBackend, Spans
+from hlip_kernels.layout import LEVELS
+from hlip_kernels.ops import flat_attention
 from spans import check_few_queries, plain_spans
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
@@ -52,7 +56,7 @@ def group_rows(grids: list[list[Grid]], level: Level, num_prefix: int) -> dict[t
 
 def settings(spans: Spans, backend: str, deterministic: bool = False) -> tuple[object, ...]:
     """What the ops take after their tensors."""
-    return spans.cu_seqlens, spans.tiles, spans.max_seqlen, 0.25, backend, deterministic
+    return flat_attention(spans, 0.25, backend, deterministic, "scan")
 
 
 def textbook(qkv: Tensor, groups: list[list[int]], scale: float) -> Tensor:
@@ -475,3 +479,46 @@ def test_deterministic_keeps_to_backends_that_repeat(monkeypatch: pytest.MonkeyP
             hier_attention(qkv, layout, "scan", backend="unsteady")
     finally:
         choose_backend.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["eager", "op", "compiled"])
+def test_the_backend_is_chosen_for_the_level(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a table that knows a faster one for scans. A compiled model chooses when it runs."""
+    chosen = []
+
+    def choose(backend: str, *rest: object) -> str:
+        level = rest[-1]
+        name = ("cpu" if level == "scan" else "reference") if backend == "auto" else backend
+        chosen.append((level, name))
+        return name
+
+    for module in (functional, ops):
+        monkeypatch.setattr(module, "choose_backend", choose)
+    layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)]])
+    function = hier_attention
+    if way == "op":
+        monkeypatch.setattr(ops, "unwatched", lambda *_: False)
+    if way == "compiled":
+        function = torch.compile(hier_attention, fullgraph=True, backend="eager")
+    for level in LEVELS:
+        qkv = torch.randn(layout.num_rows(level), 3, 2, 16).requires_grad_()
+        function(qkv, layout, level).sum().backward()
+    expected = [("slice", "reference"), ("scan", "cpu"), ("study", "reference")]
+    assert list(dict.fromkeys(chosen)) == expected
+
+
+def test_a_mode_may_watch_only_what_is_run_again() -> None:
+    """Under checkpointing both ways keep as many tensors: a Function in forward, and the op in backward."""
+    layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)]])
+    qkv = torch.randn(layout.num_rows("slice"), 3, 2, 16).requires_grad_()
+    weight, bias = torch.ones(32), torch.zeros(32)
+
+    def step(qkv: Tensor) -> Tensor:
+        x = hier_attention(qkv, layout, "slice").flatten(1)
+        return torch.cat(add_regroup_norm(x, x, layout, "slice", "scan", weight, bias))
+
+    out = checkpoint(step, qkv, use_reentrant=False)
+    expected = torch.autograd.grad(step(qkv).square().sum(), qkv)
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(*torch.autograd.grad(out.square().sum(), qkv), *expected)
+    assert counter.get_total_flops() > 0

@@ -34,6 +34,7 @@ from hlip_kernels import (
     mlp_of_norm,
     regroup,
 )
+from hlip_kernels import ops as library
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends.base import Spans
 from hlip_kernels.integrations import dense_attention
@@ -81,6 +82,13 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Op, tuple[Tensor, ...]]]:
     }  # fmt: skip
 
 
+@pytest.fixture(params=["functions", "ops"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a Function stands for an op, or all see the op as compilers do."""
+    if request.param == "ops":
+        monkeypatch.setattr(library, "unwatched", lambda *_: False)
+
+
 EXACT = cases(torch.float64)
 FORWARD_MODE_WORKS = ("linear", "mlp", "pixels")  # PyTorch's own layers serve there
 ONCE = [name for name in EXACT if name not in ("dense", "regroup")]  # these meet an op of PyTorch's first
@@ -105,6 +113,7 @@ FORWARD: dict[str, Callable[[Op, tuple[Tensor, ...], tuple[Tensor, ...]], Tensor
 }
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("way", FORWARD)
@@ -133,12 +142,21 @@ def test_forward_mode_is_refused_or_right(name: str, way: str, dtype: torch.dtyp
 
 def test_forward_mode_is_refused_by_the_ops_themselves() -> None:
     qkv = EXACT["attention"][1][0]
-    groups = LAYOUT.cu_seqlens("scan"), LAYOUT.tiles("scan"), LAYOUT.max_seqlen("scan"), 0.25, "reference", False
+    groups = (
+        LAYOUT.cu_seqlens("scan"),
+        *LAYOUT.tiles("scan"),
+        LAYOUT.max_seqlen("scan"),
+        0.25,
+        "reference",
+        False,
+        "scan",
+    )
     out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *groups)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         torch.ops.hlip_kernels.hier_attention_backward(forward_ad.make_dual(out, out), qkv, out, lse, *groups)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", EXACT)
 def test_torch_func_gives_the_gradients_of_backward(name: str) -> None:
@@ -155,6 +173,7 @@ def test_torch_func_gives_the_gradients_of_backward(name: str) -> None:
         torch.testing.assert_close(flat.view_as(gradient), gradient)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's segment_reduce
 @pytest.mark.parametrize("name", EXACT)
 def test_vmap_is_one_call_for_each(name: str) -> None:
@@ -167,6 +186,7 @@ def test_vmap_is_one_call_for_each(name: str) -> None:
     torch.testing.assert_close(fixed[2], torch.autograd.grad(op(leaf, *inputs[1:]).pow(2).sum(), leaf)[0])
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("total", [Tensor.sum, lambda out: out.pow(2).sum()], ids=["sum", "square"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ONCE)
@@ -180,6 +200,7 @@ def test_a_second_derivative_is_an_error(name: str, dtype: torch.dtype, total: C
         torch.autograd.grad(sum(g.pow(2).sum() for g in first if g.requires_grad), leaves)
 
 
+@pytest.mark.usefixtures("path")
 def test_a_second_derivative_by_torch_func_is_an_error() -> None:
     for name in ("attention", "norm"):
         op, inputs = EXACT[name]

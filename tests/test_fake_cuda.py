@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hlip
 from conftest import random_study, tiny_vision
 from fake_cuda import fake_mode
-from hlip.model.config import ModelConfig, TextConfig
+from hlip.model.config import Head, ModelConfig, TextConfig
 from hlip.model.losses import Outputs, contrastive_loss
 from hlip.model.plan import TokenBatch
 from hlip.model.vit import StudyEncoder
@@ -99,8 +100,8 @@ def attention_backward(dtype: torch.dtype) -> tuple[Facts, Facts]:
     with fake_mode():
         moved = layout.to("cuda")
         qkv = torch.empty(num_rows("scan"), 3, HEADS, HEAD_DIM, dtype=dtype, device="cuda")
-        groups = moved.cu_seqlens("scan"), moved.tiles("scan"), layout.max_seqlen("scan")
-        settings = 0.25, "triton", False
+        groups = moved.cu_seqlens("scan"), *moved.tiles("scan"), layout.max_seqlen("scan")
+        settings = 0.25, "triton", False, "scan"
         out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *groups, *settings)
         grad = torch.ops.hlip_kernels.hier_attention_backward(torch.empty_like(out), qkv, out, lse, *groups, *settings)
         return facts(lse), facts(grad)
@@ -162,6 +163,43 @@ def test_encoder_and_loss(fake_cuda: Call, dtype: torch.dtype) -> None:
     assert backends == ["triton"] * (6 + 2 * 6 - 1)
 
 
+class HostTraffic(TorchDispatchMode):
+    """Ops that take or give tensors both here and on a GPU, or numbers read from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor) and x.dim()}
+        reads = isinstance(out, (bool, int, float)) and any(isinstance(x, Tensor) for x in args)
+        if len(devices) > 1 or reads:
+            self.ops.append(str(func))
+        return out
+
+
+def host_traffic(head: Head) -> tuple[list[str], list[str]]:
+    """While a batch is moved, and while it is encoded."""
+    config = tiny_vision("slice+scan+study", num_prefix=2, head=head)
+    encoder = StudyEncoder(config).eval()
+    tokens = encoder.plan(hlip.pack([random_study([(8, 16, 16)] * 3), random_study([(4, 16, 24)], 1)], (4, 8, 8)))
+    with fake_mode():
+        encoder = encoder.to("cuda")
+        with HostTraffic() as moving:
+            moved = tokens.to("cuda")
+        with HostTraffic() as encoding:
+            encoder(moved)
+        return moving.ops, encoding.ops
+
+
+@pytest.mark.parametrize("head", get_args(Head))
+def test_nothing_crosses_between_host_and_gpu_while_a_batch_is_encoded(head: Head, fake_cuda: Call) -> None:
+    """So it can be captured as a CUDA graph."""
+    moving, encoding = fake_cuda(host_traffic, head)
+    assert moving and not encoding
+
+
 def step_of_the_trainer(objective: str, bert: str) -> list[Facts]:
     """A micro-batch moved, and a whole model's outputs and loss, as the trainer's forward has them."""
     config = ModelConfig(
@@ -204,7 +242,7 @@ def norm_backward(residual: torch.dtype, update: torch.dtype) -> list[Facts]:
         )  # fmt: skip
         scale = torch.empty(layout.num_groups("slice"), device="cuda")
         ops = torch.ops.hlip_kernels
-        outs = ops.add_regroup_norm(x, x.to(update), scale, None, weight, weight, *regroup, 1e-6, "triton")
+        outs = ops.add_regroup_norm(x, x.to(update), weight, weight, None, scale, *regroup, 1e-6, "triton")
         x, y, *statistics = outs
         grads = ops.add_regroup_norm_backward(
             x, y, x, *statistics, None, scale, None, weight, *regroup, "triton"

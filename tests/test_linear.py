@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from conftest import use_native
 from hlip.model.layers import Mlp
@@ -109,6 +110,102 @@ def test_layers_are_as_exact_as_plain_ones(length: int, kind: str) -> None:
     ours, eager = (results(layers, x, plain, kind == "autocast") for plain in (False, True))
     exact = results(layers.double(), x.double(), True, False)
     assert_as_exact(ours, eager, exact)
+
+
+@pytest.fixture
+def gpu_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the forms for GPUs, their Triton kernels in the interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "on_cpu", lambda *_: False)
+    monkeypatch.setattr(kernels, "runs", lambda x, *_: [slice(0, len(x))])
+    monkeypatch.setattr(kernels, "has_triton", lambda _: True)
+
+
+@pytest.mark.usefixtures("gpu_forms")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("length", [1, 70])
+def test_the_forms_for_gpus_are_as_exact_as_plain_layers(length: int, kind: str) -> None:
+    test_layers_are_as_exact_as_plain_ones(length, kind)
+
+
+class Conversions(TorchDispatchMode):
+    """Counts the tensors that are made in another dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and args[0].dtype != (kwargs or {})["dtype"]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("gpu_forms")
+def test_autocast_converts_a_parameter_once_for_as_long_as_it_stays_the_same() -> None:
+    layers, x = Layers(), rows(5, torch.bfloat16)
+    y = x.float()
+
+    def step() -> tuple[int, int]:
+        """Parameters converted in forward, and in backward, where gradients of weights are made float32."""
+        counts = []
+        with Conversions() as conversions:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = mlp_of_norm(layers.mlp.fc1, layers.mlp.fc2, layers.norm, y, x.requires_grad_())
+            counts.append(conversions.count)
+            out.sum().backward()
+        return counts[0], conversions.count - counts[0] - 2
+
+    assert step() == (4, 0)
+    with kernels.hold_weights():
+        assert [step(), step()] == [(4, 0), (0, 0)]
+        with torch.no_grad():
+            layers.mlp.fc1.weight.mul_(2)
+            expected = layers.mlp.fc2(F.gelu(layers.mlp.fc1(y)))
+        assert step() == (1, 0)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            got = mlp_of_norm(layers.mlp.fc1, layers.mlp.fc2, layers.norm, y, x)
+        torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.usefixtures("gpu_forms")
+def test_held_weights_follow_an_optimizer(fused: bool) -> None:
+    """A fused one counts no version of its parameters up."""
+    losses = []
+    for context in (contextlib.nullcontext, kernels.hold_weights):
+        layers, x = Layers(), rows(5, torch.float32)
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1, fused=fused)
+        with context():
+            for _ in range(3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = layers(x, False).float().square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+
+
+def test_layers_compile_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where eager products could give their results in another dtype."""
+    monkeypatch.setattr(kernels, "on_cpu", lambda *_: False)
+    monkeypatch.setattr(kernels, "MM_WIDENS", True)
+    torch._dynamo.reset()
+    layers, x = Layers(), rows(70, torch.float32)
+    eager, exact = results(layers, x, True, True), results(Layers().double(), x.double(), True, False)
+    compiled = results(torch.compile(layers, fullgraph=True, backend="aot_eager"), x, False, True)  # type: ignore[arg-type]
+    assert_as_exact({name.replace("_orig_mod.", ""): value for name, value in compiled.items()}, eager, exact)
+
+
+@pytest.mark.usefixtures("gpu_forms")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_keep_no_converted_weights(reentrant: bool) -> None:
+    layers, x = Layers(), rows(5, torch.float32).requires_grad_()
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        out = checkpoint(layers, x, False, use_reentrant=reentrant)
+    assert not [t for t in kept if t.dtype == torch.bfloat16]
+    out.float().square().mean().backward()
+    assert all(p.grad is not None for p in layers.mlp.parameters())
 
 
 @pytest.mark.usefixtures("processor")

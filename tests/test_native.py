@@ -23,6 +23,7 @@ from hlip_kernels import native as library
 from hlip_kernels.backends import BACKENDS, choose_backend
 from hlip_kernels.backends.base import AttentionBackend, Spans
 from hlip_kernels.native import ISAS, native
+from hlip_kernels.ops import flat_attention
 from spans import SCALE, check_few_queries, plain_spans
 from test_attention import RAGGED, out_and_grad, random_qkv
 
@@ -523,7 +524,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
     qkv = random_qkv(layout, "scan", 16, dtype)
     spans = plain_spans(layout.seqlens("scan").tolist(), 2)
-    rest = (spans.cu_seqlens, spans.tiles, spans.max_seqlen, 0.25, "native", False)
+    rest = flat_attention(spans, 0.25, "native", False, "scan")
     torch.library.opcheck(torch.ops.hlip_kernels.hier_attention.default, (qkv.clone().requires_grad_(), *rest))
     out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *rest)
     arguments = (torch.ones_like(out), qkv, out, lse, *rest)

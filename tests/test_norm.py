@@ -235,10 +235,14 @@ def test_random_layouts(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
-@pytest.mark.parametrize(("src", "dst"), [("slice", "study"), ("study", "slice"), ("scan", "scan")])
-def test_a_study_alone_is_bitwise_the_study_in_a_batch(src: Level, dst: Level, backend: str) -> None:
-    batch = StudyLayout.from_grids(RAGGED, 2)
-    alone = StudyLayout.from_grids(RAGGED[2:], 2)
+@pytest.mark.parametrize(
+    ("src", "dst"), [("slice", "study"), ("study", "slice"), ("scan", "scan"), ("scan", "study"), ("study", "scan")]
+)
+@pytest.mark.parametrize("grids", [[(2, 3, 4)] * 2, [(3, 3, 4)]], ids=["two scans", "one scan"])
+def test_a_study_alone_is_bitwise_the_study_in_a_batch(grids: list[Grid], src: Level, dst: Level, backend: str) -> None:
+    """One scan a study makes as many groups of either level, of which one is the coarser all the same."""
+    batch = StudyLayout.from_grids([*RAGGED, grids], 2)
+    alone = StudyLayout.from_grids([grids], 2)
     inputs = cast(make_inputs(batch, src, "path"), torch.float32)
 
     def last(level: Level) -> Tensor:
@@ -321,14 +325,14 @@ def test_strided_vectors() -> None:
 def test_opcheck(backend: str, src: Level, dst: Level, update: torch.dtype, scales: str) -> None:
     layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)], [(1, 1, 2)]], 1)
     inputs = cast(make_inputs(layout, src, scales), torch.float32, update)
-    names = ("residual", "update", "path_scale", "layer_scale", "weight", "bias")
+    names = ("residual", "update", "weight", "bias", "layer_scale", "path_scale")
     tensors = [inputs[n].requires_grad_(n != "path_scale") if n in inputs else None for n in names]
     regroup = _regroup(layout, src, dst)
     torch.library.opcheck(forward_op, (*tensors, *regroup, 1e-6, backend))
     with torch.no_grad():
         x, y, mean, rstd = forward_op(*tensors, *regroup, 1e-6, backend)
-    tensors = [t if t is None else t.detach() for t in tensors]
-    rest = (x, mean, rstd, *tensors[1:5], *regroup, backend)
+    _, update, weight, _, layer_scale, path_scale = (t if t is None else t.detach() for t in tensors)
+    rest = (x, mean, rstd, update, path_scale, layer_scale, weight, *regroup, backend)
     torch.library.opcheck(backward_op, (torch.ones_like(x), torch.ones_like(y), *rest))
     torch.library.opcheck(backward_op, (None, torch.ones_like(y), *rest))
 

@@ -239,7 +239,7 @@ def test_add_regroup_norm_reads_and_writes_every_row_once(
     coarser = not same and src == fine
     relations = (None, None) if same else (layout.children(fine, coarse), layout.parents(fine, coarse))
     bounds = layout.cu_seqlens(src), layout.cu_seqlens(dst)
-    regroup = Regroup(*bounds, layout.tiles(fine)[0], *relations, num_prefix)
+    regroup = Regroup(*bounds, layout.tiles(fine)[0], *relations, num_prefix, coarser)
     residual, weight = torch.randn(rows[src], width), torch.randn(width)
     update = torch.randn(rows[src], width).to(update_dtype)
     tiles = len(regroup.tiles)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hlip.model.clip import HLIPModel
 from hlip.model.losses import Outputs, contrastive_loss
 from hlip.model.plan import TokenBatch
+from hlip_kernels import hold_weights
 
 
 @dataclass
@@ -82,27 +83,29 @@ def backward(
         loss_scale(loss).backward()
         return loss.detach(), detach(outputs)
 
-    with torch.no_grad():
-        parts = [forward(piece.to(device)) for piece in pieces]
-    sizes = [len(part.image) for part in parts]
-    image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
-    whole = Outputs(image, text, parts[0].scale, parts[0].bias)
-    leaves = Outputs(*(each if each is None else each.detach().requires_grad_() for each in whole))  # type: ignore[arg-type]
-    loss = contrastive_loss(leaves, local_loss, counts)
-    loss_scale(loss).backward()
-    assert leaves.image.grad is not None and leaves.text.grad is not None
-    grads = zip(leaves.image.grad.split(sizes), leaves.text.grad.split(sizes), strict=True)
-    for i, (piece, (image_grad, text_grad)) in enumerate(zip(pieces, grads, strict=True)):
-        last = i == len(pieces) - 1
-        with synchronised(model, last):
-            outputs = forward(piece.to(device))
-            roots: list[tuple[Any, Any]] = [(outputs.image, image_grad), (outputs.text, text_grad)]
-            if last:  # temperature and bias belong to all pieces
-                roots += [(outputs.scale, leaves.scale.grad)]
-                roots += [] if leaves.bias is None else [(outputs.bias, leaves.bias.grad)]
-            roots = [(root, grad) for root, grad in roots if root.requires_grad]
-            torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
-    return loss.detach(), detach(whole)
+    sharded = hasattr(model, "set_requires_gradient_sync")  # its weights are whole for one layer at a time
+    with contextlib.nullcontext() if sharded else hold_weights():
+        with torch.no_grad():
+            parts = [forward(piece.to(device)) for piece in pieces]
+        sizes = [len(part.image) for part in parts]
+        image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
+        whole = Outputs(image, text, parts[0].scale, parts[0].bias)
+        leaves = Outputs(*(each if each is None else each.detach().requires_grad_() for each in whole))  # type: ignore[arg-type]
+        loss = contrastive_loss(leaves, local_loss, counts)
+        loss_scale(loss).backward()
+        assert leaves.image.grad is not None and leaves.text.grad is not None
+        grads = zip(leaves.image.grad.split(sizes), leaves.text.grad.split(sizes), strict=True)
+        for i, (piece, (image_grad, text_grad)) in enumerate(zip(pieces, grads, strict=True)):
+            last = i == len(pieces) - 1
+            with synchronised(model, last):
+                outputs = forward(piece.to(device))
+                roots: list[tuple[Any, Any]] = [(outputs.image, image_grad), (outputs.text, text_grad)]
+                if last:  # temperature and bias belong to all pieces
+                    roots += [(outputs.scale, leaves.scale.grad)]
+                    roots += [] if leaves.bias is None else [(outputs.bias, leaves.bias.grad)]
+                roots = [(root, grad) for root, grad in roots if root.requires_grad]
+                torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+        return loss.detach(), detach(whole)
 
 
 def detach(outputs: Outputs) -> Outputs:

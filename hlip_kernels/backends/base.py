@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -99,6 +100,8 @@ class Regroup(NamedTuple):
         are the same.
     parents: (G of the finer level) int32 - the coarse group of each fine one; None with `children`.
     num_prefix: P, prefix rows of every group.
+    coarser: whether dst is the coarser level, whose prefix rows are means of those of src. It is told, as the
+        numbers of groups do not tell where every coarse group has one fine group.
     """
 
     src: Tensor
@@ -107,6 +110,7 @@ class Regroup(NamedTuple):
     children: Tensor | None
     parents: Tensor | None
     num_prefix: int
+    coarser: bool
 
     @property
     def src_groups(self) -> int:
@@ -115,11 +119,6 @@ class Regroup(NamedTuple):
     @property
     def dst_groups(self) -> int:
         return self.dst.shape[0] - 1
-
-    @property
-    def coarser(self) -> bool:
-        """Whether dst is the coarser level, whose prefix rows are means of those of src."""
-        return self.children is not None and self.dst_groups == self.children.shape[0] - 1
 
     @property
     def rows_added(self) -> int:
@@ -196,9 +195,17 @@ def check_tensor(
     Raises:
         ValueError: it is not.
     """
-    if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != device):
-        kinds, got = " or ".join(map(_name, dtypes)), f"{_name(x.dtype)} {tuple(x.shape)} on {x.device}"
-        raise ValueError(f"{name}: expected {kinds} {tuple(shape)} on {device}, got {got}")
+    _check_tensors(device, [(name, x, shape, dtypes)])
+
+
+def _check_tensors(
+    device: torch.device, expected: Iterable[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]]
+) -> None:
+    """Each with its name, shape and dtypes. A launch waits for this loop: text is made where there is a fault."""
+    for name, x, shape, dtypes in expected:
+        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != device):
+            kinds, got = " or ".join(map(_name, dtypes)), f"{_name(x.dtype)} {tuple(x.shape)} on {x.device}"
+            raise ValueError(f"{name}: expected {kinds} {tuple(shape)} on {device}, got {got}")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -226,19 +233,22 @@ def check_attention(
         raise ValueError(f"q: expected (rows, heads, head_dim), got {tuple(q.shape)}")
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    rows, heads, head_dim = q.shape
+    rows, heads, head_dim = q_shape = q.shape
     kv_shape = (k.shape[0] if k.dim() else 0, heads, head_dim)
-    for name, x, shape in (("q", q, q.shape), ("k", k, kv_shape), ("v", v, kv_shape)):
-        check_tensor(name, x, shape, q.device, q.dtype)
-    check_tensor("out", out, (rows, heads, head_dim), q.device, q.dtype)
-    check_tensor("lse", lse, (heads, rows), q.device, wide_dtype(q.dtype))
-    check_tensor("grad_out", grad_out, (rows, heads, head_dim), q.device, q.dtype)
-    for name, grad, x in zip(("grad_q", "grad_k", "grad_v"), grads or (), (q, k, v), strict=False):
-        check_tensor(name, grad, x.shape, q.device, q.dtype)
+    same, wide = (q.dtype,), (wide_dtype(q.dtype),)
+    grad_q, grad_k, grad_v = grads or (None, None, None)
+    expected = [
+        ("k", k, kv_shape, same), ("v", v, kv_shape, same), ("out", out, q_shape, same),
+        ("lse", lse, (heads, rows), wide), ("grad_out", grad_out, q_shape, same), ("grad_q", grad_q, q_shape, same),
+        ("grad_k", grad_k, kv_shape, same), ("grad_v", grad_v, kv_shape, same),
+    ]  # fmt: skip
     groups = max(0, queries.cu_seqlens.numel() - 1)
-    for name, spans in (("queries", queries), ("keys", keys)):
-        check_tensor(f"cu_seqlens of {name}", spans.cu_seqlens, (groups + 1,), q.device, torch.int32)
-        check_tensor(f"seqused of {name}", spans.seqused, (groups,), q.device, torch.int32)
+    expected.append(("cu_seqlens of queries", queries.cu_seqlens, (groups + 1,), _WHOLE))
+    expected.append(("seqused of queries", queries.seqused, (groups,), _WHOLE))
+    if keys is not queries:
+        expected.append(("cu_seqlens of keys", keys.cu_seqlens, (groups + 1,), _WHOLE))
+        expected.append(("seqused of keys", keys.seqused, (groups,), _WHOLE))
+    _check_tensors(q.device, expected)
 
 
 def bounds_on_host(name: str, spans: Spans, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -291,28 +301,32 @@ def check_norm(
     Raises:
         ValueError: they do not.
     """
-    src_groups = dst_groups = added = num_prefix = 0
+    src_groups = dst_groups = num_prefix = 0
+    coarser = False
     if regroup is not None:
-        src_groups, dst_groups, added = regroup.src_groups, regroup.dst_groups, regroup.rows_added
-        num_prefix = regroup.num_prefix
-        tensors |= {name: getattr(regroup, name) for name in ("src", "dst", "children", "parents")}
-    src, dst = src_rows, src_rows + added
-    width = rows_x.shape[-1]
-    fine, coarse = max(src_groups, dst_groups), min(src_groups, dst_groups)
+        bounds, dst_bounds, _, children, parents, num_prefix, coarser = regroup
+        src_groups, dst_groups = bounds.shape[0] - 1, dst_bounds.shape[0] - 1
+        tensors |= {"src": bounds, "dst": dst_bounds, "children": children, "parents": parents}
+    src, dst, width = src_rows, src_rows + (dst_groups - src_groups) * num_prefix, rows_x.shape[-1]
+    fine, coarse = (src_groups, dst_groups) if coarser else (dst_groups, src_groups)
     shapes = {
         "rows of src": (src, width), "rows of dst": (dst, width), "a number a row": (dst,),
         "a number a column": (width,), "a number a group": (src_groups,), "bounds of src": (src_groups + 1,),
         "bounds of dst": (dst_groups + 1,), "bounds of children": (coarse + 1,), "a number a fine group": (fine,),
     }  # fmt: skip
     dtypes = {"x": (rows_x.dtype,), "y": (rows_y.dtype,), "any": _FLOATS, "float32": _SINGLE, "int32": _WHOLE}
+    expected = []
     for name, tensor in tensors.items():
         if tensor is not None:
             shape, kind = _OF_NORM[name]
-            check_tensor(name, tensor, shapes[shape], rows_x.device, *dtypes[kind])
+            expected.append((name, tensor, shapes[shape], dtypes[kind]))
+    _check_tensors(rows_x.device, expected)
     if tensors.get("children") is None and src_groups != dst_groups:
         raise ValueError(f"children: expected bounds of runs, from {src_groups} groups to {dst_groups}, got None")
     if (tensors.get("children") is None) != (tensors.get("parents") is None):
         raise ValueError("children and parents: expected both or none, got one of them")
+    if coarser and tensors.get("children") is None:
+        raise ValueError("coarser: expected False, as without children the levels are the same, got True")
     if num_prefix < 0 or src_rows < src_groups * num_prefix:
         raise ValueError(f"expected {src_groups} times {num_prefix} prefix rows, and patches, got {src_rows} rows")
     if tensors.get("layer_scale") is not None and tensors.get("update") is None:

@@ -98,13 +98,13 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.adjoint, *maps, ctx.num_prefix = inputs
+        _, ctx.adjoint, *maps, ctx.num_prefix, ctx.coarser = inputs
         ctx.save_for_backward(*maps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        moved: Tensor = _Move.apply(grad, not ctx.adjoint, *ctx.saved_tensors, ctx.num_prefix)  # type: ignore[no-untyped-call]
-        return moved, *[None] * 7
+        moved: Tensor = _Move.apply(grad, not ctx.adjoint, *ctx.saved_tensors, ctx.num_prefix, ctx.coarser)  # type: ignore[no-untyped-call]
+        return moved, *[None] * 8
 
 
 def _move(x: Tensor, regroup: Regroup) -> Tensor:

@@ -12,6 +12,7 @@ fixed order.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -313,20 +314,21 @@ def forward(
         regroup, residual.shape[0], residual, update, residual=residual, update=update, path_scale=path_scale,
         layer_scale=layer_scale, weight=weight, bias=bias,
     )  # fmt: skip
-    num_rows, width = residual.shape[0] + regroup.rows_added, residual.shape[1]
+    num_rows, width, num_prefix = residual.shape[0] + regroup.rows_added, residual.shape[1], regroup.num_prefix
     x = residual.new_empty(num_rows, width)
     y = update.new_empty(num_rows, width)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     tensors = residual, update, path_scale, layer_scale, weight, bias, x, y, mean, rstd
-    fine, coarse = _levels(regroup)
-    if regroup.coarser and regroup.num_prefix:
-        prefix_forward[(_families(regroup),)](
-            *tensors, fine, coarse, regroup.children, regroup.num_prefix, eps, **_constants(width, True)
+    coarser, num_tiles, families = regroup.coarser, regroup.tiles.shape[0], _families(regroup)
+    fine, coarse = (regroup.src, regroup.dst) if coarser else (regroup.dst, regroup.src)
+    if coarser and families:
+        prefix_forward[(families,)](
+            *tensors, fine, coarse, regroup.children, num_prefix, eps, **_constants(width, True)
         )
-    if len(regroup.tiles):
-        norm_forward[(len(regroup.tiles),)](
-            *tensors, regroup.tiles, fine, coarse, regroup.parents, regroup.num_prefix, eps,
-            COARSER=regroup.coarser, **_constants(width, False),
+    if num_tiles:
+        norm_forward[(num_tiles,)](
+            *tensors, regroup.tiles, fine, coarse, regroup.parents, num_prefix, eps,
+            COARSER=coarser, **_constants(width, False),
         )  # fmt: skip
     return x, y, mean, rstd
 
@@ -356,30 +358,29 @@ def backward(
     grad_update = None
     if path_scale is not None or layer_scale is not None or grad_y.dtype != x.dtype:
         grad_update = grad_y.new_empty(grad_residual.shape)
-    slots = 2 if layer_scale is None else 3
-    families = _families(regroup)
-    partials = x.new_empty(len(regroup.tiles) + families, slots, width, dtype=torch.float32)
+    coarser, num_tiles, families = regroup.coarser, regroup.tiles.shape[0], _families(regroup)
+    fine, coarse = (regroup.src, regroup.dst) if coarser else (regroup.dst, regroup.src)
+    partials = x.new_empty(num_tiles + families, 2 if layer_scale is None else 3, width, dtype=torch.float32)
     tensors = (
         grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, grad_residual, grad_update, partials,
     )  # fmt: skip
-    fine, coarse = _levels(regroup)
     if families:
         prefix_backward[(families,)](
-            *tensors, fine, coarse, regroup.children, regroup.num_prefix, len(regroup.tiles),
-            COARSER=regroup.coarser, **_constants(width, True),
+            *tensors, fine, coarse, regroup.children, regroup.num_prefix, num_tiles,
+            COARSER=coarser, **_constants(width, True),
         )  # fmt: skip
-    if len(regroup.tiles):
-        norm_backward[(len(regroup.tiles),)](
+    if num_tiles:
+        norm_backward[(num_tiles,)](
             *tensors, regroup.tiles, fine, regroup.parents, regroup.num_prefix,
-            COARSER=regroup.coarser, **_constants(width, False),
+            COARSER=coarser, **_constants(width, False),
         )  # fmt: skip
-    grad_weight, grad_bias, *grad_layer_scale = (x.to(weight.dtype, copy=True) for x in partials.sum(0))
+    sums = [slot.sum(0) for slot in partials.unbind(1)]  # one by one: results must not share memory
     return (
         grad_residual,
         grad_y.new_empty(0) if grad_update is None else grad_update,
-        weight.new_empty(0) if layer_scale is None else grad_layer_scale[0].to(layer_scale.dtype),
-        grad_weight,
-        grad_bias,
+        weight.new_empty(0) if layer_scale is None else sums[2].to(layer_scale.dtype),
+        sums[0].to(weight.dtype),
+        sums[1].to(weight.dtype),
     )
 
 
@@ -387,20 +388,22 @@ def _contiguous(x: Any) -> Any:
     return None if x is None else x.contiguous()
 
 
-def _levels(regroup: Regroup) -> tuple[Tensor, Tensor]:
-    """Bounds of the groups of the finer level, and of the coarser one."""
-    return (regroup.src, regroup.dst) if regroup.coarser else (regroup.dst, regroup.src)
-
-
 def _families(regroup: Regroup) -> int:
     """Prefix rows of the coarser level, if they change it."""
-    return 0 if regroup.children is None else (len(regroup.children) - 1) * regroup.num_prefix
+    return 0 if regroup.children is None else (regroup.children.shape[0] - 1) * regroup.num_prefix
 
 
+@functools.cache
 def _constants(width: int, prefix: bool) -> dict[str, Any]:
-    """Either way a thread holds 16 values of each tensor. Programs of prefix rows are few and each has many rows to go
-    through: two at a time. On sm_100, two rows of a tile at a time spill."""
+    """Of a launch; not to be changed, as it is made once.
+
+    A thread holds 16 values of each tensor, or fewer. Programs of prefix rows are few and each has many rows to go
+    through: two at a time. On sm_100, two rows of a tile at a time spill; with fewer than 4 warps means do on Triton
+    3.3 and 3.4.
+    """
     block = triton.next_power_of_2(width)
-    rows = 2 if prefix else 1
-    constants = {"C": width, "BLOCK_C": block, "num_warps": min(16, max(1, rows * block // 512))}
+    rows, least = (2, 4) if prefix else (1, 1)
+    warps = min(16, max(least, rows * block // 512))
+    # Triton 3.10 no longer fuses products and sums by itself.
+    constants = {"C": width, "BLOCK_C": block, "num_warps": warps, "enable_fp_fusion": True}
     return constants | ({"SUB": rows} if prefix else {"ROWS": ROWS})
