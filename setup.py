@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -64,6 +65,9 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+VERSION = re.search(r'^__version__ = "(.+?)"', Path("hlip_kernels/__init__.py").read_text("utf-8"), re.MULTILINE)
+assert VERSION, "hlip_kernels/__init__.py has no __version__"
+
 NATIVE = Extension(
     "hlip_kernels.native.libhlip_native",
     sources=[str(path) for path in native_sources()],
@@ -106,7 +110,7 @@ EXTRAS["all"] = sorted({req for name, reqs in EXTRAS.items() if name not in NOT_
 
 setup(
     name="hlip-kernels",
-    version="0.2.0",
+    version=VERSION[1],
     description="Hierarchical attention over packed 3D medical imaging studies, and language-image pre-training on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -119,7 +123,7 @@ setup(
     ext_modules=[NATIVE] if sys.platform == "linux" else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
     package_data={
-        "hlip_kernels": ["py.typed"],
+        "hlip_kernels": ["py.typed", "evidence/README.md", "evidence/*.json"],
         "hlip": ["py.typed", "tasks/benchmarks/*.yaml", "tasks/*.html"],
     },
     install_requires=[

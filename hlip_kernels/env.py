@@ -13,8 +13,15 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from .backends import BACKENDS, choose_backend, choose_norm_backend, not_supported_reasons
-from .configs import table_path, user_tiles
+from .backends import (
+    BACKENDS,
+    choose_backend,
+    choose_norm_backend,
+    not_supported_reasons,
+    unmeasured_libraries,
+)
+from .configs import EVIDENCE, Measured, Row, architecture, evidence, table_path, user_table
+from .layout import LEVELS
 from .native import native
 
 SHOWN = (  # variables that change what runs
@@ -66,13 +73,25 @@ def report() -> str:
 def describe_backends(device: str, dtype: torch.dtype, head_dim: int) -> str:
     """Which backend attention takes on tensors of this kind, and why each of the others does not run.
 
-    Of one whose gradients may differ in the last bits from run to run it says so.
+    Of one whose gradients may differ in the last bits from run to run it says so, and on a GPU which libraries were not
+    measured.
     """
-    auto = choose_backend("auto", device, dtype, head_dim)
+    unmeasured: list[str] = []
+    try:
+        by_level = {level: choose_backend("auto", device, dtype, head_dim, level=level) for level in LEVELS}
+        auto = ", ".join(f"{name} at level {level}" for level, name in by_level.items())
+        if len(set(by_level.values())) == 1:
+            auto = by_level["study"]
+        if device == "cuda":
+            unmeasured = unmeasured_libraries(dtype, head_dim)
+    except ValueError as error:  # of a table, which may be what the report is wanted for
+        auto = str(error)
     lines = [f"attention on {device} in {str(dtype).removeprefix('torch.')} (auto: {auto})"]
     for name, backend in BACKENDS.items():
         reasons = not_supported_reasons(name, device, dtype, head_dim)
         lines.append(f"  {name:<12}{'; '.join(reasons) or 'can run' + REPEATS[backend.repeats]}")
+    if unmeasured:
+        lines.append(f"  not measured on this GPU: {', '.join(unmeasured)} (`python bench/attention.py --tune`)")
     return "\n".join(lines)
 
 
@@ -126,14 +145,19 @@ def _memory() -> str:
 
 
 def _tiles() -> str:
-    """Which tile table the Triton kernels use."""
+    """The measured tables in use, with their GPUs and dates; their choices stand beside the backends."""
+    arch = architecture()
     try:
-        rows = len(user_tiles())
+        tables = {table_path(): user_table(), EVIDENCE / f"{arch}.json": evidence(arch)}
     except ValueError as error:
         return str(error)
-    if not rows:
-        return f"built-in; none in {table_path()}"
-    return f"{rows} row{'s' * (rows > 1)} from {table_path()}, the others built-in"
+    texts = [_describe_table(path, rows) for path, rows in tables.items() if rows]
+    return "; ".join([*texts, "the others built-in"]) if texts else f"built-in; none in {table_path()}"
+
+
+def _describe_table(path: Path, rows: dict[Row, Measured]) -> str:
+    where = dict.fromkeys(f"{measured.device}, {measured.utc}" for measured in rows.values())
+    return f"{len(rows)} row{'s' * (len(rows) > 1)} from {path} ({'; '.join(where)})"
 
 
 def _variables() -> str:

@@ -75,6 +75,7 @@ def _built_in_tiles() -> Iterator[None]:
     """Not those that someone has tuned on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "table_path", lambda: Path(os.devnull, "tiles.json"))
+        patch.setattr(configs, "EVIDENCE", Path(os.devnull))
         yield
 
 

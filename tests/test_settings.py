@@ -23,7 +23,7 @@ from hlip.data.preprocess import RECIPES, Recipe, Window, load_recipe
 from hlip.data.quality import Rules
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig, preset
 from hlip.model.weights import read_json
-from hlip_kernels.configs import FORMAT, read_tiles
+from hlip_kernels.configs import FORMAT, read_table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train"))
@@ -135,9 +135,9 @@ def test_json_of_settings_has_finite_numbers(text: str, tmp_path: Path) -> None:
     path.write_text(f'{{"vision": {{"init_std": {text}}}}}')
     with pytest.raises(ValueError, match=r"config\.json: .*expected a finite number"):
         read_json(path)
-    path.write_text(f'{{"format": {FORMAT}, "rows": {{"sm_90 half 64": {{"forward": {{"warps": {text}}}}}}}}}')
+    path.write_text(f'{{"format": {FORMAT}, "rows": {{"sm_90 half 64": {{"tile_ms": {{"dq": {text}}}}}}}}}')
     with pytest.raises(ValueError, match=r"config\.json"):
-        read_tiles(path)
+        read_table(path)
 
 
 def test_finite_numbers_are_read() -> None:

@@ -25,11 +25,17 @@ Capability = tuple[int, int]
 class LibraryBackend(AttentionBackend):
     """Another library's attention over packed sequences.
 
+    package: whose version counts, as package indexes name it.
     takes_seqused: whether both passes take `Spans.seqused`, of queries and of keys. If not, forward takes it of keys,
         and nothing else does.
     """
 
+    package: ClassVar[str]
     takes_seqused: ClassVar[bool] = False
+
+    def is_installed(self) -> bool:
+        """Whether it is there, which says nothing of whether it can run; nothing is imported."""
+        return installed(self.package) is not None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float

@@ -24,11 +24,12 @@ OLDEST = (2, 7)
 
 class Flash(LibraryBackend):
     name = "flash"
+    package = "flash-attn"
     repeats = "on request"
 
     def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons = flash_not_supported_reasons(device, dtype, head_dim)
-        version = installed("flash-attn")
+        version = installed(self.package)
         if version is None:
             return ["flash-attn is not installed (pip install flash-attn --no-build-isolation)", *reasons]
         if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:

@@ -36,12 +36,16 @@ PASSED = {"fwd": {*GROUPS, "num_splits"}, "bwd": {*GROUPS, "dq", "dk", "dv", "de
 
 class Flash3(LibraryBackend):
     name = "flash3"
+    package = "flash-attn-3"
     repeats = "on request"
     takes_seqused = True
 
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec("flash_attn_interface") is not None
+
     def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons = [*nvidia_reasons(device, HOPPER, HOPPER), *half_reasons(dtype), *head_dim_reasons(head_dim)]
-        if importlib.util.find_spec("flash_attn_interface") is None:
+        if not self.is_installed():
             return [f"FlashAttention-3 is not installed ({INSTALL})", *reasons]
         return reasons or _import_reasons()
 

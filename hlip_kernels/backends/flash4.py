@@ -48,12 +48,13 @@ PASSED = {
 
 class Flash4(LibraryBackend):
     name = "flash4"
+    package = "flash-attn-4"
     repeats = "on request"
     takes_seqused = True
 
     def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons = [*nvidia_reasons(device, OLDEST, NEWEST), *half_reasons(dtype), *_head_dim_reasons(head_dim)]
-        version = installed("flash-attn-4")
+        version = installed(self.package)
         if version is None:
             return [f"flash-attn-4 is not installed ({INSTALL})", *reasons]
         return reasons or _import_reasons(version)

@@ -24,11 +24,15 @@ from .external import LibraryBackend, deterministic_algorithms, flash_not_suppor
 
 class Varlen(LibraryBackend):
     name = "varlen"
+    package = "torch"
     repeats = "on request"
+
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
     def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons = flash_not_supported_reasons(device, dtype, head_dim)
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        if not self.is_installed():
             reasons.insert(0, f"torch {torch.__version__} has no torch.nn.attention.varlen (pip install -U torch)")
         elif device == "cuda":
             if "scale" not in _arguments():

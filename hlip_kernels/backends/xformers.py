@@ -19,7 +19,6 @@ operator is taken that calls itself deterministic: cutlassB is, fa3B and fa2B ar
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -37,11 +36,12 @@ PADDED_ROWS = 32  # a padded log-sum-exp has a multiple of so many
 
 class Xformers(LibraryBackend):
     name = "xformers"
+    package = "xformers"
     repeats = "on request"
 
     def not_supported_reasons(self, device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
         reasons = []
-        if importlib.util.find_spec("xformers") is None:
+        if not self.is_installed():
             reasons.append("xformers is not installed (pip install xformers)")
         if device != "cuda":
             reasons.append(f"needs CUDA or ROCm tensors, got {device}")

@@ -40,7 +40,8 @@ from hlip.tasks.plot import read_run
 from hlip.tasks.probe import Probe
 from hlip.tasks.task import FOLDER, load_task
 from hlip.tasks.zeroshot import Prompts
-from hlip_kernels.configs import Row, built_in_config, read_tiles, write_tiles
+from hlip_kernels.configs import Row, read_table, write_table
+from measured import choice, measured
 
 from .guard import Guard, Outcome
 
@@ -290,8 +291,8 @@ class Tasks:
             "run/log.jsonl",
             b'{"event": "start"}\n{"step": 1, "loss": 2.5, "logit_scale": 2}\n{"step": 2}\n',
         )
-        row = Row("sm_90", "half", 64)
-        write_tiles(self.home / "tiles.json", {row: built_in_config(row)})
+        levels = {"slice": choice("triton"), "study": choice("flash4", "flash")}
+        write_table(self.home / "tiles.json", {Row("sm_90", "half", 64): measured(levels=levels, commit="abc")})
         yield "tiles.json", (self.home / "tiles.json").read_bytes()
 
     def lay(self, folder: Path, name: str, content: bytes) -> None:
@@ -315,7 +316,7 @@ class Tasks:
         elif path.name == "log.jsonl":
             read_run(path.parent)
         elif name == "tiles.json":
-            read_tiles(path)
+            read_table(path)
 
 
 TARGETS: dict[str, type[Target]] = {

@@ -1,0 +1,282 @@
+"""Attention by our kernels with any tile, and by other libraries, checked against float64 and timed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hlip_kernels import Level, StudyLayout
+from hlip_kernels.backends import BACKENDS, not_supported_reasons
+from hlip_kernels.backends.base import QKV, Spans
+from hlip_kernels.backends.external import LibraryBackend
+from hlip_kernels.configs import MODES, AttentionConfig, Row, Tile
+
+OURS = "triton"
+WIDTH = 768  # of the model whose attention is timed: heads times head dim
+CHECKED = (1, 5, 17, 63, 64, 65, 129, 197, 300)  # patch tokens of the groups that results are checked on
+
+Measure = Callable[[Callable[[], object]], float]  # seconds that a call takes
+Seconds = dict[Level, dict[str, dict[str, float]]]  # level -> mode -> backend -> seconds of a call
+
+
+class Problem:
+    """The tensors of attention, forward and backward, for groups of `lengths` patch tokens and one prefix row."""
+
+    def __init__(self, lengths: Sequence[int], heads: int, dtype: torch.dtype, head_dim: int, device: str) -> None:
+        layout = StudyLayout.from_grids([[(1, 1, n)] for n in lengths], num_prefix=1).to(device)
+        self.spans = Spans(layout.cu_seqlens("study"), layout.tiles("study"), layout.max_seqlen("study"))
+        self.scale = head_dim**-0.5
+        rows = layout.num_rows("study")
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        self.qkv, self.grad_out = random(rows, 3, heads, head_dim), random(rows, heads, head_dim)
+        self.out = torch.zeros_like(self.grad_out)
+        self.lse = torch.full((heads, rows), 10.0, device=device)
+        self.stats = torch.zeros(heads, rows, 2, device=device)
+        self.grad_qkv = torch.empty_like(self.qkv)
+
+    def launch(self, kernel: str, tile: Tile) -> None:
+        """Run one of our kernels."""
+        from hlip_kernels.backends import triton_attention as kernels
+
+        (q, k, v), (grad_q, grad_k, grad_v) = self.qkv.unbind(1), self.grad_qkv.unbind(1)
+        spans = self.spans
+        if kernel == "forward":
+            kernels.launch_forward(q, k, v, self.out, self.lse, spans, spans, self.scale, tile)
+        elif kernel == "dq":
+            gradients = self.grad_out, self.lse, self.stats, grad_q
+            kernels.launch_dq(q, k, v, self.out, *gradients, spans, spans, self.scale, tile)
+        else:
+            gradients = self.grad_out, self.stats, grad_k, grad_v
+            kernels.launch_dkdv(q, k, v, *gradients, spans, spans, self.scale, tile)
+
+    def run_ours(self, mode: str, tiles: AttentionConfig) -> None:
+        """Run our kernels, whatever tiles are in use; mode: one of `configs.MODES`."""
+        for kernel, tile in vars(tiles).items():
+            if mode != "forward" or kernel == "forward":
+                self.launch(kernel, tile)
+
+    def run(self, backend: str, mode: str) -> tuple[Tensor, Tensor]:
+        """Run a backend, which writes gradients into `grad_qkv`; its out and lse."""
+        runner, (q, k, v), spans = BACKENDS[backend], self.qkv.unbind(1), self.spans
+        out, lse = runner.forward(q, k, v, spans, spans, self.scale)
+        if mode != "forward":
+            grads: QKV = self.grad_qkv.unbind(1)  # type: ignore[assignment]
+            inputs, repeats = (q, k, v, out, lse, spans, spans, self.scale), mode == "deterministic"
+            runner.backward(grads, self.grad_out, *inputs, deterministic=repeats)
+        return out, lse
+
+    def dependence(self, backend: str, groups: Iterable[int]) -> Iterator[str]:
+        """Name those of these groups of which the backend gives other bits than of the group by itself."""
+        out, _ = self.run(backend, "forward")
+        _, heads, head_dim = out.shape
+        for g in groups:
+            begin, end = self.spans.cu_seqlens[g : g + 2].tolist()
+            alone = Problem([end - begin - 1], heads, out.dtype, head_dim, str(out.device))
+            alone.qkv.copy_(self.qkv[begin:end])
+            if not torch.equal(alone.run(backend, "forward")[0], out[begin:end]):
+                yield f"out of a group of {end - begin} rows depends on the groups beside it"
+
+
+class Oracle:
+    """float64 results, and how far from them a kernel may be: the error of eager PyTorch in the same dtype, 2 times
+    over for out and lse and 3 times for gradients, and one rounding."""
+
+    def __init__(self, dtype: torch.dtype, heads: int, head_dim: int, device: str) -> None:
+        self.problem = Problem(CHECKED, heads, dtype, head_dim, device)
+        self.exact, eager = self._reference(torch.float64), self._reference(dtype)
+        self.allowed = {}
+        for name, exact in self.exact.items():
+            rounding = torch.finfo(eager[name].dtype).eps * float(exact.abs().max())
+            factor = 3 if name.startswith("d") else 2
+            self.allowed[name] = factor * float((eager[name].double() - exact).abs().max()) + rounding
+
+    def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        problem, reference = self.problem, BACKENDS["reference"]
+        spans, scale = problem.spans, problem.scale
+        q, k, v = problem.qkv.to(dtype).unbind(1)
+        grad_out = problem.grad_out.to(dtype)
+        out, lse = reference.forward(q, k, v, spans, spans, scale)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        reference.backward((dq, dk, dv), grad_out, q, k, v, out, lse, spans, spans, scale, True)
+        stats = torch.stack([lse / math.log(2), (out * grad_out).sum(2).T.to(lse.dtype)], dim=2)
+        return {"out": out, "lse": lse, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
+
+    def kernel_faults(self, kernel: str, tile: Tile) -> list[str]:
+        """List the results of a kernel that are too far off; it is given exact inputs."""
+        problem, exact = self.problem, self.exact
+        problem.out.copy_(exact["out"])
+        problem.lse.copy_(exact["lse"])
+        problem.stats.copy_(exact["stats"])
+        problem.grad_qkv.fill_(math.nan)
+        if kernel == "forward":
+            problem.out.fill_(math.nan)
+            problem.lse.fill_(math.nan)
+        if kernel == "dq":
+            problem.stats.fill_(math.nan)
+        problem.launch(kernel, tile)
+        results = {"out": problem.out, "lse": problem.lse, "stats": problem.stats, **self._grads()}
+        written = {"forward": ("out", "lse"), "dq": ("dq", "stats"), "dkdv": ("dk", "dv")}[kernel]
+        return self._too_far({name: results[name] for name in written})
+
+    def backend_faults(self, backend: str, mode: str) -> list[str]:
+        """List reasons why a backend's results cannot stand for ours.
+
+        They are too far off; or those of a group change with the groups beside it; or in the mode "deterministic" a
+        second run gives other bits.
+        """
+        results = self._results(backend, mode)
+        faults = self._too_far(results)
+        if mode == "deterministic":
+            again = self._results(backend, mode)
+            other = [name for name, result in results.items() if not torch.equal(result, again[name])]
+            faults += [f"{name} is not the same bits in a second run" for name in other]
+        return faults or [*islice(self.problem.dependence(backend, range(len(CHECKED))), 1)]
+
+    def _results(self, backend: str, mode: str) -> dict[str, Tensor]:
+        self.problem.grad_qkv.fill_(math.nan)
+        out, lse = self.problem.run(backend, mode)
+        return {"out": out, "lse": lse, **({} if mode == "forward" else self._grads())}
+
+    def _grads(self) -> dict[str, Tensor]:
+        return {f"d{name}": self.problem.grad_qkv[:, i].clone() for i, name in enumerate("qkv")}
+
+    def _too_far(self, results: dict[str, Tensor]) -> list[str]:
+        errors = {name: float((result.double() - self.exact[name]).abs().max()) for name, result in results.items()}
+        return [
+            f"{name} is off by {error:.2g}, more than {self.allowed[name]:.2g}"
+            for name, error in errors.items()
+            if not error <= self.allowed[name]  # nor if it is NaN
+        ]
+
+
+class Unfit(Exception):
+    """Results are not those of the oracle, or there can be none."""
+
+
+class Trials:
+    """Trials of a row of the table. One that fails is reported and passed over.
+
+    seconds: kernel and tile -> the time of a call, if it is right.
+    libraries: backend -> the modes in which it is right.
+    refused: backend -> the reason to pass it over.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        dtypes: Sequence[torch.dtype],
+        measure: Measure,
+        device: str,
+        timed: Mapping[Level, Sequence[int]],
+        progress: tqdm,
+    ) -> None:
+        heads = WIDTH // row.head_dim
+        self.row, self._dtypes, self._device = row, dtypes, device
+        self._measure, self._progress = measure, progress
+        self._oracles = [Oracle(dtype, heads, row.head_dim, device) for dtype in dtypes]
+        self._of_level = {
+            level: partial(Problem, lengths, heads, dtypes[0], row.head_dim, device) for level, lengths in timed.items()
+        }
+        self._problem = Problem([*chain(*timed.values())], heads, dtypes[0], row.head_dim, device)
+        self.seconds: dict[tuple[str, Tile], float] = {}
+        self.libraries: dict[str, list[str]] = {}
+        self.refused: dict[str, str] = {}
+
+    def add_tile(self, kernel: str, tile: Tile) -> None:
+        """Check and time one of our kernels."""
+
+        def run() -> None:
+            self._confirm(fault for oracle in self._oracles for fault in oracle.kernel_faults(kernel, tile))
+            self.seconds[kernel, tile] = self._measure(partial(self._problem.launch, kernel, tile))
+
+        self._try(f"{kernel} {tile_name(tile)}", run)
+        self._progress.update()
+
+    def add_libraries(self) -> None:
+        """Check the libraries that are installed."""
+        for name, backend in BACKENDS.items():
+            if not isinstance(backend, LibraryBackend) or not backend.is_installed():
+                continue
+            if why := self._try(name, partial(self._check, name, "training")):
+                self.refused[name] = why
+                continue
+            self.libraries[name] = ["training", "forward"]
+            if not self._try(f"{name}, deterministic", partial(self._check, name, "deterministic")):
+                self.libraries[name].append("deterministic")
+
+    def levels(self, tiles: AttentionConfig) -> Seconds:
+        """Time our kernels with these tiles, and the libraries, at each level; nothing if one of the tiles failed."""
+        seconds: Seconds = {}
+        if self.seconds.keys() >= vars(tiles).items():
+            for level in self._of_level:
+                self._try(level, partial(self._time_level, level, tiles, seconds))
+        return seconds
+
+    def _time_level(self, level: Level, tiles: AttentionConfig, seconds: Seconds) -> None:
+        problem = self._of_level[level]()
+        ours = {mode: self._measure(partial(problem.run_ours, mode, tiles)) for mode in ("training", "forward")}
+        ours["deterministic"] = ours["training"]  # the same kernels
+        seconds[level] = {mode: {OURS: ours[mode]} for mode in MODES}
+        for name, modes in self.libraries.items():
+            if self._try(f"{level}, {name}", lambda name=name: self._confirm(problem.dependence(name, [0]))):  # type: ignore[misc]
+                continue
+            for mode in modes:
+                into, run = seconds[level][mode], partial(problem.run, name, mode)
+                self._try(f"{level}, {name}, {mode}", partial(self._time, into, name, run))
+
+    def _check(self, backend: str, mode: str) -> None:
+        for dtype in self._dtypes:
+            deterministic = mode == "deterministic"
+            self._confirm(not_supported_reasons(backend, self._device, dtype, self.row.head_dim, deterministic))
+        self._confirm(fault for oracle in self._oracles for fault in oracle.backend_faults(backend, mode))
+
+    def _confirm(self, faults: Iterable[str]) -> None:
+        if why := "; ".join(faults):
+            raise Unfit(why)
+
+    def _time(self, into: dict[str, float], name: str, run: Callable[[], object]) -> None:
+        into[name] = self._measure(run)
+
+    def _try(self, name: str, run: Callable[[], None]) -> str:
+        """Run it, and return the reason if it fails; else an empty string."""
+        self._progress.set_postfix_str(name)
+        try:
+            run()
+        except Unfit as error:
+            why = str(error)
+        except Exception as error:  # whatever a compiler, a driver or a library says: not for this GPU
+            why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            if self._device == "cuda":
+                torch.cuda.synchronize()  # raises if the GPU is lost to this process: then all others would fail too
+        else:
+            return ""
+        self._progress.write(f"skipped {self.row}, {name}: {why}", file=sys.stderr)
+        return why
+
+
+def tile_name(tile: Tile) -> str:
+    return f"{tile.rows}x{tile.streamed}, {tile.warps} warps, {tile.stages} stages"
+
+
+@contextmanager
+def tf32_products(allow: bool) -> Iterator[None]:
+    """Let products of float32 run in tf32, or not."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = allow
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
