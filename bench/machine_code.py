@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -11,17 +12,53 @@ from typing import Any
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:
     """Facts of a CUDA binary, by the disassemblers that ship with Triton."""
-    import triton
+    usage = _disassemble(cubin, "cuobjdump", "-res-usage")
+    return {"registers": _number("REG:", usage), "stack_bytes": _number("STACK:", usage), **read_sass(sass(cubin))}
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+def sass(cubin: bytes) -> str:
+    """The disassembly of a CUDA binary."""
+    return _disassemble(cubin, "nvdisasm", "-c")
+
+
+def _disassemble(cubin: bytes, tool: str, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    return {"registers": _number("REG:", usage), "stack_bytes": _number("STACK:", usage), **read_sass(code)}
+        return subprocess.run([_tools() / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def serialisation_codes(ptx: str) -> list[str]:
+    """Codes, such as C7515, of the assembler's warnings that it serialises matrix instructions of sm_90.
+
+    Assembles once more, without what Triton's newest versions say of registers, as Triton keeps the warnings to itself.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        for assembler in _assemblers():  # what is written for a newer one, an older one refuses
+            words = [str(assembler), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return re.findall(r"\((C\d+)\) Potential Performance Loss: wgmma\.mma_async", done.stderr)
+    raise ValueError(f"Triton's assembler does not take its PTX: {done.stderr.strip()}")
+
+
+def can_assemble(arch: str) -> bool:
+    """Whether Triton's assembler has code for an architecture such as sm_103."""
+    words = (subprocess.run([tool, "--help"], capture_output=True, text=True, check=True) for tool in _assemblers())
+    return any(f"'{arch}'" in done.stdout for done in words)
+
+
+def _assemblers() -> list[Path]:
+    """The older one first, where there are two."""
+    return sorted(_tools().glob("ptxas*"))
+
+
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def read_sass(code: str) -> dict[str, Any]:

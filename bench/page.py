@@ -7,11 +7,11 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+if TYPE_CHECKING:  # tables need no matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 PROVENANCE = ("device", "threads", "versions", "commit", "utc")
@@ -126,11 +126,6 @@ def item(text: str) -> str:
     return textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *([("-" if cell is None else cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def times(ratio: Sequence[float] | None) -> str | None:
     return None if ratio is None else "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
 
@@ -142,6 +137,12 @@ def number(row: Row, key: str, form: str = ".3g") -> str | None:
 def file_name(name: str, machine: str) -> str:
     words = "".join(letter if letter.isalnum() else " " for letter in f"{name} {machine}".lower()).split()
     return "_".join(words) + ".png"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path, caption: str) -> str:
@@ -165,5 +166,7 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float], title: str, 
 
 def plain_numbers(axes: Axes) -> None:
     """Of a logarithmic y axis: 0.02 and not a power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))

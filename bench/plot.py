@@ -3,9 +3,10 @@
     python bench/plot.py
     python bench/plot.py --results bench/results --out docs
 
-Reads `attention.jsonl`, `encoder.jsonl`, `layer.jsonl`, `packing.jsonl` and `io.jsonl`, as far as they are there. Of
-every case its latest run is shown. Machines, and numbers of threads, have sections of their own. Nothing is measured
-here; what is slower than something else is shown like all the rest, and listed where we lose.
+Reads `attention.jsonl`, `encoder.jsonl`, `layer.jsonl`, `packing.jsonl`, `io.jsonl` and `static.jsonl`, as far as they
+are there, and `check-*.json`, reports of `check.py`. Of every case its latest run is shown. Machines, and numbers of
+threads, have sections of their own. Nothing is measured here; what is slower than something else is shown like all the
+rest, and listed where we lose.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-
+from checkpage import markdown, read_check
 from page import (
     OURS,
     Row,
@@ -31,18 +30,19 @@ from page import (
     item,
     latest,
     losses,
+    new_figure,
     not_run,
     number,
     of_machines,
     plain_numbers,
     read,
     save,
-    table,
     times,
     where,
     wrapped,
 )
-from report import gigabytes, megabytes, short
+from plot_static import static
+from report import gigabytes, megabytes, short, table
 from words import (
     ALLOCATORS,
     ATTENTION,
@@ -69,22 +69,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
     args = parser.parse_args()
     try:
-        encoders, packed, calls, layers, counted = (
-            read(args.results / f"{name}.jsonl") for name in ("encoder", "packing", "attention", "layer", "io")
+        encoders, packed, calls, layers, counted, compiled = (
+            read(args.results / f"{name}.jsonl")
+            for name in ("encoder", "packing", "attention", "layer", "io", "static")
         )
+        checks = [read_check(path) for path in sorted(args.results.glob("check-*.json"))]
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     whole = [row for row in encoders if not row["case"].startswith("scaling_")]
     growing = [row for row in encoders if row["case"].startswith("scaling_")]
-    sections = [
-        summary(whole, packed, calls, counted),
-        *of_machines(encoder, whole, args.out / "figures"),
-        *of_machines(packing, packed, args.out / "figures"),
-        *of_machines(scaling, growing, args.out / "figures"),
-        *of_machines(attention, calls, args.out / "figures"),
-        *of_machines(layer, layers, args.out / "figures"),
-        io(counted, args.out / "figures"),
-    ]
+    figures = args.out / "figures"
+    try:
+        sections = [
+            summary(whole, packed, calls, counted),
+            *of_machines(encoder, whole, figures),
+            *of_machines(packing, packed, figures),
+            *of_machines(scaling, growing, figures),
+            *of_machines(attention, calls, figures),
+            *of_machines(layer, layers, figures),
+            io(counted, figures),
+            static(compiled),
+            *(markdown(report, 2).rstrip() for report in checks),
+        ]
+    except ImportError as error:
+        parser.exit(2, f"{parser.prog}: pictures need matplotlib ({error}): pip install 'hlip-kernels[viz]'\n")
     if not any(sections):
         parser.exit(2, f"{parser.prog}: {args.results}: no results; make bench measures some\n")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +159,7 @@ def fastest_others(calls: list[Row]) -> Iterator[str]:
 
 
 def named(row: Row) -> str:
-    return row["model"] + ("" if row["flash"] else ", without flash")
+    return row["model"] + ("" if row["flash"] else ", without flash") + (", CUDA graph" if row.get("graph") else "")
 
 
 def encoder(rows: list[Row], figures: Path, machine: str) -> str:
@@ -178,7 +186,7 @@ def encoder(rows: list[Row], figures: Path, machine: str) -> str:
         if not modes:
             parts.append(not_run(mine, named))
             continue
-        figure = Figure(figsize=(4.8 * len(modes), 1 + 0.28 * len(measured) / len(modes)), layout="constrained")
+        figure = new_figure(4.8 * len(modes), 1 + 0.28 * len(measured) / len(modes))
         for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
             of_mode = [row for row in measured if row["mode"] == mode]
             rates = [row["vol_per_s"] for row in of_mode]
@@ -223,7 +231,7 @@ def packing(rows: list[Row], figures: Path, machine: str) -> str:
     cases = list(dict.fromkeys(map(key, rows)))
     across = min(3, len(cases))
     down = -(-len(cases) // across)
-    figure = Figure(figsize=(4.4 * across, 2 * down), layout="constrained")
+    figure = new_figure(4.4 * across, 2 * down)
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes in panels[len(cases) :]:
         axes.set_visible(False)
@@ -271,7 +279,7 @@ def scaling(rows: list[Row], figures: Path, machine: str) -> str:
     rows = [row | {"slices": row["shape"][0] // row["patch"][0]} for row in rows]
     rows.sort(key=lambda row: row[AXES[row["case"]]])
     cases = [case for case in AXES if any(row["case"] == case for row in rows)]
-    figure = Figure(figsize=(9, 3.2 * len(cases)), layout="constrained")
+    figure = new_figure(9, 3.2 * len(cases))
     tables = []
     for (left, right), case in zip(figure.subplots(len(cases), 2, squeeze=False), cases, strict=True):
         axis = AXES[case]
@@ -327,7 +335,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
     cases = list(dict.fromkeys(map(key, measured)))
     modes = list(dict.fromkeys(row["mode"] for row in measured))
     ways = dict.fromkeys(row["backend"] for row in measured)
-    figure = Figure(figsize=(5.4 * len(modes) + 1, 1.6 + 0.42 * len(cases)), layout="constrained")
+    figure = new_figure(5.4 * len(modes) + 1, 1.6 + 0.42 * len(cases))
     panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     for axes, mode in zip(panels, modes, strict=True):
         for i, way in enumerate(ways):
@@ -342,7 +350,7 @@ def attention(rows: list[Row], figures: Path, machine: str) -> str:
             )
         axes.axvline(1, color=OURS, linewidth=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.set_yticks(range(len(cases)), [f"{case[0]}, {case[1]}" for case in cases])
         axes.grid(alpha=0.3)
         axes.set(title=mode, xlabel="times as long as ours")
@@ -434,7 +442,7 @@ def io(rows: list[Row], figures: Path) -> str:
     changes = [row for row in rows if row["kind"] == "regroup"]
     lengths = [row for row in rows if row["kind"] == "length"]
     sweeps = {"N": "N, tokens", "M": "M, scans", "d": "d, slices of a scan", "S": "S, rows of a tile"}
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = new_figure(13, 6.4)
     panels = figure.subplots(2, 4, sharey="row")
     for (way, title), line in zip((("ours", "our kernels"), ("standard", "standard attention")), panels, strict=True):
         for axes, (sweep, label) in zip(line, sweeps.items(), strict=True):

@@ -9,12 +9,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import hlip_kernels
 from hlip.data.terminal import visible
 
 WRITTEN = ("bench/results", "docs/benchmarks.md", "docs/figures")
@@ -25,6 +26,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *([("-" if cell is None else cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def short(value: float) -> str:
@@ -73,9 +80,12 @@ def commit() -> str | None:
     """Of this checkout; -dirty if something is changed beside what benchmarks write."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+            )
+        except OSError:  # a machine without git
+            return ""
         return done.stdout.strip()
 
     name = git("rev-parse", "--short", "HEAD")
@@ -84,9 +94,9 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of this library, torch, and those of the others that are installed."""
-    found = {name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch")}
-    for name in ("triton", "flash-attn", "xformers", "monai"):
+    """List the versions of this library, torch, and others that are installed. A checkout need not be installed."""
+    found = {"hlip-kernels": hlip_kernels.__version__, "torch": torch.__version__}
+    for name in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "monai"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -94,8 +104,20 @@ def versions() -> dict[str, str]:
 
 def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Add rows to a file of one JSON object a line, whole or not at all."""
+    _write(path, (path.read_text() if path.exists() else "") + _lines(rows))
+
+
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write rows as `append_rows` does, in place of all that the file has."""
+    _write(path, _lines(rows))
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text() if path.exists() else ""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(before + "".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text(text)
     partial.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -17,13 +18,19 @@ from hlip_kernels.configs import BLOCK_D, Tile, built_in_config, kind_of, max_re
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 HEADS = 12
 WIDTHS = (384, 768, 1024)
-SHARED_PER_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KiB
-THREADS_PER_SM = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+SHARED_PER_SM = {  # KiB
+    "sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_103": 228, "sm_110": 228, "sm_120": 100,
+    "sm_121": 100,
+}  # fmt: skip
+THREADS_PER_SM = {
+    "sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_103": 2048, "sm_110": 1536,
+    "sm_120": 1536, "sm_121": 1536,
+}  # fmt: skip
 REGISTERS_PER_SM = 65536
 COLUMNS = (
     "arch", "dtype", "head_dim", "width", "kernel", "rows", "streamed", "warps", "stages", "registers",
-    "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "serialised",
-    "loop_instructions", "dense_loop_instructions",
+    "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "serialised", "warning", "loop_instructions",
+    "dense_loop_instructions", "dense_serialised",
 )  # fmt: skip
 NORM_DTYPES = {"fp32+bf16": ("fp32", "bf16"), "bf16": ("bf16", "bf16")}  # of the residual, of the update
 
@@ -46,7 +53,19 @@ class Norm(NamedTuple):
     change: str
 
 
-Case = Attention | Norm
+class Again(NamedTuple):
+    """A kernel that computes something once more in backward.
+
+    width: of the norm; None for GELU, which takes rows of any.
+    """
+
+    arch: str
+    dtype: str
+    width: int | None
+    name: str
+
+
+Case = Attention | Norm | Again
 
 
 def run(cases: Sequence[Case], workers: int) -> list[dict[str, Any]]:
@@ -55,8 +74,12 @@ def run(cases: Sequence[Case], workers: int) -> list[dict[str, Any]]:
         return list(tqdm(found, "compiling", total=len(cases), unit="kernel"))
 
 
-def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """What no row of the built-in table may show."""
+def faults(rows: list[dict[str, Any]], triton: str) -> list[str]:
+    """List the faults of rows that no row of the built-in table may have, on this version of Triton.
+
+    The assembler of 3.2 and 3.3 serialises plain dense attention with any tile: there ours may be no worse.
+    """
+    serialises_all = tuple(map(int, triton.split(".")[:2])) < (3, 4)
     found = []
     for row in rows:
         what = " ".join(str(row[name]) for name in ("arch", "dtype", "head_dim", "width", "kernel") if row[name])
@@ -66,8 +89,9 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
             found.append(f"{what}: {row['shared_bytes']} bytes of shared memory are more than there is")
         if row["head_dim"] and row["dtype"] != "fp32" and not row["matrix_instructions"]:
             found.append(f"{what}: the matrix units are idle")
-        if row["serialised"]:
-            found.append(f"{what}: every matrix instruction waits for the one before")
+        if (row["serialised"] or row["warning"]) and not (serialises_all and row["dense_serialised"]):
+            why = f" ({row['warning']})" if row["warning"] else ""
+            found.append(f"{what}: every matrix instruction waits for the one before{why}")
     return found
 
 
@@ -93,23 +117,35 @@ def norm_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
     ]
 
 
+def again_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
+    cases: list[Case] = []
+    if widths:
+        cases += [Again(arch, dtype, None, "gelu_backward") for arch, dtype in product(archs, ("bf16", "fp32"))]
+    return cases + [Again(arch, dtype, w, "norm_rows") for arch, dtype, w in product(archs, NORM_DTYPES, widths)]
+
+
 def compile_case(case: Case) -> dict[str, Any]:
     facts = dict.fromkeys(COLUMNS) | {"arch": case.arch, "dtype": case.dtype}
-    return facts | (_attention_facts(case) if isinstance(case, Attention) else _norm_facts(case))
+    if isinstance(case, Attention):
+        return facts | _attention_facts(case)
+    return facts | (_norm_facts(case) if isinstance(case, Norm) else _again_facts(case))
 
 
 def _attention_facts(case: Attention) -> dict[str, Any]:
-    """As `triton_attention` would launch it; for bf16, the same of plain dense attention with the same tile."""
+    """Compile a kernel as `triton_attention` would launch it; where it is of bf16 or serialised, also plain dense
+    attention with the same tile."""
     import dense
     from hlip_kernels.backends import triton_attention
 
     arch, dtype, head_dim, name, tile = case
-    known = {"head_dim": head_dim, "kernel": name, **tile._asdict()}
     facts = compile_attention(getattr(triton_attention, f"attention_{name}"), arch, dtype, head_dim, tile)
-    if dtype == "bf16" and BLOCK_D[head_dim] == head_dim:
-        plain = compile_attention(getattr(dense, f"attention_{name}"), arch, dtype, head_dim, tile)
-        facts["dense_loop_instructions"] = plain["loop_instructions"]
-    return known | facts
+    like_dense = dtype == "bf16" and BLOCK_D[head_dim] == head_dim
+    if like_dense or facts["serialised"] or facts["warning"]:
+        plain = compile_attention(getattr(dense, f"attention_{name}"), arch, dtype, BLOCK_D[head_dim], tile)
+        facts["dense_serialised"] = plain["serialised"]
+        if like_dense:
+            facts["dense_loop_instructions"] = plain["loop_instructions"]
+    return {"head_dim": head_dim, "kernel": name, **tile._asdict()} | facts
 
 
 def compile_attention(
@@ -139,7 +175,7 @@ def _norm_facts(case: Norm) -> dict[str, Any]:
     from hlip_kernels.backends import triton_norm
 
     settings = triton_norm._constants(case.width, case.name.startswith("prefix"))
-    options = {"num_warps": settings.pop("num_warps")}
+    options = {"num_warps": settings["num_warps"]}
     residual, update = NORM_DTYPES[case.dtype]
     types = dict.fromkeys(("Residual", "X", "GradX", "GradResidual"), f"*{residual}")
     types |= dict.fromkeys(("Update", "Y", "GradY", "GradUpdate"), f"*{update}")
@@ -153,6 +189,20 @@ def _norm_facts(case: Norm) -> dict[str, Any]:
     return known | {"rows": triton_norm.ROWS, "streamed": settings.get("SUB", 1), "warps": options["num_warps"]} | facts
 
 
+def _again_facts(case: Again) -> dict[str, Any]:
+    from hlip_kernels.backends import triton_rows
+
+    kernel = getattr(triton_rows, case.name)
+    if case.width is None:
+        settings, types = triton_rows.GELU, dict.fromkeys(("Grad", "X", "Active"), f"*{case.dtype}")
+    else:
+        settings = triton_rows.norm_constants(case.width)
+        residual, update = NORM_DTYPES[case.dtype]
+        types = {"X": f"*{residual}", "Y": f"*{update}", "Weight": "*fp32", "Bias": "*fp32"}
+    facts = compile_kernel(kernel, case.arch, types, settings, {"num_warps": settings["num_warps"]})
+    return {"width": case.width, "kernel": case.name, "warps": settings["num_warps"]} | facts
+
+
 def compile_kernel(
     kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -163,6 +213,8 @@ def compile_kernel(
     facts = read(binary.asm["cubin" if nvidia else "amdgcn"])
     shared, warps = binary.metadata.shared, options["num_warps"]
     facts |= {"shared_bytes": shared, "stages": binary.metadata.num_stages}
+    codes = machine_code.serialisation_codes(binary.asm["ptx"]) if arch == "sm_90" else []
+    facts["warning"] = " ".join(dict.fromkeys(codes)) or None
     facts["occupancy"] = occupancy(arch, facts["registers"], shared, warps) if nvidia else None
     return facts
 
@@ -172,7 +224,6 @@ def compile_binary(
 ) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = dict(_signature(kernel.arg_names, types, used))
@@ -182,11 +233,24 @@ def compile_binary(
         for i, name in enumerate(kernel.arg_names)
         if name not in free and (signature[name][0] == "*" or name.startswith("stride"))
     ]  # as at run time, else loads are not vectorised
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
     nvidia = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+    source = _source(kernel, signature, used, aligned)
     return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+
+
+def _source(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: list[int]) -> Any:
+    """A kernel with its arguments' types. Before Triton 3.3 the signature leaves constants out, and what is known of
+    arguments is an object."""
+    from triton.compiler import ASTSource
+
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        return ASTSource(kernel, signature, constants, attributes)
+    from triton.backends.compiler import AttrsDescriptor
+
+    varying = {name: kind for name, kind in signature.items() if name not in constants}
+    return ASTSource(kernel, varying, constants, AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16)))
 
 
 def _signature(names: list[str], types: dict[str, str], constants: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,16 +7,22 @@ WAYS = {
     "hlip-triton": "this library, its Triton kernels",
     "hlip-varlen": "this library, by PyTorch's varlen attention",
     "hlip-flash": "this library, by flash-attn",
+    "hlip-flash3": "this library, by FlashAttention-3",
+    "hlip-flash4": "this library, by flash-attn-4",
     "hlip-xformers": "this library, by xformers",
     "sdpa": "PyTorch's `scaled_dot_product_attention`, one call for each group",
     "sdpa-dense": "the same in one call, where all groups are of one length",
-    "published": "the same with the copies that the released code makes when the level changes",
+    "sdpa-cudnn": "as `sdpa-dense`, through cuDNN's kernels",
+    "sdpa-flash": "as `sdpa-dense`, through PyTorch's own FlashAttention",
+    "published": "as `sdpa-dense`, with the copies that the released code makes when the level changes",
     "padded": "one call, all groups padded to the longest, a mask over the padding",
     "block-mask": "one call over all rows with a block-diagonal mask",
     "flex": "PyTorch's FlexAttention, compiled, with its block mask",
     "nested": "PyTorch's nested tensors of jagged layout",
     "varlen": "PyTorch's `torch.nn.attention.varlen`",
     "flash-attn": "flash-attn's `flash_attn_varlen_qkvpacked_func`",
+    "flash-attn-3": "FlashAttention-3's `flash_attn_varlen_func`",
+    "flash-attn-4": "flash-attn-4's `flash_attn_varlen_func`",
     "xformers": "xformers' `memory_efficient_attention` with its block-diagonal mask",
 }
 MODELS = {
@@ -79,24 +85,34 @@ tokens, a study of four scans where slices or studies grow), and small inputs sh
 lose. Memory is that of a training step, as above. A model is out of memory when a training step in a process of its own
 would map more than 8 GiB beyond what it started with (on a GPU: allocate), and is not tried at larger sizes."""
 ATTENTION = """How long does one call of attention within the groups of a level take, forward alone (`forward`), and
-forward with backward (`training`)? A case is named by its level and the rows of a group, patches and a prefix row: 197
-are a slice of 14 x 14 patches, 1177 a scan of six slices, 4705 a study of four scans; or by a mix, in which studies
-have differing scan counts, with `drop50` after half of the patches were dropped, with `drop25` a quarter. GFLOP/s count
-the work itself, no padding; `of a product` is that as a share of what a large matrix product reached in the same run,
-`of a copy` the bytes that the work must read and write at least, as a share of a large copy's. MB kept is what a
-training step holds for its backward (counted on CPUs), MB peak what a call adds at most to the process, or to the GPU's
-memory: results, scratch, and what lies between. `prepare` is paid once a batch, for all layers, and is not in the
-ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call is where compilers run.
-Ways of packed sequences read the same rows, group after group; those of dense or padded groups get copies that are
-made before, which favours them. Results are compared with the formula in float64 before anything is timed."""
+forward with backward (`training`)? A case is named by its level and the rows of a group, patches and a prefix row:
+197 are a slice of 14 x 14 patches, 1177 a scan of six slices, 4705 a study of four scans; or by a mix, in which
+studies have differing scan counts, with `drop50` after half of the patches were dropped, with `drop25` a quarter.
+GFLOP/s count the work itself, no padding; `of a product` is that as a share of what a large matrix product reached
+in the same run, `of a copy` the bytes that the work must read and write at least, as a share of a large copy's. MB
+kept is what a training step holds for its backward (counted on CPUs), MB peak what a call adds at most to the
+process, or to the GPU's memory: results, scratch, and what lies between. `prepare` is paid once a batch, for all
+layers, and is not in the ratio: ours builds the groups of all levels, FlexAttention its block mask. The first call
+is where compilers run. Measured: ms, times ours, GFLOP/s and the share of a product, MB peak, prepare, first call
+and error; counted: MB kept; estimated, from the least bytes: the share of a copy. Ways of packed sequences read the
+same rows, group after group; those of dense or padded groups get copies that are made before, which favours them.
+Results are compared with the formula in float64 before anything is timed."""
 LAYER = """What does a change of level cost, with the norm before attention and attention itself? `hlip` adds the
 residual, moves every row to where the next level has it and takes the LayerNorm in one pass; attention reads the result
 in place. `copies` is the released way: add, split the cls rows off, average or repeat them, reshape the patches,
 concatenate, LayerNorm, then PyTorch's `scaled_dot_product_attention`. The products with weights between norm and
 attention are the same in both and left out. Residuals are float32. MB moved adds up what the ops of a pass read and
 write, each tensor once for each op: modelled from their shapes, not measured."""
-BYTES = """Counted, not timed: every byte that the Triton kernels request, seen by Triton's interpreter (`ours`), and
-what attention that writes its weights to memory would move (`standard`). Does it grow as theory says? Where an exponent
-is 2, twice as many make four times the bytes; -1 halves them, 0 leaves them. The claims are those of the paper's
-section 3.1 and, for flash attention, N^2 D^2 / S: N tokens, M scans, d slices of a scan, D head dim, S fast memory, for
-which the rows of a tile stand."""
+BYTES = """Counted, not timed, and nothing measured: every byte that the Triton kernels request, seen by Triton's
+interpreter (`ours`), and what attention that writes its weights to memory would move (`standard`, estimated from
+shapes, as are the published way and the least). Does it grow as theory says? Where an exponent is 2, twice as many
+make four times the bytes; -1 halves them, 0 leaves them. The claims are those of the paper's section 3.1 and, for
+flash attention, N^2 D^2 / S: N tokens, M scans, d slices of a scan, D head dim, S fast memory, for which the rows of
+a tile stand."""
+STATIC = """Counted in machine code, not run: every Triton kernel, compiled ahead of time for its row of the tile table
+by several versions of Triton (PyTorch 2.6 brings 3.2, 2.13 brings 3.9). Does a compiler
+spill registers to memory, and does it leave the matrix units of sm_90 in their pipeline? `serialised` are kernels in
+whose loop every matrix instruction waits for the one before, or of which the assembler says so; `dense, too` are those
+of them where plain dense attention with the same tile is serialised as well. `loop` is the number of instructions of a
+thread for a tile, `loop, dense` that of plain dense attention, which has one length for all groups and no masks,
+`programs` how many a multiprocessor holds at once."""

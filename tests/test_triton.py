@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
 import subprocess
 import sys
 from itertools import product
@@ -25,16 +23,15 @@ from hlip_kernels import StudyLayout, available_backends, hier_attention
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.configs import ALLOWED, ARCHITECTURES, BLOCK_D, KINDS, Row, attention_config, built_in_config
 from hlip_kernels.layout import LEVELS, TILE_ROWS
+from hlip_kernels.ops import flat_attention
 from spans import check_few_queries, plain_spans
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="conftest sets TRITON_INTERPRET=1")
 
-from hlip_kernels.backends import triton_attention, triton_norm  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-import machine_code  # noqa: E402
 import static  # noqa: E402
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
@@ -51,7 +48,9 @@ def _fill_new_memory_with_nan() -> object:
 
 
 def attend(qkv: torch.Tensor, lengths: list[int], num_prefix: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward_op(qkv, *plain_spans(lengths, num_prefix)[:3], qkv.shape[3] ** -0.5, backend, False)
+    return forward_op(
+        qkv, *flat_attention(plain_spans(lengths, num_prefix), qkv.shape[3] ** -0.5, backend, False, "scan")
+    )
 
 
 def assert_close_to_oracle(
@@ -202,7 +201,7 @@ def test_strided_qkv() -> None:
 
 
 def test_opcheck() -> None:
-    rest = (*plain_spans([3, 0, 20], 1)[:3], 0.25, "triton", False)
+    rest = flat_attention(plain_spans([3, 0, 20], 1), 0.25, "triton", False, "scan")
     qkv = torch.randn(26, 3, HEADS, 16)
     torch.library.opcheck(forward_op, (qkv.clone().requires_grad_(), *rest))
     out, lse = forward_op(qkv, *rest)
@@ -249,36 +248,18 @@ def test_every_reason_is_given() -> None:
 def test_tf32_only_where_pytorch_allows_it() -> None:
     """In a process of its own: PyTorch refuses a mix of its old and new settings."""
     code = (
-        "import torch; from hlip_kernels.backends.triton_attention import _constants\n"
+        "import torch; from hlip_kernels.backends.triton_attention import _constants, _kind\n"
         "from hlip_kernels.configs import Tile\n"
-        "x, tile = torch.zeros(4, 1, 16), Tile(64, 32, 4, 1)\n"
-        "def kind(x=x): return _constants(x, tile)['PRECISION']\n"
+        "def kind(dtype=torch.float32): return _constants(_kind(dtype), 1, 16, Tile(64, 32, 4, 1))['PRECISION']\n"
         "assert kind() == 'ieee'\n"
         "{allow}\n"
-        "assert kind() == 'tf32' and kind(x.half()) == 'ieee'\n"
+        "assert kind() == 'tf32' and kind(torch.float16) == 'ieee'\n"
     )
     ways = ["torch.set_float32_matmul_precision('high')", "torch.backends.cuda.matmul.allow_tf32 = True"]
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         ways += ["torch.backends.cuda.matmul.fp32_precision = 'tf32'", "torch.backends.fp32_precision = 'tf32'"]
     for allow in ways:
         subprocess.run([sys.executable, "-c", code.format(allow=allow)], check=True)
-
-
-def test_mixes_of_studies_share_compiled_kernels() -> None:
-    """Of the arguments that differ between batches, none makes Triton specialise."""
-    for module, names in (
-        (triton_attention, ("attention_forward", "attention_dq", "attention_dkdv")),
-        (triton_norm, ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
-    ):
-        for name in names:
-            kernel = getattr(module, name)
-            source = inspect.getsource(kernel.fn)
-            arguments = set(re.findall(r"\w+", source.partition("(")[2].partition("):")[0]))
-            given = arguments & {"num_rows", "first_partial"}
-            maps = {"Tiles", "CuQueries", "CuKeys", "UsedQueries", "UsedKeys", "Fine", "Coarse", "Parents", "Children"}
-            maps &= arguments
-            assert given <= set(kernel.kwargs["do_not_specialize"] or ()), name
-            assert maps <= set(kernel.kwargs["do_not_specialize_on_alignment"]), name
 
 
 def test_without_triton_the_cpu_works_and_triton_explains_itself() -> None:
@@ -310,27 +291,6 @@ def test_each_dtype_finds_its_row() -> None:
     assert attention_config("sm_90", torch.float16, 64) == attention_config("sm_90", torch.bfloat16, 64) == half
     assert attention_config("sm_90", torch.float32, 64) == single
     assert attention_config("sm_90", torch.float32, 64, tf32=True) == tf32
-
-
-SASS = """
-.L_x_0:
- /*0000*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
- /*0010*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
- /*0020*/ @P0 BRA `(.L_x_0) ;
-.L_x_1:
- /*0030*/ HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
- /*0040*/ @P0 BRA `(.L_x_1) ;
-"""
-
-
-def test_the_loop_over_whole_tiles_is_read_and_must_not_be_serialised() -> None:
-    facts = machine_code.read_sass(SASS)
-    assert facts == {"matrix_instructions": 3, "loop_instructions": 3, "serialised": False}
-    facts = machine_code.read_sass(SASS.replace("R24 ;", "R24, gsb0 ;"))
-    assert facts["serialised"]
-    row = dict.fromkeys(static.COLUMNS) | facts | {"dtype": "bf16", "head_dim": 64}
-    assert static.faults([row]) == ["bf16 64: every matrix instruction waits for the one before"]
-    assert static.faults([row | {"serialised": False}]) == []
 
 
 def static_rows(folder: Path, *settings: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ Every program writes rows that no other writes: no atomics, and the same bits on
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .base import QKV, Spans, check_attention
 VARYING = ["num_rows"]
 MAPS = ["Tiles", "CuQueries", "CuKeys", "UsedQueries", "UsedKeys"]
 LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_HEADS = 65535  # of a CUDA grid's second dimension
 TAIL = tl.constexpr(16)  # the least that matrix units take
 
 
@@ -116,7 +118,7 @@ def attention_forward(
     for _ in range(num_k // STREAMED):
         b_m, b_l, b_acc = _attend(b_q, K + o_run, V + o_run, None, b_m, b_l, b_acc, qk_scale, D, PRECISION)
         o_run += STREAMED * stride_k
-    REST: tl.constexpr = TAIL if K.dtype.element_ty.primitive_bitwidth == 16 else STREAMED
+    REST: tl.constexpr = STREAMED if K.dtype.element_ty.is_fp32() else TAIL
     for begin in tl.range(num_k - num_k % STREAMED, num_k, REST, num_stages=1):
         r_k = begin + tl.arange(0, REST)
         o_k = _rows(r_k, stride_k, BLOCK_D) + base
@@ -132,6 +134,8 @@ def _add_dq(b_q, b_do, b_lse, b_delta, p_k, p_v, m_k, b_dq, qk_scale,
             D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     b_k = _load(p_k, m_k, D)  # [N, D]
     b_v = _load(p_v, m_k, D)
+    if PRECISION == "ieee" and b_k.dtype.is_fp32():
+        tl.debug_barrier()  # else the compiler puts one after it has read all of b_q, whose rows fill the registers
     b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * qk_scale - b_lse[:, None])
     if m_k is not None:
         b_p = tl.where(m_k[None, :], b_p, 0.0)  # exp2 may be infinite there, and infinity times 0 is not 0
@@ -167,7 +171,7 @@ def attention_dq(
     for _ in range(num_k // STREAMED):
         b_dq = _add_dq(b_q, b_do, b_lse, b_delta, K + o_run, V + o_run, None, b_dq, qk_scale, D, PRECISION)
         o_run += STREAMED * stride_k
-    REST: tl.constexpr = TAIL if K.dtype.element_ty.primitive_bitwidth == 16 else STREAMED
+    REST: tl.constexpr = STREAMED if K.dtype.element_ty.is_fp32() else TAIL
     for begin in tl.range(num_k - num_k % STREAMED, num_k, REST, num_stages=1):
         r_k = begin + tl.arange(0, REST)
         o_k = _rows(r_k, stride_k, BLOCK_D) + base
@@ -227,7 +231,7 @@ def attention_dkdv(
         o_run += STREAMED * stride_q
         o_run_do += STREAMED * stride_do
         p_stats += 2 * STREAMED
-    REST: tl.constexpr = TAIL if Q.dtype.element_ty.primitive_bitwidth == 16 else STREAMED
+    REST: tl.constexpr = STREAMED if Q.dtype.element_ty.is_fp32() else TAIL
     for begin in tl.range(num_q - num_q % STREAMED, num_q, REST, num_stages=1):
         r_q = begin + tl.arange(0, REST)
         b_dk, b_dv = _add_dkdv(
@@ -246,7 +250,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     check_attention(q, k, v, queries, keys, softmax_scale)
     q, k, v = _readable(q, k, v)
-    out = q.new_empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     launch_forward(q, k, v, out, lse, queries, keys, softmax_scale, _config(q).forward)
     return out, lse
@@ -291,10 +295,11 @@ def launch_forward(
 ) -> None:
     """Write out and lse."""
     tiles = queries.tile_map(tile.rows)
-    if len(tiles):
-        attention_forward[(len(tiles), q.shape[1])](
+    num_tiles = tiles.shape[0]
+    if num_tiles:
+        attention_forward[(num_tiles, q.shape[1])](
             q, k, v, out, lse, tiles, *_spans(queries, keys), *_strides(q, k), q.shape[0],
-            softmax_scale * LOG2_E.value, **_constants(q, tile),
+            softmax_scale * LOG2_E.value, **_constants(_kind(q.dtype), *q.shape[1:], tile),
         )  # fmt: skip
 
 
@@ -314,11 +319,12 @@ def launch_dq(
 ) -> None:
     """Write grad_q, and stats (H, R, 2) for `launch_dkdv`."""
     tiles = queries.tile_map(tile.rows)
-    if len(tiles):
-        attention_dq[(len(tiles), q.shape[1])](
+    num_tiles = tiles.shape[0]
+    if num_tiles:
+        attention_dq[(num_tiles, q.shape[1])](
             q, k, v, out, grad_out, lse, stats, grad_q, tiles, *_spans(queries, keys),
             *_strides(q, k, grad_out, grad_q), q.shape[0], softmax_scale, softmax_scale * LOG2_E.value,
-            **_constants(q, tile),
+            **_constants(_kind(q.dtype), *q.shape[1:], tile),
         )  # fmt: skip
 
 
@@ -337,11 +343,12 @@ def launch_dkdv(
 ) -> None:
     """Write grad_k and grad_v."""
     tiles = keys.tile_map(tile.rows)
-    if len(tiles):
-        attention_dkdv[(len(tiles), q.shape[1])](
+    num_tiles = tiles.shape[0]
+    if num_tiles:
+        attention_dkdv[(num_tiles, q.shape[1])](
             q, k, v, grad_out, stats, grad_k, grad_v, tiles, *_spans(queries, keys),
             *_strides(q, k, grad_out, grad_k, grad_v), q.shape[0], softmax_scale, softmax_scale * LOG2_E.value,
-            **_constants(q, tile),
+            **_constants(_kind(q.dtype), *q.shape[1:], tile),
         )  # fmt: skip
 
 
@@ -377,9 +384,15 @@ def _tf32(dtype: torch.dtype) -> bool:
     return (getattr(torch.backends, "fp32_precision", "ieee") if precision == "none" else precision) == "tf32"
 
 
-def _constants(q: Tensor, tile: Tile) -> dict[str, Any]:
-    _, heads, head_dim = q.shape
-    kind = kind_of(q.dtype, _tf32(q.dtype))
+def _kind(dtype: torch.dtype) -> str:
+    return kind_of(dtype, _tf32(dtype))
+
+
+@functools.cache
+def _constants(kind: str, heads: int, head_dim: int, tile: Tile) -> dict[str, Any]:
+    """The constants of a launch; not to be changed, as they are made once."""
+    if heads > MAX_HEADS:
+        raise ValueError(f"q: a launch holds at most {MAX_HEADS} heads, got {heads}")
     registers = None if torch.version.hip else max_registers(kind, tile.warps)
     return {
         "H": heads,
@@ -390,5 +403,6 @@ def _constants(q: Tensor, tile: Tile) -> dict[str, Any]:
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "enable_fp_fusion": True,  # Triton 3.10 no longer does so by itself
         **({} if registers is None else {"maxnreg": registers}),
     }
