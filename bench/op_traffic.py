@@ -45,14 +45,19 @@ class OpTraffic(TorchDispatchMode):
         if out is not NotImplemented:
             return out
         out = func(*args, **kwargs)
-        if not func.is_view and not func.__name__.startswith(("_unsafe_view", "empty", "new_empty")):
+        if not self.is_free(func):
             said = zip(args, func._schema.arguments, strict=False)
             changed = [x for x, of in said if of.alias_info is not None and of.alias_info.is_write]
-            self.counts.loaded += _bytes(tree_leaves((args, kwargs)))
-            self.counts.stored += _bytes(tree_leaves((out, changed)))
+            self.counts.loaded += tensor_bytes((args, kwargs))
+            self.counts.stored += tensor_bytes((out, changed))
         return out
 
+    @staticmethod
+    def is_free(func: Any) -> bool:
+        """Whether an op moves nothing: it makes a view, or memory that is not written."""
+        return bool(func.is_view) or func.__name__.startswith(("_unsafe_view", "empty", "new_empty", "detach", "alias"))
 
-def _bytes(leaves: list[Any]) -> int:
-    """Of the tensors, each once."""
-    return sum(x.nbytes for x in {id(x): x for x in leaves if isinstance(x, Tensor)}.values())
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested arguments, each tensor once."""
+    return sum(x.nbytes for x in {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}.values())
