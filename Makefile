@@ -6,8 +6,10 @@
 # make bench  the quick benchmarks, into bench/results/ and docs/benchmarks.md
 # make docs   the documentation as a site, into site/
 # make bench-compare BASE=REV   this folder beside another revision, in turns: what has become faster or slower
-# make gpu-check   are the kernels right on this GPU, and how fast: one report, gpu-check.md
-# All make their own virtual environment in .venv from PYTHON (3.10 or newer).
+# make static-versions   every Triton kernel compiled by several versions of Triton, into bench/results/
+# make gpu-check MINUTES=8   are the kernels right on this GPU, and how fast: one report, gpu-check.md. It installs
+#                 nothing, and takes GPU_PYTHON, a Python that has torch and triton
+# All others make their own virtual environment in .venv from PYTHON (3.10 or newer).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -22,7 +24,7 @@ endif
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all coverage docs bench bench-compare gpu-check lint format clean
+.PHONY: demo test test-all coverage docs bench bench-compare static-versions gpu-check lint format clean
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
@@ -66,8 +68,14 @@ bench-compare: $(VENV)/.installed
 	@test -n "$(BASE)" || { echo "which revision to compare with: make bench-compare BASE=REV" >&2; exit 2; }
 	$(BIN)/python bench/compare.py --base $(BASE)
 
-gpu-check: $(VENV)/.installed
-	$(BIN)/python bench/check.py --out gpu-check.md
+static-versions: $(VENV)/.installed
+	status=0; $(BIN)/python bench/static_versions.py --results $(RESULTS)/static.jsonl || status=$$?; \
+		$(BIN)/python bench/plot.py; exit $$status
+
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	@$(GPU_PYTHON) -c 'import torch, triton' || { echo "make gpu-check GPU_PYTHON=/path/to/python3: one that has torch and triton" >&2; exit 2; }
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) bench/check.py --out gpu-check.md $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(MODULES)

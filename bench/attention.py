@@ -5,8 +5,8 @@
     python bench/attention.py --io                     bytes and operations counted, beside those that theory claims
     python bench/attention.py --static                 every row of the tile table, compiled without a GPU
     python bench/attention.py --static --arch sm_90 --json static.json
-    python bench/attention.py --tune                   a tile table for this GPU
-    python bench/attention.py --tune --dtype bf16 --head-dim 64
+    python bench/attention.py --tune                   the fastest tiles, and the fastest library, of this GPU
+    python bench/attention.py --tune --dtype bf16 --head-dim 64 --minutes 10
 
 Without a mode, forward alone and forward with backward (`training`) of attention within slices, scans and studies are
 timed for all of our backends and the ways of others (`peers.py` describes them, `kernels.py` the cases). All run in
@@ -14,21 +14,27 @@ turns on the same tensors, after their results were checked against float64. `ti
 ratios to our default backend, with its 95% interval. `prepare` is what a batch costs before the first layer: the layout
 for ours, masks and bounds for others. The first call is shown apart, as that is where compilers run. GFLOP/s and the
 part of a copy's bandwidth count the work itself, no padding, and stand beside a matrix product and a copy of the same
-run. What cannot run here is listed with the reason. On a CPU the process keeps the memory that tensors leave while
-ways are timed, as this library's programs do, which serves all alike.
+run. A line under each table says which figures were measured, counted or estimated; in the rows, `kinds` does. What
+cannot run here is listed with the reason. On a CPU the process keeps the memory that tensors leave while ways are
+timed, as this library's programs do, which serves all alike.
 
 `--io` needs no GPU; `io_complexity.py` says what is counted.
 
 `--static` compiles each kernel of the attention and of the norm ahead of time with Triton's own compiler and looks at
 the machine code: registers, bytes spilled to the stack, shared memory, programs that fit a multiprocessor, matrix
-instructions, whether (on sm_90) each of them waits for the one before, the number of instructions of the loop over
-whole tiles, and for bf16 that of plain dense attention with the same tile (`dense.py`). Nothing is run and no time is
-measured. Exits with 1 if any kernel spills, needs more shared memory than there is, leaves the matrix units idle or
-makes them wait; fp32 without tf32 and the norm do not use them.
+instructions, whether (on sm_90) each of them waits for the one before, and the code of the assembler's warning if it
+says so, the number of instructions of the loop over whole tiles, and for bf16 that of plain dense attention with the
+same tile (`dense.py`). Nothing is run and no time is measured. Exits with 1 if any kernel spills, needs more shared
+memory than there is, leaves the matrix units idle or makes them wait (before Triton 3.4: where dense attention does
+not); fp32 without tf32 and the norm do not use them. `static_versions.py` does so for several versions of Triton.
 
-`--tune` times candidate tiles on the GPU at hand, for each kind of arithmetic and head dim, on short and long groups
-together. One that fails to compile or run, or strays from the float64 oracle, is reported and passed over. The fastest
-become rows of the user's tile table, which `hlip_kernels` reads from then on; Ctrl-C leaves the table as it was.
+`--tune` times candidate tiles of our kernels on the GPU at hand, for each kind of arithmetic and head dim, on short and
+long groups together; and, in bf16 and fp16, the attention libraries that are installed beside our kernels, on groups of
+slices, of scans and of studies. What fails to compile or run, strays from the float64 oracle, or makes a group's result
+depend on those beside it, is reported and passed over. Kernels are compiled ahead on all cores. The fastest become rows
+of the user's table, from which `hlip_kernels` takes tiles, and `auto` the library for each level, in every process that
+begins later; Ctrl-C leaves the table as it was. bf16 and head dim 64 come first, and in each row the tiles in use and
+the libraries, so that `--minutes` leaves out what tells least. What it leaves out is listed.
 """
 
 from __future__ import annotations
@@ -36,15 +42,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
 import torch
 
 import kernels
+import machine_code
 import static
 import tune
-from hlip_kernels.configs import ARCHITECTURES, BLOCK_D
+from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, SAME_TILES
 from options import add_device, number, positive, written
 from peers import PEERS
 from report import print_table, write_json
@@ -66,8 +74,9 @@ def main() -> int:
     if args.tune:
         if not torch.cuda.is_available():
             parser.exit(2, f"{parser.prog}: --tune needs a GPU that PyTorch can use, and there is none\n")
-        return tune.main(args.dtype or list(static.DTYPES), list(BLOCK_D) if args.head_dim is None else args.head_dim)
-    return compiled(args) if args.static else timed(args, parser)
+        head_dims = list(BLOCK_D) if args.head_dim is None else args.head_dim
+        return tune.main(args.dtype or list(static.DTYPES), head_dims, args.minutes)
+    return compiled(args, parser) if args.static else timed(args, parser)
 
 
 def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -93,17 +102,21 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return kernels.main(cases, settings, args.json, args.results, args.profile)
 
 
-def compiled(args: argparse.Namespace) -> int:
+def compiled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    strange = [arch for arch in args.arch if arch.startswith("sm_") and not machine_code.can_assemble(arch)]
+    if strange:
+        parser.exit(2, f"{parser.prog}: Triton's assembler has no code for {', '.join(strange)}; choose by --arch\n")
     head_dims = list(BLOCK_D) if args.head_dim is None else args.head_dim
     cases = [
         *static.attention_cases(args.arch, args.dtype or list(static.DTYPES), head_dims),
         *static.norm_cases(args.arch, args.width),
+        *static.again_cases(args.arch, args.width),
     ]
     rows = static.run(cases, args.workers)
     print_table(static.COLUMNS, [[row[column] for column in static.COLUMNS] for row in rows])
     if args.json:
         write_json(rows, args.json)
-    faults = static.faults(rows)
+    faults = static.faults(rows, version("triton"))
     print(
         f"{len(rows)} kernels compiled, {sum(row['stack_bytes'] > 0 for row in rows)} of them spill", *faults, sep="\n"
     )
@@ -115,7 +128,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--io", action="store_true", help="count bytes and operations; needs no GPU")
     mode.add_argument("--static", action="store_true", help="compile the tile table ahead of time; needs no GPU")
-    mode.add_argument("--tune", action="store_true", help="time tiles on this GPU and write the user's tile table")
+    mode.add_argument("--tune", action="store_true", help="time tiles and libraries on this GPU for the user's table")
     parser.add_argument("--dtype", nargs="+", choices=static.DTYPES, help="default: bf16; of --static and --tune all")
     parser.add_argument(
         "--head-dim", nargs="*", type=int, choices=BLOCK_D, help="default: 64; of --static and --tune all"
@@ -150,19 +163,26 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add_device(timing)
     timing.add_argument("--profile", type=Path, metavar="FOLDER", help="write a Chrome trace of every case there")
     only = parser.add_argument_group("with --static")
-    only.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
+    only.add_argument(
+        "--arch", nargs="+", choices=(*ARCHITECTURES, *SAME_TILES), default=ARCHITECTURES,
+        help=f"default: {' '.join(ARCHITECTURES)}",
+    )  # fmt: skip
     only.add_argument(
         "--width", nargs="*", type=number, default=static.WIDTHS, help="of the norm; default: %(default)s, may be none"
     )
     only.add_argument(
         "--workers", type=number, default=os.cpu_count(), help="compiler processes (default: %(default)s)"
     )
+    tuning = parser.add_argument_group("with --tune")
+    tuning.add_argument("--minutes", type=positive, help="after which nothing new is tried (default: no limit)")
     args = parser.parse_args()
     if args.quick and args.cases:
         parser.error("--quick and --cases both choose cases: give one")
     timing_mode = not (args.io or args.static or args.tune)
     if timing_mode and "tf32" in (args.dtype or ()):
         parser.error("--dtype tf32 is for --static and --tune")
+    if args.minutes and not args.tune:
+        parser.error("--minutes is for --tune")
     return args, parser
 
 

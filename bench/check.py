@@ -1,254 +1,343 @@
-"""Is this library right on this GPU, and how fast? Everything in one report.
+"""Is this library right on this GPU, and how fast? Everything in one report, the most telling first.
 
-    python bench/check.py
-    python bench/check.py --out h100.md --stages attention throughput
-    python bench/check.py --device cpu --stages environment attention norm memory training
+    python bench/check.py --minutes 8
+    python bench/check.py --minutes 8 --out h100.md            also h100.json, with every row
+    python bench/check.py --minutes 8 --out h100.md --continue what it had no time for
+    python bench/check.py --list                               the steps, with an estimate of the seconds of each
+    python bench/check.py --device cpu                         the same with this processor's kernels, as a rehearsal
 
-Goes through the stages one by one, and goes on where one fails:
+Needs a checkout on PYTHONPATH, torch, triton and the core requirements; nothing has to be installed or built.
 
-    environment  versions, devices, backends
-    attention    results and gradients of every backend that runs here against the formula in float64: all types and
-                 head dims, slices, scans and studies, 0, 1 and 3 prefix rows, half of the patches dropped; and every
-                 result twice, which must be the same to the last bit
-    norm         the same of residual add, regroup and LayerNorm, from every level to every other; as exact as PyTorch
-    memory       what a training call of attention needs, which must not grow faster than the tokens
+    environment  versions, device, driver, clocks, backends and why others do not run
+    compile      every Triton kernel that is launched later, on all cores at once; registers and spills
+    attention    results and gradients against the formula in float64: slices, scans and studies, 0, 1 and 3 prefix
+                 rows, half of the patches dropped; every result twice, which must be the same to the last bit
+    norm         the same of residual add, regroup and LayerNorm, from every level to every other
+    ceilings     a large matrix product and a large copy, beside which the rest is set
+    kernels      forward, dq, dkdv and norm, each by itself
+    peers        attention beside other libraries and PyTorch's own ways
+    encoder      whole encoders of the paper's Table 9: time, the host's share of it, CUDA graphs
     training     gradients of a step of an encoder in bf16 against the same step in float32 on the CPU
-    tune         times other tile sizes for this GPU and writes the fastest to the user's table (not on a CPU)
-    throughput   attention beside other libraries, and the whole encoders of Table 9
+    memory       what a training call of attention needs, which must not grow faster than the tokens
+    tune         times other tile sizes and libraries for this GPU; the table goes into the report (not on a CPU)
+    sanitizer    NVIDIA's compute-sanitizer, where it is installed
 
-Exits with 1 if any stage failed. The report is Markdown, to be sent along with an issue.
+Before each step the time that is left is compared with its estimate: one that does not fit is left out and listed, and
+shorter ones after it may still run. Steps run in a process of their own. One that raises, ends the process or takes far
+longer than its estimate is reported, and the others go on. The report is written after every step. Exits with 1 if
+anything of this library was wrong; mistakes of other libraries are reported only.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import contextlib
+import faulthandler
+import gc
+import json
+import multiprocessing
+import os
+import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from functools import partial
-from itertools import product
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-import encoder
-from hlip.data.batch import Draws, patch_dropout
-from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
-from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, choose_backend, not_supported_reasons
-from hlip_kernels.env import report as environment_report
-from hlip_kernels.layout import LEVELS
-from kernels import BEFORE, DTYPES, TOLERANCE, Oracle, Way
-from options import written
-from peers import Ours, Problem
-from plot import table
-from report import provenance
-from timing import Peak
+import columns
+import steps
+from checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, summary
+from options import positive, written
+from report import print_table, provenance
+from steps import SIZES, STAGES, STEPS, Setup, Step
+from timing import synchronise
 
-GRIDS: list[list[Grid]] = [[(4, 7, 9)], [(2, 14, 14), (1, 3, 5), (6, 8, 8)], [(1, 3, 4)]]
-HEADS, HEAD_DIMS, WIDTH = 3, (16, 32, 64, 80, 96, 128), 768
-MEMORY_SCANS, MEMORY_GROWTH = (2, 4, 8), 1.1  # of a study; bytes a token may become so many times as many
-STEP_TOLERANCE = 5e-2  # of the norm of all gradients
+STARTED = time.monotonic() - time.process_time()  # imports take seconds, too
+START_SECONDS = 120.0  # that a new process may take until it can run steps
+PATIENCE, GRACE = 3.0, 30.0  # times its estimate, and seconds more, that a step may take
+ABSENT = 2.0  # seconds of a step that finds nothing to run
+TINY = 0.2  # of the estimates on a CPU
+ALIKE = ("device", "size", "commit")  # of a report that is to be continued
 
 
-class Found(NamedTuple):
-    """What a stage found. text: Markdown."""
-
-    text: str
-    right: bool = True
-
-
-def environment(device: str) -> Found:
-    return Found(f"```\n{environment_report()}\n```")
+class Outcome(NamedTuple):
+    verdict: str
+    rows: list[dict[str, Any]]
+    note: str = ""
+    clocks: dict[str, Any] | None = None
 
 
-def attention(device: str) -> Found:
-    lines: list[list[object]] = []
-    right = True
-    for name, dtype in product(BACKENDS, DTYPES):
-        dims = [d for d in HEAD_DIMS if not not_supported_reasons(name, device, DTYPES[dtype], d)]
-        if not dims:
-            reasons = not_supported_reasons(name, device, DTYPES[dtype], 64)
-            lines.append([name, dtype, None, None, None, "; ".join(reasons)])
-            continue
-        worst, faults = {"out": 0.0, "grad": 0.0}, []
-        for head_dim, level, prefix, drop in product(dims, LEVELS, (0, 1, 3), (0.0, 0.5)):
-            errors, same = check_attention(name, device, dtype, head_dim, level, prefix, drop)
-            where = f"head dim {head_dim}, {level}, {prefix} prefix rows, dropout {drop}"
-            for what, error in errors.items():
-                worst[what] = max(worst[what], error)
-                if not error <= TOLERANCE[dtype] * (1 if what == "out" else 2):
-                    faults.append(f"{what} off by {error:.2g} ({where})")
-            if not same:
-                faults.append(f"not the same twice ({where})")
-        lines.append([name, dtype, len(dims), f"{worst['out']:.1e}", f"{worst['grad']:.1e}", "; ".join(faults[:3])])
-        right &= not faults
-    header = ["backend", "type", "head dims", "error of results", "of gradients", "wrong, or why not run"]
-    return Found(table(header, lines), right)
+class Worker:
+    """A process that runs steps one after another, and a new one in its place where it ends or stands still.
+
+    deadline: of all steps, on the monotonic clock.
+    """
+
+    def __init__(self, device: str, size: str, deadline: float) -> None:
+        self.device, self.size, self.deadline = device, size, deadline
+        self.process: multiprocessing.process.BaseProcess | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Facts of the device, once it is there.
+
+        Raises:
+            RuntimeError: it cannot be used.
+        """
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.stack = tempfile.NamedTemporaryFile("r", suffix=".txt")  # noqa: SIM115 - closed as the process is stopped
+        self.process = context.Process(target=work, args=(theirs, self.device, self.size, self.stack.name))
+        self.process.start()
+        theirs.close()
+        try:
+            kind, value = self.receive(START_SECONDS)
+        except (EOFError, TimeoutError) as error:
+            self.stop()
+            if time.monotonic() >= self.deadline:
+                raise RuntimeError("time was up before anything could run. Give more --minutes.") from error
+            raise RuntimeError(f"the process that runs steps did not start ({type(error).__name__})") from error
+        if kind == "failed":
+            self.stop()
+            raise RuntimeError(value)
+        return value
+
+    def receive(self, seconds: float) -> tuple[str, Any]:
+        until = min(self.deadline, time.monotonic() + seconds)
+        if not self.connection.poll(max(0.0, until - time.monotonic())):
+            raise TimeoutError
+        kind, text = self.connection.recv()
+        return kind, json.loads(text)
+
+    def run(self, step: Step, limit: float) -> Outcome:
+        """limit: seconds, after which the step is ended."""
+        rows: list[dict[str, Any]] = []
+        try:
+            if self.process is None:
+                self.start()
+            until = time.monotonic() + limit
+            self.connection.send(step.name)
+            while True:
+                kind, value = self.receive(until - time.monotonic())
+                if kind == "row":
+                    rows.append(value)
+                elif kind == "failed":
+                    return Outcome("failed", rows, value)
+                elif kind == "lost":
+                    self.stop()
+                    return Outcome("failed", rows, value)
+                else:
+                    return Outcome(verdict(step, rows), rows, "", value)
+        except TimeoutError:
+            where = self.where()
+            self.stop()
+            if time.monotonic() >= self.deadline:
+                return Outcome(SKIPPED, rows, f"cut off, as time was up; it was in\n{where}")
+            return Outcome("too long", rows, f"not done after {limit:.0f} s; it was in\n{where}")
+        except (EOFError, OSError):
+            assert self.process is not None
+            self.process.join(5)
+            code = self.process.exitcode
+            self.stop()
+            return Outcome("ended", rows, f"the process ended with {code} (a negative number is a signal's)")
+        except RuntimeError as error:
+            return Outcome(SKIPPED if time.monotonic() >= self.deadline else "failed", rows, str(error))
+
+    def where(self) -> str:
+        """The lines that the process is in."""
+        if self.process is None or self.process.pid is None:
+            return "its start"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return self.stack.read()
+
+    def close(self) -> None:
+        """Let it end by itself."""
+        if self.process is not None:
+            self.connection.close()
+            self.process.join(5)
+            self.stop()
+
+    def stop(self) -> None:
+        """End it, and all processes that it has started."""
+        if self.process is not None and self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has no group of its own before it is ready
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.stack.close()
+        self.process = None
 
 
-def check_attention(
-    backend: str, device: str, dtype: str, head_dim: int, level: Level, prefix: int, dropout: float
-) -> tuple[dict[str, float], bool]:
-    """Errors by the norm of each group, and whether a second call gives the same bits."""
-    problem = Problem(
-        lambda: layout_of(prefix, dropout), level, BEFORE[level], HEADS, head_dim, DTYPES[dtype], device
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    shape = problem.num_rows, 3, HEADS, head_dim
-    qkv = torch.randn(shape, generator=generator).to(device, problem.dtype)
-    grad_out = torch.randn(shape[0], *shape[2:], generator=generator).to(device, problem.dtype)
-    peer = Ours(problem, backend, deterministic=True)
-    peer.prepare()
-    way = Way(peer, qkv, grad_out)
-    first, second = way.first_call("training")[0], way.first_call("training")[0]
-    same = all(torch.equal(first[name], second[name]) for name in first)
-    return Oracle(problem, qkv, grad_out).errors(first), same
+def verdict(step: Step, rows: Sequence[dict[str, Any]]) -> str:
+    if any("wrong" in row for row in rows):
+        return "wrong"
+    if all("reason" in row for row in rows):
+        return NOTHING
+    return "right" if step.checks else "reported"
 
 
-def layout_of(prefix: int, dropout: float) -> StudyLayout:
-    layout = StudyLayout.from_grids(GRIDS, prefix)
-    if not dropout:
-        return layout
-    return layout.select(patch_dropout(layout, dropout, "scan", Draws(range(len(GRIDS)))))
+def work(connection: Connection, device: str, size: str, stack: str) -> None:
+    """Run the steps that are sent, and answer with their rows."""
+    os.setpgid(0, 0)  # so that those that it starts end with it
+    with Path(stack).open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file, all_threads=False)
 
+        def answer(kind: str, value: Any) -> None:
+            connection.send((kind, json.dumps(value)))
 
-def norm(device: str) -> Found:
-    lines: list[list[object]] = []
-    right = True
-    for name, dtype in product(NORM_BACKENDS, DTYPES):
-        reasons = NORM_BACKENDS[name].not_supported_reasons(device, DTYPES[dtype], DTYPES[dtype])
-        if reasons:
-            lines.append([name, dtype, None, "; ".join(reasons)])
-            continue
-        worst, faults = 0.0, []
-        for src, dst, prefix in product(LEVELS, LEVELS, (0, 1, 3)):
-            layout = layout_of(prefix, 0.5).to(device)
-            inputs = norm_inputs(layout, src, dst, DTYPES[dtype])
-            first, second = (norm_results(inputs, layout, src, dst, name) for _ in range(2))
-            exact = norm_results([x.double() for x in inputs], layout, src, dst, "torch")
-            eager = norm_results(inputs, layout, src, dst, "torch")
-            for mine, theirs, wanted in zip(first, eager, exact, strict=True):
-                error, usual = (float((x.double() - wanted).norm() / wanted.norm()) for x in (mine, theirs))
-                worst = max(worst, error)
-                # Sums over rows in bf16 are only as good as PyTorch's own, which some devices round at every step.
-                if not error <= max(2 * TOLERANCE[dtype], 3 * usual):
-                    faults.append(f"off by {error:.2g} ({src} to {dst}, {prefix} prefix rows)")
-            if not all(map(torch.equal, first, second)):
-                faults.append(f"not the same twice ({src} to {dst}, {prefix} prefix rows)")
-        lines.append([name, dtype, f"{worst:.1e}", "; ".join(faults[:3])])
-        right &= not faults
-    return Found(table(["backend", "type", "largest error", "wrong, or why not run"], lines), right)
-
-
-def norm_inputs(layout: StudyLayout, src: Level, dst: Level, dtype: torch.dtype) -> list[Tensor]:
-    """Residual, update, weight, bias, layer scale, and the gradients of both results; parameters in float32."""
-    before, after = (layout.num_rows(level) for level in (src, dst))
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(before, WIDTH)] * 2 + [(WIDTH,)] * 3 + [(after, WIDTH)] * 2
-    drawn = [torch.randn(shape, generator=generator).to(layout.device) for shape in shapes]
-    return [x if x.dim() == 1 else x.to(dtype) for x in drawn]
-
-
-def norm_results(inputs: list[Tensor], layout: StudyLayout, src: Level, dst: Level, backend: str) -> list[Tensor]:
-    """Both results, and the gradients of residual, update, weight, bias and layer scale."""
-    leaves = [x.clone().requires_grad_() for x in inputs[:5]]
-    residual, update, weight, bias, scale = leaves
-    results = add_regroup_norm(residual, update, layout, src, dst, weight, bias, layer_scale=scale, backend=backend)
-    return [*(x.detach() for x in results), *torch.autograd.grad(results, leaves, inputs[5:])]
-
-
-def memory(device: str) -> Found:
-    lines: list[list[object]] = []
-    each = []
-    for scans in MEMORY_SCANS:
-        make = partial(StudyLayout.from_grids, [[(6, 14, 14)] * scans])
-        problem = Problem(make, "study", "scan", HEADS, 64, torch.bfloat16, device)
-        shape = problem.num_rows, HEADS, 64
-        qkv = torch.randn(shape[0], 3, *shape[1:]).to(device, problem.dtype)
-        peer = Ours(problem, choose_backend("auto", device, problem.dtype, 64))
-        peer.prepare()
-        way = Way(peer, qkv, torch.randn(shape).to(device, problem.dtype))
-        with Peak() as peak:
-            way.training()
-        used = (peak.bytes if device == "cuda" else way.first_call("training")[2]["saved_bytes"]) or 0
-        each.append(used / problem.num_rows)
-        lines.append([problem.num_rows, f"{used / 1e6:.1f}", f"{each[-1]:.0f}"])
-    return Found(table(["rows", "MB", "bytes a row"], lines), max(each) <= MEMORY_GROWTH * each[0])
-
-
-def training(device: str) -> Found:
-    large = device == "cuda"
-    case = encoder.Case("check", 4, 3, (48, 224, 224) if large else (16, 64, 64), (8, 16, 16), "scan+study")
-    width, depth = (768, 12) if large else (128, 3)
-    found = []
-    for dtype, where in (("bf16", device), ("fp32", "cpu")):
-        setting = encoder.Setting(dtype, where, width, depth)
-        job = encoder.build(encoder.Kind("hlip", True), case, setting)
-        encoder.training_step(job, setting)
-        found.append(torch.cat([p.grad.flatten().float().cpu() for p in job.module.parameters() if p.grad is not None]))
-    error = float((found[0] - found[1]).norm() / found[1].norm())
-    text = f"{found[0].numel():,} gradients of an encoder of width {width}; off by {error:.2g} of their norm."
-    return Found(text, error <= STEP_TOLERANCE)
-
-
-def tune(device: str) -> Found:
-    if device == "cpu":
-        return Found("Not on a CPU.")
-    return program("attention.py", "--tune")
-
-
-def throughput(device: str) -> Found:
-    parts = [
-        program("attention.py", "--quick", "--device", device), program("encoder.py", "--table9", "--device", device)
-    ]  # fmt: skip
-    return Found("\n\n".join(part.text for part in parts), all(part.right for part in parts))
-
-
-def program(name: str, *options: str) -> Found:
-    """Run another benchmark; what it prints."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(name)), *options], stdout=subprocess.PIPE, text=True, check=False
-    )  # what it says of its progress is seen
-    return Found(f"`python bench/{name} {' '.join(options)}`\n\n```\n{done.stdout.rstrip()}\n```", not done.returncode)
-
-
-STAGES: dict[str, Callable[[str], Found]] = {
-    "environment": environment, "attention": attention, "norm": norm, "memory": memory, "training": training,
-    "tune": tune, "throughput": throughput,
-}  # fmt: skip
+        if device == "cuda" and not torch.cuda.is_available():
+            answer("failed", "there is no GPU that PyTorch can use; --device cpu checks this processor")
+            return
+        facts = provenance(torch.device(device))
+        answer("ready", facts)
+        by_name = {step.name: step for step in STEPS}
+        while True:
+            try:
+                step = by_name[connection.recv()]
+            except EOFError:
+                return
+            try:
+                for row in step.rows(Setup(device, SIZES[size])):
+                    answer("row", {key: value for key, value in row.items() if key not in facts})
+                synchronise()
+                answer("done", steps.clocks() if device == "cuda" else None)
+            except (Exception, SystemExit):  # whatever it is belongs into the report
+                note = traceback.format_exc()
+                try:
+                    synchronise()
+                except RuntimeError:  # the GPU is lost to this process; the next step gets another one
+                    answer("lost", note)
+                    return
+                answer("failed", note)
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
 
 
 def main() -> int:
     args = parse()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("check.py: there is no GPU that PyTorch can use; --device cpu checks this processor", file=sys.stderr)
+    chosen = [step for step in STEPS if step.stage in args.stages]
+    if args.list:
+        show_plan(chosen, args)
+        return 0
+    path = args.out.with_suffix(".json")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the process that runs steps ends, too
+    worker = Worker(args.device, args.size, time.monotonic() + left(args))
+    try:
+        facts = worker.start() | {"size": args.size, "minutes": args.minutes}
+        new: Report = {"facts": facts, "steps": [record(step, args) for step in chosen]}
+        report = continued(path, facts) if args.continued else new
+        run(worker, report, chosen, args, path)
+    except KeyboardInterrupt:
+        worker.stop()
+        print(f"interrupted: {args.out} has the steps before", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError) as error:
+        print(f"check.py: {error}", file=sys.stderr)
         return 2
-    facts = provenance(torch.device(args.device))
-    sections = [f"# Check of {facts['device']}\n\n{facts['utc']}, commit {facts['commit']}"]
-    wrong = []
-    for name in tqdm(args.stages, "checking", unit="stage", disable=None):
-        started = time.monotonic()
-        try:
-            found = STAGES[name](args.device)
-        except Exception:  # whatever it is belongs into the report, and the other stages too
-            found = Found(f"```\n{traceback.format_exc()}```", right=False)
-        wrong += [] if found.right else [name]
-        verdict = "right" if found.right else "WRONG"
-        sections.append(f"## {name}: {verdict}\n\n{found.text}\n\n{time.monotonic() - started:.0f} s")
-        write(args.out, "\n\n".join(sections) + "\n")
-    print(f"{args.out}: {', '.join(wrong) + ' WRONG' if wrong else 'all right'}")
-    return int(bool(wrong))
+    finally:
+        worker.close()
+    print(f"{args.out}: {summary(report['steps'])}")
+    return int(any(map(is_fault, report["steps"])))
 
 
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def run(worker: Worker, report: Report, chosen: Sequence[Step], args: argparse.Namespace, path: Path) -> None:
+    """Run what has no result yet, as far as there is time, and write the report after each step."""
+    entries = {entry["name"]: entry for entry in report["steps"]}
+    for step in chosen:
+        entry = entries.get(step.name)
+        if entry is None:
+            entry = record(step, args)
+            report["steps"].append(entry)
+        if entry["verdict"] != SKIPPED:
+            continue
+        needed = estimate(step, args) if step.there() else ABSENT
+        if needed > left(args):
+            print(f"{clock()} {step.name}: skipped, needs about {needed:.0f} s, has {left(args):.0f}", flush=True)
+            continue
+        begin = time.monotonic()
+        outcome = worker.run(step, PATIENCE * needed + GRACE)
+        entry |= outcome._asdict()
+        entry["seconds"] = round(time.monotonic() - begin, 2)
+        entry["kinds"] = columns.kinds(dict.fromkeys(key for row in outcome.rows for key in row))
+        write(report, args.out, path)
+        print(f"{clock()} {step.name}: {outcome.verdict}, {entry['seconds']:.1f} s (estimate {needed:.0f})", flush=True)
+    write(report, args.out, path)
+
+
+def record(step: Step, args: argparse.Namespace) -> Report:
+    """Make the entry of a step that has no result yet."""
+    return {
+        "name": step.name, "stage": step.stage, "estimate_s": estimate(step, args), "seconds": None,
+        "verdict": SKIPPED, "note": "", "rows": [], "clocks": None, "foreign": step.foreign,
+    }  # fmt: skip
+
+
+def continued(path: Path, facts: dict[str, Any]) -> Report:
+    """The report that is there.
+
+    Raises:
+        ValueError: it cannot be read, or is of another device, size or commit.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        before = report["facts"]
+        names = [step["name"] for step in report["steps"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: no report to continue ({error!r}). Run without --continue.") from error
+    for key in ALIKE:
+        if before.get(key) != facts[key]:
+            raise ValueError(
+                f"{path}: cannot be continued (expected {key} {facts[key]}, got {before.get(key)}). "
+                "Run without --continue, or give another --out."
+            )
+    unknown = set(names) - {step.name for step in STEPS}
+    if unknown:
+        raise ValueError(
+            f"{path}: has steps of another version ({', '.join(sorted(unknown))}). Run without --continue."
+        )
+    return report
+
+
+def estimate(step: Step, args: argparse.Namespace) -> float:
+    card, processor = step.seconds
+    return card if args.device == "cuda" else processor * (TINY if args.size == "tiny" else 1)
+
+
+def left(args: argparse.Namespace) -> float:
+    """Seconds; infinite without a budget."""
+    return float("inf") if args.minutes is None else 60 * args.minutes - (time.monotonic() - STARTED)
+
+
+def clock() -> str:
+    return f"[{time.monotonic() - STARTED:5.0f} s]"
+
+
+def show_plan(chosen: Sequence[Step], args: argparse.Namespace) -> None:
+    """The steps in their order; with --minutes also which of them fit by their estimates."""
+    total, lines = 0.0, []
+    for step in chosen:
+        seconds = estimate(step, args) if step.there() else ABSENT
+        fits = args.minutes is None or total + seconds <= 60 * args.minutes
+        total += seconds if fits else 0
+        lines.append([step.stage, step.name, f"{seconds:.0f}", f"{total:.0f}" if fits else "does not fit"])
+    print_table(["stage", "step", "s, estimated", "in all"], lines)
+    machine = "an H200 with 16 cores" if args.device == "cuda" else "a CPU with 2 cores"
+    print(f"seconds are estimates for {machine}; nobody measured them")
+
+
+def write(report: Report, page: Path, path: Path) -> None:
+    for file, text in ((path, json.dumps(report, indent=1) + "\n"), (page, markdown(report))):
+        partial = file.with_name(f".{file.name}.tmp")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
 
 
 def parse() -> argparse.Namespace:
@@ -256,11 +345,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="what is checked (default: %(default)s)"
     )
+    parser.add_argument("--minutes", type=positive, help="that all may take (default: what it needs)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these (default: all)")
+    parser.add_argument("--size", choices=SIZES, help="how much of everything (default: full, on a CPU small)")
+    parser.add_argument("--list", action="store_true", help="show the steps and the estimates, and do nothing")
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="in this order (default: all)"
+        "--continue",
+        dest="continued",
+        action="store_true",
+        help="go on with the steps that the report has no result of",
     )
-    parser.add_argument("--out", type=written, default="check.md", help="the report (default: %(default)s)")
-    return parser.parse_args()
+    parser.add_argument("--out", type=written, default="check.md", help="the report; its rows beside it, in .json")
+    args = parser.parse_args()
+    args.size = args.size or ("full" if args.device == "cuda" else "small")
+    if args.out.suffix == ".json":
+        parser.error(f"--out {args.out}: that is where the rows go. Name the report otherwise, such as check.md.")
+    return args
 
 
 if __name__ == "__main__":

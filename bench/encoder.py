@@ -31,6 +31,9 @@ keeps for backward, and `memory_gb`, by how much the largest resident size of a 
 products of the model by the time of all that it does. `bytes_modelled` (GB moved) adds up what the ops of a pass are
 given and give, each tensor once for each op (`op_traffic.py`): the least that this sequence of ops can move.
 
+`host ms` is what the host needs to enqueue a pass on an idle GPU; where that is most of the time, the GPU waits for
+Python. With `--cuda-graphs` each pass is also captured once and replayed, which leaves the host nothing to do.
+
 The paper's column was measured by its authors on an A40 and is printed beside for comparison.
 """
 
@@ -62,7 +65,7 @@ from hlip_kernels import Level, hold_weights
 from op_traffic import OpTraffic
 from options import add_device, number, positive, written
 from report import append_rows, gigabytes, print_table, provenance, write_json
-from timing import in_turns, percentiles, process_bytes, ratio
+from timing import Peak, captured, host_seconds, in_turns, percentiles, process_bytes, ratio, synchronise
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
 GRADIENTS = 2  # times that, of a parameter's gradient: it passes every layer twice
@@ -198,6 +201,12 @@ def training_step(job: Job, setting: Setting) -> Tensor:
     return out.detach()
 
 
+def ready(job: Job, mode: str, setting: Setting) -> Callable[[], Tensor]:
+    """A pass in a mode, with weights of the type that it has there."""
+    job.module.train(mode == "training").to(DTYPES[setting.dtype] if mode == "inference" else torch.float32)
+    return partial(inference, job) if mode == "inference" else partial(training_step, job, setting)
+
+
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Of all parameters, float32, by name."""
     return {name: p.grad.float() for name, p in module.named_parameters() if p.grad is not None}
@@ -317,6 +326,7 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> list[dict[str,
     for mode in args.modes:
         with hold_weights() if mode == "inference" else contextlib.nullcontext():
             found = list(measure(jobs, mode, case, setting, args.rounds))
+            found += list(replayed(jobs, mode, case, setting, args.rounds)) if args.cuda_graphs else []
         for row in found:
             more = memory.get(Kind(row["model"], row["flash"]), {}) if mode == "training" else {}
             rows.append(row | more | facts)
@@ -353,8 +363,7 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         if (kind, mode) in NOT_RUN:
             yield {**kind._asdict(), "mode": mode, "reason": NOT_RUN[kind, mode]}
             continue
-        job.module.train(mode == "training").to(DTYPES[setting.dtype] if mode == "inference" else torch.float32)
-        way = partial(inference, job) if mode == "inference" else partial(training_step, job, setting)
+        way = ready(job, mode, setting)
         try:
             if mode == "inference" and kind.model in ("hlip", "published"):
                 way()  # packs weights, once for all passes
@@ -381,6 +390,11 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
     ours = seconds.get(Kind("hlip", True))
     for kind, mine in seconds.items():
         row = {**kind._asdict(), "mode": mode, **percentiles(mine), "times_ours": ratio(mine, ours) if ours else None}
+        if setting.device == "cuda":
+            row["host_s"] = percentiles(host_seconds(ways[kind], GPU_CALLS))["p50_s"]
+            with Peak() as peak:
+                ways[kind]()
+            row["peak_bytes"] = peak.bytes
         if kind.model in ("hlip", "published", "vit"):
             work = operations(case, setting, kind.model) * (3 if mode == "training" else 1)
             row |= {"flops": work, "flops_per_s": work / row["p50_s"], "share": work / row["p50_s"] / limits.flops}
@@ -392,6 +406,38 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
         row |= {"vol_per_s": case.volumes / row["p50_s"], "studies_per_s": case.studies / row["p50_s"]}
         row |= {"tokens_per_s": case.tokens / row["p50_s"]}
         yield row | {"parameters": sum(p.numel() for p in jobs[kind].module.parameters()), "error": errors.get(kind)}
+
+
+def replayed(
+    jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """A row for every model whose pass is replayed as a CUDA graph, which needs no host; or why it cannot be."""
+    replays: dict[Kind, Callable[[], Tensor]] = {}
+    errors: dict[Kind, float] = {}
+    for kind, job in jobs.items():
+        row = {**kind._asdict(), "mode": mode, "graph": True}
+        if setting.device != "cuda":
+            yield row | {"reason": f"CUDA graphs need a GPU, got {setting.device}"}
+            continue
+        way = ready(job, mode, setting)
+        wanted = {"out": way().clone(), **(gradients(job.module) if mode == "training" else {})}
+        wanted = {name: x.clone() for name, x in wanted.items()}
+        try:
+            replay = captured(way)
+            replayed_results = {"out": replay(), **(gradients(job.module) if mode == "training" else {})}
+        except RuntimeError as error:
+            synchronise()  # raises if the GPU is lost to this process
+            yield row | {"reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            continue
+        errors[kind] = compare(kind, replayed_results, wanted, setting.dtype)
+        replays[kind] = replay
+    calls = GPU_CALLS if replays else 1
+    for kind, mine in in_turns(replays, rounds, calls).items():
+        spread = percentiles(mine)
+        host = percentiles(host_seconds(replays[kind], GPU_CALLS))["p50_s"]
+        row = {**kind._asdict(), "mode": mode, "graph": True, **spread, "host_s": host, "error": errors[kind]}
+        parameters = sum(p.numel() for p in jobs[kind].module.parameters())
+        yield row | {"vol_per_s": case.volumes / spread["p50_s"], "parameters": parameters, "times_ours": None}
 
 
 def compare(kind: Kind, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str) -> float:
@@ -429,15 +475,21 @@ def in_a_fresh_process(
             raise MemoryError(f"out of memory{f' of {limit_gb:g} GiB' if limit_gb else ''}") from error
 
 
+def named(row: Mapping[str, Any]) -> str:
+    return row["model"] + (", CUDA graph" if row.get("graph") else "")
+
+
 def show(rows: list[dict[str, Any]], case: Case) -> None:
-    header = ["model", "flash", "mode", "M parameters", "vol/s", "times ours", "share", "GB moved", "GiB", "GiB saved"]
+    header = ["model", "flash", "mode", "M parameters", "vol/s", "host ms", "times ours", "share", "GB moved", "GiB"]
+    header.append("GiB saved")
     lines: list[list[object]] = []
     for row in rows:
-        line: list[object] = [row["model"], row["flash"], row.get("mode")]
+        line: list[object] = [named(row), row["flash"], row.get("mode")]
         if "reason" in row:
             continue
         memory = [f"{row[key]:.2f}" if key in row else None for key in ("memory_gb", "saved_gb")]
-        line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", row["times_ours"]]
+        host = f"{1000 * row['host_s']:.3g}" if "host_s" in row else None
+        line += [f"{row['parameters'] / 1e6:.1f}", f"{row['vol_per_s']:.3g}", host, row["times_ours"]]
         line += [f"{row['share']:.0%}" if "share" in row else None, gigabytes(row, "bytes_modelled"), *memory]
         line += [None if row["error"] is None else f"{row['error']:.1g}"]
         line += [f"{row[key]} {unit}" for key, unit in A40_UNITS.items() if key in row] or [None]
@@ -446,7 +498,7 @@ def show(rows: list[dict[str, Any]], case: Case) -> None:
     print_table([*header, "error", "the paper's A40"], lines)
     for row in rows:
         if "reason" in row:
-            print(f"  {row['model']}, flash {row['flash']}, {row.get('mode') or 'all modes'}: not run: {row['reason']}")
+            print(f"  {named(row)}, flash {row['flash']}, {row.get('mode') or 'all modes'}: not run: {row['reason']}")
 
 
 def parse() -> argparse.Namespace:
@@ -471,6 +523,7 @@ def parse() -> argparse.Namespace:
     add("--width", type=number, help="a multiple of 64 (default: 768; 128 with --scaling on a CPU)")
     add("--depth", type=number, help="layers, a multiple of 3 (default: 12; 3 with --scaling on a CPU)")
     add("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
+    add("--cuda-graphs", action="store_true", help="also replay each pass as a CUDA graph")
     add("--allocator", choices=("kept", "default"), default="kept", help="whether a CPU process keeps freed memory")
     add_device(parser)
     add("--json", type=written, help="also write the rows to this file")

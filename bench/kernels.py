@@ -30,14 +30,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ceilings
+import columns
 from cases import SCANS, draw_scans
 from ceilings import Ceilings
 from hlip.data.batch import Draws, patch_dropout
 from hlip.model.memory import keep_memory, release_memory
 from hlip_kernels import Grid, Level, StudyLayout
 from hlip_kernels.backends import choose_backend
-from peers import PEERS, Ours, Peer, Problem
-from report import append_rows, megabytes, print_table, provenance, write_json
+from peers import OWN, PEERS, Peer, Problem
+from report import append_rows, print_table, provenance, write_json
 from timing import Peak, clock, in_turns, percentiles, ratio, synchronise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,6 +51,10 @@ QUICK = (
 )  # fmt: skip
 CHECKED = {"cpu": 6e7, "cuda": 1e11}  # pairs of a query and a key, in float64
 ORACLE_ELEMENTS = 2**24  # of a matrix of scores
+SHOWN = (
+    "backend", "mode", "p50_s", "times_ours", "flop_per_s", "of_matmul", "of_copy", "tokens_per_s", "peak_bytes",
+    "prepare_s", "first_s", "error",
+)  # fmt: skip
 BEFORE: dict[Level, Level] = {"slice": "scan", "scan": "study", "study": "scan"}
 
 
@@ -308,6 +313,7 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
     oracle = Oracle(problem, qkv, grad_out)
     ways: dict[str, Way] = {}
     reasons: dict[str, str] = {}
+    failed: set[str] = set()  # of ours, which must run
     prepare: dict[str, float] = {}
     for name in settings.backends:
         try:
@@ -323,7 +329,9 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
                 ways[name] = Way(peer, qkv, grad_out)
         except Exception as error:  # whatever a library says of itself: it cannot run here, and others can
             reasons[name] = _said(error)
-    yield from (facts | {"backend": name, "mode": None, "reason": reason} for name, reason in reasons.items())
+            failed |= {name} if own(name) else set()
+    for name, reason in reasons.items():
+        yield facts | {"backend": name, "mode": None, "reason": reason} | ({"wrong": True} if name in failed else {})
     ours = f"hlip-{choose_backend('auto', settings.device, problem.dtype, settings.head_dim)}"
     for mode in settings.modes:
         checked, refused = first_calls(ways, mode, oracle, settings)
@@ -337,7 +345,8 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
             times = ratio(mine, seconds[ours]) if ours in seconds else None
             row = {"backend": name, "mode": mode, "times_ours": times, "prepare_s": prepare[name]}
             spread = percentiles(mine)
-            yield facts | row | spread | rates(problem, mode, spread["p50_s"], limits) | checked[name]
+            row |= spread | rates(problem, mode, spread["p50_s"], limits) | checked[name]
+            yield facts | row | {"kinds": columns.kinds(row)}
         if profile:
             trace(runs, profile / f"{case.name}-{settings.dtype}-{mode}.json")
 
@@ -363,10 +372,9 @@ def first_calls(
                 with Peak() as peak:  # now that nothing is compiled or tried any more
                     way.run(mode)()
                 memory["peak_bytes"] = peak.bytes
-        except Exception as error:  # as in `run`
-            if isinstance(way.peer, Ours):
-                raise
-            refused.append(row | {"reason": _said(error)})
+        except Exception as error:  # as in `run`; but ours must run
+            refused.append(row | {"reason": _said(error)} | ({"wrong": True} if own(name) else {}))
+            synchronise()  # raises if the GPU is lost to this process
             continue
         errors = oracle.errors(results)
         off = [
@@ -379,6 +387,11 @@ def first_calls(
         else:
             checked[name] = {"error": max(errors.values()), "checked": oracle.checked, "first_s": first, **memory}
     return checked, refused
+
+
+def own(backend: str) -> bool:
+    """Whether a row's kernels are this library's."""
+    return backend.removeprefix("hlip-") in OWN
 
 
 def rates(problem: Problem, mode: str, seconds: float, limits: Ceilings) -> dict[str, float]:
@@ -416,20 +429,11 @@ def show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
         f"\n{case.name}: {first['groups']} groups of {first['shortest']} to {first['longest']} rows, "
         f"{first['rows']} in all{dropped}"
     )
-    header = ["backend", "mode", "ms", "times ours", "GFLOP/s", "of matmul", "of copy", "Mtokens/s"]
-    header += ["peak MB", "prepare ms", "first call s", "error"]
-    lines: list[list[object]] = []
-    for row in rows:
-        if "reason" not in row:
-            lines.append(
-                [
-                    row["backend"], row["mode"], f"{1000 * row['p50_s']:.4g}", row["times_ours"],
-                    f"{row['flop_per_s'] / 1e9:.4g}", f"{row['of_matmul']:.0%}", f"{row['of_copy']:.0%}",
-                    f"{row['tokens_per_s'] / 1e6:.3g}", megabytes(row, "peak_bytes"), f"{1000 * row['prepare_s']:.3g}",
-                    f"{row['first_s']:.3g}", f"{row['error']:.1g}",
-                ]
-            )  # fmt: skip
-    print_table(header, lines)
+    print_table(
+        list(map(columns.heading, SHOWN)),
+        [[columns.cell(row, key) for key in SHOWN] for row in rows if "reason" not in row],
+    )
+    print(columns.legend(SHOWN))
     for row in rows:
         if "reason" in row:
             print(f"  {row['backend']}{'' if row['mode'] is None else ', ' + row['mode']}: not run: {row['reason']}")

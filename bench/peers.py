@@ -7,7 +7,9 @@ packed studies would have to copy first, which favours them.
     hlip-NAME    `hier_attention` with one of its backends
     sdpa         PyTorch's scaled_dot_product_attention, one call for each group
     sdpa-dense   the same in one call, where all groups are of one length
-    published    the same, and what the released encoder does beside it when the level changes: residual rows are
+    sdpa-cudnn   the same through cuDNN's kernels
+    sdpa-flash   the same through PyTorch's own FlashAttention
+    published    as sdpa-dense, and what the released encoder does beside it when the level changes: residual rows are
                  split, reshaped and concatenated to the level's groups (`baselines.regroup`)
     padded       one call, every group padded to the longest; a mask hides the padding
     block-mask   one call over all rows, with a block-diagonal mask
@@ -15,6 +17,8 @@ packed studies would have to copy first, which favours them.
     nested       scaled_dot_product_attention on nested tensors of jagged layout
     varlen       torch.nn.attention.varlen
     flash-attn   flash-attn's flash_attn_varlen_qkvpacked_func
+    flash-attn-3 FlashAttention-3's flash_attn_varlen_func
+    flash-attn-4 flash-attn-4's flash_attn_varlen_func
     xformers     xformers' memory_efficient_attention with its block-diagonal mask
 
 Shapes: R rows, those of prefixes among them, G groups, L rows of a group, H heads, D head dim, C = H * D.
@@ -125,6 +129,9 @@ class Peer:
         return self.put(grad_out)
 
 
+OWN = ("native", "cpu", "triton", "reference")  # of the backends; the others call other libraries
+
+
 class Ours(Peer):
     def __init__(self, problem: Problem, backend: str, deterministic: bool = False) -> None:
         super().__init__(problem)
@@ -192,6 +199,32 @@ class Dense(Peer):
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         q, k, v = inputs
         return [F.scaled_dot_product_attention(q, k, v)]
+
+
+class Forced(Dense):
+    """Through one of the kernels that PyTorch chooses from."""
+
+    kernel: ClassVar[str]
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, self.kernel)):
+            return super().attend(*inputs)
+
+
+class Cudnn(Forced):
+    name, kernel = "sdpa-cudnn", "CUDNN_ATTENTION"
+
+    def reasons(self) -> list[str]:
+        return [*_gpu_only(self.problem), *super().reasons()]
+
+
+class SdpaFlash(Forced):
+    name, kernel = "sdpa-flash", "FLASH_ATTENTION"
+
+    def reasons(self) -> list[str]:
+        return [*_gpu_only(self.problem), *super().reasons()]
 
 
 class Published(Dense):
@@ -392,6 +425,33 @@ class FlashAttn(Jagged):
         return [flash_attn_varlen_qkvpacked_func(inputs[0], self.bounds, self.longest)]
 
 
+class FlashAttn3(Jagged):
+    name, backend = "flash-attn-3", "flash3"
+
+    def reasons(self) -> list[str]:
+        return not_supported_reasons(self.backend, self.problem.device, self.problem.dtype, self.problem.head_dim)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from flash_attn_interface import flash_attn_varlen_func
+
+        return self._call(flash_attn_varlen_func, *inputs)
+
+    def _call(self, function: Any, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        bounds = {"cu_seqlens_q": self.bounds, "cu_seqlens_k": self.bounds}
+        out = function(q, k, v, **bounds, max_seqlen_q=self.longest, max_seqlen_k=self.longest)
+        return [out[0] if isinstance(out, tuple) else out]  # some releases return the log-sum-exp, too
+
+
+class FlashAttn4(FlashAttn3):
+    name, backend = "flash-attn-4", "flash4"
+    compiles = True
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        return self._call(flash_attn_varlen_func, *inputs)
+
+
 class Xformers(Jagged):
     """(1, R, H, D)."""
 
@@ -419,12 +479,17 @@ class Xformers(Jagged):
         return [out]
 
 
+def _gpu_only(problem: Problem) -> list[str]:
+    return [] if problem.device == "cuda" else [f"needs CUDA tensors, got {problem.device}"]
+
+
 PEERS: dict[str, Callable[[Problem], Peer]] = {
     **{f"hlip-{backend}": functools.partial(Ours, backend=backend) for backend in BACKENDS},
     **{
         peer.name: peer
         for peer in (
-            PerGroup, Dense, Published, Padded, BlockMask, Flex, Nested, Varlen, FlashAttn, Xformers,
+            PerGroup, Dense, Cudnn, SdpaFlash, Published, Padded, BlockMask, Flex, Nested, Varlen, FlashAttn,
+            FlashAttn3, FlashAttn4, Xformers,
         )
     },
 }  # fmt: skip

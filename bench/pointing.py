@@ -26,10 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -85,6 +83,8 @@ def cases(data: Path, recipe: Recipe, patch: tuple[int, int, int], limit: int | 
 
 def draw_again(files: list[Path], finding: str, seed: int, i: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The voxels of each scan of a study with its lesion, as the files have them, and without."""
+    import nibabel
+
     rng = np.random.default_rng((seed, PART, i))
     head = demo.Warp(rng, 1.0)
     lesion, _ = demo.make_lesion(finding, rng, demo.load_template())
@@ -103,6 +103,8 @@ def lesion_voxels(voxels: np.ndarray, plain: np.ndarray) -> np.ndarray:
 
 
 def score(name: str, every: list[Case], make: Map) -> dict[str, object]:
+    from sklearn.metrics import roc_auc_score
+
     hits, patches, scans, first = [], [], [], []
     for case in tqdm(every, name, unit="study", disable=None, leave=False):
         values = make(case)
@@ -151,6 +153,8 @@ def main() -> int:
         return measure(args)
     except (FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}; make demo makes studies and model\n")
+    except ImportError as error:
+        parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,eval]'\n")
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -40,10 +40,13 @@ def main() -> None:
         parser.error(f"--slices must be at least 50, got {args.slices}")
     torch.set_num_threads(1)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in make_cases(Path(folder), args.slices):
-            rows.append(measure(*case, rounds=args.rounds))
-            print(f"{rows[-1]['case']}: {rows[-1]['ratio']} times as fast", flush=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for case in make_cases(Path(folder), args.slices):
+                rows.append(measure(*case, rounds=args.rounds))
+                print(f"{rows[-1]['case']}: {rows[-1]['ratio']} times as fast", flush=True)
+    except ImportError as error:
+        parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,demo]'\n")
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     if args.json:
         write_json(rows, args.json)

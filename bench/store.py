@@ -156,11 +156,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder and not args.folder.is_dir():
         parser.error(f"--folder {args.folder}: there is no such folder")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        if args.throughput:
-            throughput(Path(folder), args.studies or 96)
-        else:
-            large(Path(folder) / "store", args.studies or 250_000)
+    try:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            if args.throughput:
+                throughput(Path(folder), args.studies or 96)
+            else:
+                large(Path(folder) / "store", args.studies or 250_000)
+    except ImportError as error:
+        parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,demo]'\n")
 
 
 if __name__ == "__main__":

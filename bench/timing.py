@@ -14,6 +14,7 @@ from hlip.model.memory import return_memory
 from hlip_kernels.native import release_scratch
 
 Way = TypeVar("Way", bound=Hashable)
+Result = TypeVar("Result")
 DRAWS = 2000  # of the bootstrap
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: 5 sets VmHWM to what is resident
 
@@ -59,6 +60,41 @@ def clock(run: Callable[[], Any], calls: int = 1) -> float:
     for _ in range(calls):
         run()
     return (time.perf_counter() - start) / calls
+
+
+def host_seconds(run: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each call until all of its work is enqueued on an idle GPU, which the host does not wait for."""
+    seconds = []
+    for _ in range(rounds):
+        synchronise()
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    synchronise()
+    return seconds
+
+
+def captured(run: Callable[[], Result]) -> Callable[[], Result]:
+    """A replay of all that a call launches, as a CUDA graph. It returns the captured call's result, written anew.
+
+    Raises:
+        RuntimeError: the call does what a graph cannot hold, such as wait for the GPU.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what libraries allocate and tune in their first calls is no part of a graph
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def ratio(slower: list[float], faster: list[float], seed: int = 0) -> Ratio:

@@ -98,6 +98,16 @@ def test_the_reference_is_the_published_way_in_float32(mode: str) -> None:
         bench.compare(bench.Kind("vit", True), {"out": bench.inference(other)}, {"out": expected["out"]}, "fp32")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_are_no_graphs() -> None:
+    jobs = {kind: bench.build(kind, SMALL, SETTING) for kind in (bench.Kind("hlip", True), bench.Kind("vit", True))}
+    rows = list(bench.replayed(jobs, "inference", SMALL, SETTING, 1))
+    assert [(row["model"], row["graph"], row["reason"]) for row in rows] == [
+        (model, True, "CUDA graphs need a GPU, got cpu") for model in ("hlip", "vit")
+    ]
+    assert bench.named(rows[0]) == "hlip, CUDA graph"
+
+
 @pytest.mark.slow
 def test_a_model_beyond_the_limit_is_out_of_memory() -> None:
     many = SMALL._replace(studies=1, scans=400, shape=(16, 16, 16), patch=(4, 4, 4))  # 25,600 tokens: 2.6 GB a head

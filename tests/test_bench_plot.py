@@ -17,7 +17,7 @@ import ceilings  # noqa: E402
 import kernels  # noqa: E402
 import page as pages  # noqa: E402
 import plot  # noqa: E402
-from report import append_rows, short  # noqa: E402
+from report import append_rows, short, table  # noqa: E402
 
 
 def program(name: str, *options: object) -> subprocess.CompletedProcess[str]:
@@ -139,7 +139,7 @@ def test_words_of_the_page() -> None:
     assert [pages.count(n, "studies") for n in (1, 2)] == ["1 study", "2 studies"]
     assert pages.count(1, "scans") == "1 scan"
     assert pages.times([1.5, 1.25, 2]) == "1.50 (1.25-2.00)" and pages.times(None) is None
-    assert pages.table(["a"], [[None], [json.dumps(1)]]) == "| a |\n| --- |\n| - |\n| 1 |"
+    assert table(["a"], [[None], [json.dumps(1)]]) == "| a |\n| --- |\n| - |\n| 1 |"
     assert pages.losses([("x", [1.0, 1.0, 1.0]), ("y", [1.5, 1.2, 2]), ("z", None)]) == "We lose to none of these."
     found = pages.losses([("x", [0.5, 0.4, 0.6]), ("y", [0.99, 0.9, 1.1])])
     assert found == "**We lose to:** x (0.50). Level, within the interval: y (0.99)."

@@ -22,7 +22,7 @@ from baselines import regroup, unfused  # noqa: E402
 from hlip_kernels.configs import Tile  # noqa: E402
 from op_traffic import Counts, OpTraffic  # noqa: E402
 from traffic import watched  # noqa: E402
-from tune import Problem  # noqa: E402
+from trial import Problem  # noqa: E402
 
 KERNELS = ("forward", "dq", "dkdv")
 
@@ -205,4 +205,9 @@ def test_claims_are_held_against_counts(
     assert (change["changes"], change["tokens"]) == (7, 2 * 1176)
     assert change["published_forward_bytes"] > 2 * 7 * 2 * 1176 * 768 * 4 > 100 * change["ours_forward_bytes"]
     assert "clip_vit_base_scan_study_token1176" in output.out
+    for row in exponents:
+        assert set(row["kinds"].values()) == {"counted" if row["way"] == "ours" else "estimated"}
+    assert (forward["kinds"]["bytes"], forward["kinds"]["least_bytes"]) == ("counted", "estimated")
+    assert change["kinds"]["ours_forward_bytes"] != change["kinds"]["published_forward_bytes"]
+    assert "Nothing is measured here" in output.out
     assert rows[0]["versions"]["torch"] == torch.__version__

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ import ceilings  # noqa: E402
 import kernels  # noqa: E402
 import peers  # noqa: E402
 from cases import draw_scans  # noqa: E402
+from columns import COLUMNS, KINDS, legend  # noqa: E402
 from timing import RESET_PEAK  # noqa: E402
 
 RAGGED = [[(2, 3, 3), (3, 2, 4)], [(1, 5, 2)]]
@@ -136,6 +139,48 @@ def test_xformers_by_hand(level: Level, monkeypatch: pytest.MonkeyPatch) -> None
     assert slow.called[-1] == "aten._efficient_attention_backward"
 
 
+@pytest.mark.parametrize(
+    ("name", "module"), [("flash-attn-3", "flash_attn_interface"), ("flash-attn-4", "flash_attn.cute")]
+)
+@pytest.mark.parametrize("pair", [True, False])  # some releases return the log-sum-exp, too
+def test_newer_flash_attention_is_given_its_bounds(
+    name: str, module: str, pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(RAGGED, "study", num_prefix=2)
+    longest = int(case.lengths.max())
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int,
+    ) -> Any:  # fmt: skip
+        """Compute attention between bounds."""
+        assert (max_seqlen_q, max_seqlen_k, cu_seqlens_k.dtype) == (longest, longest, torch.int32)
+        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        split = (x.tensor_split(cu_seqlens_q[1:-1].long(), 2) for x in heads)
+        groups = [torch.nn.functional.scaled_dot_product_attention(*group) for group in zip(*split, strict=True)]
+        out = torch.cat(groups, 2)[0].transpose(0, 1)
+        return (out, None) if pair else out
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    theirs = ModuleType(module)
+    theirs.flash_attn_varlen_func = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module, theirs)
+    check(name, case)
+
+
+def test_flash_attn_4_takes_these_arguments() -> None:
+    folder = Path(sys.prefix) / "flash-attn-4" / "flash_attn" / "cute"
+    if not folder.is_dir():
+        pytest.skip("flash-attn-4 is not there (make test puts it there)")
+    functions = {
+        node.name: {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+        for node in ast.parse((folder / "interface.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    bounds = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+    assert bounds <= functions["flash_attn_varlen_func"]
+
+
 def flash_attn_by_hand() -> list[str]:
     import_flash_source()
     with TheirKernels() as slow:
@@ -150,7 +195,8 @@ def test_flash_attn_by_hand(fake_cuda: Callable[..., Any]) -> None:
 
 
 def test_those_that_need_a_gpu_say_so() -> None:
-    for name in ("varlen", "flash-attn", "xformers", "hlip-varlen", "hlip-flash", "hlip-xformers"):
+    theirs = ["varlen", "sdpa-cudnn", "sdpa-flash", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers"]
+    for name in (*theirs, "hlip-varlen", "hlip-flash", "hlip-flash3", "hlip-flash4", "hlip-xformers"):
         assert any("needs CUDA" in reason for reason in peers.PEERS[name](problem(RAGGED)).reasons()), name
 
 
@@ -265,8 +311,9 @@ def test_a_library_that_fails_is_listed_and_ours_is_not_forgiven(monkeypatch: py
     rows = list(kernels.run(case, settings(backends=["hlip-cpu", "sdpa"]), LIMITS))
     assert [row["reason"] for row in rows if row["backend"] == "sdpa"] == ["RuntimeError: no such kernel"] * 2
     monkeypatch.setattr(peers.Ours, "attend", fail)
-    with pytest.raises(RuntimeError, match="no such kernel"):
-        list(kernels.run(case, settings(), LIMITS))
+    rows = list(kernels.run(case, settings(backends=["hlip-cpu", "hlip-varlen"]), LIMITS))
+    assert [row.get("wrong", False) for row in rows] == [False, True, True]  # varlen cannot run here
+    assert rows[1]["reason"] == "RuntimeError: no such kernel"
 
 
 # Cases
@@ -348,11 +395,13 @@ def test_the_program(program: Callable[..., int], tmp_path: Path, capsys: pytest
         assert (row["saved_bytes"] > 0) == (mode == "training")
         assert 0 <= row["peak_bytes"] < 2**30
         assert (row["groups"], row["longest"], row["level"], row["dropout"]) == (24, 99, "slice", 0.5)
+        assert [row["kinds"][key] for key in ("p50_s", "flops", "bytes_modelled")] == list(KINDS)
         assert row["versions"]["torch"] == torch.__version__
         assert row["checked"] == "24 of 24 groups, 2 of 2 heads"
     assert [row["backend"] for row in rows if "reason" in row] == ["varlen", "varlen"]
     shown = capsys.readouterr().out
     assert "varlen: not run: needs CUDA" in shown
+    assert "\nmeasured: ms, times ours, " in shown and "; estimated: of a copy\n" in shown
     assert "slice-99: 24 groups of 99 to 99 rows, 2376 in all, patch dropout 0.5" in shown
     traces = sorted((tmp_path / "traces").iterdir())
     assert [path.name for path in traces] == [
@@ -362,6 +411,13 @@ def test_the_program(program: Callable[..., int], tmp_path: Path, capsys: pytest
     assert {ours, "sdpa-dense", "published"} <= {event["name"] for event in events}
     assert program(*chosen, "--modes", "forward", "--results", tmp_path / "all.jsonl") == 0
     assert len((tmp_path / "all.jsonl").read_text().splitlines()) == len(rows) + 4
+
+
+def test_every_figure_has_a_kind() -> None:
+    assert {column.kind for column in COLUMNS.values()} == set(KINDS)
+    assert legend(["backend", "flops", "p50_s", "p20_s"]) == "measured: ms, ms, p20; counted: GFLOP"
+    missing = {key for key in COLUMNS if key in kernels.SHOWN} ^ (set(kernels.SHOWN) - {"backend", "mode"})
+    assert not missing
 
 
 def test_what_was_measured_before_an_interruption_is_kept(

@@ -10,6 +10,7 @@ import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from hlip import cli
@@ -18,6 +19,16 @@ TRAIN = Path(__file__).parents[1] / "train"
 
 
 def run(hidden: str, program: str, *arguments: str) -> tuple[int, str]:
+    def without() -> int:
+        assert hidden not in sys.modules, f"{hidden} is imported by hlip.cli"
+        hide(hidden)
+        return start(program, list(arguments))
+
+    return in_fork(without)
+
+
+def in_fork(call: Callable[[], int]) -> tuple[int, str]:
+    """Exit status of a call in a fork of this process, and what it wrote to stderr."""
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
         if not child:
@@ -25,9 +36,7 @@ def run(hidden: str, program: str, *arguments: str) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             status = 70  # of an exception that nobody caught
             try:
-                assert hidden not in sys.modules, f"{hidden} is imported by hlip.cli"
-                hide(hidden)
-                status = start(program, list(arguments))
+                status = call()
             except SystemExit as end:
                 if isinstance(end.code, str):
                     print(end.code, file=sys.stderr)
