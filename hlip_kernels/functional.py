@@ -14,7 +14,7 @@ from .backends.base import Regroup, Spans
 from .backends.torch_norm import move
 from .layout import LEVELS, Level, StudyLayout, check_level
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def hier_attention(
@@ -193,13 +193,14 @@ def regroup_prefix(*_: object, **__: object) -> Tensor:
 
 
 def _regroup(layout: StudyLayout, src: Level, dst: Level) -> Regroup:
-    bounds = layout.cu_seqlens(src), layout.cu_seqlens(dst)
+    views, num_prefix = layout.views(), layout.num_prefix
+    bounds = views.cu_seqlens[src], views.cu_seqlens[check_level(dst)]
     if src == dst:
-        return Regroup(*bounds, layout.tiles(src)[0], None, None, layout.num_prefix, False)
+        return Regroup(*bounds, views.tiles[src][0], None, None, num_prefix, False)
     coarser = LEVELS.index(src) < LEVELS.index(dst)
-    pair = fine, _ = (src, dst) if coarser else (dst, src)
-    tiles = layout.tiles(fine)[0]
-    return Regroup(*bounds, tiles, layout.children(*pair), layout.parents(*pair), layout.num_prefix, coarser)
+    pair = (src, dst) if coarser else (dst, src)
+    tiles = views.tiles[pair[0]][0]
+    return Regroup(*bounds, tiles, views.children[pair], views.parents[pair], num_prefix, coarser)
 
 
 def _refuse_trace() -> None:

@@ -92,7 +92,7 @@ class _LinearOfNorm(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:
         product = kernels.converted(weight, y)
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, kernels.kept_product(product, weight))
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, kernels.kept_product(product, weight, y))
         ctx.eps = eps
         return kernels.linear(y, product, bias)
 

@@ -26,7 +26,7 @@ MAX_PREFIX = 32
 TILE_ROWS = (32, 64, 128)  # the tile sizes that kernels may use
 
 
-class _Tensors(NamedTuple):
+class Views(NamedTuple):
     """The part of a layout that kernels read: int32 views of one buffer, each by its level or pair of levels."""
 
     buffer: Tensor
@@ -74,7 +74,7 @@ class StudyLayout:
         if most > np.iinfo(np.int32).max:
             raise ValueError(f"{most} rows: a batch holds at most {np.iinfo(np.int32).max}")
         self.device = _numbered("cpu" if device is None else device)
-        self._made: _Tensors | None = None
+        self._made: Views | None = None
         if device is not None:
             self.build()
 
@@ -138,7 +138,7 @@ class StudyLayout:
 
     def cu_seqlens(self, level: Level) -> Tensor:
         """Bounds of the groups' rows, prefix rows included: (G + 1) int32 on `device`."""
-        return self._views().cu_seqlens[check_level(level)]
+        return self.views().cu_seqlens[check_level(level)]
 
     def cu_patches(self, level: Level) -> Tensor:
         """Bounds of the groups in the patch stream, prefix rows not counted: (G + 1) int32 on `device`."""
@@ -160,11 +160,11 @@ class StudyLayout:
 
     def children(self, fine: Level, coarse: Level) -> Tensor:
         """Bounds of each coarse group's run of fine groups: (G_coarse + 1) int32 on `device`."""
-        return self._views().children[_check_pair(fine, coarse)]
+        return self.views().children[_check_pair(fine, coarse)]
 
     def parents(self, fine: Level, coarse: Level) -> Tensor:
         """The coarse group that each fine group lies in: (G_fine) int32 on `device`."""
-        return self._views().parents[_check_pair(fine, coarse)]
+        return self.views().parents[_check_pair(fine, coarse)]
 
     def tiles(self, level: Level) -> list[Tensor]:
         """Tile maps of `level`, one for each of `TILE_ROWS`: (NT, 2) int32 on `device`, a tile's group and first row.
@@ -172,7 +172,7 @@ class StudyLayout:
         A group's rows are cut into tiles; tiles of the longest groups come first, and none is
         empty.
         """
-        return self._views().tiles[check_level(level)]
+        return self.views().tiles[check_level(level)]
 
     def select(self, keep: Tensor) -> StudyLayout:
         """The layout of the rows `patches[keep]`: patch dropout and scan dropout are choices of rows.
@@ -233,7 +233,7 @@ class StudyLayout:
         """The same layout with its tensors in pinned memory."""
         new = copy.copy(self.build())
         with torch.inference_mode(False):
-            new._made = self._split(_pinned(self._views().buffer))
+            new._made = self._split(_pinned(self.views().buffer))
         return new
 
     def build(self) -> StudyLayout:
@@ -250,7 +250,8 @@ class StudyLayout:
         new = StudyLayout(grids, slice_lengths, slices_per_scan, num_prefix, None).to(self.device)
         return new if self._made is None else new.build()
 
-    def _views(self) -> _Tensors:
+    def views(self) -> Views:
+        """All tensors that kernels read. They are made now if there are none yet."""
         if self._made is None:
             if torch.compiler.is_compiling():
                 raise RuntimeError("this layout has no tensors yet: call layout.build() before a compiled function")
@@ -258,7 +259,7 @@ class StudyLayout:
         assert self._made is not None
         return self._made
 
-    def _tensors(self) -> _Tensors:
+    def _tensors(self) -> Views:
         lengths = {level: np.diff(bounds) + self.num_prefix for level, bounds in self._bounds.items()}
         maps = {level: _tile_maps(rows) for level, rows in lengths.items()}
         self._tile_counts = {level: [len(tiles) for tiles in of_level] for level, of_level in maps.items()}
@@ -274,7 +275,7 @@ class StudyLayout:
                 buffer = _pinned(buffer)
             return self._split(buffer.to(self.device, non_blocking=self.device.type == "cuda"))
 
-    def _split(self, buffer: Tensor) -> _Tensors:
+    def _split(self, buffer: Tensor) -> Views:
         """The views of a buffer as `_tensors` lays it out."""
         groups, counts = self._num_groups, self._tile_counts
         sizes = [
@@ -288,7 +289,7 @@ class StudyLayout:
         children = {pair: next(views) for pair in PAIRS}
         parents = {pair: next(views) for pair in PAIRS}
         maps = iter(_mark_dynamic([view.view(-1, 2) for view in views]))
-        return _Tensors(
+        return Views(
             buffer, cu_seqlens, children, parents, {level: [next(maps) for _ in TILE_ROWS] for level in LEVELS}
         )
 

@@ -51,10 +51,10 @@ class Tiles(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A parameter as products take it. version: of the parameter, which every change counts up."""
+    """A parameter as products take it. state: of the parameter, its version, which a change counts up, and address."""
 
     product: Tensor | Tiles
-    version: int
+    state: tuple[int, int]
 
 
 _held: contextvars.ContextVar[dict[tuple[Tensor, torch.dtype], Held] | None] = contextvars.ContextVar(
@@ -195,18 +195,21 @@ def converted(weight: Tensor, x: Tensor, packed: bool = False) -> Tensor | Tiles
 def _once(weight: Tensor, dtype: torch.dtype, convert: Callable[[], Tensor | Tiles]) -> Tensor | Tiles:
     """Convert a parameter; within `hold_weights` once, as long as it does not change."""
     held = _held.get()
-    if held is None or not isinstance(weight, nn.Parameter):
+    if held is None or not isinstance(weight, nn.Parameter) or weight.is_inference():  # which counts no changes
         return convert()
-    version = 0 if weight.is_inference() else weight._version
+    state = weight._version, weight.data_ptr()
     key = (weight, dtype)  # a tensor is hashed as what it is, not by its values
-    if key not in held or held[key].version != version:
-        held[key] = Held(convert(), version)
+    if key not in held or held[key].state != state:
+        held[key] = Held(convert(), state)
     return held[key].product
 
 
-def kept_product(product: Tensor | Tiles, weight: Tensor) -> Tensor | None:
-    """Return the weight that `converted` made, for backward to multiply with; None if it is the weight, or packed."""
-    return product if isinstance(product, Tensor) and product is not weight and not product.is_mkldnn else None
+def kept_product(product: Tensor | Tiles, weight: Tensor, x: Tensor) -> Tensor | None:
+    """Return the weight that `converted` made for rows x, if backward should multiply with it; on a CPU, where memory
+    is scarcer than a conversion is slow, it converts once more."""
+    if not isinstance(product, Tensor) or product is weight or on_cpu(x, product.dtype):
+        return None
+    return product
 
 
 def _pays(x: Tensor, dtype: torch.dtype) -> bool:
@@ -253,7 +256,7 @@ def mlp_kept(
     parts = runs(hidden)
     second = converted(fc2[0], hidden, packed=len(parts) > 1)
     out = join([linear(F.gelu(hidden[run]), second, fc2[1]) for run in parts])
-    return out, hidden, (kept_product(first, fc1[0]), kept_product(second, fc2[0]))
+    return out, hidden, (kept_product(first, fc1[0], x), kept_product(second, fc2[0], hidden))
 
 
 def join(parts: list[Tensor]) -> Tensor:
@@ -386,7 +389,7 @@ class Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         given = x.to(product_dtype(x))
         product = converted(weight, given)
-        ctx.save_for_backward(given, weight, kept_product(product, weight))
+        ctx.save_for_backward(given, weight, kept_product(product, weight, given))
         ctx.dtype = x.dtype
         return linear(given, product, bias)
 

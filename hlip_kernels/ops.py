@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor  # as `is_grads_batched` makes them
 from torch._library import autograd
 from torch.autograd import forward_ad
 
@@ -358,14 +359,15 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether a Function may stand for an op: no compiler, mode, transform or forward-mode derivative is at work, and
-    the tensors are of no special kind."""
+    the tensors are of no special kind. Asked before forward, and of its gradients before backward."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, tensors))
-        or (tensors[0] is not None and tensors[0].is_meta)
+        or (tensors[0] is not None and (tensors[0].is_meta or is_legacy_batchedtensor(tensors[0])))
     )
 
 
@@ -411,7 +413,11 @@ class Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-        out, lse, qkv, cu_seqlens, *tiles = saved
+        out, lse, qkv, *maps = saved
+        if not unwatched(grad_out):  # the level counts for "auto" alone
+            flat = *maps, ctx.max_seqlen, *ctx.settings, "study"
+            return call("hier_attention_backward", grad_out, qkv, out, lse, *flat), None
+        cu_seqlens, *tiles = maps
         spans = Spans(cu_seqlens, tiles, ctx.max_seqlen)
         return _attend_backward(grad_out, qkv, out, lse, spans, *ctx.settings), None
 
@@ -442,10 +448,12 @@ class AddAndNorm(torch.autograd.Function):
         num_prefix, coarser, backend, dtype = ctx.settings
         if grad_y is None:
             grad_y = x.new_zeros(x.shape, dtype=dtype)
-        grads = NORM_BACKENDS[backend].backward(
-            grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight,
-            Regroup(src, dst, tiles, children, parents, num_prefix, coarser),
-        )  # fmt: skip
+        tensors = grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight
+        regroup = Regroup(src, dst, tiles, children, parents, num_prefix, coarser)
+        if unwatched(grad_y, grad_x):
+            grads = NORM_BACKENDS[backend].backward(*tensors, regroup)
+        else:
+            grads = call("add_regroup_norm_backward", *tensors, *regroup, backend)
         return *_norm_gradients(*grads), None
 
 

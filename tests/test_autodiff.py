@@ -530,3 +530,31 @@ def test_formulas_come_with_the_counter() -> None:
     earlier += "assert torch.ops.hlip_kernels.hier_attention_backward in flop_counter.flop_registry"
     for program in (LATER, earlier):
         subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_backward_asks_who_looks_by_itself() -> None:
+    """Modes, transforms, dual and fake tensors that come between forward and backward meet the op."""
+    op, inputs = EXACT["attention"]
+    leaf = inputs[0].clone().requires_grad_()
+    out = op(leaf)
+    given = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, leaf, given, retain_graph=True)
+    stacked = torch.stack([given, 2 * given])
+    (batched,) = torch.autograd.grad(out, leaf, stacked, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([expected, 2 * expected]))
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out, leaf, given, retain_graph=True)
+    assert counter.get_total_flops() > 0
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.autograd.grad(out, leaf, forward_ad.make_dual(given, given), retain_graph=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (fake,) = torch.autograd.grad(out, leaf, torch.ones(out.shape, dtype=out.dtype))
+    assert type(fake).__name__ == "FakeTensor" and fake.shape == leaf.shape
+
+
+@pytest.mark.parametrize("name", ["attention", "norm"])
+def test_another_default_device_changes_nothing(name: str) -> None:
+    op, inputs = cases(torch.float32)[name]
+    with torch.device("meta"):
+        inside = op(*inputs)
+    assert torch.equal(inside, op(*inputs))

@@ -238,7 +238,7 @@ def norm_backward(residual: torch.dtype, update: torch.dtype) -> list[Facts]:
         weight = torch.empty(width, device="cuda")
         regroup = (
             moved.cu_seqlens("slice"), moved.cu_seqlens("study"), moved.tiles("slice")[0],
-            moved.children("slice", "study"), moved.parents("slice", "study"), NUM_PREFIX,
+            moved.children("slice", "study"), moved.parents("slice", "study"), NUM_PREFIX, True,
         )  # fmt: skip
         scale = torch.empty(layout.num_groups("slice"), device="cuda")
         ops = torch.ops.hlip_kernels

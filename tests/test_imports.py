@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES, PROGRAMS = ("hlip_kernels", "hlip"), ("bench", "train")
 FACE = 4  # hlip/__init__.py: above every wing, used by none
 WINGS = {"data": 0, "model": 1, "tasks": 2, "commands": 3, "cli": 3}
-TRITON_MODULES = {"hlip_kernels.backends.triton_attention", "hlip_kernels.backends.triton_norm"}
+TRITON_MODULES = {f"hlip_kernels.backends.triton_{name}" for name in ("attention", "norm", "rows")}
 KERNELS_MAY_IMPORT = {"torch", "numpy", "hlip_kernels", *sys.stdlib_module_names}
 
 
