@@ -33,6 +33,7 @@ KINDS = ("half", "fp32", "tf32")
 BLOCK_D = {16: 16, 32: 32, 64: 64, 80: 128, 96: 128, 128: 128}  # head dim -> columns of a tile, a power of two
 FORMAT = 3  # of measured tables; it changes when rows or kernels do, so that what was measured no longer holds
 EVIDENCE = Path(__file__).with_name("evidence")  # a folder of measured tables, ARCHITECTURE.json
+MAX_TEXT = 1000  # characters of a text in a measured table
 MODES = ("training", "forward", "deterministic")  # in which backends are timed: see `Choice`
 
 log = logging.getLogger(__name__)
@@ -150,15 +151,17 @@ def built_in_config(row: Row) -> AttentionConfig:
         return AttentionConfig(Tile(128, 64, 8, 2), dq, Tile(64, 64, 8, 2))
     if arch == "sm_90":
         return AttentionConfig(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
-    if arch == "sm_100":
-        return AttentionConfig(Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2))
+    if arch == "sm_100":  # dkdv with 2 stages spills 8 bytes on Triton 3.5
+        return AttentionConfig(Tile(128, 64, 4, 2), Tile(128, 64, 4, 2), Tile(64, 64, 4, 3))
     if arch == "gfx942":
         tile = Tile(64, 32 if wide else 64, 4, 1)
         return AttentionConfig(tile, tile, tile)
-    dq = Tile(64, 32, 4, 2)
-    if wide and arch != "sm_80":  # there 8 to 16 bytes spill
+    forward, dq = Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)
+    if wide and arch == "sm_80":  # 64 streamed rows spill 32 bytes on Triton 3.4, and 2 stages 8 bytes
+        forward = Tile(128, 32, 8, 2 if head_dim == 128 else 3)
+    elif wide:  # there 8 to 16 bytes spill
         dq = Tile(32, 32, 4, 2)
-    return AttentionConfig(Tile(128, 64, 8, 2), dq, Tile(64, 64, 8, 2) if wide else Tile(64, 32, 4, 2))
+    return AttentionConfig(forward, dq, Tile(64, 64, 8, 2) if wide else Tile(64, 32, 4, 2))
 
 
 @functools.cache
@@ -287,7 +290,8 @@ def _parse_choice(name: str, value: Any) -> Choice:
     choice = _expect(value, name, Choice.__annotations__)
     for mode, times in _expect(choice["ms"], f"{name}, ms", MODES).items():
         for backend, ms in _expect(times, f"{name}, ms, {mode}").items():
-            _check_ms(f"{name}, {mode}, {backend!r:.60}", ms)
+            _check_text(f"{name}, {mode}", backend)
+            _check_ms(f"{name}, {mode}, {backend}", ms)
     for field, mode in (("backend", "training"), ("deterministic", "deterministic")):
         if choice[field] not in list(choice["ms"][mode]):  # a list, as it may be of a type that has no hash
             raise ValueError(f"{name}, {field}: expected a backend that was timed in {mode}, got {choice[field]!r:.60}")
@@ -300,15 +304,15 @@ def _check_ms(name: str, value: Any) -> None:
 
 
 def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"{name}: expected printable text, got {value!r:.60}")
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_TEXT:
+        raise ValueError(f"{name}: expected printable text of at most {MAX_TEXT} characters, got {value!r:.60}")
 
 
 def _parse_tile(name: str, tile: Any) -> Tile:
     for field, value in _expect(tile, name, Tile._fields).items():
         allowed = getattr(ALLOWED, field)
         if type(value) is not int or value not in allowed:
-            raise ValueError(f"{name}: {field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+            raise ValueError(f"{name}: {field} must be one of {', '.join(map(str, allowed))}, got {value!r:.60}")
     return Tile(**tile)
 
 
