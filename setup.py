@@ -65,7 +65,8 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-VERSION = re.search(r'^__version__ = "(.+?)"', Path("hlip_kernels/__init__.py").read_text("utf-8"), re.MULTILINE)
+INIT = Path(__file__).parent / "hlip_kernels" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+?)"', INIT.read_text("utf-8"), re.MULTILINE)
 assert VERSION, "hlip_kernels/__init__.py has no __version__"
 
 NATIVE = Extension(

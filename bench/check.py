@@ -201,7 +201,7 @@ def work(connection: Connection, device: str, size: str, stack: str) -> None:
         while True:
             try:
                 step = by_name[connection.recv()]
-            except EOFError:
+            except (EOFError, ConnectionError):
                 return
             try:
                 for row in step.rows(Setup(device, SIZES[size])):
@@ -288,20 +288,23 @@ def continued(path: Path, facts: dict[str, Any]) -> Report:
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        before = report["facts"]
-        names = [step["name"] for step in report["steps"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: no report to continue ({error!r}). Run without --continue.") from error
+        before, names = dict(report["facts"]), {step["name"] for step in report["steps"]}
+        for step in report["steps"]:
+            if not isinstance(step["verdict"], str) or not all(isinstance(row, dict) for row in step["rows"]):
+                raise ValueError(f"step {step['name']}: no verdict, or no rows")
+            step.update({field: step[field] for field in ("stage", "estimate_s", "seconds", "note", "foreign")})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: no report to continue ({error!r:.200}). Run without --continue.") from error
     for key in ALIKE:
         if before.get(key) != facts[key]:
             raise ValueError(
                 f"{path}: cannot be continued (expected {key} {facts[key]}, got {before.get(key)}). "
                 "Run without --continue, or give another --out."
             )
-    unknown = set(names) - {step.name for step in STEPS}
+    unknown = names - {step.name for step in STEPS}
     if unknown:
         raise ValueError(
-            f"{path}: has steps of another version ({', '.join(sorted(unknown))}). Run without --continue."
+            f"{path}: has steps of another version ({', '.join(sorted(map(str, unknown)))}). Run without --continue."
         )
     return report
 

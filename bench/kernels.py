@@ -346,7 +346,8 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
             row = {"backend": name, "mode": mode, "times_ours": times, "prepare_s": prepare[name]}
             spread = percentiles(mine)
             row |= spread | rates(problem, mode, spread["p50_s"], limits) | checked[name]
-            yield facts | row | {"kinds": columns.kinds(row)}
+            row = facts | row
+            yield row | {"kinds": columns.kinds(row)}
         if profile:
             trace(runs, profile / f"{case.name}-{settings.dtype}-{mode}.json")
 

@@ -36,8 +36,8 @@ def build(folder: Path, files: str, change: Callable[[str], str] = str, flags: s
     """The library by setup.py, of these of its sources, each changed."""
     (folder / SOURCES).mkdir(parents=True)
     (folder / "hlip").mkdir()
-    for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml", "hlip_kernels/__init__.py"):
+        shutil.copy(ROOT / name, folder / name)
     for path in {*(ROOT / SOURCES).glob("*.h"), *(ROOT / SOURCES).glob(files)}:
         (folder / SOURCES / path.name).write_text(change(path.read_text()))
     command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", "--inplace"]
