@@ -174,8 +174,19 @@ def test_only_a_report_of_the_same_device_is_continued(tmp_path: Path) -> None:
     for key in facts:
         with pytest.raises(ValueError, match=rf"check.json: cannot be continued \(expected {key} another, got"):
             check.continued(tmp_path / "check.json", facts | {key: "another"})
-    (tmp_path / "check.json").write_text(json.dumps({"facts": facts, "steps": [{"name": "of another version"}]}))
-    with pytest.raises(ValueError, match="steps of another version"):
+    step = {"name": "of another version", "stage": "norm", "verdict": "right", "rows": [], "note": "", "foreign": False}
+    step |= {"estimate_s": 1.0, "seconds": None}
+    for damage, wrong in (
+        ({}, "steps of another version"),
+        ({"rows": None}, "check.json: no report to continue"),
+        ({"verdict": 1}, "check.json: no report to continue"),
+        ({"name": ["x"]}, "check.json: no report to continue"),
+    ):
+        (tmp_path / "check.json").write_text(json.dumps({"facts": facts, "steps": [step | damage]}))
+        with pytest.raises(ValueError, match=wrong):
+            check.continued(tmp_path / "check.json", facts)
+    (tmp_path / "check.json").write_text("[" * 50_000)
+    with pytest.raises(ValueError, match=r"check.json: no report to continue"):
         check.continued(tmp_path / "check.json", facts)
 
 

@@ -348,4 +348,4 @@ def test_norm_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> No
         assert row["head_dim"] is None
         assert row["width"] == (None if row["kernel"] == "gelu_backward" else 384)
         assert (row["stack_bytes"], row["matrix_instructions"]) == (0, 0), row
-        assert row["occupancy"] >= 8, row
+        assert row["occupancy"] * row["warps"] >= 16, row

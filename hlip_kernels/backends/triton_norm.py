@@ -397,14 +397,14 @@ def _families(regroup: Regroup) -> int:
 def _constants(width: int, prefix: bool) -> dict[str, Any]:
     """Of a launch; not to be changed, as it is made once.
 
-    A thread holds 16 values of each tensor, or fewer: where rows are narrow, or means are taken, four warps are the
-    least with which no Triton from 3.3 on spills. Programs of prefix rows are few and each has many rows to go through:
-    two at a time. On sm_100, two rows of a tile at a time spill.
+    A thread holds 16 values of each tensor, or as few as 4: where rows are narrow, or means are taken, four warps are
+    the least with which no Triton from 3.3 on spills. Programs of prefix rows are few and each has many rows to go
+    through: two at a time. On sm_100, two rows of a tile at a time spill.
     """
     block = triton.next_power_of_2(width)
     rows = 2 if prefix else 1
-    least = 4 if prefix or block <= 512 else 1
-    warps = min(16, max(least, rows * block // 512))
+    least = min(4, block // 128) if prefix or block <= 512 else 1
+    warps = min(16, max(1, least, rows * block // 512))
     # Triton 3.10 no longer fuses products and sums by itself.
     constants = {"C": width, "BLOCK_C": block, "num_warps": warps, "enable_fp_fusion": True}
     return constants | ({"SUB": rows} if prefix else {"ROWS": ROWS})
