@@ -54,7 +54,7 @@ def markdown(report: Report, level: int = 1) -> str:
 
 
 def is_fault(step: Report) -> bool:
-    """Whether a step is wrong, or failed without another library in it."""
+    """Tell whether a step is wrong, or failed without another library in it."""
     return step["verdict"] == "wrong" or (step["verdict"] in FAILED and not step["foreign"])
 
 

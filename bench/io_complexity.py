@@ -263,7 +263,7 @@ def published_change(src: int, dst: int, tokens: int, width: int) -> tuple[Count
 
 
 def prefix_change(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
-    """What prefix rows add, forward and backward, to what our kernels of the norm ask for."""
+    """Count the bytes that prefix rows add, forward and backward, to those of our kernels of the norm."""
     with_prefix, without = (norm_traffic(layout.with_num_prefix(p), src, dst, width) for p in (layout.num_prefix, 0))
     forward, backward = (a + b * -1 for a, b in zip(with_prefix, without, strict=True))
     return forward, backward

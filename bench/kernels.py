@@ -391,7 +391,7 @@ def first_calls(
 
 
 def own(backend: str) -> bool:
-    """Whether a row's kernels are this library's."""
+    """Tell whether a row's kernels are this library's."""
     return backend.removeprefix("hlip-") in OWN
 
 

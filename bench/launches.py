@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 
 def has_driver() -> bool:
-    """Whether Triton can launch."""
+    """Tell whether Triton can launch."""
     try:
         from triton.runtime import driver
 
@@ -104,7 +104,7 @@ def compiled(jobs: Sequence[Job], device: str, processes: int | None = None) -> 
                 job = running[future]
                 try:
                     rows = future.result()
-                except Exception as error:
+                except Exception as error:  # whatever the compiler says: others may compile
                     if isinstance(error, BrokenProcessPool) and at_once > 1:
                         continue  # one of them ended its process, and all others with it: try fewer at once
                     wrong = f"{type(error).__name__}: {error}"[:300]

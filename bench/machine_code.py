@@ -1,4 +1,4 @@
-"""What a compiled kernel's machine code says: registers, spills, matrix instructions, its main loop."""
+"""Facts of a compiled kernel's machine code: registers, spills, matrix instructions, its main loop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def serialisation_codes(ptx: str) -> list[str]:
 
 
 def can_assemble(arch: str) -> bool:
-    """Whether Triton's assembler has code for an architecture such as sm_103."""
+    """Tell whether Triton's assembler has code for an architecture such as sm_103."""
     words = (subprocess.run([tool, "--help"], capture_output=True, text=True, check=True) for tool in _assemblers())
     return any(f"'{arch}'" in done.stdout for done in words)
 

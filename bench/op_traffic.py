@@ -54,7 +54,7 @@ class OpTraffic(TorchDispatchMode):
 
     @staticmethod
     def is_free(func: Any) -> bool:
-        """Whether an op moves nothing: it makes a view, or memory that is not written."""
+        """Tell whether an op moves nothing: it makes a view, or memory that is not written."""
         return bool(func.is_view) or func.__name__.startswith(("_unsafe_view", "empty", "new_empty", "detach", "alias"))
 
 

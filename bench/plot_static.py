@@ -49,7 +49,7 @@ def static(rows: Sequence[Row]) -> str:
 
 
 def longest(rows: Sequence[Row]) -> str:
-    """Where a loop has more instructions than that of dense attention, in some version."""
+    """List the loops that have more instructions than those of dense attention, in some version."""
     ratios: dict[str, float] = defaultdict(float)
     for row in rows:
         if row["dense_loop_instructions"]:

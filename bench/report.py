@@ -95,11 +95,11 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """List the versions of this library, torch, and others that are installed. A checkout need not be installed."""
-    found = {"hlip-kernels": hlip_kernels.__version__, "torch": torch.__version__}
+    installed = {"hlip-kernels": hlip_kernels.__version__, "torch": torch.__version__}
     for name in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "monai"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether this library computes right on a device: attention and norm against float64, a training step, memory.
+"""Checks that this library computes right on a device: attention and norm against float64, a training step, memory.
 
 Each function yields rows. One with `wrong` fails the check; a `mistake` is another library's, which is not this one's
 to mend. One with a `reason` could not run.
@@ -153,7 +153,7 @@ class Change(NamedTuple):
 
 
 def residuals(dtype: str) -> tuple[bool, ...]:
-    """Whether residuals are wide: both for updates of 16 bits."""
+    """List whether residuals are wide: both for updates of 16 bits."""
     return (True,) if dtype == "fp32" else (True, False)
 
 

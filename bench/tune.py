@@ -179,7 +179,8 @@ def tune_row(
         if device == "cuda":
             costs = compiled_costs(row, dtypes, [*in_use, *in_turns(others)], budget.seconds() / 2)
             for kernel, tiles in others.items():  # those that were not compiled stay last, nearest first
-                tiles.sort(key=lambda tile, kernel=kernel: costs.get((kernel, tile), math.inf))  # type: ignore[misc]
+                cost = {tile: costs.get((kernel, tile), math.inf) for tile in tiles}
+                tiles.sort(key=cost.__getitem__)
         rest = in_turns(others)
         with tqdm(total=len(in_use) + len(rest), desc=f"timing {row}", unit="tile") as progress:
             trials = Trials(row, dtypes, measure, device, timed, progress)

@@ -373,7 +373,7 @@ def _widens(x: Tensor) -> bool:
 
 
 def has_triton(x: Tensor) -> bool:
-    """Whether Triton's kernels serve rows x. A compiler makes its own."""
+    """Tell whether Triton's kernels serve rows x. A compiler makes its own."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return False
     return choose_norm_backend("auto", "cuda", x.dtype, x.dtype) == "triton"

@@ -358,8 +358,8 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether a Function may stand for an op: no compiler, mode, transform or forward-mode derivative is at work, and
-    the tensors are of no special kind. Asked before forward, and of its gradients before backward."""
+    """Tell whether a Function may stand for an op: no compiler, mode, transform or forward-mode derivative is at work,
+    and the tensors are not of a special kind. Asked before forward, and of its gradients before backward."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
