@@ -125,7 +125,7 @@ setup(
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
     package_data={
         "hlip_kernels": ["py.typed", "evidence/README.md", "evidence/*.json"],
-        "hlip": ["py.typed", "tasks/benchmarks/*.yaml", "tasks/*.html"],
+        "hlip": ["py.typed", "evaluate/benchmarks/*.yaml", "explain/*.html", "train/recipes/*.yaml"],
     },
     install_requires=[
         "torch>=2.6",
@@ -136,7 +136,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["hlip=hlip.cli:main"]},
+    entry_points={"console_scripts": ["hlip=hlip.cli.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -48,14 +48,11 @@ from pathlib import Path
 
 import torch
 
-import kernels
-import machine_code
-import static
-import tune
+from benchlib import kernels, machine_code, static, tune
+from benchlib.options import add_device, number, positive, written
+from benchlib.peers import PEERS
+from benchlib.report import print_table, write_json
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, SAME_TILES
-from options import add_device, number, positive, written
-from peers import PEERS
-from report import print_table, write_json
 
 GPU_CALLS = 10  # in a row, so that the host's time for a call does not show
 CPU_MEMORY, QUICK_CPU_MEMORY = 4.0, 0.4  # GiB that a way may need; what needs more is slow, too
@@ -66,7 +63,7 @@ def main() -> int:
     args, parser = parse()
     if args.io:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
-        import io_complexity
+        from benchlib import io_complexity
 
         return io_complexity.main(args.json, args.results)
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -49,13 +49,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-import columns
-import steps
-from checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, summary
-from options import positive, written
-from report import print_table, provenance
-from steps import SIZES, STAGES, STEPS, Setup, Step
-from timing import synchronise
+from benchlib import columns, steps
+from benchlib.checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, summary
+from benchlib.options import positive, written
+from benchlib.report import print_table, provenance
+from benchlib.steps import SIZES, STAGES, STEPS, Setup, Step
+from benchlib.timing import synchronise
 
 STARTED = time.monotonic() - time.process_time()  # imports take seconds, too
 START_SECONDS = 120.0  # that a new process may take until it can run steps

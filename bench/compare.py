@@ -26,9 +26,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from options import number, written
-from report import print_table, write_json
-from timing import Ratio, ratio
+from benchlib.options import number, written
+from benchlib.report import print_table, write_json
+from benchlib.timing import Ratio, ratio
 
 HERE = Path(__file__).resolve().parents[1]
 DEFAULT_BACKEND = """

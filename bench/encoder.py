@@ -55,17 +55,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ceilings
-from baselines import NaViT, Swin, flash, published, unfused
-from hlip.data.batch import Study, pack
+from benchlib import ceilings
+from benchlib.baselines import NaViT, Swin, flash, published, unfused
+from benchlib.op_traffic import OpTraffic
+from benchlib.options import add_device, number, positive, written
+from benchlib.report import append_rows, gigabytes, print_table, provenance, write_json
+from benchlib.timing import Peak, captured, host_seconds, in_turns, percentiles, process_bytes, ratio, synchronise
 from hlip.model.config import Pattern, VisionConfig, level_pattern
+from hlip.model.encoder import StudyEncoder
 from hlip.model.memory import keep_memory
-from hlip.model.vit import StudyEncoder
+from hlip.study import Study, pack
 from hlip_kernels import Level, hold_weights
-from op_traffic import OpTraffic
-from options import add_device, number, positive, written
-from report import append_rows, gigabytes, print_table, provenance, write_json
-from timing import Peak, captured, host_seconds, in_turns, percentiles, process_bytes, ratio, synchronise
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}  # of norms
 GRADIENTS = 2  # times that, of a parameter's gradient: it passes every layer twice

@@ -29,24 +29,24 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchlib.options import number, written
+from benchlib.report import print_table, write_json
+from benchlib.timing import ratio
 from compare import HERE, checked_out, run
-from options import number, written
-from report import print_table, write_json
-from timing import ratio
 
-CALLS = Path(__file__).with_name("host_calls.py")
+CALLS = Path(__file__).with_name("benchlib") / "host_calls.py"
 MEANS = 15  # of 100 calls each, of which the least counts
 
 
 def main() -> int:
     args = parse()
     if args.launches:
-        import block_launches
+        from benchlib import block_launches
 
         rows = block_launches.count()
         block_launches.show(rows)
     elif args.triton:
-        import launch_time
+        from benchlib import launch_time
 
         rows = launch_time.measure()
         print_table(list(rows[0]), [[f"{x:.1f}" if isinstance(x, float) else x for x in row.values()] for row in rows])

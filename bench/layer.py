@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baselines import regroup as regroup_by_copies
+from benchlib.baselines import regroup as regroup_by_copies
+from benchlib.op_traffic import OpTraffic
+from benchlib.options import add_device, number
+from benchlib.report import append_rows, megabytes, print_table, provenance, short
+from benchlib.timing import in_turns, percentiles, ratio
 from hlip.model.memory import keep_memory
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
-from op_traffic import OpTraffic
-from options import add_device, number
-from report import append_rows, megabytes, print_table, provenance, short
-from timing import in_turns, percentiles, ratio
 
 SCAN: Grid = (6, 14, 14)
 WIDTH, HEADS = 768, 12

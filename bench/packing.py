@@ -41,18 +41,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baselines import plain_block, positions
-from cases import SCANS, draw_scans
-from hlip.data.batch import pack
+from benchlib.baselines import plain_block, positions
+from benchlib.cases import SCANS, draw_scans
+from benchlib.op_traffic import OpTraffic
+from benchlib.options import add_device, number, written
+from benchlib.report import append_rows, gigabytes, megabytes, print_table, provenance, write_json
+from benchlib.timing import Peak, in_turns, percentiles, ratio
 from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.encoder import StudyEncoder
 from hlip.model.memory import keep_memory
 from hlip.model.plan import TokenBatch, plan
-from hlip.model.vit import StudyEncoder
+from hlip.study import pack
 from hlip_kernels import Level, StudyLayout, regroup
-from op_traffic import OpTraffic
-from options import add_device, number, written
-from report import append_rows, gigabytes, megabytes, print_table, provenance, write_json
-from timing import Peak, in_turns, percentiles, ratio
 
 REPEAT = 10  # scans of every study in the published training
 REFERENCES = dict.fromkeys(("repeat10_us", "repeat10"), "repeat10_us")  # of results; of the others packed

@@ -19,8 +19,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from checkpage import markdown, read_check
-from page import (
+from benchlib.checkpage import markdown, read_check
+from benchlib.page import (
     OURS,
     Row,
     bars,
@@ -41,9 +41,9 @@ from page import (
     where,
     wrapped,
 )
-from plot_static import static
-from report import gigabytes, megabytes, short, table
-from words import (
+from benchlib.plot_static import static
+from benchlib.report import gigabytes, megabytes, short, table
+from benchlib.words import (
     ALLOCATORS,
     ATTENTION,
     BASELINE,

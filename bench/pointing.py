@@ -32,16 +32,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from hlip.data import demo
-from hlip.data.batch import Study
-from hlip.data.preprocess import Recipe, Window
-from hlip.data.quality import Rules
-from hlip.data.studies import load_study_on_grids
+from benchlib.options import number, written
+from benchlib.report import print_table, provenance, write_json
+from hlip import demo
+from hlip.evaluate.zeroshot import Prompts, zeroshot_classifier
+from hlip.explain.relevance import relevance
 from hlip.model.clip import HLIPModel, create_model
-from hlip.tasks.relevance import relevance
-from hlip.tasks.zeroshot import Prompts, zeroshot_classifier
-from options import number, written
-from report import print_table, provenance, write_json
+from hlip.prepare.recipe import Recipe, Window
+from hlip.prepare.studies import load_study_on_grids
+from hlip.read.rules import Rules
+from hlip.study import Study
 
 PART = 1  # the held-out studies' place in the seeds of `make_demo`
 OF_BRIGHTEST, OF_PATCH = 0.1, 0.02

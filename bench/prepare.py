@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hlip.data.preprocess import load_recipe
-from hlip.data.sources import ScanSource
-from options import number, written
-from report import print_table, write_json
+from benchlib.options import number, written
+from benchlib.report import print_table, write_json
+from hlip.prepare.recipe import load_recipe
+from hlip.read.scan import ScanSource
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"  # have the straight line, and write DICOM files
 

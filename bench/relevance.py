@@ -17,11 +17,11 @@ import time
 
 import torch
 
-from hlip.tasks.relevance import times_matrix
+from benchlib.options import number, written
+from benchlib.report import print_table, provenance, write_json
+from benchlib.timing import Peak
+from hlip.explain.relevance import times_matrix
 from hlip_kernels import StudyLayout
-from options import number, written
-from report import print_table, provenance, write_json
-from timing import Peak
 
 GIB = 2**30
 

@@ -27,12 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hlip.data.prepare import prepare
-from hlip.data.preprocess import load_recipe
-from hlip.data.sources import Found, ScanSource, StudySource
-from hlip.data.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
-from options import number
-from report import print_table
+from benchlib.options import number
+from benchlib.report import print_table
+from hlip.prepare.discover import Found, StudySource
+from hlip.prepare.job import prepare
+from hlip.prepare.recipe import load_recipe
+from hlip.read.scan import ScanSource
+from hlip.store.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
 
 PER_SHARD = 500
 SAMPLES = 10_000
@@ -42,8 +43,8 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 import pyarrow
-from hlip.data.dataset import StudyDataset
-from hlip.data.store import Store
+from hlip.store.dataset import StudyDataset
+from hlip.store.store import Store
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 before, start = peak(), time.perf_counter()
 store = Store(sys.argv[1])

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hlip import HLIPModel, pack
-from hlip.data.dataset import StudyDataset
-from hlip.data.plain import finite_number
-from hlip.data.store import Store
-from hlip.model.vit import StudyEncoder
-from hlip.tasks.metrics import macro_auc
+from hlip.evaluate.metrics import macro_auc
+from hlip.model.encoder import StudyEncoder
+from hlip.read.safe import finite_number
+from hlip.store.dataset import StudyDataset
+from hlip.store.store import Store
 
 
 class Classifier(nn.Module):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from hlip.data.batch import pack
 from hlip.model.config import VisionConfig, level_pattern, place_levels
-from hlip.model.vit import StudyEncoder
+from hlip.model.encoder import StudyEncoder
+from hlip.study import pack
 from hlip_kernels import Level, StudyLayout
 
 PATTERNS: dict[str, tuple[Level, ...]] = {

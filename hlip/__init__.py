@@ -6,27 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data.batch import PackedBatch, Study, pack
-    from .data.preprocess import Recipe, load_recipe
-    from .data.readers import ScanError
-    from .data.studies import load_study
+    from .evaluate.zeroshot import zeroshot_classifier
     from .model.clip import HLIPModel, create_model
     from .model.config import ModelConfig, list_models
-    from .tasks.zeroshot import zeroshot_classifier
+    from .prepare.recipe import Recipe, load_recipe
+    from .prepare.studies import load_study
+    from .read.scan import ScanError
+    from .study import PackedBatch, Study, pack
 
 _HOMES = {
     "HLIPModel": "model.clip",
     "ModelConfig": "model.config",
-    "PackedBatch": "data.batch",
-    "Recipe": "data.preprocess",
-    "ScanError": "data.readers",
-    "Study": "data.batch",
+    "PackedBatch": "study",
+    "Recipe": "prepare.recipe",
+    "ScanError": "read.volume",
+    "Study": "study",
     "create_model": "model.clip",
     "list_models": "model.config",
-    "load_recipe": "data.preprocess",
-    "load_study": "data.studies",
-    "pack": "data.batch",
-    "zeroshot_classifier": "tasks.zeroshot",
+    "load_recipe": "prepare.recipe",
+    "load_study": "prepare.studies",
+    "pack": "study",
+    "zeroshot_classifier": "evaluate.zeroshot",
 }
 __all__ = [
     "HLIPModel",

@@ -48,7 +48,10 @@ def run(commands: list[list[str]]) -> list[tuple[int, str]]:
     """Exit status and stderr of benchmarks, each a file's name and its options."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "sitecustomize.py").write_text("import bare\n\nbare.hide()\n")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT), str(ROOT / "tests")])}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([folder, str(ROOT), str(ROOT / "tests"), str(BENCH)]),
+        }
         environment.pop("TRITON_INTERPRET", None)
         done = subprocess.run(
             [sys.executable, __file__, json.dumps(commands)],
@@ -60,7 +63,6 @@ def run(commands: list[list[str]]) -> list[tuple[int, str]]:
 
 def start(name: str, *options: str) -> int:
     sys.argv = [name, *options]
-    sys.path.insert(0, str(BENCH))
     runpy.run_path(str(BENCH / name), run_name="__main__")
     return 0
 

@@ -19,8 +19,8 @@ import torch
 import emulation
 import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
-from hlip.data.preprocess import Recipe
 from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level_pattern
+from hlip.prepare.recipe import Recipe
 from hlip_kernels import Grid, configs
 from hlip_kernels import native as native_library
 from hlip_kernels.backends import native_product

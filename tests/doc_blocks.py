@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hlip import cli
+from hlip.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("bash", "json", "python", "text", "yaml")
@@ -209,8 +209,6 @@ def _check_script(name: str, arguments: Sequence[str]) -> None:
         stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments]))
         for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
             stack.enter_context(mock.patch.object(parser, "parse_args", _parse_then_stop(parser.parse_args)))
-        if script:
-            stack.enter_context(mock.patch.object(sys, "path", [str(Path(name).parent), *sys.path]))
         try:
             if name == "hlip.cli":
                 cli.main(list(arguments))

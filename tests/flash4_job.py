@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-sys.path[:0] = [str(Path(sys.prefix) / "flash-attn-4"), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-site.addsitedir(sys.path[0])  # the compiler's packages are found by a file .pth there
+site.addsitedir(str(Path(sys.prefix, "flash-attn-4")))  # the compiler's packages are found by a file .pth there
 
-from copies import Copies  # noqa: E402
-from hlip_kernels.backends import BACKENDS, not_supported_reasons  # noqa: E402
-from hlip_kernels.backends.base import QKV, Spans  # noqa: E402
+from copies import Copies
+from hlip_kernels.backends import BACKENDS, not_supported_reasons
+from hlip_kernels.backends.base import QKV, Spans
 
 HEADS, HEAD_DIM, SCALE = 2, 64, 0.3
 

@@ -112,7 +112,7 @@ class Job:
         from safetensors.torch import save_file
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-        from hlip.model import config, published
+        from hlip.model import config, released
         from hlip.model.clip import HLIPModel
         from hlip.model.config import ModelConfig, TextConfig, VisionConfig
 
@@ -128,7 +128,7 @@ class Job:
         put(home / "bert", {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}})
         text = TextConfig(str(home / "bert"), context_length=8, locked=True)
         vision = VisionConfig(8, 1, patch_size=(1, 2, 2), grid=(1, 2, 2), levels=("scan", "study"), max_scans=2)
-        for module in (config, published):
+        for module in (config, released):
             module.MODELS.clear()
             module.ALIASES.clear()
         config.MODELS["tiny"] = (ModelConfig(vision, text, embed_dim=4), "")
@@ -149,7 +149,7 @@ class Job:
         """A hash of the weights of a model that was read with a case's files in its folder, and of what it computes."""
         import torch
 
-        from hlip import cli
+        from hlip.cli import main as cli
         from hlip.model.clip import HLIPModel, create_model
 
         top = {"pretrained_vision": "vit", "text": "bert", "pretrained_text": "bert", "released": "released"}
@@ -169,8 +169,8 @@ class Job:
                 raise ValueError(f"{folder} was not converted")
             model = HLIPModel.from_pretrained(folder.with_name("converted"))
         elif way == "init":
-            from config import TrainConfig
-            from pretrain import make_model
+            from hlip.train.config import TrainConfig
+            from hlip.train.pretrain import make_model
 
             model = make_model(TrainConfig(folder, init=str(folder)))
         else:
@@ -285,9 +285,7 @@ WITNESS: Witness
 
 def main(home: Path) -> None:
     global WITNESS
-    repository = Path(__file__).parents[1]
     fake_packages(home / "packages")
-    sys.path[:0] = [str(home / "packages"), str(repository / "train")]
     WITNESS = Witness(home)
     job = Job(home)
     results: dict[str, Any] = {}
@@ -316,6 +314,7 @@ def run_job(home: Path) -> dict[str, Any]:
     """What the job prints, in a process of its own that would not keep to the cache."""
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(home / "packages"), str(Path(__file__).parents[1])])
     command = [sys.executable, str(Path(__file__)), str(home)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
     assert done.returncode == 0, done.stderr

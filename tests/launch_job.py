@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import stub_driver
+from benchlib import stub_driver
+from benchlib.stub_driver import Launch, Launches, Memory, memory_of
 from fake_cuda import fake_mode
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
 from hlip_kernels.backends import BACKENDS, NORM_BACKENDS
@@ -21,7 +22,6 @@ from hlip_kernels.backends.base import QKV, Regroup, Spans
 from hlip_kernels.functional import _regroup
 from hlip_kernels.layout import TILE_ROWS
 from spans import plain_spans
-from stub_driver import Launch, Launches, Memory, memory_of
 
 SCALE = 0.3
 GRIDS: list[list[Grid]] = [[(2, 14, 14), (3, 4, 5)], [(1, 1, 1)], [(2, 5, 7)] * 2]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 FOLDER = Path(sys.prefix) / "open-clip"
@@ -30,14 +31,14 @@ def open_clip_imported() -> Iterator[ModuleType | None]:
         yield None
         return
     before = set(sys.modules)
-    sys.path.append(str(FOLDER))
     try:
-        _declare_operators()
-        import open_clip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(FOLDER))
+            _declare_operators()
+            import open_clip
 
-        yield open_clip
+            yield open_clip
     finally:
-        sys.path.remove(str(FOLDER))
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in ("open_clip", "timm", "torchvision", "ftfy", "wcwidth"):
                 del sys.modules[name]

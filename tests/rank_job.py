@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from hlip import cli
+from hlip.cli import main as cli
 
 
 def run(rank: int, size: int, port: int, arguments: list[str]) -> None:

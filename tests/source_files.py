@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hlip.data.sources import Found, Rejection
+from hlip.prepare.discover import Found
+from hlip.read.scan import Rejection
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hlip.data.preprocess import PreparedScan
-from hlip.data.readers import ScanError, read_nifti
-from hlip.data.sources import Found, ScanSource, StudySource
+from hlip.prepare.discover import Found, StudySource
+from hlip.prepare.recipe import PreparedScan
+from hlip.read.nifti import read_nifti
+from hlip.read.scan import ScanError, ScanSource
 
 
 @dataclass(frozen=True)

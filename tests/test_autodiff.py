@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hlip
 from conftest import random_study, tiny_vision
+from hlip.model.encoder import StudyEncoder
 from hlip.model.layers import Mlp
-from hlip.model.vit import StudyEncoder
 from hlip_kernels import (
     HierarchicalAttention,
     StudyLayout,

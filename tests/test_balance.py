@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchlib.cases import SCANS, draw_scans
 from hlip.model.config import preset
+from hlip.train.sampler import Cost, StepSampler
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "train"), str(ROOT / "bench")]
-
-from cases import SCANS, draw_scans  # noqa: E402
-from sampler import Cost, StepSampler  # noqa: E402
 
 VISION = preset("clip_vit_base_scan_study_token1176").vision
 TOKENS = 1176

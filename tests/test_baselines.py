@@ -21,12 +21,12 @@ from torch.nn import functional as F
 import hlip
 import rank_job
 from conftest import random_study
-from hlip import cli
-from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
-from hlip.tasks.baselines import CONFIG, Pool, SliceEncoder, read_slices
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.texts import embed_prompts
-from hlip.tasks.zeroshot import Prompts, class_shares, zeroshot_classifier
+from hlip.cli import main as cli
+from hlip.embed.baselines import CONFIG, Pool, SliceEncoder, read_slices
+from hlip.embed.table import Embeddings
+from hlip.embed.texts import embed_prompts
+from hlip.evaluate.zeroshot import Prompts, class_shares, zeroshot_classifier
+from hlip.store.store import PreparedStudy, Store, StoredScan, finish, write_shard
 from hostile_models import ALL, Witness, put
 from open_clip_beside import open_clip_imported
 from rank_job import free_port

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import random_study, tiny_vision
-from hlip.data.batch import PackedBatch, Study, pack, patch_dropout, scan_dropout
-from hlip.model.vit import StudyEncoder
+from hlip.model.encoder import StudyEncoder
+from hlip.study import PackedBatch, Study, pack, patch_dropout, scan_dropout
 from hlip_kernels import Grid, Level, StudyLayout
 from hlip_kernels.layout import LEVELS
 

@@ -12,16 +12,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import encoder as bench
+from benchlib.baselines import flash, published, regroup, unfused
+from benchlib.timing import in_turns, ratio
 from conftest import random_study, tiny_vision
-from hlip.data.batch import Study, pack
-from hlip.model.vit import StudyEncoder
+from hlip.model.encoder import StudyEncoder
+from hlip.study import Study, pack
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import encoder as bench  # noqa: E402
-from baselines import flash, published, regroup, unfused  # noqa: E402
-from timing import in_turns, ratio  # noqa: E402
 
 SMALL = bench.Case("small", 2, 3, (8, 16, 16), (4, 8, 8), "scan+study")
 SETTING = bench.Setting("fp32", "cpu", 64, 3)

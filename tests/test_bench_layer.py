@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import layer as bench
-from op_traffic import OpTraffic
+from benchlib.op_traffic import OpTraffic
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+from benchlib import options
 
-import options  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])

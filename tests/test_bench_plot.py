@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+import plot
+from benchlib import ceilings, kernels
+from benchlib import page as pages
+from benchlib.report import append_rows, short, table
 
-import ceilings  # noqa: E402
-import kernels  # noqa: E402
-import page as pages  # noqa: E402
-import plot  # noqa: E402
-from report import append_rows, short, table  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
 
 
 def program(name: str, *options: object) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import hlip
 from conftest import TINY_RECIPE, random_study, tiny_vision
-from hlip import cli
-from hlip.model import checkpoint, published
+from hlip.cli import main as cli
+from hlip.model import checkpoint, released
 from hlip.model.config import ALIASES, TextConfig, preset
+from hlip.train.checkpoints import Checkpoints
+from hlip.train.config import TrainConfig
+from hlip.train.pretrain import make_model
+from hlip.train.step import World
 from hostile_models import put
 from released_files import (
     MULTISCAN,
@@ -36,12 +39,6 @@ from released_files import (
     seeded,
     vit,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-from checkpoints import Checkpoints
-from config import TrainConfig
-from engine import World
-from pretrain import make_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -62,8 +59,8 @@ def test_published_to_ours_and_back_is_the_same_bits(name: str, tmp_path: Path) 
     assert again.config == preset(name)
     assert_same(again.state_dict(), state)
     files = sorted(str(p.relative_to(tmp_path / "theirs")) for p in (tmp_path / "theirs").rglob("*") if p.is_file())
-    plain = published.published_name(preset(name))
-    registered = published.REGISTERED.get(plain, plain)
+    plain = released.published_name(preset(name))
+    registered = released.REGISTERED.get(plain, plain)
     assert files == [f"hlip/model_configs/{registered}.json", "model.safetensors", "open_clip_config.json"]
     for each in ("ours", "theirs"):  # the folder's file stands for the folder
         assert hlip.HLIPModel.from_pretrained(tmp_path / each / "model.safetensors").config == preset(name)
@@ -73,7 +70,7 @@ def test_published_to_ours_and_back_is_the_same_bits(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", TRUNKS)
 def test_json_files_are_the_released_ones(name: str) -> None:
-    registered, written = published.open_clip_json(preset(name), name)
+    registered, written = released.open_clip_json(preset(name), name)
     expected = released_json(name)
     assert registered == name
     assert (
@@ -159,21 +156,21 @@ def test_among_several_json_files_the_one_that_fits_is_taken(tmp_path: Path) -> 
 def test_trunks_of_old_spelling(trunk: str, tmp_path: Path) -> None:
     content = released_json("clip_vit_base_scan_study_token1176")
     content["vision_cfg"]["timm_model_name"] = trunk
-    found = published.config_of_json(tmp_path / "open_clip_config.json", {"model_cfg": content})
+    found = released.config_of_json(tmp_path / "open_clip_config.json", {"model_cfg": content})
     wanted = "hlip-2025_10_08" if "1568" in trunk else trunk
     assert found.vision == preset(wanted).vision
     assert found.per_prefix == preset(wanted).per_prefix
     content["vision_cfg"]["timm_model_name"] = "vit_base_scan_study_token1177"
     with pytest.raises(ValueError, match=r"open_clip_config.json: unknown model .*did you mean .*token1176"):
-        published.config_of_json(tmp_path / "open_clip_config.json", content)
+        released.config_of_json(tmp_path / "open_clip_config.json", content)
     bad = {**content, "embed_dim": "wide", "vision_cfg": {"timm_model_name": "vit_base_scan_study_token1176"}}
     with pytest.raises(ValueError, match=r"open_clip_config.json: not a configuration of open_clip \(ValueError"):
-        published.config_of_json(tmp_path / "open_clip_config.json", bad)
+        released.config_of_json(tmp_path / "open_clip_config.json", bad)
     bad["vision_cfg"] = {"timm_model_name": "vit_base_singlescan_h2_token2744", "timm_pool": "map"}
     with pytest.raises(ValueError, match=r"open_clip_config.json: without a projection embed_dim must be"):
-        published.config_of_json(tmp_path / "open_clip_config.json", bad | {"embed_dim": 7})
+        released.config_of_json(tmp_path / "open_clip_config.json", bad | {"embed_dim": 7})
     with pytest.raises(ValueError, match=r"open_clip_config.json: not a configuration of open_clip .*'text_cfg'"):
-        published.config_of_json(tmp_path / "open_clip_config.json", {"vision_cfg": content["vision_cfg"]})
+        released.config_of_json(tmp_path / "open_clip_config.json", {"vision_cfg": content["vision_cfg"]})
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ALIASES)))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hlip
-from hlip import cli
-from hlip.tasks import processes
+from hlip import processes
+from hlip.cli import main as cli
 
 
 def run(*args: object) -> int:

@@ -21,9 +21,9 @@ import nibabel as nib
 from nibabel.tests import __file__ as NIBABEL_TESTS
 
 from dicom_files import write_series
-from hlip.cli import main
-from hlip.data.preprocess import Recipe, load_recipe
-from hlip.data.store import Store
+from hlip.cli.main import main
+from hlip.prepare.recipe import Recipe, load_recipe
+from hlip.store.store import Store
 from store_recipe import digests
 
 RECIPE = "size: [8, 24, 24]\ncrop: null\n"

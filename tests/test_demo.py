@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
-nibabel = pytest.importorskip("nibabel")
+pytest.importorskip("nibabel")
 pytest.importorskip("nilearn")
-from hlip.data import demo  # noqa: E402
-from hlip.data.preprocess import Recipe  # noqa: E402
-from hlip.data.sources import StudySource, find_studies  # noqa: E402
-from hlip.data.studies import load_study  # noqa: E402
+import nibabel
+
+from hlip import demo
+from hlip.prepare.discover import StudySource, find_studies
+from hlip.prepare.recipe import Recipe
+from hlip.prepare.studies import load_study
 
 CLASSES = ("normal", "stroke", "glioma", "meningioma", "metastases")
 SEEN_IN = {

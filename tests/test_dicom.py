@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hlip.data.quality import Rules
-from hlip.data.readers import ScanError, Volume, read_scan
-from hlip.data.sources import ScanSource
+from hlip.read.nifti import read_scan
+from hlip.read.rules import Rules
+from hlip.read.scan import ScanError, ScanSource, Volume
 
-pydicom = pytest.importorskip("pydicom")
+pytest.importorskip("pydicom")
 pytest.importorskip("SimpleITK")
-from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid  # noqa: E402
+import pydicom
+from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
-from dicom_files import SYNTAXES, write_enhanced, write_series  # noqa: E402
+from dicom_files import SYNTAXES, write_enhanced, write_series
 
 PYDICOM = Path(pydicom.__file__).parent / "data" / "test_files"
 RULES = Rules(modalities=())

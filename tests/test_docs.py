@@ -19,13 +19,14 @@ import yaml
 
 import doc_blocks
 from doc_blocks import ROOT, Block, blocks, check_command, check_python, commands, pages, run_blocks
-from hlip import HLIPModel, cli, load_recipe
-from hlip.data.reports import SectionRules
-from hlip.data.sources import find_studies
-from hlip.tasks.embed import embed
-from hlip.tasks.inputs import StoreStudies
-from hlip.tasks.task import load_task
-from hlip.tasks.zeroshot import Prompts
+from hlip import HLIPModel, load_recipe
+from hlip.cli import main as cli
+from hlip.embed.inputs import StoreStudies
+from hlip.embed.loop import embed
+from hlip.evaluate.tasks import load_task
+from hlip.evaluate.zeroshot import Prompts
+from hlip.prepare.discover import find_studies
+from hlip.prepare.reports import SectionRules
 from released_files import seeded
 from tiny_store import make_store
 

@@ -16,12 +16,12 @@ import torch
 
 import hlip
 from conftest import random_study, tiny_vision
-from hlip import cli
-from hlip.data.store import Store
-from hlip.tasks.embed import Options, embed, parts_of
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.encoders import model_digest
-from hlip.tasks.inputs import FileStudies, OneScan, StoreStudies, study_names
+from hlip.cli import main as cli
+from hlip.embed.encoders import model_digest
+from hlip.embed.inputs import FileStudies, OneScan, StoreStudies, study_names
+from hlip.embed.loop import Options, embed, parts_of
+from hlip.embed.table import Embeddings
+from hlip.store.store import Store
 from tiny_store import make_store
 
 PATCH = (4, 8, 8)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import hlip
 from conftest import random_study, tiny_vision
-from hlip.data.batch import PackedBatch
 from hlip.model.config import VisionConfig, level_pattern, place_levels
-from hlip.model.vit import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, add_norm, sincos, spatial_table
+from hlip.model.encoder import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, add_norm, sincos, spatial_table
+from hlip.study import PackedBatch
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 HEADS = [("token", 1), ("token", 2), ("dinotxt", 1), ("dinotxt", 2), ("average", 0), ("average", 1),

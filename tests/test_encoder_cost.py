@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 import hlip
 from conftest import random_study
 from hlip.model.config import preset
+from hlip.model.encoder import StudyEncoder
 from hlip.model.plan import TokenBatch
-from hlip.model.vit import StudyEncoder
 from hlip_kernels import StudyLayout
 from test_encoder import make_encoder, textbook
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,7 @@ from torch import nn
 import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.config import ModelConfig, TextConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from engine import MicroBatch, backward, start
+from hlip.train.step import MicroBatch, backward, start
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("clip", "siglip", "dual")

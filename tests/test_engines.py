@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hlip.data.engines import TRIES, run_local, run_slurm
-from hlip.data.prepare import prepare
-from hlip.data.sources import Found
+from hlip.prepare.discover import Found
+from hlip.prepare.job import prepare
+from hlip.prepare.workers import TRIES, run_local, run_slurm
 from store_recipe import EverySlice, digests, write_studies
 from toy_job import Toy
 

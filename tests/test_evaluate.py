@@ -15,14 +15,14 @@ from sklearn import metrics as sklearn_metrics
 
 import hlip
 import rank_job
-from hlip import cli
-from hlip.data.store import Store
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.evaluate import check_prompts, class_scores, evaluate, task_prompts
-from hlip.tasks.metrics import at_threshold, roc_threshold
-from hlip.tasks.task import Task, load_task
-from hlip.tasks.texts import TextEncoder, embed_prompts
-from hlip.tasks.zeroshot import Prompts, zeroshot
+from hlip.cli import main as cli
+from hlip.embed.table import Embeddings
+from hlip.embed.texts import TextEncoder, embed_prompts
+from hlip.evaluate.evaluation import check_prompts, class_scores, evaluate, task_prompts
+from hlip.evaluate.metrics import at_threshold, roc_threshold
+from hlip.evaluate.tasks import Task, load_task
+from hlip.evaluate.zeroshot import Prompts, zeroshot
+from hlip.store.store import Store
 from rank_job import free_port
 from tiny_store import make_store
 
@@ -378,7 +378,7 @@ def eval_arguments(store: Store, model_folder: Path, tmp_path: Path, ranks: int)
 
 def test_two_and_three_processes_find_the_same(store: Store, model_folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hlip.commands.evaluate", "hlip.cli", *SLOW_TO_IMPORT])
+    context.set_forkserver_preload(["hlip.cli.evaluate", "hlip.cli", *SLOW_TO_IMPORT])
     found = {}
     for ranks in (1, 2, 3):
         args, meet = eval_arguments(store, model_folder, tmp_path, ranks), free_port()

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import site
 import subprocess
 import sys
 from collections import Counter
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from conftest import random_study
 from copies import Copies
 from fake_cuda import fake_mode
-from hlip.data.batch import pack
+from hlip.study import pack
 from hlip_kernels import ops
 from hlip_kernels.backends import BACKENDS, choose_backend, flash4, not_supported_reasons, varlen, xformers
 from hlip_kernels.backends.base import AttentionBackend, Spans
@@ -268,9 +269,8 @@ def extension() -> ModuleType:
 
 def import_flash_source() -> None:
     """For a process of its own, in which xformers is not imported yet: it looks for flash-attn once."""
-    if str(FLASH_SOURCE) not in sys.path:
-        sys.path.insert(0, str(FLASH_SOURCE))
-        sys.modules["flash_attn_2_cuda"] = extension()
+    site.addsitedir(str(FLASH_SOURCE))
+    sys.modules.setdefault("flash_attn_2_cuda", extension())
 
 
 @contextmanager
@@ -799,7 +799,13 @@ def test_flash4_compiles(architecture: str, instruction: str, tmp_path: Path) ->
     settings |= {"FLASH_ATTENTION_NUM_SMS": "132", "CUTE_DSL_DISABLE_FILE_CACHING": "1"}
     settings |= {"CUTE_DSL_KEEP_PTX": "1", "CUTE_DSL_KEEP_CUBIN": "1"}
     program = [sys.executable, str(Path(__file__).with_name("flash4_job.py"))]
-    run = subprocess.run(program, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True)
+    run = subprocess.run(
+        program,
+        cwd=tmp_path,
+        env=os.environ | settings | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     facts = json.loads(run.stdout.splitlines()[-1])
     assert facts["reasons"] == []

@@ -5,9 +5,7 @@ The functions that `fake_cuda` calls run in another process, and return what is 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -22,14 +20,11 @@ import hlip
 from conftest import random_study, tiny_vision
 from fake_cuda import fake_mode
 from hlip.model.config import Head, ModelConfig, TextConfig
+from hlip.model.encoder import StudyEncoder
 from hlip.model.losses import Outputs, contrastive_loss
 from hlip.model.plan import TokenBatch
-from hlip.model.vit import StudyEncoder
+from hlip.train.step import MicroBatch
 from hlip_kernels import Level, StudyLayout, add_regroup_norm, hier_attention
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from engine import MicroBatch
 
 HEADS, HEAD_DIM, NUM_PREFIX = 2, 32, 2
 GRIDS = [[(2, 5, 7), (1, 9, 9)], [(3, 4, 4)]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from hlip.embed.table import Embeddings
+from hlip.evaluate.probe import Probe
 from hlip.model.weights import read_weights
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.probe import Probe
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from checkpoints import Checkpoints
+from hlip.train.checkpoints import Checkpoints
 
 OTHERS = [2, 99, 0, -1, "2", 1.5, True]
 

@@ -8,7 +8,6 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +19,9 @@ pytest.importorskip("pydicom")
 pytest.importorskip("SimpleITK")
 pytest.importorskip("pyarrow")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import hostile_files as bad
-from tests.fuzz.guard import Guard
-from tests.fuzz.targets import TARGETS, Trial
+from fuzz.guard import Guard
+from fuzz.targets import TARGETS, Trial
 
 KEPT = Path(__file__).with_name("fuzz") / "corpus"
 
@@ -79,8 +76,8 @@ BREACHES: dict[str, tuple[Callable[[], object], str]] = {
 @pytest.mark.parametrize("name", BREACHES)
 def test_what_does_not_hold_is_seen(name: str, guard: Guard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tests.fuzz.guard.SECONDS", 0.5)
-    monkeypatch.setattr("tests.fuzz.guard.BYTES", 2**25)
+    monkeypatch.setattr("fuzz.guard.SECONDS", 0.5)
+    monkeypatch.setattr("fuzz.guard.BYTES", 2**25)
     function, kind = BREACHES[name]
     outcome = guard.run(function, "file.nii")
     assert (outcome.kind, bool(outcome.finding)) == (kind, True), outcome

@@ -24,11 +24,11 @@ pytest.importorskip("pyarrow")
 import torch
 
 import hostile_files as bad
-from hlip import cli
-from hlip.data.preprocess import load_recipe
-from hlip.data.sources import ScanSource
-from hlip.data.store import Store
-from hlip.data.store_tools import verify
+from hlip.cli import main as cli
+from hlip.prepare.recipe import load_recipe
+from hlip.read.scan import ScanSource
+from hlip.store.store import Store
+from hlip.store.tools import verify
 
 REPOSITORY = Path(__file__).parents[1]
 MR = "size: [8, 24, 24]\ncrop: null\n"

@@ -13,14 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES, PROGRAMS = ("hlip_kernels", "hlip"), ("bench", "train")
-FACE = 4  # hlip/__init__.py: above every wing, used by none
-WINGS = {"data": 0, "model": 1, "tasks": 2, "commands": 3, "cli": 3}
+FLOORS = (  # of hlip: a room uses those of lower floors; those at the bottom, their neighbours, too
+    ("terminal", "processes", "output"), ("read",), ("study",), ("store",), ("prepare",), ("model",), ("embed",),
+    ("evaluate", "explain"), ("train",), ("demo",), ("cli",),
+)  # fmt: skip
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FACE = len(FLOORS)  # hlip/__init__.py: above every room, used by none
 TRITON_MODULES = {f"hlip_kernels.backends.triton_{name}" for name in ("attention", "norm", "rows")}
 KERNELS_MAY_IMPORT = {"torch", "numpy", "hlip_kernels", *sys.stdlib_module_names}
 
 
 class Import(NamedTuple):
-    source: str  # the importing module, "hlip.model.vit"
+    source: str  # the importing module, "hlip.model.encoder"
     line: int
     target: str  # the module that is imported, "hlip_kernels"; never a name in it
     names: tuple[str, ...]  # what is taken from it
@@ -97,8 +101,13 @@ def _top(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _wing(module: str) -> int:
-    return WINGS.get([*module.split("."), ""][1], FACE)
+def _room(module: str) -> int:
+    return ROOMS.get([*module.split("."), ""][1], FACE)
+
+
+def _beside(source: str, target: str) -> bool:
+    """Two rooms on one floor, which do not know of each other; the rooms at the bottom may."""
+    return 0 < _room(source) == _room(target) < FACE and source.split(".")[1] != target.split(".")[1]
 
 
 def kernels_need_torch_only(root: Path) -> list[str]:
@@ -117,12 +126,13 @@ def kernels_need_torch_only(root: Path) -> list[str]:
     return [str(found) for found in imports(root) if _top(found.source) == "hlip_kernels" and wrong(found)]
 
 
-def wings_never_call_back_up(root: Path) -> list[str]:
-    """Inside hlip, cli and commands use tasks, tasks use model, model uses data, and nobody the other way."""
+def rooms_never_call_back_up(root: Path) -> list[str]:
+    """Inside hlip, a room uses those below it, and none above or beside it."""
     return [
         str(found)
         for found in imports(root)
-        if _top(found.source) == _top(found.target) == "hlip" and _wing(found.target) > _wing(found.source)
+        if _top(found.source) == _top(found.target) == "hlip"
+        and (_room(found.target) > _room(found.source) or _beside(found.source, found.target))
     ]
 
 
@@ -142,6 +152,7 @@ def hlip_uses_public_names(root: Path) -> list[str]:
         for found in imports(root)
         if _top(found.source) == "hlip"
         and _top(found.target) == "hlip_kernels"
+        and found.target != "hlip_kernels.env"  # a program of its own
         and (found.target != "hlip_kernels" or not found.names or not public.issuperset(found.names))
     ]
 
@@ -185,7 +196,7 @@ def no_cycle(root: Path) -> list[str]:
 Rule = Callable[[Path], list[str]]
 RULES: list[Rule] = [
     kernels_need_torch_only,
-    wings_never_call_back_up,
+    rooms_never_call_back_up,
     hlip_uses_public_names,
     programs_stand_alone,
     no_star_import,
@@ -197,19 +208,23 @@ GOOD = {
     "hlip_kernels/__init__.py": KERNELS,
     "hlip_kernels/layout.py": "import numpy.random, os.path\nfrom torch import Tensor\nGrid = int\n",
     "hlip_kernels/late.py": "def f():\n    import triton\n",
-    "hlip/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli import main\n",
-    "hlip/data/__init__.py": "",
-    "hlip/data/batch.py": "from hlip_kernels import Grid\nfrom . import readers\n",
-    "hlip/data/readers.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .batch import x\n",
+    "hlip/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .cli.main import main\n",
+    "hlip/output.py": "from .terminal import say\n",
+    "hlip/terminal.py": "",
+    "hlip/study.py": "from hlip_kernels import Grid\nfrom .read import nifti\n",
+    "hlip/read/__init__.py": "",
+    "hlip/read/nifti.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .scan import x\n",
+    "hlip/read/scan.py": "from .nifti import x\n",
     "hlip/model/__init__.py": "",
-    "hlip/model/clip.py": "from ..data.batch import x\ndef save():\n    from .checkpoint import y\n",
+    "hlip/model/clip.py": "from ..study import x\ndef save():\n    from .checkpoint import y\n",
     "hlip/model/checkpoint.py": "from .clip import z\n",
-    "hlip/tasks.py": "import hlip.model.clip\nfrom hlip.data import batch\n",
-    "hlip/cli.py": "from . import tasks\nimport sys\nsys.argv\n",
-    "train/config.py": "",
-    "train/pretrain.py": "from config import TrainConfig\nfrom hlip.cli import main\nimport hlip_kernels.layout\n",
-    "bench/config.py": "",
-    "bench/encoder.py": "import config, tqdm\n",
+    "hlip/embed/__init__.py": "import hlip.model.clip\nfrom hlip.read import scan\n",
+    "hlip/evaluate/__init__.py": "from ..embed import x\n",
+    "hlip/cli/main.py": "from .. import evaluate\nimport sys\nsys.argv\n",
+    "train/pretrain.py": "from hlip.cli.main import main\nimport hlip_kernels.layout\n",
+    "bench/benchlib/config.py": "",
+    "bench/benchlib/timing.py": "from .config import x\n",
+    "bench/encoder.py": "from benchlib import config, timing\nimport tqdm\n",
 }
 BAD: list[tuple[Rule, str, str]] = [
     (kernels_need_torch_only, "hlip_kernels/a.py", "from hlip.data import batch"),
@@ -219,30 +234,31 @@ BAD: list[tuple[Rule, str, str]] = [
     (kernels_need_torch_only, "hlip_kernels/backends/triton_attention.py", "import einops"),
     (kernels_need_torch_only, "hlip_kernels/a.py", "try:\n    from flash_attn import f\nexcept ImportError:\n    pass"),
     (kernels_need_torch_only, "hlip_kernels/a.py", "class A:\n    import einops"),
-    (wings_never_call_back_up, "hlip/data/a.py", "from ..model import clip"),
-    (wings_never_call_back_up, "hlip/data/a.py", "from hlip.tasks import x"),
-    (wings_never_call_back_up, "hlip/data/a.py", "def f():\n    import hlip.cli"),
-    (wings_never_call_back_up, "hlip/model/a.py", "from .. import tasks"),
-    (wings_never_call_back_up, "hlip/model/a.py", "from ..cli import main"),
-    (wings_never_call_back_up, "hlip/tasks.py", "from .cli import main"),
-    (wings_never_call_back_up, "hlip/data/a.py", "from hlip import create_model"),
-    (hlip_uses_public_names, "hlip/data/a.py", "from hlip_kernels.layout import Grid"),
-    (hlip_uses_public_names, "hlip/data/a.py", "from hlip_kernels import Grid, layout"),
-    (hlip_uses_public_names, "hlip/data/a.py", "from hlip_kernels import Grid, hidden"),
-    (hlip_uses_public_names, "hlip/data/a.py", "import hlip_kernels"),
-    (programs_stand_alone, "bench/a.py", "from train.config import TrainConfig"),
+    (rooms_never_call_back_up, "hlip/read/a.py", "from ..model import clip"),
+    (rooms_never_call_back_up, "hlip/read/a.py", "from hlip.embed import x"),
+    (rooms_never_call_back_up, "hlip/read/a.py", "def f():\n    import hlip.cli.main"),
+    (rooms_never_call_back_up, "hlip/model/a.py", "from .. import embed"),
+    (rooms_never_call_back_up, "hlip/model/a.py", "from ..cli.main import main"),
+    (rooms_never_call_back_up, "hlip/embed/a.py", "from ..cli.main import main"),
+    (rooms_never_call_back_up, "hlip/explain/a.py", "from ..evaluate import x"),
+    (rooms_never_call_back_up, "hlip/read/a.py", "from hlip import create_model"),
+    (hlip_uses_public_names, "hlip/read/a.py", "from hlip_kernels.layout import Grid"),
+    (hlip_uses_public_names, "hlip/read/a.py", "from hlip_kernels import Grid, layout"),
+    (hlip_uses_public_names, "hlip/read/a.py", "from hlip_kernels import Grid, hidden"),
+    (hlip_uses_public_names, "hlip/read/a.py", "import hlip_kernels"),
+    (programs_stand_alone, "bench/a.py", "from train.pretrain import main"),
     (programs_stand_alone, "bench/a.py", "import pretrain"),
     (programs_stand_alone, "train/a.py", "def f():\n    from encoder import x"),
     (programs_stand_alone, "hlip/a.py", "import bench.encoder"),
-    (no_star_import, "hlip/data/a.py", "from .batch import *"),
+    (no_star_import, "hlip/read/a.py", "from .nifti import *"),
     (no_star_import, "bench/a.py", "from math import *"),
-    (no_sys_path, "hlip/data/a.py", "import sys\nsys.path.insert(0, '.')"),
+    (no_sys_path, "hlip/read/a.py", "import sys\nsys.path.insert(0, '.')"),
     (no_sys_path, "train/a.py", "def f():\n    import sys\n    sys.path = []"),
     (no_sys_path, "hlip_kernels/a.py", "from sys import path"),
-    (no_cycle, "hlip/data/readers.py", "from .batch import x"),
-    (no_cycle, "hlip/data/batch.py", "if True:\n    from hlip.data import batch"),
+    (no_cycle, "hlip/read/nifti.py", "from .scan import x"),
+    (no_cycle, "hlip/read/nifti.py", "if True:\n    from hlip.read import scan"),
     (no_cycle, "hlip_kernels/layout.py", "from . import Grid"),
-    (no_cycle, "train/config.py", "import pretrain"),
+    (no_cycle, "bench/benchlib/config.py", "from . import timing"),
 ]
 
 
@@ -272,8 +288,8 @@ def test_the_house_was_read() -> None:
     """Imports are found and resolved: without this, the rules would hold for a tree nobody read."""
     found = {(each.source, each.target, each.at_load) for each in imports(ROOT)}
     assert ("hlip_kernels.functional", "hlip_kernels.ops", True) in found  # from . import ops
-    assert ("hlip.model.vit", "hlip.data.batch", True) in found  # from ..data.batch import ...
-    assert ("hlip.model.vit", "hlip_kernels", True) in found
+    assert ("hlip.model.encoder", "hlip.study", True) in found  # from ..study import ...
+    assert ("hlip.model.encoder", "hlip_kernels", True) in found
     assert ("hlip.model.clip", "hlip.model.checkpoint", False) in found  # within a function
     assert ("hlip", "hlip.model.clip", False) in found  # for type checkers only
-    assert ("train.pretrain", "train.sampler", True) in found  # a neighbour by bare name
+    assert ("bench.encoder", "bench.benchlib.timing", True) in found  # a neighbour by bare name

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import hlip
 from conftest import TINY_RECIPE
-from hlip import cli
-from hlip.commands import interpret
-from hlip.data.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
-from hlip.tasks.relevance import relevance
-from hlip.tasks.zeroshot import Prompts, zeroshot
+from hlip.cli import interpret
+from hlip.cli import main as cli
+from hlip.evaluate.zeroshot import Prompts, zeroshot
+from hlip.explain.relevance import relevance
+from hlip.store.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
 
 FILES = ["montage.png", "overlays", "page.html", "relevance.json", "relevance.npz"]
 

@@ -13,9 +13,10 @@ import torch
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends import triton as backend
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
-from triton.runtime.errors import InterpreterError  # noqa: E402
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 BF16 = torch.bfloat16
 EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)

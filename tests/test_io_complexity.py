@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,14 @@ import torch
 from hlip_kernels import Level, StudyLayout
 
 pytest.importorskip("triton")
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+from benchlib import io_complexity as io
+from benchlib.baselines import regroup, unfused
+from benchlib.op_traffic import Counts, OpTraffic
+from benchlib.traffic import watched
+from benchlib.trial import Problem
+from hlip_kernels.configs import Tile
 
-import io_complexity as io  # noqa: E402
-from baselines import regroup, unfused  # noqa: E402
-from hlip_kernels.configs import Tile  # noqa: E402
-from op_traffic import Counts, OpTraffic  # noqa: E402
-from traffic import watched  # noqa: E402
-from trial import Problem  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
 
 KERNELS = ("forward", "dq", "dkdv")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hlip.tasks.labels import read_label_table, read_labels
+from hlip.evaluate.labels import read_label_table, read_labels
 
 
 @pytest.fixture

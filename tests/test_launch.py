@@ -6,7 +6,6 @@ They are made by `launch_job.py`, compiled for sm_90 in one process for all test
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,13 +22,11 @@ from hlip_kernels.layout import LEVELS, Level
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import launch_job
-import machine_code
+from benchlib import machine_code
+from benchlib.stub_driver import Launch, Memory
 from hlip_kernels.backends import triton_norm
 from launch_job import Attention, Norm, Run, layout
-from stub_driver import Launch, Memory
 
 ARCHITECTURE = "sm_90"
 MAPS = {"Tiles", "CuQueries", "CuKeys", "UsedQueries", "UsedKeys", "Fine", "Coarse", "Children", "Parents"}

@@ -22,24 +22,24 @@ pytest.importorskip("pydicom")
 pytest.importorskip("pyarrow")
 
 import hostile_files as bad
-from hlip.data import plain, tensors
-from hlip.data.plain import MOST_SETTINGS
-from hlip.data.preprocess import load_recipe
-from hlip.data.quality import Rules
-from hlip.data.readers import read_scan
-from hlip.data.reports import SectionRules, read_reports
-from hlip.data.sources import find_scans
-from hlip.data.store import Store, read_info, read_rejections, read_shard
-from hlip.data.tables import Table, read_json_studies, read_names
+from hlip.embed.baselines import read_slices
+from hlip.embed.table import Embeddings
+from hlip.evaluate.labels import read_label_table
+from hlip.evaluate.probe import Probe
+from hlip.evaluate.tasks import load_task
+from hlip.evaluate.zeroshot import Prompts
 from hlip.model.checkpoint import load
 from hlip.model.weights import read_weights
-from hlip.tasks.baselines import read_slices
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.labels import read_label_table
-from hlip.tasks.plot import read_run
-from hlip.tasks.probe import Probe
-from hlip.tasks.task import load_task
-from hlip.tasks.zeroshot import Prompts
+from hlip.prepare.discover import find_scans
+from hlip.prepare.recipe import load_recipe
+from hlip.prepare.reports import SectionRules, read_reports
+from hlip.prepare.tables import Table, read_json_studies, read_names
+from hlip.read import safe, tensors
+from hlip.read.nifti import read_scan
+from hlip.read.rules import Rules
+from hlip.read.safe import MOST_SETTINGS
+from hlip.store.store import Store, read_info, read_rejections, read_shard
+from hlip.train.plot import read_run
 from test_store import STUDIES, make_store
 
 Read = Callable[[Path], Any]
@@ -79,7 +79,7 @@ def test_what_has_no_end_is_not_read(name: str, kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["store.json", "manifest.arrow", "shards/00000.safetensors", "rejected.jsonl"])
 def test_a_store_of_pipes(name: str, tmp_path: Path) -> None:
-    from hlip.data.store_tools import verify
+    from hlip.store.tools import verify
 
     store = make_store(tmp_path / "store", STUDIES[:2])
     (store / name).unlink()
@@ -112,7 +112,7 @@ def test_values_that_repeat_themselves(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".yaml")])
 def test_a_task_of_ten_million_classes(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"classes:\n" + b"  a: x\n" * 10**5)
-    with pytest.raises(ValueError, match=f"{name}.*more than {plain.MOST_YAML} bytes"):
+    with pytest.raises(ValueError, match=f"{name}.*more than {safe.MOST_YAML} bytes"):
         READERS[name](tmp_path / name)
 
 
@@ -123,7 +123,7 @@ def test_a_line_of_a_gigabyte(name: str, tmp_path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.touch()
     os.truncate(path, 2**30)
-    with pytest.raises(ValueError, match=f"{path.name}.* (more than {plain.MOST_TEXT}|with a hole)"), at_most(2**29):
+    with pytest.raises(ValueError, match=f"{path.name}.* (more than {safe.MOST_TEXT}|with a hole)"), at_most(2**29):
         READERS.get(name, read_reports)(path if name in READERS else path.parent)
 
 
@@ -158,8 +158,8 @@ def test_arrays_that_inflate(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["scan.pt", "weights.pt"])
 def test_tensors_that_inflate(name: str, tmp_path: Path) -> None:
-    torch.save(torch.zeros(2**10), tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as archive:
+    torch.save(torch.zeros(2**10), tmp_path / "safe.pt")
+    with zipfile.ZipFile(tmp_path / "safe.pt") as archive:
         zipped(tmp_path / name, {each: archive.read(each) for each in archive.namelist()})
     with pytest.raises(ValueError, match=f"{name}.*compressed within"):
         READERS[name](tmp_path / name)

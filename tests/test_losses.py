@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.config import ModelConfig, TextConfig
+from hlip.model.encoder import StudyEncoder
 from hlip.model.losses import Outputs, contrastive_loss
-from hlip.model.vit import StudyEncoder
 
 OBJECTIVES = ("clip", "siglip", "dual")
 

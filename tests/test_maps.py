@@ -22,11 +22,11 @@ from PIL import Image
 
 import hlip
 from conftest import random_study
-from hlip.data.preprocess import Recipe
-from hlip.data.studies import load_study_on_grids
-from hlip.tasks.maps import as_arrays, best_slice, file_names, montage, order_of, page, paint, write_overlays
-from hlip.tasks.output import label
-from hlip.tasks.relevance import Relevance
+from hlip.explain.maps import as_arrays, best_slice, file_names, montage, order_of, page, paint, write_overlays
+from hlip.explain.relevance import Relevance
+from hlip.output import label
+from hlip.prepare.recipe import Recipe
+from hlip.prepare.studies import load_study_on_grids
 
 EVIL = "</script><script>alert(1)</script>\"'&$x$"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")

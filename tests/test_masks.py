@@ -8,12 +8,12 @@ import nibabel
 import numpy as np
 import pytest
 
-from hlip import cli
-from hlip.data.masks import lesion_slices
-from hlip.data.preprocess import Axis, Recipe, Window
-from hlip.data.quality import Rules
-from hlip.data.store import Store
-from hlip.data.volume import Volume
+from hlip.cli import main as cli
+from hlip.prepare.masks import lesion_slices
+from hlip.prepare.recipe import Axis, Recipe, Window
+from hlip.read.rules import Rules
+from hlip.read.scan import Volume
+from hlip.store.store import Store
 
 SHAPE, SPACING = (20, 24, 12), (1.0, 1.0, 4.0)
 LESION = slice(4, 6)  # of the twelve

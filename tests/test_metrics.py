@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from hlip.tasks import bootstrap
-from hlip.tasks.metrics import (
+from hlip.evaluate import bootstrap
+from hlip.evaluate.metrics import (
     CUTS,
     at_threshold,
     check_scores,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hlip.data.preprocess import Axis, Recipe, Window
-from hlip.data.readers import read_nifti
-from hlip.data.studies import load_study, load_study_on_grids
+from hlip.prepare.recipe import Axis, Recipe, Window
+from hlip.prepare.studies import load_study, load_study_on_grids
+from hlip.read.nifti import read_nifti
 
 TURN = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1.0]]) @ np.array([[1, 0, 0], [0, 0.8, -0.6], [0, 0.6, 0.8]])
 # Columns: where a file's three axes point to (x to the right, y anterior, z superior); the third has the thick slices.

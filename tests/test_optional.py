@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("pyarrow")
 
 import hostile_files as bad
 from dicom_files import write_series
-from hlip.tasks.embeddings import Embeddings
+from hlip.embed.table import Embeddings
 from test_store import STUDIES, make_store
 
 TESTS = Path(__file__).parent
@@ -72,9 +73,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[
         [hidden, *(word.format(**files, out=home / f"out{k}") for word in asked.split())]
         for k, (hidden, asked, _) in enumerate(CASES.values())
     ]
+    (home / "hidden").mkdir()
     done = subprocess.run(
         [sys.executable, TESTS / "without.py", json.dumps(commands)],
         cwd=home,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["hidden", str(TESTS.parent)])},
         capture_output=True,
         text=True,
         check=False,

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hlip import HLIPModel, cli
-from hlip.data.files import printable
-from hlip.data.tables import Table
+from hlip import HLIPModel
+from hlip.cli import main as cli
+from hlip.embed.table import Embeddings
+from hlip.evaluate.labels import read_labels
 from hlip.model.config import MODELS
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.labels import read_labels
-from hlip.tasks.output import shown_name, write_csv, write_whole
+from hlip.output import shown_name, write_csv, write_whole
+from hlip.prepare.tables import Table
+from hlip.read.files import printable
 
 
 def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_only_files_are_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["matplotlib", "PIL"])
 def test_what_plots_lack_is_named(missing: str) -> None:
     pytest.importorskip("matplotlib")
-    lines = f"import sys; sys.modules[{missing!r}] = None; from hlip.tasks.output import new_figure; new_figure(1, 1)"
+    lines = f"import sys; sys.modules[{missing!r}] = None; from hlip.output import new_figure; new_figure(1, 1)"
     shown = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False).stderr
     (error,) = [line for line in shown.splitlines() if line.startswith("ImportError: plots")]
     assert missing in error.partition("(")[2].partition(")")[0]

@@ -19,13 +19,14 @@ pytest.importorskip("pyarrow")
 
 import hostile_files as bad
 import test_store
-from hlip import HLIPModel, cli
-from hlip.data.prepare import prepare
-from hlip.data.preprocess import Recipe
-from hlip.data.sources import find_studies
-from hlip.data.store import Store
-from hlip.data.store_tools import merge, verify
-from hlip.data.volume import ScanError
+from hlip import HLIPModel
+from hlip.cli import main as cli
+from hlip.prepare.discover import find_studies
+from hlip.prepare.job import prepare
+from hlip.prepare.recipe import Recipe
+from hlip.read.scan import ScanError
+from hlip.store.store import Store
+from hlip.store.tools import merge, verify
 from test_hostile import Sandbox
 
 UIDS = ["../escaped", "../../escaped", "/{root}/escaped", "a/b", "a/../../escaped", "..", ".", "C:\\x", "~", "-rf",
@@ -192,10 +193,9 @@ def test_a_checkpoint_that_is_a_link_is_passed_over(
     tiny_model: HLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run's folder of checkpoints may lie on another disk, but none of them elsewhere."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "train"))
-    from checkpoints import Checkpoints
-    from config import TrainConfig
-    from engine import World
+    from hlip.train.checkpoints import Checkpoints
+    from hlip.train.config import TrainConfig
+    from hlip.train.step import World
 
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()

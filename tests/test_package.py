@@ -77,7 +77,7 @@ def test_wheel_holds_the_packages_and_needs_no_compiler(sdist: Path, wheel: zipf
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     packages = {f"{name}/{path}" for name in PACKAGES for path in files_of(sdist / name)}
     assert found == {path for path in packages if not path.startswith(SOURCES)}
-    assert {"hlip/tasks/relevance.html", "hlip/py.typed", "hlip_kernels/py.typed"} <= found
+    assert {"hlip/explain/relevance.html", "hlip/py.typed", "hlip_kernels/py.typed"} <= found
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 
@@ -110,4 +110,4 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     )
     assert said and said <= extras  # what messages tell people to install
     entries = wheel.read(path.replace("METADATA", "entry_points.txt")).decode()
-    assert "hlip = hlip.cli:main" in entries
+    assert "hlip = hlip.cli.main:main" in entries

@@ -14,18 +14,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import packing
+from benchlib.cases import SCANS, draw_scans
+from benchlib.op_traffic import OpTraffic
+from benchlib.timing import RESET_PEAK
 from conftest import random_study
 from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.encoder import StudyEncoder
 from hlip.model.memory import release_memory
-from hlip.model.vit import StudyEncoder
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import packing  # noqa: E402
-from cases import SCANS, draw_scans  # noqa: E402
-from op_traffic import OpTraffic  # noqa: E402
-from timing import RESET_PEAK  # noqa: E402
 
 CPU = torch.device("cpu")
 COUNTS = (3, 1, 2)

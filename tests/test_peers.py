@@ -17,19 +17,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import attention
+from benchlib import ceilings, kernels, peers
+from benchlib.cases import draw_scans
+from benchlib.columns import COLUMNS, KINDS, legend
+from benchlib.timing import RESET_PEAK
 from hlip_kernels import Level, StudyLayout, available_backends, hier_attention
 from test_external import HEADS, SlowKernels, import_flash_source, needs_flash_source, take_cpu_tensors
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import attention  # noqa: E402
-import ceilings  # noqa: E402
-import kernels  # noqa: E402
-import peers  # noqa: E402
-from cases import draw_scans  # noqa: E402
-from columns import COLUMNS, KINDS, legend  # noqa: E402
-from timing import RESET_PEAK  # noqa: E402
 
 RAGGED = [[(2, 3, 3), (3, 2, 4)], [(1, 5, 2)]]
 EQUAL = [[(2, 3, 3)] * 2] * 2

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hlip.data.plain import as_texts, check_keys, finite_number, parse_json, parse_yaml, read_json, read_yaml
-from hlip.data.preprocess import Recipe, Window, load_recipe
-from hlip.data.quality import Rules
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig
+from hlip.prepare.recipe import Recipe, Window, load_recipe
+from hlip.read.rules import Rules
+from hlip.read.safe import as_texts, check_keys, finite_number, parse_json, parse_yaml, read_json, read_yaml
 
 
 @pytest.mark.parametrize(

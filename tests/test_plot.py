@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib import image
 
-from hlip import cli
-from hlip.tasks.plot import PANELS, read_run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from config import TrainConfig
-from engine import World
-from log import Log
+from hlip.cli import main as cli
+from hlip.train.config import TrainConfig
+from hlip.train.log import Log
+from hlip.train.plot import PANELS, read_run
+from hlip.train.step import World
 
 
 def run(*args: object) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ import torch
 
 import hlip
 from conftest import random_study, tiny_vision
-from hlip.data.store import Store
 from hlip.model.config import TextConfig
+from hlip.store.store import Store
+from hlip.train.config import TrainConfig
+from hlip.train.precheck import check_data, check_texts
 from tiny_store import make_store
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from config import TrainConfig
-from precheck import check_data, check_texts
 
 SIZE = (8, 16, 16)
 DATED = (

@@ -14,15 +14,14 @@ pytest.importorskip("triton.knobs")  # by which compilations are watched; from 3
 BENCH = Path(__file__).parents[1] / "bench"
 
 AHEAD = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from hlip_kernels.configs import Tile
-from precompile import CompilerOnly, Job, compile_ahead
-from trial import Problem
+from benchlib.precompile import CompilerOnly, Job, compile_ahead
+from benchlib.trial import Problem
 
 if __name__ == "__main__":
     target, tile = GPUTarget("cuda", 90, 32), Tile(64, 64, 4, 2)
@@ -44,8 +43,13 @@ def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path: Path) -> None:
     """By the launches of another process, with other groups, on a driver that compiles for the same card."""
     (tmp_path / "ahead.py").write_text(AHEAD)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "ahead.py"), str(BENCH)],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        [sys.executable, str(tmp_path / "ahead.py")],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(BENCH),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        },
         capture_output=True,
         text=True,
         check=True,

@@ -21,12 +21,12 @@ import pytest
 import torch
 
 from conftest import TINY_RECIPE
-from hlip.data.batch import Study
-from hlip.data.prepare import _for_the_store, hash_ids, prepare, prepare_study
-from hlip.data.readers import ScanError
-from hlip.data.sources import Found, Rejection, ScanSource, StudySource
-from hlip.data.store import PreparedStudy, Store, StoredScan, shard_files, write_shard
-from hlip.data.store_tools import merge, verify
+from hlip.prepare.discover import Found, StudySource
+from hlip.prepare.job import _for_the_store, hash_ids, prepare, prepare_study
+from hlip.read.scan import Rejection, ScanError, ScanSource
+from hlip.store.store import PreparedStudy, Store, StoredScan, shard_files, write_shard
+from hlip.store.tools import merge, verify
+from hlip.study import Study
 from store_recipe import EverySlice, digests, write_studies
 
 pytest.importorskip("nibabel")
@@ -35,7 +35,7 @@ TESTS = Path(__file__).parent
 SCRIPT = """
 import sys
 from pathlib import Path
-from hlip.data.prepare import prepare
+from hlip.prepare.job import prepare
 from store_recipe import EverySlice, write_studies
 root, out, workers = sys.argv[1:]
 prepare(write_studies(Path(root)), EverySlice(slow=".nii"), out, workers=int(workers), shard_scans=2)

@@ -16,9 +16,10 @@ import pytest
 import torch
 import yaml
 
-from hlip.data.preprocess import PreparedScan, Recipe, Window, load_recipe, percentiles, through_plane_first
-from hlip.data.quality import Rules
-from hlip.data.readers import ScanError, Volume, read_nifti
+from hlip.prepare.recipe import PreparedScan, Recipe, Window, load_recipe, percentiles, through_plane_first
+from hlip.read.nifti import read_nifti
+from hlip.read.rules import Rules
+from hlip.read.scan import ScanError, Volume
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -422,8 +423,8 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from hlip.data.preprocess import load_recipe
-from hlip.data.sources import ScanSource
+from hlip.prepare.recipe import load_recipe
+from hlip.prepare.discover import ScanSource
 
 torch.set_num_threads(1)
 kind, where = sys.argv[1], Path(sys.argv[2])

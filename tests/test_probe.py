@@ -13,12 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from hlip import cli
-from hlip.tasks import bootstrap
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.labels import LabelTable, read_label_table
-from hlip.tasks.probe import CS, PROTOCOLS, Probe, _strongest, auc_intervals, draw_bars, fit_probe
-from hlip.tasks.probe_data import ProbeData, read_split, split_at_random
+from hlip.cli import main as cli
+from hlip.embed.table import Embeddings
+from hlip.evaluate import bootstrap
+from hlip.evaluate.labels import LabelTable, read_label_table
+from hlip.evaluate.probe import CS, PROTOCOLS, Probe, _strongest, auc_intervals, draw_bars, fit_probe
+from hlip.evaluate.probe_data import ProbeData, read_split, split_at_random
 
 
 def run(*args: object) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -17,13 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("pyarrow")
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from hlip.data.readers import ScanError
-from hlip.data.sources import Rejection
-from hlip.data.store import PreparedStudy, Store, StoredScan
-from hlip.data.store_tools import merge, select, split_at_random, verify
-from sampler import StepSampler
+from hlip.read.scan import Rejection, ScanError
+from hlip.store.store import PreparedStudy, Store, StoredScan
+from hlip.store.tools import merge, select, split_at_random, verify
+from hlip.train.sampler import StepSampler
 from test_store import STUDIES, make_store
 
 # --- stores

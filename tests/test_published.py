@@ -12,8 +12,8 @@ from torch import Tensor
 import hlip
 from conftest import random_study
 from hlip.model.config import ALIASES, MODELS, preset
-from hlip.model.published import identify
-from hlip.model.vit import StudyEncoder
+from hlip.model.encoder import StudyEncoder
+from hlip.model.released import identify
 from hlip.model.weights import Weights, check_fit
 from published import FACTS, RELEASED, Facts, released_encoder
 from test_model import published_shapes

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hlip import HLIPModel
-from hlip.data.preprocess import Recipe, load_recipe
-from hlip.data.quality import Rules, check_image_type, is_hounsfield, is_rescaled
-from hlip.data.readers import ScanError, Volume, read_scan
-from hlip.data.sources import ScanSource
+from hlip.prepare.recipe import Recipe, load_recipe
+from hlip.read.nifti import read_scan
+from hlip.read.rules import Rules, check_image_type, is_hounsfield, is_rescaled
+from hlip.read.scan import ScanError, ScanSource, Volume
 
 nibabel = pytest.importorskip("nibabel")
 nilearn_datasets = pytest.importorskip("nilearn.datasets")

@@ -14,9 +14,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from hlip.data.quality import Rules
-from hlip.data.readers import ScanError, Volume, read_nifti, read_scan
-from hlip.data.sources import ScanSource
+from hlip.read.nifti import read_nifti, read_scan
+from hlip.read.rules import Rules
+from hlip.read.scan import ScanError, ScanSource, Volume
 
 nibabel = pytest.importorskip("nibabel")
 NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"

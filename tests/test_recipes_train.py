@@ -13,13 +13,10 @@ import pytest
 import yaml
 
 from hlip.model.config import ModelConfig, list_models, preset
+from hlip.train import pretrain, settings
+from hlip.train.config import TrainConfig, from_published_flags
 
 TRAIN = Path(__file__).parents[1] / "train"
-sys.path.insert(0, str(TRAIN))
-
-import pretrain  # noqa: E402
-import settings  # noqa: E402
-from config import TrainConfig, from_published_flags  # noqa: E402
 
 RECIPES = sorted((TRAIN / "recipes").glob("*.yaml"))
 

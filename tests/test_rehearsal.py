@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+import check
+import plot
+from benchlib.page import PROVENANCE
 
-import check  # noqa: E402
-import plot  # noqa: E402
-from page import PROVENANCE  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
 
 JOB = Path(__file__).with_name("rehearsal_job.py")
 LONG = ("memory", "tune bf16, head dim 64")
@@ -27,6 +26,7 @@ LONG = ("memory", "tune bf16, head dim 64")
 def rehearse(folder: Path, *options: str, **asked: Any) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """Run the program; return its output, and its report."""
     env = os.environ | {"REHEARSAL": json.dumps(asked), "TRITON_CACHE_DIR": str(folder / "cache")}
+    env["PYTHONPATH"] = f"{BENCH.parent}{os.pathsep}{BENCH}"
     env.pop("TRITON_INTERPRET", None)
     out = str(folder / "check.md")
     command = [sys.executable, str(JOB), "--device", "cpu", "--size", "tiny", "--out", out, *options]

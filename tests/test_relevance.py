@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 import hlip
 from conftest import random_study, tiny_vision, token_labels
+from hlip.explain import relevance as module
+from hlip.explain.relevance import Relevance, relevance
 from hlip.model.clip import VisualTower
-from hlip.tasks import relevance as module
-from hlip.tasks.relevance import Relevance, relevance
 from hlip_kernels import HierarchicalAttention
 
 SIZES = [(4, 16, 24), (12, 8, 16), (8, 16, 16)]  # of three scans with different grids

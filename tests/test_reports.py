@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlip.data.reports import ReportText, SectionRules, normalise, read_reports, split_sentences
-from hlip.data.tables import Table
+from hlip.prepare.reports import ReportText, SectionRules, normalise, read_reports, split_sentences
+from hlip.prepare.tables import Table
 
 RULES = SectionRules()
 
@@ -140,7 +140,7 @@ TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=30).map("".join), st.list
 @given(TEXTS)
 def test_no_word_is_lost_between_sections(text: str) -> None:
     """The kept sections, the rest and the headings together are the text's words, in order."""
-    from hlip.data.reports import _tidy
+    from hlip.prepare.reports import _tidy
 
     pieces = list(RULES._pieces(_tidy(text)))
     assert "".join(heading + body for _, heading, body in pieces) == _tidy(text)

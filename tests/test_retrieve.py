@@ -15,14 +15,15 @@ pytest.importorskip("pyarrow")
 
 import hlip
 from conftest import TINY_RECIPE, random_study, tiny_vision
-from hlip import HLIPModel, ModelConfig, cli
-from hlip.data.batch import join_report
-from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
+from hlip import HLIPModel, ModelConfig
+from hlip.cli import main as cli
+from hlip.embed.table import Embeddings
+from hlip.embed.texts import embed_texts
+from hlip.evaluate import retrieve as module
+from hlip.evaluate.retrieve import Pairs, draw_recall, match_ranks, nearest, recall, retrieve
 from hlip.model.config import TextConfig
-from hlip.tasks import retrieve as module
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.retrieve import Pairs, draw_recall, match_ranks, nearest, recall, retrieve
-from hlip.tasks.texts import embed_texts
+from hlip.store.store import PreparedStudy, Store, StoredScan, finish, write_shard
+from hlip.study import join_report
 from tiny_store import make_store
 
 REPORTS = [

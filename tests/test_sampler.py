@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hlip.model.config import VisionConfig, place_levels, preset
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-
-from sampler import Cost, StepSampler, pieces_within, share
+from hlip.train.sampler import Cost, StepSampler, pieces_within, share
 
 COST = Cost(preset("clip_vit_base_scan_study_token1176").vision)
 # Scans per study, as counts or relative frequencies of 1, 2, ...: of Pub-Brain-5, and fits to the paper's sets.

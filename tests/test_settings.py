@@ -17,18 +17,16 @@ from typing import Any
 import pytest
 
 import hlip
-from hlip import cli
-from hlip.data import plain
-from hlip.data.preprocess import RECIPES, Recipe, Window, load_recipe
-from hlip.data.quality import Rules
+from hlip.cli import main as cli
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig, preset
 from hlip.model.weights import read_json
+from hlip.prepare.recipe import RECIPES, Recipe, Window, load_recipe
+from hlip.read import safe
+from hlip.read.rules import Rules
+from hlip.train.config import TrainConfig
 from hlip_kernels.configs import FORMAT, read_table
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "train"))
-
-from config import TrainConfig  # noqa: E402
 
 NOT_FINITE = ("nan", "inf", "-inf", "1e999", "NaN", "Infinity")
 MODEL = preset("clip_vit_base_scan_study_token1176")
@@ -141,6 +139,6 @@ def test_json_of_settings_has_finite_numbers(text: str, tmp_path: Path) -> None:
 
 
 def test_finite_numbers_are_read() -> None:
-    assert plain.finite_number("-1.5e3") == -1500
-    assert plain.parse_yaml("{a: 1.5, b: -2.0e-3, c: 10}") == {"a": 1.5, "b": -0.002, "c": 10}
-    assert json.loads("[1e300]", parse_float=plain.finite_number) == [1e300]
+    assert safe.finite_number("-1.5e3") == -1500
+    assert safe.parse_yaml("{a: 1.5, b: -2.0e-3, c: 10}") == {"a": 1.5, "b": -0.002, "c": 10}
+    assert json.loads("[1e300]", parse_float=safe.finite_number) == [1e300]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from hlip.data.sources import Rejection, StudySource, find_studies
-from hlip.data.tables import Table
+from hlip.prepare.discover import StudySource, find_studies
+from hlip.prepare.tables import Table
+from hlip.read.scan import Rejection
 from source_files import archive, dicom, names, nifti, rules, tensor
 
 nibabel = pytest.importorskip("nibabel")

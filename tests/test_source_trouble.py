@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hlip.data.readers import ScanError, read_nifti
-from hlip.data.sources import find_studies
+from hlip.prepare.discover import find_studies
+from hlip.read.nifti import read_nifti
+from hlip.read.scan import ScanError
 from source_files import ANATOMICAL, DICOM, archive, dicom, names, nifti, only, rules
 
 nibabel = pytest.importorskip("nibabel")

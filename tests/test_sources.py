@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hlip.data.files import walk
-from hlip.data.readers import ScanError
-from hlip.data.sources import Rejection, find_scans, find_studies
+from hlip.prepare.discover import find_scans, find_studies
+from hlip.read.files import walk
+from hlip.read.scan import Rejection, ScanError
 from source_files import ANATOMICAL, DICOM, archive, dicom, names, nifti, only, rules, tensor
 
 nibabel = pytest.importorskip("nibabel")
@@ -82,7 +82,7 @@ def test_order_of_creation_and_workers_change_nothing(tmp_path: Path, monkeypatc
         (root / "broken.dcm").write_bytes(b"x")
         monkeypatch.chdir(root)
         results.append(find_studies(".", workers=1 + seed % 2))
-    monkeypatch.setattr("hlip.data.files.FILES_PER_JOB", 3)
+    monkeypatch.setattr("hlip.read.files.FILES_PER_JOB", 3)
     results.append(find_studies(".", workers=2))
     assert results[0].studies == results[1].studies == results[2].studies == results[3].studies == results[4].studies
     assert results[0].rejected == results[2].rejected
@@ -272,7 +272,7 @@ def test_a_folder_of_studies_that_is_taken_for_one_gives_a_warning(
     shutil.copytree(tmp_path / "raw", tmp_path / "other")
     find_studies(tmp_path)
     assert not caplog.text
-    monkeypatch.setattr("hlip.data.sources.MANY_SCANS", 3)
+    monkeypatch.setattr("hlip.prepare.discover.MANY_SCANS", 3)
     find_studies(tmp_path)
     assert caplog.text.count("taken as one study") == 2
 
@@ -285,7 +285,7 @@ def test_folders_of_several_scans_in_one_study_give_a_warning(
     assert len(find_scans(tmp_path)) == 4
     assert "taken as one study, with several scans in each of 2 folders" in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr("hlip.data.sources.MANY_SCANS", 3)
+        patch.setattr("hlip.prepare.discover.MANY_SCANS", 3)
         with pytest.raises(ValueError, match="4 scans in 2 folders are more than a study has"):
             find_scans(tmp_path)
     caplog.clear()

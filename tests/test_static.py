@@ -15,15 +15,13 @@ import pytest
 from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, KINDS, SAME_TILES, Row, built_in_config
 
 pytest.importorskip("triton")
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+import static_versions
+from benchlib import machine_code, plot_static, static
 
-import machine_code  # noqa: E402
-import plot_static  # noqa: E402
-import static  # noqa: E402
-import static_versions  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+COMPILING["PYTHONPATH"] = str(BENCH)
 SASS = """
 .L_x_0:
  /*0000*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
@@ -79,14 +77,11 @@ def test_assemblers_are_asked_for_architectures() -> None:
 @pytest.mark.slow
 def test_a_tile_without_enough_registers_is_serialised_and_the_assembler_says_so() -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import json, static\nfrom hlip_kernels.configs import Tile\n"
+        "import json\nfrom benchlib import static\nfrom hlip_kernels.configs import Tile\n"
         "tiles = Tile(128, 64, 4, 3), Tile(128, 128, 4, 2)\n"
         "print(json.dumps([static.compile_case(static.Attention('sm_90', 'bf16', 64, 'forward', x)) for x in tiles]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(BENCH)], env=COMPILING, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=True)
     good, bad = json.loads(done.stdout)
     assert not good["serialised"] and good["warning"] is None
     assert bad["serialised"] and bad["warning"].startswith("C75")
@@ -114,7 +109,7 @@ def rows_of(version: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_version_with_rows_of_the_same_kernels_is_passed_over(tmp_path: Path) -> None:
     """Nothing is installed; a fault of a committed row still fails."""
-    code = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import static_versions; print(static_versions.digest())"
+    code = "import static_versions; print(static_versions.digest())"
     kernels = subprocess.check_output([sys.executable, "-c", code], env=COMPILING, text=True).strip()
     results = tmp_path / "static.jsonl"
     for stack_bytes, status in ((0, 0), (8, 1)):

@@ -16,12 +16,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hlip.cli import main
-from hlip.data.batch import pack
-from hlip.data.dataset import StudyDataset
-from hlip.data.readers import ScanError
-from hlip.data.sources import Rejection
-from hlip.data.store import (
+from hlip.cli.main import main
+from hlip.read.scan import Rejection, ScanError
+from hlip.store.dataset import StudyDataset
+from hlip.store.store import (
     INFO,
     PreparedStudy,
     Store,
@@ -33,7 +31,8 @@ from hlip.data.store import (
     shard_file,
     write_shard,
 )
-from hlip.data.store_tools import merge, select, split_at_random, stats, verify
+from hlip.store.tools import merge, select, split_at_random, stats, verify
+from hlip.study import pack
 
 pytest.importorskip("pyarrow")
 RECIPE = {"kind": "random", "size": [8, 16, 16]}
@@ -158,7 +157,7 @@ def test_scans_are_not_copied_and_writing_leaves_the_file(path: Path) -> None:
 
 
 def test_open_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hlip.data.store.OPEN_SHARDS", 4)
+    monkeypatch.setattr("hlip.store.store.OPEN_SHARDS", 4)
     store = Store(make_store(tmp_path / "many", [make_study(i, 1) for i in range(12)], per_shard=1))
     held = store.scan(0, 0)
     for i in range(12):

@@ -14,9 +14,9 @@ import SimpleITK as sitk
 
 import straight_line
 from dicom_files import write_series
-from hlip.data.preprocess import Recipe, load_recipe
-from hlip.data.quality import Rules
-from hlip.data.sources import ScanSource
+from hlip.prepare.recipe import Recipe, load_recipe
+from hlip.read.rules import Rules
+from hlip.read.scan import ScanSource
 
 MNI = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 STATISTIC_MAP = MNI.with_name("image_10426.nii.gz")

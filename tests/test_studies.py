@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dicom_files import write_series
-from hlip.data.preprocess import Recipe, Window
-from hlip.data.readers import ScanError, read_nifti
-from hlip.data.studies import load_study
+from hlip.prepare.recipe import Recipe, Window
+from hlip.prepare.studies import load_study
+from hlip.read.nifti import read_nifti
+from hlip.read.scan import ScanError
 
 RECIPE = Recipe(size=(2, 4, 4), crop=(4, 4))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hlip.tasks.task import FOLDER, list_tasks, load_task
+from hlip.evaluate.tasks import FOLDER, list_tasks, load_task
 
 CHEST = ["macro_auc", "balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall"]
 BRAIN = ["stroke_detection", "glioma_detection", "meningioma_detection", "metastasis_detection",

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from hlip import HLIPModel, cli
-from hlip.data.terminal import guarded_streams, say, visible
-from hlip.tasks.embeddings import Embeddings
+from hlip import HLIPModel
+from hlip.cli import main as cli
+from hlip.embed.table import Embeddings
+from hlip.terminal import guarded_streams, say, visible
 
 pytest.importorskip("pyarrow")
 import test_store
@@ -73,16 +74,14 @@ def test_streams_are_guarded_and_bars_move(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_log_line_ends_where_its_format_says(capsys: pytest.CaptureFixture[str]) -> None:
     """By the handler of last resort, in a program of its own."""
-    lines = "import logging; from hlip.data.terminal import guard_streams; guard_streams(); "
+    lines = "import logging; from hlip.terminal import guard_streams; guard_streams(); "
     lines += r"logging.getLogger('x').warning('%s: %d\n%s', 'a\n\x1b', 3, ValueError('\u202e'))"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     assert done.stderr == "a\\n\\x1b: 3\n\\u202e\n"
 
 
 def test_an_error_that_nobody_caught_is_shown_too() -> None:
-    lines = (
-        "from hlip.data.terminal import guarded_streams\nwith guarded_streams(): raise RuntimeError('a\\x1b[2J\\u202e')"
-    )
+    lines = "from hlip.terminal import guarded_streams\nwith guarded_streams(): raise RuntimeError('a\\x1b[2J\\u202e')"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: a\\x1b[2J\\u202e\n")
@@ -143,7 +142,7 @@ def test_hostile_embeddings_classes_and_columns(
         table.write(file, ".npz")
     classes = {"=1+1|$x$": "a", "b\x1b]0;x\x07\nc": "b"}
     (tmp_path / "task\x1b$.yaml").write_text(json.dumps({"kind": "similarity", "classes": classes}))
-    from hlip.data.tables import csv_text
+    from hlip.output import csv_text
 
     labels = [["study", *classes], *([uid, i % 2, i // 2 % 2] for i, uid in enumerate(uids.tolist()))]
     (tmp_path / "labels.csv").write_bytes(csv_text(labels))
@@ -153,7 +152,7 @@ def test_hostile_embeddings_classes_and_columns(
     check_streams(captured := capsys.readouterr())
     assert "\\x1b]0;x\\x07\\nc" in captured.out
     assert "left out -lost\\x1b: why\\r\\u202e" in captured.err
-    from hlip.tasks.labels import read_labels
+    from hlip.evaluate.labels import read_labels
 
     scores = read_labels(tmp_path / "out" / "scores.csv", [f"{name}_label" for name in classes])
     assert set(scores) == {uid for uid in uids.tolist() if uid.startswith("=")}  # tables hold no id with controls

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hlip import HLIPModel
-from hlip.tasks.texts import embed_prompts, embed_texts
+from hlip.embed.texts import embed_prompts, embed_texts
 
 
 def test_texts_are_embedded_once_and_in_order(tiny_model: HLIPModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,18 +18,16 @@ import pytest
 import torch
 
 import hlip
-from hlip.data.demo import make_demo
-from hlip.data.prepare import prepare
-from hlip.data.preprocess import Recipe
-from hlip.data.sources import Found, find_studies
+from hlip.demo import make_demo
 from hlip.model.config import preset
+from hlip.prepare.discover import Found, find_studies
+from hlip.prepare.job import prepare
+from hlip.prepare.recipe import Recipe
+from hlip.train.config import TrainConfig
 from hlip_kernels import available_backends
+from tiny_store import make_store
 
 TRAIN = Path(__file__).parents[1] / "train"
-sys.path.insert(0, str(TRAIN))
-
-from config import TrainConfig  # noqa: E402
-from tiny_store import make_store  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +266,7 @@ def test_other_objectives_train(objective: str, demo: Path, tmp_path: Path, bert
 def test_bad_input_is_named(
     demo: Path, tmp_path: Path, bert_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pretrain import main
+    from hlip.train.pretrain import main
 
     labels = tmp_path / "labels.csv"
     with (demo / "labels.csv").open() as source, labels.open("w", newline="") as target:
@@ -329,7 +327,7 @@ def test_help_names_every_setting() -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    from pretrain import learning_rate
+    from hlip.train.pretrain import learning_rate
 
     config = TrainConfig(Path("a"), Path("b"), steps=100, warmup=10, lr=1.0)
     rates = np.array([learning_rate(config, step, 100) for step in range(100)])
@@ -339,7 +337,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_decay_spares_biases_norms_and_temperature(tiny_model: hlip.HLIPModel) -> None:
-    from pretrain import make_optimizer
+    from hlip.train.pretrain import make_optimizer
 
     decayed, spared, scalars = make_optimizer(tiny_model, TrainConfig(Path("a"), Path("b"))).param_groups
     names = {id(p): name for name, p in tiny_model.named_parameters()}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import hlip
 from conftest import random_study, tiny_vision
-from hlip.model.vit import StudyEncoder
+from hlip.model.encoder import StudyEncoder
 from hlip_kernels import StudyLayout, available_backends, hier_attention
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.configs import ALLOWED, ARCHITECTURES, BLOCK_D, KINDS, Row, attention_config, built_in_config
@@ -26,13 +26,12 @@ from hlip_kernels.layout import LEVELS, TILE_ROWS
 from hlip_kernels.ops import flat_attention
 from spans import check_few_queries, plain_spans
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
+from benchlib import static
+
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret is False, reason="conftest sets TRITON_INTERPRET=1")
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import static  # noqa: E402
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -328,15 +327,15 @@ def test_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> None:
 def test_kernels_compile_with_lengths_of_their_own() -> None:
     """`Spans.seqused`; in a process without the interpreter."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import static\nfrom hlip_kernels.backends import triton_attention\n"
+        "from benchlib import static\nfrom hlip_kernels.backends import triton_attention\n"
         "for kernel, tile in vars(static.built_in_config(static.row_of('sm_90', static.DTYPES['bf16'], 64))).items():\n"
         "    kernel = getattr(triton_attention, 'attention_' + kernel)\n"
         "    facts = static.compile_attention(kernel, 'sm_90', 'bf16', 64, tile, used=True)\n"
         "    assert not facts['stack_bytes'] and not facts['serialised'], facts\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code, str(Path(static.__file__).parent)], env=environment, check=True)
+    environment["PYTHONPATH"] = str(Path(static.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +15,11 @@ from hlip_kernels.configs import attention_config
 from hlip_kernels.layout import LEVELS
 from spans import check_few_queries, plain_spans
 
-triton = pytest.importorskip("triton")
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from hlip_kernels.backends import triton_attention, triton_norm  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-from traffic import watched  # noqa: E402
+from benchlib.traffic import watched
+from hlip_kernels.backends import triton_attention, triton_norm
 
 HEADS = 2
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")

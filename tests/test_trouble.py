@@ -19,19 +19,17 @@ import pytest
 import torch
 
 import hlip
-from hlip.data.demo import make_demo
-from hlip.data.prepare import prepare
-from hlip.data.sources import find_studies
-from hlip.data.store import Store
+from hlip.demo import make_demo
 from hlip.model.config import preset
+from hlip.prepare.discover import find_studies
+from hlip.prepare.job import prepare
+from hlip.store.store import Store
+from hlip.train.checkpoints import Checkpoints
+from hlip.train.config import TrainConfig
+from hlip.train.log import STALLED, Log, Watch
+from hlip.train.step import World, first_host
 
 TRAIN = Path(__file__).parents[1] / "train"
-sys.path.insert(0, str(TRAIN))
-
-from checkpoints import Checkpoints  # noqa: E402
-from config import TrainConfig  # noqa: E402
-from engine import World, first_host  # noqa: E402
-from log import STALLED, Log, Watch  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.slow
@@ -157,7 +155,7 @@ def test_a_resumed_run_wants_its_studies_wherever_they_are(store: Path, init: Pa
 def test_gradients_that_stay_not_finite_end_an_fp16_run(
     store: Path, init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pretrain
+    from hlip.train import pretrain
 
     monkeypatch.setattr(pretrain, "clip_gradient", lambda model, most: math.nan)
     monkeypatch.setattr(pretrain, "MOST_NOT_FINITE", 3)
@@ -194,7 +192,7 @@ def test_evaluating_and_saving_are_no_stall(tmp_path: Path) -> None:
 
 
 def test_processes_that_see_different_things_are_refused(tmp_path: Path) -> None:
-    from pretrain import check_agreement
+    from hlip.train.pretrain import check_agreement
 
     class Apart(World):
         def gather(self, value: Any) -> list[Any]:
@@ -207,7 +205,7 @@ def test_processes_that_see_different_things_are_refused(tmp_path: Path) -> None
 
 
 def test_text_features_are_kept_without_dropout(store: Path, init: Path, tmp_path: Path) -> None:
-    import pretrain
+    from hlip.train import pretrain
 
     config = TrainConfig(store, tmp_path, init=str(init), lock_text=True)
     model = pretrain.make_model(config)
@@ -296,7 +294,7 @@ def test_slurm_starts_processes_without_torchrun(store: Path, init: Path, tmp_pa
 
 
 def test_settings_are_frozen_plain_values() -> None:
-    from config import FREE, PUBLISHED_FLAGS, TrainConfig
+    from hlip.train.config import FREE, PUBLISHED_FLAGS, TrainConfig
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names >= FREE

@@ -23,12 +23,10 @@ from hlip_kernels.configs import AttentionConfig, Row, Tile, attention_config
 from measured import LARGE, SMALL, measured
 
 pytest.importorskip("triton")
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+from benchlib import trial, tune
+from hlip_kernels.backends import triton_attention
 
-import trial  # noqa: E402
-import tune  # noqa: E402
-from hlip_kernels.backends import triton_attention  # noqa: E402
+BENCH = Path(__file__).parents[1] / "bench"
 
 ROW = Row("sm_999", "fp32", 16)
 TIMED: dict[Level, tuple[int, ...]] = {"slice": (5, 5), "scan": (20,), "study": (70,)}

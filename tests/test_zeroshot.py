@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import hlip
 from conftest import random_study
-from hlip.tasks.embed import embed_studies
-from hlip.tasks.task import load_task
-from hlip.tasks.zeroshot import Prompts, class_shares, zeroshot, zeroshot_classifier
+from hlip.embed.loop import embed_studies
+from hlip.evaluate.tasks import load_task
+from hlip.evaluate.zeroshot import Prompts, class_shares, zeroshot, zeroshot_classifier
 
 PROMPTS = Prompts({"stroke": ["stroke", "infarct"], "tumor": ["mass"]}, ("{}.", "This shows {}."))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from conftest import TINY_RECIPE, random_study
-from hlip.data.store import PreparedStudy, Store, StoredScan, finish, write_shard
+from hlip.store.store import PreparedStudy, Store, StoredScan, finish, write_shard
 
 
 def make_store(

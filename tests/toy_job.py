@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hlip.data.engines import Event
+from hlip.prepare.workers import Event
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hlip import cli
+from hlip.cli import main as cli
 
+HIDDEN = "hidden"  # a folder that PYTHONPATH begins with
 TRAIN = Path(__file__).parents[1] / "train"
 
 
@@ -24,7 +25,10 @@ def run(hidden: str, program: str, *arguments: str) -> tuple[int, str]:
         hide(hidden)
         return start(program, list(arguments))
 
-    return in_fork(without)
+    try:
+        return in_fork(without)
+    finally:
+        Path(HIDDEN, f"{hidden}.py").unlink(missing_ok=True)
 
 
 def in_fork(call: Callable[[], int]) -> tuple[int, str]:
@@ -54,16 +58,13 @@ def in_fork(call: Callable[[], int]) -> tuple[int, str]:
 def hide(package: str) -> None:
     """Here, and in processes that this one starts."""
     sys.modules[package] = None  # type: ignore[assignment]
-    folder = tempfile.mkdtemp(dir=Path.cwd())
-    Path(folder, f"{package}.py").write_text(f"raise ModuleNotFoundError({package!r})")
-    sys.path.insert(0, folder)  # which they take over
+    Path(HIDDEN, f"{package}.py").write_text(f"raise ModuleNotFoundError({package!r})")
 
 
 def start(program: str, arguments: list[str]) -> int:
     if program == "hlip":
         return cli.main(arguments)
     sys.argv = [program, *arguments]
-    sys.path.insert(0, str(TRAIN))
     runpy.run_path(str(TRAIN / program), run_name="__main__")
     return 0
 

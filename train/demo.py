@@ -3,7 +3,7 @@
     python train/demo.py --out runs/demo
 
 Leaves in the output folder `model/`, `results.json`, `loss.png`, `roc.png` and `study.png`. The lesions and
-reports of the data are synthetic (see `hlip.data.demo`): the figures show that the system learns, and nothing
+reports of the data are synthetic (see `hlip.demo`): the figures show that the system learns, and nothing
 about patients.
 """
 
@@ -24,18 +24,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hlip.data.batch import Study
-from hlip.data.demo import PLANE, make_demo
-from hlip.data.prepare import prepare
-from hlip.data.sources import find_studies
-from hlip.data.store import Store
-from hlip.data.terminal import guarded_streams, say
+from hlip.demo import PLANE, make_demo
+from hlip.evaluate.labels import read_labels
+from hlip.evaluate.metrics import macro_auc
+from hlip.evaluate.zeroshot import Prompts, zeroshot
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
-from hlip.tasks.labels import read_labels
-from hlip.tasks.metrics import macro_auc
-from hlip.tasks.output import write_whole
-from hlip.tasks.zeroshot import Prompts, zeroshot
+from hlip.output import write_whole
+from hlip.prepare.discover import find_studies
+from hlip.prepare.job import prepare
+from hlip.store.store import Store
+from hlip.study import Study
+from hlip.terminal import guarded_streams, say
 
 try:
     import matplotlib

@@ -22,11 +22,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ..data.paths import usual_permissions
-from ..data.plain import MOST_SETTINGS, parse_json, read_text
+from ..read.paths import usual_permissions
+from ..read.safe import MOST_SETTINGS, parse_json, read_text
 from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
-from .published import (
+from .released import (
     CONFIGS,
     OPEN_CLIP_CONFIG,
     Identity,

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import PackedBatch
+from ..study import PackedBatch
 from .config import ModelConfig, preset
+from .encoder import StudyEncoder
 from .losses import Outputs, at_least_float32
 from .plan import TokenBatch
 from .text import Source, TextTower
-from .vit import StudyEncoder
 
 
 class VisualHead(nn.Module):

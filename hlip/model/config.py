@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hlip_kernels import Grid, Level
 
-from ..data.batch import join_report
-from ..data.plain import check_finite, short
-from ..data.preprocess import RECIPES, Recipe
+from ..prepare.recipe import RECIPES, Recipe
+from ..read.safe import check_finite, short
+from ..study import join_report
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
 Head = Literal["token", "average", "weighted_average", "dinotxt", "attention_pool"]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hlip_kernels import Grid
 
-from .vit import StudyEncoder, sincos
+from .encoder import StudyEncoder, sincos
 from .weights import find_weights, load_strict, local_folder, read_weights, shorten
 
 log = logging.getLogger(__name__)

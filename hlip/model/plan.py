@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hlip_kernels import Grid, StudyLayout
 
-from ..data.batch import Draws, PackedBatch, patch_dropout, scan_dropout
+from ..study import Draws, PackedBatch, patch_dropout, scan_dropout
 from .config import VisionConfig
 
 

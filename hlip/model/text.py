@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.plain import as_texts, parse_json, read_text
+from ..read.safe import as_texts, parse_json, read_text
 from .config import BERT_BASE, TextConfig
 from .weights import check_fit, find_weights, load_strict, local_folder, read_weights
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..data import plain
-from ..data.files import near
-from ..data.paths import check_memory, check_within
-from ..data.plain import check_format
-from ..data.tensors import check_safetensors, load_tensors
+from ..read import safe
+from ..read.files import near
+from ..read.paths import check_memory, check_within
+from ..read.safe import check_format
+from ..read.tensors import check_safetensors, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def find_weights(folder: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, unless it holds a JSON object."""
     try:
-        content = plain.read_settings(path)
+        content = safe.read_settings(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable ({error})") from error
     if not isinstance(content, dict):

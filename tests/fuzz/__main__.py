@@ -1,4 +1,4 @@
-"""Fuzz one target for a given time: `python -m tests.fuzz readers --minutes 20`.
+"""Fuzz one target for a given time: `PYTHONPATH=tests python -m fuzz readers --minutes 20`.
 
 Needs atheris, which follows which lines each input reaches. In `build/fuzz/TARGET` are the inputs that reached new
 lines (`corpus`, from which the next run goes on), the first of those after which something did not hold, with what did
@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from .guard import Guard
+from fuzz.guard import Guard
 
 KEPT = Path(__file__).with_name("corpus")
 WORK = Path("build", "fuzz").absolute()
@@ -41,8 +41,8 @@ def fuzz(name: str, seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     logging.disable()
     with atheris.instrument_imports(include=["hlip", "nibabel", "pydicom", "train", "torch._weights_only_unpickler"]):
-        from .mutate import mutate
-        from .targets import Trial
+        from fuzz.mutate import mutate
+        from fuzz.targets import Trial
 
         trial = Trial(name, Path(tempfile.mkdtemp()), pytest.MonkeyPatch(), Guard())
     folder = WORK / name
@@ -92,7 +92,7 @@ def read_stats(name: str) -> dict[str, Any]:
 
 def keep(name: str) -> None:
     """Keep what once failed, and of all inputs that end alike the smallest."""
-    from .targets import Trial
+    from fuzz.targets import Trial
 
     logging.disable()
     work, kept = WORK / name, KEPT / name
@@ -121,7 +121,7 @@ def _hash(content: bytes) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="PYTHONPATH=tests python -m fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("target", choices=("readers", "lists", "checkpoints", "stores", "tasks"))
     parser.add_argument("--minutes", type=float, default=20, help="of processor time (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="fuzz no more; keep inputs for the tests")

@@ -22,28 +22,27 @@ import yaml
 import hostile_files as bad
 import test_store
 from dicom_files import write_enhanced, write_series
-from hlip.data.demo import PROMPTS
-from hlip.data.preprocess import Recipe, load_recipe
-from hlip.data.quality import Rules
-from hlip.data.reports import SectionRules, read_reports
-from hlip.data.sources import find_scans, find_studies
-from hlip.data.store import Store
-from hlip.data.store_tools import stats, verify
-from hlip.data.tables import Table
-from hlip.model import config, published
+from fuzz.guard import Guard, Outcome
+from hlip.demo import PROMPTS
+from hlip.embed.baselines import read_slices
+from hlip.embed.table import Embeddings
+from hlip.evaluate.labels import read_label_table
+from hlip.evaluate.probe import Probe
+from hlip.evaluate.tasks import FOLDER, load_task
+from hlip.evaluate.zeroshot import Prompts
+from hlip.model import config, released
 from hlip.model.clip import HLIPModel
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig
-from hlip.tasks.baselines import read_slices
-from hlip.tasks.embeddings import Embeddings
-from hlip.tasks.labels import read_label_table
-from hlip.tasks.plot import read_run
-from hlip.tasks.probe import Probe
-from hlip.tasks.task import FOLDER, load_task
-from hlip.tasks.zeroshot import Prompts
+from hlip.prepare.discover import find_scans, find_studies
+from hlip.prepare.recipe import Recipe, load_recipe
+from hlip.prepare.reports import SectionRules, read_reports
+from hlip.prepare.tables import Table
+from hlip.read.rules import Rules
+from hlip.store.store import Store
+from hlip.store.tools import stats, verify
+from hlip.train.plot import read_run
 from hlip_kernels.configs import Row, read_table, write_table
 from measured import choice, measured
-
-from .guard import Guard, Outcome
 
 
 class Target(Protocol):
@@ -170,9 +169,9 @@ class Checkpoints:
     def __init__(self, home: Path, patch: pytest.MonkeyPatch) -> None:
         from transformers import BertConfig, BertTokenizerFast
 
-        from checkpoints import Checkpoints as OfRun
-        from config import TrainConfig
-        from engine import World
+        from hlip.train.checkpoints import Checkpoints as OfRun
+        from hlip.train.config import TrainConfig
+        from hlip.train.step import World
 
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -184,7 +183,7 @@ class Checkpoints:
         BertTokenizerFast(vocab=vocabulary).save_pretrained(text)
         vision = VisionConfig(8, 1, patch_size=(1, 2, 2), grid=(1, 2, 2), levels=("scan", "study"), max_scans=2)
         tiny = ModelConfig(vision, TextConfig(str(text), context_length=8), embed_dim=4)
-        for module in (config, published):
+        for module in (config, released):
             patch.setattr(module, "MODELS", {"tiny": (tiny, "")})
             patch.setattr(module, "ALIASES", {})
         for key, value in bert.items():

@@ -1,0 +1,321 @@
+"""What attention asks of memory, counted, beside what theory claims.
+
+    python bench/attention.py --io
+
+The claims (arXiv 2505.21862, section 3.1 and Appendix E), for N tokens of width c in M scans of d slices:
+
+    level    bytes, standard attention    operations
+    study    N^2 + N c                    N^2 c
+    scan     N^2 / M + N c                N^2 c / M
+    slice    N^2 / (M d) + N c            N^2 c / (M d)
+
+Flash attention (arXiv 2205.14135, theorem 2) keeps no N^2 values; in one study it moves N^2 D^2 / S bytes for a head
+dim of D and S bytes of fast memory, and in scans and slices as much less as above. A program of our kernels holds
+`rows` rows of a head, so S is rows * D: the law is N^2 D / rows, and N^2 D^2 at a given S.
+
+How it is counted:
+
+- **ours**: our Triton kernels run in Triton's interpreter, which sees every load, store and product: one head, fp16.
+  Prefix rows are rows like all others, and count among the N tokens. Backward is the sum of its two kernels. These are
+  requests to the caches, not DRAM traffic. One group of each length is counted and multiplied. Streamed tiles have 1024
+  rows; bytes do not depend on that, and the sizes are such that tiles are full, so that operations are those needed.
+- **standard**: attention as a product, a softmax and a product (`baselines.unfused`), as PyTorch's ops and autograd run
+  it, each op reading its tensors once and writing its results once. Groups are 16 times as long, without memory behind
+  them.
+
+Each sweep changes one thing, and an exponent is the slope of a straight line through the logarithms, without a term for
+what is of lower order. Sizes are such that the quadratic term rules: the rest (own rows, and in backward the statistics
+of rows) is at most an eighth of a count, and takes up to 0.05 off an exponent.
+
+`regroup` counts what a change of level costs in a whole encoder: in the published way a copy of all tokens, forward and
+backward, of residual rows in float32; in ours the programs of the prefix rows, the residual add and norm of these rows
+included. Both for one study.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from hlip.model.config import preset
+from hlip_kernels import Level, StudyLayout
+from hlip_kernels.backends import triton_norm
+from hlip_kernels.backends.base import Regroup
+from hlip_kernels.configs import Tile, built_in_config, row_of
+from hlip_kernels.layout import LEVELS
+
+from .baselines import regroup, unfused
+from .op_traffic import Counts, OpTraffic
+from .report import append_rows, print_table, provenance, write_json
+from .traffic import watched
+from .trial import Problem
+
+TOLERANCE = 0.05  # of exponents
+PASSES: dict[str, tuple[str, ...]] = {"forward": ("forward",), "backward": ("dq", "dkdv")}
+LONGER = 16  # groups of standard attention
+STREAMED = 1024  # rows of the streamed tile: more than on a GPU, as the interpreter is slow and no byte depends on it
+SLICE = 1024  # rows, so that tiles are full
+PUBLISHED = (197, 1177, 2745)  # rows of a slice, and of scans of 6 and 14 slices
+ENCODERS = {  # of the released models, and scans of the study
+    "clip_vit_base_scan_study_token1176": 10,
+    "vit_base_multiscan_h3_token1176": 10,
+    "clip_vit_base_slice_scan_token2744": 1,
+}
+
+
+class Point(NamedTuple):
+    """tokens: N. scans: M. slices: d, of a scan. head_dim: D. rows: of a program's tile."""
+
+    tokens: int
+    scans: int
+    slices: int
+    head_dim: int = 64
+    rows: int = 32
+
+    def groups(self, level: Level) -> int:
+        return {"study": 1, "scan": self.scans, "slice": self.scans * self.slices}[level]
+
+    def length(self, level: Level) -> int:
+        return self.tokens // self.groups(level)
+
+
+class Sweep(NamedTuple):
+    """claimed: the exponents of bytes, and of operations, of ours at slice, scan and study level."""
+
+    name: str
+    what: str
+    of: Callable[[Point], int]
+    points: tuple[Point, ...]
+    bytes: tuple[int, int, int]
+    flops: tuple[int, int, int]
+    standard: bool = True  # whether it says anything of standard attention
+
+
+KINDS = {"ours": "counted", "standard": "estimated", "published": "estimated"}  # of the ways' figures
+DOUBLED = (1, 2, 4)
+SWEEPS = (
+    Sweep("N", "longer slices, 2 scans of 1", lambda p: p.tokens,
+          tuple(Point(2 * SLICE * k, 2, 1) for k in (1, 2, 3)), (2, 2, 2), (2, 2, 2)),
+    Sweep("M", "more scans of 1 slice, same N", lambda p: p.scans, tuple(Point(4 * SLICE, k, 1) for k in DOUBLED),
+          (-1, -1, 0), (-1, -1, 0)),
+    Sweep("d", "more slices of 1 scan, same N", lambda p: p.slices, tuple(Point(4 * SLICE, 1, k) for k in DOUBLED),
+          (-1, 0, 0), (-1, 0, 0)),
+    Sweep("scans", "a study grows by scans of 2 slices", lambda p: p.scans,
+          tuple(Point(SLICE * k, k, 2) for k in DOUBLED), (1, 1, 2), (1, 1, 2)),
+    Sweep("D", "head dim, same tile rows", lambda p: p.head_dim,
+          tuple(Point(2 * SLICE, 2, 1, head_dim=k) for k in (32, 64, 128)), (1, 1, 1), (1, 1, 1), standard=False),
+    Sweep("S", "tile rows: fast memory", lambda p: p.rows,
+          tuple(Point(4 * SLICE, 1, 1, rows=k) for k in (32, 64, 128)), (-1, -1, -1), (0, 0, 0), standard=False),
+    Sweep("D at S", "head dim, same fast memory", lambda p: p.head_dim,
+          tuple(Point(4 * SLICE, 1, 1, head_dim=k, rows=4096 // k) for k in (32, 64, 128)),
+          (2, 2, 2), (1, 1, 1), standard=False),
+)  # fmt: skip
+
+
+def main(json: Path | None = None, results: Path | None = None) -> int:
+    """Counts, shows, and writes rows to files; of the second, what is there is kept."""
+    facts = provenance(torch.device("cpu"))
+    exponents = list(fitted())
+    lengths = list(at_published_lengths())
+    changes = list(regroup_traffic())
+    show(exponents, lengths, changes)
+    rows = [row | facts for row in (*exponents, *lengths, *changes)]
+    if json:
+        write_json(rows, json)
+    if results:
+        append_rows(rows, results)
+    wrong = [row for row in exponents if not abs(row["exponent"] - row["claimed"]) <= TOLERANCE]
+    for row in wrong:
+        print(f"{row['way']}, {row['pass']}, {row['level']}, {row['sweep']}: {row['exponent']:.3f} is not "
+              f"{row['claimed']}", file=sys.stderr)  # fmt: skip
+    return int(bool(wrong))
+
+
+def fitted() -> Iterator[dict[str, Any]]:
+    """A row for every way, pass, level, sweep, and for bytes and operations."""
+    for sweep in tqdm(SWEEPS, "counting", unit="sweep", disable=None):
+        for way, count in WAYS.items():
+            if way == "standard" and not sweep.standard:
+                continue
+            for direction in PASSES:
+                for at, level in enumerate(LEVELS):
+                    counts = [count(direction, point, level) for point in sweep.points]
+                    x = [sweep.of(point) for point in sweep.points]
+                    for quantity, claimed in (("bytes", sweep.bytes[at]), ("flops", sweep.flops[at])):
+                        y = [getattr(each, quantity) for each in counts]
+                        yield {
+                            "kind": "exponent", "way": way, "pass": direction, "level": level, "sweep": sweep.name,
+                            "quantity": quantity, "claimed": claimed, "exponent": exponent(x, y),
+                            "points": [point._asdict() for point in sweep.points], "x": x, "counted": y,
+                            "times_longer": LONGER if way == "standard" else 1,
+                            "kinds": {"counted": KINDS[way], "exponent": KINDS[way]},
+                        }  # fmt: skip
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of a power law, by least squares on logarithms."""
+    return float(np.polyfit(np.log(x), np.log(np.array(y, dtype=float)), 1)[0])
+
+
+def ours(direction: str, point: Point, level: Level) -> Counts:
+    counts = (kernel_counts(kernel, point.length(level), point.head_dim, point.rows) for kernel in PASSES[direction])
+    return sum(counts, Counts()) * point.groups(level)
+
+
+@functools.cache
+def kernel_counts(kernel: str, length: int, head_dim: int, rows: int, streamed: int = STREAMED) -> Counts:
+    """Count what one of our kernels asks for on a group of `rows` rows."""
+    problem = Problem([length - 1], 1, torch.float16, head_dim, "cpu")
+    with watched(compute=False) as traffic:
+        problem.launch(kernel, Tile(rows, streamed, 4, 1))
+    return traffic.total
+
+
+def standard(direction: str, point: Point, level: Level) -> Counts:
+    return standard_counts(direction, LONGER * point.length(level), point.head_dim) * point.groups(level)
+
+
+@functools.cache
+def standard_counts(direction: str, length: int, head_dim: int) -> Counts:
+    """Of attention of one head that writes its weights to memory."""
+    q, k, v = (
+        torch.empty(1, 1, length, head_dim, dtype=torch.float16, device="meta", requires_grad=True) for _ in range(3)
+    )
+    grad = torch.empty_like(q)
+    with OpTraffic() as forward, FlopCounterMode(display=False) as forward_flops:
+        out = unfused(q, k, v)
+    if direction == "forward":
+        return Counts(forward.counts.loaded, forward.counts.stored, forward_flops.get_total_flops())
+    with OpTraffic() as backward, FlopCounterMode(display=False) as backward_flops:
+        torch.autograd.grad(out, (q, k, v), grad)
+    return Counts(backward.counts.loaded, backward.counts.stored, backward_flops.get_total_flops())
+
+
+WAYS: dict[str, Callable[[str, Point, Level], Counts]] = {"ours": ours, "standard": standard}
+
+
+def at_published_lengths() -> Iterator[dict[str, Any]]:
+    """Groups of the released models, with the tiles that the table has for sm_90: what is asked for, beside standard
+    attention and beside the least, which is every row once."""
+    head_dim = 64
+    for length in tqdm(PUBLISHED, "published lengths", unit="length", disable=None):
+        tiles = built_in_config(row_of("sm_90", torch.float16, head_dim))
+        for direction, kernels in PASSES.items():
+            used = [getattr(tiles, kernel) for kernel in kernels]
+            counts = sum(
+                (kernel_counts(kernel, length, head_dim, tile.rows, tile.streamed)
+                 for kernel, tile in zip(kernels, used, strict=True)), Counts(),
+            )  # fmt: skip
+            plain = standard_counts(direction, length, head_dim)
+            least = 4 * 2 * head_dim + 4 if direction == "forward" else 8 * 2 * head_dim + 4
+            yield {
+                "kind": "length", "pass": direction, "rows": length, "head_dim": head_dim,
+                "tiles": [f"{tile.rows}x{tile.streamed}" for tile in used], "bytes": counts.bytes,
+                "standard_bytes": plain.bytes, "least_bytes": length * least,
+                "flops": counts.flops, "least_flops": (4 if direction == "forward" else 10) * length**2 * head_dim,
+                "kinds": {"bytes": "counted", "flops": "counted", "standard_bytes": "estimated",
+                          "least_bytes": "estimated", "least_flops": "estimated"},
+            }  # fmt: skip
+
+
+def regroup_traffic() -> Iterator[dict[str, Any]]:
+    """A row for every encoder: bytes of all its changes of level."""
+    for name, scans in ENCODERS.items():
+        config = preset(name).vision
+        levels = config.levels
+        d, h, w = config.grid
+        tokens = scans * d * h * w
+        changes = [(src, dst) for src, dst in pairwise(levels) if src != dst]
+        # What prefix rows add does not depend on patches, so slices of one patch will do.
+        layout = StudyLayout.from_grids([[(d, 1, 1)] * scans])
+        moved = {
+            (src, dst): {
+                "published": published_change(layout.num_groups(src), layout.num_groups(dst), tokens, config.width),
+                "ours": prefix_change(layout, src, dst, config.width),
+            }
+            for src, dst in set(changes)
+        }
+        row: dict[str, Any] = {"kind": "regroup", "model": name, "scans": scans, "tokens": tokens, "kinds": {}}
+        row["changes"] = len(changes)
+        for way, (i, direction) in product(("published", "ours"), enumerate(PASSES)):
+            row[f"{way}_{direction}_bytes"] = sum(moved[change][way][i].bytes for change in changes)
+            row["kinds"][f"{way}_{direction}_bytes"] = KINDS[way]
+        yield row
+
+
+def published_change(src: int, dst: int, tokens: int, width: int) -> tuple[Counts, Counts]:
+    """Forward and backward of the change from `src` groups to `dst`."""
+    x = torch.empty(src, 1 + tokens // src, width, device="meta", requires_grad=True)
+    with OpTraffic() as forward:
+        y = regroup(x, dst)
+    grad = torch.empty_like(y)
+    with OpTraffic() as backward:
+        torch.autograd.grad(y, x, grad)
+    return forward.counts, backward.counts
+
+
+def prefix_change(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
+    """Count the bytes that prefix rows add, forward and backward, to those of our kernels of the norm."""
+    with_prefix, without = (norm_traffic(layout.with_num_prefix(p), src, dst, width) for p in (layout.num_prefix, 0))
+    forward, backward = (a + b * -1 for a, b in zip(with_prefix, without, strict=True))
+    return forward, backward
+
+
+def norm_traffic(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
+    fine, coarse = sorted((src, dst), key=LEVELS.index)
+    change = Regroup(
+        layout.cu_seqlens(src), layout.cu_seqlens(dst), layout.tiles(fine)[0], layout.children(fine, coarse),
+        layout.parents(fine, coarse), layout.num_prefix, src == fine,
+    )  # fmt: skip
+    residual, vector = torch.randn(layout.num_rows(src), width), torch.randn(width)
+    with watched() as traffic:
+        x, y, mean, rstd = triton_norm.forward(residual, residual, None, None, vector, vector, change, 1e-6)
+        triton_norm.backward(x, y, x, mean, rstd, None, None, None, vector, change)
+    kernels = traffic.kernels
+    return (
+        kernels["norm_forward"] + kernels["prefix_forward"],
+        kernels["norm_backward"] + kernels["prefix_backward"],
+    )
+
+
+def show(exponents: Sequence[Any], lengths: Sequence[Any], changes: Sequence[Any]) -> None:
+    print("Exponents, counted (claimed): of bytes, then of operations\n")
+    header = ["sweep", "", "way", "pass", *(f"{level} {x}" for x in ("bytes", "flops") for level in LEVELS)]
+    found = {(r["sweep"], r["way"], r["pass"], r["quantity"], r["level"]): r for r in exponents}
+    lines: list[list[object]] = []
+    for sweep in SWEEPS:
+        for way, direction in dict.fromkeys((r["way"], r["pass"]) for r in exponents if r["sweep"] == sweep.name):
+            cells = [found[sweep.name, way, direction, x, level] for x in ("bytes", "flops") for level in LEVELS]
+            lines.append([sweep.name, sweep.what, way, direction,
+                          *(f"{round(r['exponent'], 3) + 0:.3f} ({r['claimed']})" for r in cells)])  # fmt: skip
+    print_table(header, lines)
+    print(
+        "\nOne group of the released models, one head of 64, fp16, with the tiles of sm_90. Operations beyond those"
+        "\nneeded are those of padded tiles, and in backward seven products for five, as both kernels need scores.\n"
+    )
+    lines = [
+        [r["rows"], r["pass"], " ".join(r["tiles"]), f"{r['bytes'] / 1e6:.3f}", f"{r['standard_bytes'] / 1e6:.3f}",
+         f"{r['least_bytes'] / 1e6:.3f}", f"{r['flops'] / r['least_flops']:.3f}"] for r in lengths
+    ]  # fmt: skip
+    print_table(["rows", "pass", "tiles", "MB ours", "MB standard", "MB least", "operations over needed"], lines)
+    print("\nChanges of level in a whole encoder: MB of one study\n")
+    lines = [
+        [r["model"], r["scans"], r["tokens"], r["changes"],
+         *(f"{r[f'{way}_{direction}_bytes'] / 1e6:.4g}" for direction in PASSES for way in ("published", "ours"))]
+        for r in changes
+    ]  # fmt: skip
+    ways = [f"{way} {direction}" for direction in PASSES for way in ("published", "ours")]
+    print_table(["model", "scans", "tokens", "changes", *ways], lines)
+    print(
+        "\nNothing is measured here. counted: ours, request by request; estimated: standard, published and least, from"
+        "\nthe shapes of what they read and write; claimed, in brackets: theory."
+    )

@@ -1,0 +1,496 @@
+"""Attention within groups, our way and others': what `attention.py` times.
+
+Every peer is given its tensors in the form that suits it best, outside of what is timed. Those of packed sequences get
+the level's tensor as it lies in the model, group after group. Those of dense or padded groups get rows that a model of
+packed studies would have to copy first, which favours them.
+
+    hlip-NAME    `hier_attention` with one of its backends
+    sdpa         PyTorch's scaled_dot_product_attention, one call for each group
+    sdpa-dense   the same in one call, where all groups are of one length
+    sdpa-cudnn   the same through cuDNN's kernels
+    sdpa-flash   the same through PyTorch's own FlashAttention
+    published    as sdpa-dense, and what the released encoder does beside it when the level changes: residual rows are
+                 split, reshaped and concatenated to the level's groups (`baselines.regroup`)
+    padded       one call, every group padded to the longest; a mask hides the padding
+    block-mask   one call over all rows, with a block-diagonal mask
+    flex         torch.nn.attention.flex_attention, compiled, with its block mask
+    nested       scaled_dot_product_attention on nested tensors of jagged layout
+    varlen       torch.nn.attention.varlen
+    flash-attn   flash-attn's flash_attn_varlen_qkvpacked_func
+    flash-attn-3 FlashAttention-3's flash_attn_varlen_func
+    flash-attn-4 flash-attn-4's flash_attn_varlen_func
+    xformers     xformers' memory_efficient_attention with its block-diagonal mask
+
+Shapes: R rows, those of prefixes among them, G groups, L rows of a group, H heads, D head dim, C = H * D.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hlip_kernels import Level, StudyLayout, hier_attention
+from hlip_kernels.backends import BACKENDS, not_supported_reasons
+
+from .baselines import regroup
+
+
+@dataclass
+class Problem:
+    """What is computed: attention over the groups of one level.
+
+    make: builds the layout, as a data loader does for every batch.
+    before: the level of the layer before, from which residual rows come.
+    """
+
+    make: Callable[[], StudyLayout]
+    level: Level
+    before: Level
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    layout: StudyLayout = field(init=False)
+    rows: list[slice] = field(init=False)  # of the groups
+    lengths: np.ndarray = field(init=False)  # (G), prefix rows counted
+
+    def __post_init__(self) -> None:
+        self.layout = layout = self.make().to(self.device)
+        bounds = layout.cu_seqlens(self.level).tolist()
+        self.rows = list(map(slice, bounds[:-1], bounds[1:]))
+        self.lengths = np.diff(bounds)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def flops(self, backward: bool) -> int:
+        """Of the products of attention: two of 2 L^2 D a head forward, five backward (the scores once more)."""
+        return (14 if backward else 4) * int((self.lengths**2).sum()) * self.heads * self.head_dim
+
+    def least_bytes(self, backward: bool) -> int:
+        """What must cross the memory at least: q, k, v and out; backward those, their four gradients, and twice the
+        log-sum-exp, which is four bytes a row and head."""
+        row = self.heads * self.head_dim * self.itemsize
+        return self.num_rows * ((4 + 8) * row + 8 * self.heads if backward else 4 * row + 4 * self.heads)
+
+
+class Peer:
+    """A way of attention. Tensors of rows, (R, H, D) in the order of the level's tensor, go in by `put` and come back
+    by `take`; neither is timed."""
+
+    name: ClassVar[str] = ""
+    compiles: ClassVar[bool] = False  # in its first call, also without a GPU
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def reasons(self) -> list[str]:
+        """Why it cannot do this problem, as far as that is known before it is tried."""
+        return []
+
+    def scratch(self, backward: bool) -> int:
+        """An estimate of the bytes that it needs, those beyond a few copies of its inputs."""
+        return 0
+
+    def prepare(self) -> None:
+        """What depends on the groups only, and is done once a batch: masks, bounds, maps."""
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        raise NotImplementedError
+
+    def inputs(self, qkv: Tensor) -> list[Tensor]:
+        """From (R, 3, H, D)."""
+        return [part for x in qkv.unbind(1) for part in self.put(x)]
+
+    def grads(self, parts: Sequence[Tensor]) -> Tensor:
+        """The gradients of `inputs`, as (R, 3, H, D)."""
+        count = len(parts) // 3
+        return torch.stack([self.take(parts[i * count : (i + 1) * count]) for i in range(3)], 1)
+
+    def outputs(self, grad_out: Tensor) -> list[Tensor]:
+        """The gradients of what `attend` returns."""
+        return self.put(grad_out)
+
+
+OWN = ("native", "cpu", "triton", "reference")  # of the backends; the others call other libraries
+
+
+class Ours(Peer):
+    def __init__(self, problem: Problem, backend: str, deterministic: bool = False) -> None:
+        super().__init__(problem)
+        self.backend, self.deterministic = backend, deterministic
+
+    def reasons(self) -> list[str]:
+        return not_supported_reasons(self.backend, self.problem.device, self.problem.dtype, self.problem.head_dim)
+
+    def scratch(self, backward: bool) -> int:
+        if self.backend != "reference":
+            return 0
+        return (5 if backward else 3) * self.problem.heads * int(self.problem.lengths.max()) ** 2 * 4
+
+    def prepare(self) -> None:
+        """One layout serves all levels, so this is more than the one level needs."""
+        self.layout = self.problem.make().to(self.problem.device)
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]
+
+    def inputs(self, qkv: Tensor) -> list[Tensor]:
+        return [qkv]
+
+    def grads(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {"backend": self.backend, "deterministic": self.deterministic}
+        return [hier_attention(inputs[0], self.layout, self.problem.level, **options)]
+
+
+class PerGroup(Peer):
+    name = "sdpa"
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return [x[rows].transpose(0, 1).contiguous()[None] for rows in self.problem.rows]  # (1, H, L, D)
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        count = len(inputs) // 3
+        groups = zip(inputs[:count], inputs[count : 2 * count], inputs[2 * count :], strict=True)
+        return [F.scaled_dot_product_attention(q, k, v) for q, k, v in groups]
+
+
+class Dense(Peer):
+    """(G, H, L, D)."""
+
+    name = "sdpa-dense"
+
+    def reasons(self) -> list[str]:
+        lengths = self.problem.lengths
+        return [] if len(set(lengths.tolist())) == 1 else [f"groups differ: {lengths.min()} to {lengths.max()} rows"]
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return [x.unflatten(0, (len(self.problem.rows), -1)).transpose(1, 2).contiguous()]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].transpose(1, 2).flatten(0, 1)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v)]
+
+
+class Forced(Dense):
+    """Through one of the kernels that PyTorch chooses from."""
+
+    kernel: ClassVar[str]
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, self.kernel)):
+            return super().attend(*inputs)
+
+
+class Cudnn(Forced):
+    name, kernel = "sdpa-cudnn", "CUDNN_ATTENTION"
+
+    def reasons(self) -> list[str]:
+        return [*_gpu_only(self.problem), *super().reasons()]
+
+
+class SdpaFlash(Forced):
+    name, kernel = "sdpa-flash", "FLASH_ATTENTION"
+
+    def reasons(self) -> list[str]:
+        return [*_gpu_only(self.problem), *super().reasons()]
+
+
+class Published(Dense):
+    """Beside q, k and v, the residual rows of the level before, (groups of that level, 1 + n, C), in the type of the
+    products."""
+
+    name = "published"
+
+    def reasons(self) -> list[str]:
+        problem = self.problem
+        before = problem.layout.seqlens(problem.before)
+        found = super().reasons() + ["one prefix row only"] * (problem.layout.num_prefix != 1)
+        return found or (["groups of the level before differ"] if len(set(before.tolist())) > 1 else [])
+
+    def inputs(self, qkv: Tensor) -> list[Tensor]:
+        return [*super().inputs(qkv), self._residual(self.problem.before)]
+
+    def grads(self, parts: Sequence[Tensor]) -> Tensor:
+        return super().grads(parts[:3])
+
+    def outputs(self, grad_out: Tensor) -> list[Tensor]:
+        return [*super().outputs(grad_out), self._residual(self.problem.level)]
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        *qkv, residual = inputs
+        return [*super().attend(*qkv), regroup(residual, len(self.problem.rows))]
+
+    def _residual(self, level: Level) -> Tensor:
+        problem = self.problem
+        groups = problem.layout.num_groups(level)
+        shape = groups, 1 + problem.layout.num_tokens // groups, problem.heads * problem.head_dim
+        return torch.randn(shape, device=problem.device).to(problem.dtype)
+
+
+class Padded(Peer):
+    """(G, H, L of the longest, D)."""
+
+    name = "padded"
+
+    def scratch(self, backward: bool) -> int:
+        problem = self.problem
+        elements = len(problem.rows) * int(problem.lengths.max()) * problem.heads * problem.head_dim
+        return (12 if backward else 4) * elements * problem.itemsize
+
+    def prepare(self) -> None:
+        lengths = torch.from_numpy(self.problem.lengths).to(self.problem.device)
+        self.mask = (torch.arange(int(self.problem.lengths.max()), device=lengths.device) < lengths[:, None])[
+            :, None, None
+        ]
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        padded = x.new_zeros(len(self.problem.rows), int(self.problem.lengths.max()), *x.shape[1:])
+        for g, rows in enumerate(self.problem.rows):
+            padded[g, : rows.stop - rows.start] = x[rows]
+        return [padded.transpose(1, 2).contiguous()]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        kept = [group[:, :length].transpose(0, 1) for group, length in zip(parts[0], self.problem.lengths, strict=True)]
+        return torch.cat(kept)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
+
+
+class Packed(Peer):
+    """All rows in one sequence, group by group: (1, H, R, D)."""
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return [x.transpose(0, 1).contiguous()[None]]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0][0].transpose(0, 1)
+
+    def groups(self) -> Tensor:
+        """(R) int64: the group of each row."""
+        lengths = torch.from_numpy(self.problem.lengths).to(self.problem.device)
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(
+            lengths, output_size=self.problem.num_rows
+        )
+
+
+class BlockMask(Packed):
+    name = "block-mask"
+
+    def scratch(self, backward: bool) -> int:
+        return self.problem.num_rows**2 * (1 + self.problem.itemsize)  # as bool, and as what is added to the scores
+
+    def prepare(self) -> None:
+        group = self.groups()
+        self.mask = group[:, None] == group
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
+
+
+class Flex(Packed):
+    """On a CPU the block mask is made without compiling, which would take longer than it saves."""
+
+    name = "flex"
+    compiles = True
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        torch.compiler.reset()  # of another problem, which would count towards the most recompilations
+        self.flex: Any = torch.compile(flex_attention, dynamic=False)
+        self.make_mask: Any = create_block_mask if problem.device == "cpu" else torch.compile(create_block_mask)
+
+    def scratch(self, backward: bool) -> int:
+        return 2 * self.problem.num_rows**2 if self.problem.device == "cpu" else 0
+
+    def prepare(self) -> None:
+        group, rows = self.groups(), self.problem.num_rows
+        self.mask = self.make_mask(
+            lambda batch, head, i, j: group[i] == group[j], None, None, rows, rows, device=self.problem.device
+        )
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        return [self.flex(*inputs, block_mask=self.mask)]
+
+
+class Jagged(Peer):
+    """(R, H, D), group by group."""
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return [x.contiguous()]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]
+
+    def prepare(self) -> None:
+        bounds = np.concatenate([[0], np.cumsum(self.problem.lengths)])
+        self.bounds = torch.from_numpy(bounds).to(self.problem.device, torch.int32)
+        self.longest = int(self.problem.lengths.max())
+
+
+class Nested(Jagged):
+    name = "nested"
+
+    def scratch(self, backward: bool) -> int:
+        if self.problem.device != "cpu":
+            return 0
+        scores = self.problem.heads * int((self.problem.lengths**2).sum()) * max(self.problem.itemsize, 4)
+        return (3 if backward else 2) * scores  # on a CPU it keeps the weights of attention
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.offsets = self.bounds.long()
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        shortest = int(self.problem.lengths.min())
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(
+                x, self.offsets, min_seqlen=shortest, max_seqlen=self.longest
+            ).transpose(1, 2)
+            for x in inputs
+        )
+        return [F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()]
+
+
+class Varlen(Jagged):
+    name = "varlen"
+
+    def reasons(self) -> list[str]:
+        return not_supported_reasons("varlen", self.problem.device, self.problem.dtype, self.problem.head_dim)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = inputs
+        out = varlen_attn(
+            q, k, v, self.bounds, self.bounds, self.longest, self.longest, scale=self.problem.head_dim**-0.5
+        )
+        assert isinstance(out, Tensor)
+        return [out]
+
+
+class FlashAttn(Jagged):
+    """(R, 3, H, D): its packed form, which saves it the joining of gradients."""
+
+    name = "flash-attn"
+
+    def reasons(self) -> list[str]:
+        return not_supported_reasons("flash", self.problem.device, self.problem.dtype, self.problem.head_dim)
+
+    def inputs(self, qkv: Tensor) -> list[Tensor]:
+        return self.put(qkv)
+
+    def grads(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.take(parts)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from flash_attn import flash_attn_varlen_qkvpacked_func
+
+        return [flash_attn_varlen_qkvpacked_func(inputs[0], self.bounds, self.longest)]
+
+
+class FlashAttn3(Jagged):
+    name, backend = "flash-attn-3", "flash3"
+
+    def reasons(self) -> list[str]:
+        return not_supported_reasons(self.backend, self.problem.device, self.problem.dtype, self.problem.head_dim)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from flash_attn_interface import flash_attn_varlen_func
+
+        return self._call(flash_attn_varlen_func, *inputs)
+
+    def _call(self, function: Any, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        bounds = {"cu_seqlens_q": self.bounds, "cu_seqlens_k": self.bounds}
+        out = function(q, k, v, **bounds, max_seqlen_q=self.longest, max_seqlen_k=self.longest)
+        return [out[0] if isinstance(out, tuple) else out]  # some releases return the log-sum-exp, too
+
+
+class FlashAttn4(FlashAttn3):
+    name, backend = "flash-attn-4", "flash4"
+    compiles = True
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        return self._call(flash_attn_varlen_func, *inputs)
+
+
+class Xformers(Jagged):
+    """(1, R, H, D)."""
+
+    name = "xformers"
+
+    def reasons(self) -> list[str]:
+        return not_supported_reasons("xformers", self.problem.device, self.problem.dtype, self.problem.head_dim)
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return [part[None] for part in super().put(x)]
+
+    def take(self, parts: Sequence[Tensor]) -> Tensor:
+        return super().take([parts[0][0]])
+
+    def prepare(self) -> None:
+        from xformers.ops.fmha import BlockDiagonalMask
+
+        device = torch.device(self.problem.device)
+        self.mask = BlockDiagonalMask.from_seqlens(self.problem.lengths.tolist(), device=device)
+
+    def attend(self, *inputs: Tensor) -> list[Tensor]:
+        from xformers.ops import memory_efficient_attention
+
+        out: Any = memory_efficient_attention(*inputs, self.mask, scale=self.problem.head_dim**-0.5)
+        return [out]
+
+
+def _gpu_only(problem: Problem) -> list[str]:
+    return [] if problem.device == "cuda" else [f"needs CUDA tensors, got {problem.device}"]
+
+
+PEERS: dict[str, Callable[[Problem], Peer]] = {
+    **{f"hlip-{backend}": functools.partial(Ours, backend=backend) for backend in BACKENDS},
+    **{
+        peer.name: peer
+        for peer in (
+            PerGroup, Dense, Cudnn, SdpaFlash, Published, Padded, BlockMask, Flex, Nested, Varlen, FlashAttn,
+            FlashAttn3, FlashAttn4, Xformers,
+        )
+    },
+}  # fmt: skip

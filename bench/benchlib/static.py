@@ -1,0 +1,269 @@
+"""Every kernel compiled ahead of time with Triton's own compiler, and what its machine code says. Nothing is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from hlip_kernels.configs import BLOCK_D, Tile, built_in_config, kind_of, max_registers, row_of
+
+from . import machine_code
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+HEADS = 12
+WIDTHS = (384, 768, 1024)
+SHARED_PER_SM = {  # KiB
+    "sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_103": 228, "sm_110": 228, "sm_120": 100,
+    "sm_121": 100,
+}  # fmt: skip
+THREADS_PER_SM = {
+    "sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_103": 2048, "sm_110": 1536,
+    "sm_120": 1536, "sm_121": 1536,
+}  # fmt: skip
+REGISTERS_PER_SM = 65536
+COLUMNS = (
+    "arch", "dtype", "head_dim", "width", "kernel", "rows", "streamed", "warps", "stages", "registers",
+    "stack_bytes", "shared_bytes", "occupancy", "matrix_instructions", "serialised", "warning", "loop_instructions",
+    "dense_loop_instructions", "dense_serialised",
+)  # fmt: skip
+NORM_DTYPES = {"fp32+bf16": ("fp32", "bf16"), "bf16": ("bf16", "bf16")}  # of the residual, of the update
+
+
+class Attention(NamedTuple):
+    arch: str
+    dtype: str
+    head_dim: int
+    name: str
+    tile: Tile
+
+
+class Norm(NamedTuple):
+    """change: from one level to the next; same, coarser or finer."""
+
+    arch: str
+    dtype: str
+    width: int
+    name: str
+    change: str
+
+
+class Again(NamedTuple):
+    """A kernel that computes something once more in backward.
+
+    width: of the norm; None for GELU, which takes rows of any.
+    """
+
+    arch: str
+    dtype: str
+    width: int | None
+    name: str
+
+
+Case = Attention | Norm | Again
+
+
+def run(cases: Sequence[Case], workers: int) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = pool.map(compile_case, cases)
+        return list(tqdm(found, "compiling", total=len(cases), unit="kernel"))
+
+
+def faults(rows: list[dict[str, Any]], triton: str) -> list[str]:
+    """List the faults of rows that no row of the built-in table may have, on this version of Triton.
+
+    The assembler of 3.2 and 3.3 serialises plain dense attention with any tile: there ours may be no worse.
+    """
+    serialises_all = tuple(map(int, triton.split(".")[:2])) < (3, 4)
+    found = []
+    for row in rows:
+        what = " ".join(str(row[name]) for name in ("arch", "dtype", "head_dim", "width", "kernel") if row[name])
+        if row["stack_bytes"]:
+            found.append(f"{what}: {row['stack_bytes']} bytes spill")
+        if row["occupancy"] == 0:
+            found.append(f"{what}: {row['shared_bytes']} bytes of shared memory are more than there is")
+        if row["head_dim"] and row["dtype"] != "fp32" and not row["matrix_instructions"]:
+            found.append(f"{what}: the matrix units are idle")
+        if (row["serialised"] or row["warning"]) and not (serialises_all and row["dense_serialised"]):
+            why = f" ({row['warning']})" if row["warning"] else ""
+            found.append(f"{what}: every matrix instruction waits for the one before{why}")
+    return found
+
+
+def attention_cases(archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int]) -> list[Case]:
+    """The built-in table's rows."""
+    return [
+        Attention(arch, dtype, head_dim, name, tile)
+        for arch, dtype, head_dim in product(archs, dtypes, head_dims)
+        for name, tile in vars(built_in_config(row_of(arch, DTYPES[dtype], head_dim, dtype == "tf32"))).items()
+    ]
+
+
+def norm_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
+    return [
+        Norm(arch, dtype, width, name, change)
+        for arch, dtype, width in product(archs, NORM_DTYPES, widths)
+        for change, names in (
+            ("same", ("norm_forward", "norm_backward")),
+            ("coarser", ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
+            ("finer", ("norm_forward", "norm_backward", "prefix_backward")),
+        )
+        for name in names
+    ]
+
+
+def again_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
+    cases: list[Case] = []
+    if widths:
+        cases += [Again(arch, dtype, None, "gelu_backward") for arch, dtype in product(archs, ("bf16", "fp32"))]
+    return cases + [Again(arch, dtype, w, "norm_rows") for arch, dtype, w in product(archs, NORM_DTYPES, widths)]
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    facts = dict.fromkeys(COLUMNS) | {"arch": case.arch, "dtype": case.dtype}
+    if isinstance(case, Attention):
+        return facts | _attention_facts(case)
+    return facts | (_norm_facts(case) if isinstance(case, Norm) else _again_facts(case))
+
+
+def _attention_facts(case: Attention) -> dict[str, Any]:
+    """Compile a kernel as `triton_attention` would launch it; where it is of bf16 or serialised, also plain dense
+    attention with the same tile."""
+    from hlip_kernels.backends import triton_attention
+
+    from . import dense
+
+    arch, dtype, head_dim, name, tile = case
+    facts = compile_attention(getattr(triton_attention, f"attention_{name}"), arch, dtype, head_dim, tile)
+    like_dense = dtype == "bf16" and BLOCK_D[head_dim] == head_dim
+    if like_dense or facts["serialised"] or facts["warning"]:
+        plain = compile_attention(getattr(dense, f"attention_{name}"), arch, dtype, BLOCK_D[head_dim], tile)
+        facts["dense_serialised"] = plain["serialised"]
+        if like_dense:
+            facts["dense_loop_instructions"] = plain["loop_instructions"]
+    return {"head_dim": head_dim, "kernel": name, **tile._asdict()} | facts
+
+
+def compile_attention(
+    kernel: Any, arch: str, dtype: str, head_dim: int, tile: Tile, used: bool = False
+) -> dict[str, Any]:
+    """used: whether there is a `seqused`."""
+    from hlip_kernels.backends import triton_attention
+
+    constants = {
+        "H": HEADS, "D": head_dim, "BLOCK_D": BLOCK_D[head_dim], "ROWS": tile.rows, "STREAMED": tile.streamed,
+        "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+        **({} if used else {"UsedQueries": None, "UsedKeys": None}),
+    }  # fmt: skip
+    stored = {"tf32": "fp32"}.get(dtype, dtype)
+    types = dict.fromkeys(("Lse", "Delta", "Stats"), "*fp32") | dict.fromkeys(triton_attention.MAPS, "*i32")
+    tensors = ("Q", "K", "V", "QKV", "Out", "GradOut", "GradQ", "GradK", "GradV", "GradQKV")
+    types |= dict.fromkeys(tensors, f"*{stored}")
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    registers = max_registers(kind_of(DTYPES[dtype], dtype == "tf32"), tile.warps)
+    if arch.startswith("sm_") and registers:
+        options["maxnreg"] = registers
+    return compile_kernel(kernel, arch, types, constants, options)
+
+
+def _norm_facts(case: Norm) -> dict[str, Any]:
+    """With a scale per path; without one per layer, and with the residual's own gradient."""
+    from hlip_kernels.backends import triton_norm
+
+    settings = triton_norm._constants(case.width, case.name.startswith("prefix"))
+    options = {"num_warps": settings["num_warps"]}
+    residual, update = NORM_DTYPES[case.dtype]
+    types = dict.fromkeys(("Residual", "X", "GradX", "GradResidual"), f"*{residual}")
+    types |= dict.fromkeys(("Update", "Y", "GradY", "GradUpdate"), f"*{update}")
+    types |= dict.fromkeys(("PathScale", "Weight", "Bias", "Mean", "Rstd", "Partials"), "*fp32")
+    types |= dict.fromkeys(triton_norm.MAPS, "*i32")
+    constants = settings | {"LayerScale": None, "COARSER": case.change == "coarser"}
+    if case.change == "same":
+        constants["Parents"] = None
+    facts = compile_kernel(getattr(triton_norm, case.name), case.arch, types, constants, options)
+    known = {"width": case.width, "kernel": f"{case.name} {case.change}"}
+    return known | {"rows": triton_norm.ROWS, "streamed": settings.get("SUB", 1), "warps": options["num_warps"]} | facts
+
+
+def _again_facts(case: Again) -> dict[str, Any]:
+    from hlip_kernels.backends import triton_rows
+
+    kernel = getattr(triton_rows, case.name)
+    if case.width is None:
+        settings, types = triton_rows.GELU, dict.fromkeys(("Grad", "X", "Active"), f"*{case.dtype}")
+    else:
+        settings = triton_rows.norm_constants(case.width)
+        residual, update = NORM_DTYPES[case.dtype]
+        types = {"X": f"*{residual}", "Y": f"*{update}", "Weight": "*fp32", "Bias": "*fp32"}
+    facts = compile_kernel(kernel, case.arch, types, settings, {"num_warps": settings["num_warps"]})
+    return {"width": case.width, "kernel": case.name, "warps": settings["num_warps"]} | facts
+
+
+def compile_kernel(
+    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """types: of the pointers. Scales and eps are fp32, other arguments integers."""
+    binary = compile_binary(kernel, arch, types, constants, options)
+    nvidia = arch.startswith("sm_")
+    read = machine_code.read_cubin if nvidia else machine_code.read_amdgcn
+    facts = read(binary.asm["cubin" if nvidia else "amdgcn"])
+    shared, warps = binary.metadata.shared, options["num_warps"]
+    facts |= {"shared_bytes": shared, "stages": binary.metadata.num_stages}
+    codes = machine_code.serialisation_codes(binary.asm["ptx"]) if arch == "sm_90" else []
+    facts["warning"] = " ".join(dict.fromkeys(codes)) or None
+    facts["occupancy"] = occupancy(arch, facts["registers"], shared, warps) if nvidia else None
+    return facts
+
+
+def compile_binary(
+    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = dict(_signature(kernel.arg_names, types, used))
+    free = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
+    aligned = [
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if name not in free and (signature[name][0] == "*" or name.startswith("stride"))
+    ]  # as at run time, else loads are not vectorised
+    nvidia = arch.startswith("sm_")
+    target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+    source = _source(kernel, signature, used, aligned)
+    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+
+
+def _source(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: list[int]) -> Any:
+    """A kernel with its arguments' types. Before Triton 3.3 the signature leaves constants out, and what is known of
+    arguments is an object."""
+    from triton.compiler import ASTSource
+
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        return ASTSource(kernel, signature, constants, attributes)
+    from triton.backends.compiler import AttrsDescriptor
+
+    varying = {name: kind for name, kind in signature.items() if name not in constants}
+    return ASTSource(kernel, varying, constants, AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16)))
+
+
+def _signature(names: list[str], types: dict[str, str], constants: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        scalar = "fp32" if name == "eps" or name.endswith("_scale") else "i32"
+        yield name, "constexpr" if name in constants else types.get(name, scalar)
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at once."""
+    threads = 32 * warps
+    by_registers = REGISTERS_PER_SM // (-(-registers // 8) * 8 * threads)
+    by_shared = SHARED_PER_SM[arch] * 1024 // (shared + 1024)  # the driver keeps 1 KiB of each program's
+    return min(by_registers, by_shared, THREADS_PER_SM[arch] // threads)

@@ -1,0 +1,248 @@
+"""`hlip eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..embed.baselines import PREFIX, SliceEncoder
+from ..embed.inputs import StoreStudies
+from ..embed.loop import Options, embed, embed_similarities
+from ..embed.table import Embeddings
+from ..evaluate.bootstrap import DRAWS
+from ..evaluate.evaluation import (
+    check_join,
+    check_prompts,
+    evaluate,
+    rows_of,
+    score,
+    store_labels,
+    task_prompts,
+    unjoined,
+)
+from ..evaluate.labels import read_labels
+from ..evaluate.metrics import need_sklearn
+from ..evaluate.report import (
+    MARKDOWN,
+    METRICS,
+    PLOT,
+    SCORES,
+    TABLE,
+    aligned,
+    class_rows,
+    sizes,
+    table_rows,
+    write_evaluation,
+)
+from ..evaluate.tasks import Task, list_tasks, load_task
+from ..model.clip import HLIPModel
+from ..output import check_folder, new_figure, shown_name
+from ..processes import Processes, processes
+from ..store.store import Store
+from ..terminal import say
+from .shared import (
+    EMBEDDINGS,
+    add_embedding,
+    add_model,
+    embedding_options,
+    keeping_parts,
+    load_encoder,
+    open_studies,
+    read_embeddings,
+    report_failed,
+    write_csv,
+)
+
+SIMILARITIES = "similarities.npz"
+UNMATCHED = "unmatched.csv"
+DESCRIPTION = """\
+Embed studies, compare them with a task's prompts, and compare what comes out with labels. Whatever ends the job, the
+same command goes on where it stopped."""
+EPILOG = f"""\
+writes into FOLDER:
+  {SCORES:17}  a row a study: each class' share among the prompts it is told from (of kind similarity: the cosine with
+                     its prompt), and label
+  {METRICS:17}  all figures with 95% intervals by drawing studies, numbers of labels, what was left out
+  {TABLE:17}  the table that is printed: this run beside published figures, in percent
+  {MARKDOWN:17}  the same
+  {PLOT:17}  ROC curves, or the confusion matrix
+  {EMBEDDINGS:17}  of the studies, which another task can read (--embeddings); of a 2D model instead
+  {SIMILARITIES:17}  each study's similarities to the prompts
+  {UNMATCHED:17}  studies without labels and labels without a study, if there are any
+
+A task of your own is a YAML file:
+  kind: multi-class                      # or pairs, or similarity
+  classes:
+    normal: no significant abnormality   # of pairs: {{positive: Emphysema, negative: Not emphysema}}
+    glioma: [glioma, infiltrating glial tumor]
+  templates: ["This MRI study shows: {{}}."]
+  columns: {{glioma: GLIOMA}}              # in the label table, where it is not the class' name
+and a CSV with a column `study`, and one for each class: 0, 1, or -1 or empty where it is not known.
+
+Baselines: --one_scan SEED shows any model one random scan of each study. A 2D model sees slice after slice of a store;
+its similarity to a prompt is the mean (--pool mean: over a scan's slices, then over scans) or the largest (--pool max)
+of its slices', and softmax is at its own temperature.
+
+Under torchrun processes share the work, and change no figure. Exit status as of `hlip embed`."""
+
+
+def add(commands: Any) -> None:
+    """Add `eval` to the subparsers of `hlip`."""
+    command = commands.add_parser(
+        "eval",
+        help="evaluate a model zero-shot on a benchmark or a task of your own",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)")
+    source.add_argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model")
+    command.add_argument("--labels", type=Path, metavar="CSV", help="label table (default: the store's labels)")
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
+    command.add_argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
+    command.add_argument(
+        "--allow_unmatched",
+        action="store_true",
+        help="leave out studies without labels and labels without a study, instead of stopping",
+    )
+    command.add_argument(
+        "--draws",
+        type=int,
+        default=DRAWS,
+        metavar="N",
+        help="how often studies are drawn anew, for intervals (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    command.add_argument(
+        "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
+    )
+    add_model(command, of_slices=True)
+    add_embedding(command)
+    command.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    need_sklearn()  # said now, not after hours
+    new_figure(1, 1)
+    check_folder(args.out)
+    if args.draws < 1:
+        raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
+    task = load_task(args.task)
+    task.sentences(task.positive, args.templates)  # says so if there are no such templates
+    if args.embeddings is not None and args.model.startswith(PREFIX):
+        raise ValueError("--embeddings: a 2D model is scored by its slices; give --data")
+    if args.embeddings is not None and args.one_scan is not None:
+        raise ValueError("--one_scan: give it to hlip embed, or --data in place of --embeddings")
+    options = embedding_options(args, task.unit)
+    labels = _labels(args, task)
+    with processes() as among:
+        model = load_encoder(args)
+        _check_head(args.head, model)
+        check_prompts(task, model, args.templates)
+        table = _embeddings(args, task, model, labels, options, among)
+    if table is None:
+        return 0
+    rest = (args.allow_unmatched, args.draws, args.seed)
+    if isinstance(model, SliceEncoder):
+        uids, scans, similarities = rows_of(task, table, args.head)
+        failed = [uid for uid, _ in table.facts.get("failed", ())]
+        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest, failed, scans)
+    else:
+        found = evaluate(task, table, labels, model, args.templates, *rest, args.head)
+    facts = {
+        "model": shown_name(args.model),
+        "data": shown_name(args.data or args.embeddings),
+        "labels": args.labels and shown_name(args.labels),
+        "templates": args.templates or next(iter(task.templates)),
+        "one_scan": table.facts.get("job", {}).get("one_scan"),
+        **({"pool": model.pool} if isinstance(model, SliceEncoder) else {}),
+        **({"slices": args.slices and args.slices.name} if isinstance(model, SliceEncoder) else {}),
+        "draws": args.draws,
+        "seed": args.seed,
+        "left_out": table.facts.get("failed", []),
+        "left_out_scans": table.facts.get("left_out", []),
+    }
+    write_evaluation(found, args.out, facts)
+    say(f"{task.name}: {sizes(found)}; percent, with 95% intervals")
+    say(*aligned([list(column) for column in zip(*table_rows(found), strict=True)]))
+    if len(rows := class_rows(found)) > 1 and len(rows[0]) > 3:
+        say("", *aligned(rows))
+    for note in found.notes:
+        say(f"note: {note}")
+    say(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
+    return report_failed(table, "eval")
+
+
+def _check_head(head: int | None, model: HLIPModel | SliceEncoder) -> None:
+    """Raises ValueError where the model has no such embedding, or several and none is chosen."""
+    several = isinstance(model, HLIPModel) and model.config.per_prefix
+    count = model.config.vision.num_outputs if isinstance(model, HLIPModel) and several else 1
+    if head is None and count > 1:
+        raise ValueError(
+            f"the model gives {count} embeddings of a study: choose --head, 0 to {count - 1} (0 is for zero-shot "
+            "classification)"
+        )
+    if head is not None and not 0 <= head < count:
+        raise ValueError(f"--head {head}: the model gives {count} embedding{'s' * (count > 1)} of a study, from 0")
+
+
+def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
+    """Of the table, or of the store; what does not join with a store is said now, not after hours."""
+    store = Store(args.data) if args.data is not None and (args.data / "shards").is_dir() else None
+    if args.data is not None and args.data.is_dir() and store is None:
+        raise ValueError(f"{args.data}: expected a store, or a study list (.json, .csv)")
+    if args.labels is not None:
+        labels = read_labels(args.labels, list(task.columns.values()))
+    elif store is not None:
+        labels = store_labels(store, task)
+    else:
+        raise ValueError(f"--labels is needed: {args.data or args.embeddings} is no store, which could have labels")
+    if store is not None:
+        _check_join(args, store.uids.tolist(), labels)
+    return labels
+
+
+def _check_join(args: argparse.Namespace, uids: Sequence[str], labels: Mapping[str, np.ndarray]) -> None:
+    """As `check_join`, and leave the whole list in a file, as messages name only some."""
+    path = args.out / UNMATCHED
+    lacking, unused = unjoined(uids, labels)
+    if not lacking and not unused:
+        path.unlink(missing_ok=True)
+        return
+    write_csv(path, [["study", "has no"], *((uid, "labels") for uid in lacking), *((uid, "study") for uid in unused)])
+    try:
+        check_join(uids, labels, args.allow_unmatched)
+    except ValueError as error:
+        raise ValueError(f"{error}; all are in {path}") from error
+
+
+def _embeddings(
+    args: argparse.Namespace,
+    task: Task,
+    model: HLIPModel | SliceEncoder,
+    labels: Mapping[str, np.ndarray],
+    options: Options,
+    among: Processes,
+) -> Embeddings | None:
+    """Of the studies; of a 2D model their similarities to the task's prompts. None on all processes but the first."""
+    if args.embeddings is not None:
+        if not among.first:
+            return None
+        table = read_embeddings(args.embeddings, model)
+        _check_join(args, [*table.study.tolist(), *(uid for uid, _ in table.facts.get("failed", ()))], labels)
+        return table
+    studies = open_studies([args.data], model)
+    if not isinstance(studies, StoreStudies):  # of a store it was said before the model was read
+        _check_join(args, [*studies.uids, *(uid for uid, _ in studies.lost)], labels)
+    out = args.out / (SIMILARITIES if isinstance(model, SliceEncoder) else EMBEDDINGS)
+    with keeping_parts(out):
+        if isinstance(model, SliceEncoder):
+            prompts = task_prompts(task, args.templates)
+            return embed_similarities(model, prompts, studies, options, out, args.workers, among)
+        return embed(model, studies, options, out, args.workers, among)

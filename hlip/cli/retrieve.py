@@ -1,0 +1,196 @@
+"""`hlip retrieve`: studies by their reports, and back."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..embed.baselines import PREFIX
+from ..embed.loop import embed
+from ..embed.texts import check_lengths, embed_texts
+from ..evaluate.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
+from ..output import check_folder, new_figure
+from ..processes import processes
+from ..store.store import Store
+from ..study import join_report
+from ..terminal import say
+from .shared import (
+    EMBEDDINGS,
+    add_embedding,
+    add_model,
+    embedding_options,
+    keeping_parts,
+    load_encoder,
+    open_studies,
+    read_embeddings,
+    report_failed,
+    report_unjoined,
+    write_csv,
+    write_whole,
+)
+
+DESCRIPTION = """\
+Rank all reports of a store for each of its studies, and all studies for each report: recall at k and median rank.
+Studies with the same report are matches of each other, as nobody could tell which of them it belongs to. Of equally
+similar ones, those that do not match come first. Studies without a report are left out.
+
+A model with two embeddings of a study is measured twice: the first against impressions (head 0), the second against
+findings (head 1); either section stands in for the other if that is empty.
+
+Whatever ends the job, the same command goes on where it stopped."""
+EPILOG = """\
+writes into FOLDER:
+  retrieve.json    recall at k, the same of a random order, median rank; answers to --query and --study
+  ranks.csv        for each study the rank of its report, and for its report the rank of the study
+  recall.png       recall against k
+  embeddings.npz   of the studies, unless they were given (--embeddings)
+
+Under torchrun processes share the embedding, and change no figure. Exit status as of `hlip embed`."""
+
+
+def add(commands: Any) -> None:
+    """Add `retrieve` to the subparsers of `hlip`."""
+    command = commands.add_parser(
+        "retrieve",
+        help="find studies by reports and reports by studies; recall at k",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("store", type=Path, metavar="STORE", help="studies with reports, of `hlip prepare`")
+    add_model(command, of_slices=True)
+    command.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="what `hlip embed` wrote of the store with this model (default: they are made)",
+    )
+    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
+    command.add_argument(
+        "--k", nargs="+", type=int, default=KS, metavar="K", help=f"recall at each (default: {' '.join(map(str, KS))})"
+    )
+    command.add_argument(
+        "--query", action="append", default=[], metavar="TEXT", help="show the studies it fits; repeat"
+    )
+    command.add_argument(
+        "--study", action="append", default=[], metavar="UID", help="show the studies and reports nearest to it; repeat"
+    )
+    command.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default: 5)")
+    add_embedding(command)
+    command.set_defaults(run=_retrieve)
+
+
+def _retrieve(args: argparse.Namespace) -> int:
+    new_figure(1, 1)  # needs matplotlib: said now, not after hours
+    check_folder(args.out)
+    if args.top < 1 or min(args.k) < 1:
+        raise ValueError(f"--k and --top must be positive, got {min(*args.k, args.top)}")
+    if empty := [text for text in args.query if not text.strip()]:
+        raise ValueError(f"--query {empty[0]!r}: expected words")
+    if args.model.startswith(PREFIX) and args.pool == "max":
+        raise ValueError("--pool max has no embedding that could be compared with texts; retrieval needs --pool mean")
+    if args.embeddings is not None and args.one_scan is not None:
+        raise ValueError("--one_scan: give it to hlip embed in place of --embeddings")
+    options = embedding_options(args)
+    store = Store(args.store)
+    store.indices(args.study)
+    reports = reports_of(store)
+    if not reports:
+        raise ValueError(f"{args.store}: no study has a report")
+    if len({join_report(*report).strip() for report in reports.values()}) < 2:
+        raise ValueError(
+            f"{args.store}: expected two different reports or more, to rank them, got one, of {len(reports)} of its "
+            f"{len(store)} studies"
+        )
+    if absent := [uid for uid in args.study if uid not in reports]:
+        raise ValueError(f"--study {absent[0]}: has no report")
+    with processes() as among:
+        model = load_encoder(args)
+        check_lengths(model, args.query)
+        if args.embeddings is not None:
+            made = read_embeddings(args.embeddings, model) if among.first else None
+        else:
+            out = args.out / EMBEDDINGS
+            with keeping_parts(out):
+                made = embed(model, open_studies([args.store], model), options, out, args.workers, among)
+    if made is None:
+        return 0
+    bar = functools.partial(tqdm, disable=None)
+    pairs = Pairs.embed(model, store, made, progress=functools.partial(bar, desc="reports", unit="batch"))
+    if absent := [uid for uid in args.study if uid not in pairs.uids]:
+        raise ValueError(f"--study {absent[0]}: has no embedding")
+    figures = retrieve(pairs, args.k, functools.partial(bar, desc="ranking", unit="block"))
+    report_unjoined("without report, left out", pairs.without_report)
+    report_unjoined("without embedding, left out", pairs.without_embedding)
+    report_unjoined("not in the store, left out", pairs.not_in_store)
+    queries = [_answer(pairs, text, embed_texts(model, [text])[0], args.top) for text in args.query]
+    studies = [_neighbours(pairs, uid, args.top) for uid in args.study]
+
+    names = [f"{each['direction']}, head {each['head']}" for each in figures]
+    columns = [each["ranks"].tolist() for each in figures]
+    write_csv(args.out / "ranks.csv", [["study", *names], *zip(pairs.uids, *columns, strict=True)])
+    write_whole(args.out / "recall.png", lambda file: draw_recall(figures, file, "png"))
+    content = {
+        "studies": len(pairs.uids),
+        "without_report": pairs.without_report,
+        "without_embedding": pairs.without_embedding,
+        "not_in_store": pairs.not_in_store,
+        "embeddings": made.facts,
+        "figures": [{key: value for key, value in each.items() if key != "ranks"} for each in figures],
+        "queries": queries,
+        "nearest": studies,
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(args.out / "retrieve.json", lambda file: file.write(text.encode()))
+    _print(figures, queries, studies)
+    say(f"{args.out}: retrieve.json, ranks.csv, recall.png")
+    return report_failed(made, "retrieve")
+
+
+def _answer(pairs: Pairs, text: str, query: Tensor, top: int) -> dict[str, Any]:
+    """The studies that a text fits, by the first head."""
+    found = nearest(query, pairs.image[0], top)
+    return {"query": text, "studies": [_entry(pairs, *each) for each in found]}
+
+
+def _neighbours(pairs: Pairs, uid: str, top: int) -> dict[str, Any]:
+    """The studies nearest to a study, and the reports that fit it, by the first head."""
+    i = pairs.uids.index(uid)
+    studies = nearest(pairs.image[0, i], pairs.image[0], top, leave=i)
+    reports = nearest(pairs.image[0, i], pairs.text[0], top)
+    return {
+        "study": uid,
+        "studies": [_entry(pairs, *each) for each in studies],
+        "reports": [_entry(pairs, *each) for each in reports],
+    }
+
+
+def _entry(pairs: Pairs, i: int, similarity: float) -> dict[str, Any]:
+    return {"study": pairs.uids[i], "similarity": round(similarity, 6), "text": pairs.texts[0][i]}
+
+
+def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]], studies: Sequence[Any]) -> None:
+    several = len(figures) > len(DIRECTIONS)
+    for each in figures:
+        head = f" (head {each['head']})" if several else ""
+        say(f"{each['direction']}{head}: {each['studies']} studies, {each['texts']} different texts")
+        for k, value in each["recall"].items():
+            say(f"  recall at {k:<4} {value:6.1%}   random {each['chance'][k]:6.1%}")
+        say(f"  median rank {each['median_rank']:g}")
+        if each["texts"] == 1:
+            say("  all texts are the same, so these figures say nothing", file=sys.stderr)
+    for each in (*queries, *studies):
+        for what in ("studies", "reports"):
+            if what in each:
+                say(f"{what} nearest to {each.get('query') or each['study']!r}")
+                for entry in each[what]:
+                    text = " ".join(entry["text"].split())
+                    say(f"  {entry['similarity']:.3f}  {entry['study']}  {text[:80]}{'...' if len(text) > 80 else ''}")

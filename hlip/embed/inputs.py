@@ -1,0 +1,194 @@
+"""Studies to embed, wherever they lie: in a store, in files, or on a study list.
+
+Shapes: N studies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..prepare.discover import Found
+from ..prepare.recipe import Recipe
+from ..prepare.studies import called_after, load_study, read_study
+from ..read.files import printable
+from ..read.scan import Rejection
+from ..store.store import Store
+from ..study import Study
+
+
+class Studies(Protocol):
+    """Studies by index.
+
+    uids: (N), no two the same.
+    tokens: (N) int64 - patch tokens of each; zeros where they are not known: such a study is a batch of its own.
+    lost: uid and reason of studies that were found, and cannot be read.
+    left_out: scans that were found, and are not among those of their studies.
+    """
+
+    uids: Sequence[str]
+    tokens: np.ndarray
+    lost: Sequence[tuple[str, str]]
+    left_out: Sequence[Rejection]
+
+    def read(self, i: int) -> Study:
+        """Study `i`. Raises ScanError or ValueError if it cannot be used, and names the file."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of what `read` returns, or of all that it depends on."""
+        ...
+
+
+class StoreStudies:
+    """The studies of a store.
+
+    Args:
+        patch_size: (pd, ph, pw) voxels of the model that is to read them; None if it sees no patches of ours.
+
+    Raises:
+        ValueError: an empty store, one that is not finished, or scans that are no whole number of patches; names the
+            study.
+    """
+
+    lost: Sequence[tuple[str, str]] = ()
+    left_out: Sequence[Rejection] = ()
+
+    def __init__(self, store: Store, patch_size: Sequence[int] | None = None) -> None:
+        store.check_finished()
+        self.store = store
+        self.uids: Sequence[str] = store.uids.tolist()
+        if patch_size is None:
+            self.scan_tokens, self.tokens = np.zeros(len(store.shapes), np.int64), np.zeros(len(store), np.int64)
+            return
+        self.scan_tokens = store.scan_tokens(patch_size)
+        self.tokens = np.add.reduceat(self.scan_tokens, store.first[:-1])
+
+    def read(self, i: int) -> Study:
+        return self.store.study(i)
+
+    def digest(self) -> str:
+        found = hashlib.sha256(_bytes("\0".join(self.uids)))
+        checksums = self.store.manifest.column("crc32").values.to_numpy()
+        for array in (self.store.num_scans, self.store.shapes, checksums):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+
+class OneScan:
+    """The same studies, each with one of its scans alone.
+
+    Which one follows from the seed, the study's uid and the number of its scans: neither other studies nor processes
+    change it.
+    """
+
+    def __init__(self, studies: Studies, seed: int) -> None:
+        self.studies, self.seed = studies, seed
+        self.uids, self.tokens = studies.uids, studies.tokens
+        self.lost, self.left_out = studies.lost, studies.left_out
+        if isinstance(studies, StoreStudies):
+            store = studies.store
+            chosen = [self.place(uid, int(n)) for uid, n in zip(self.uids, store.num_scans, strict=True)]
+            self.tokens = studies.scan_tokens[store.first[:-1] + np.array(chosen)]
+
+    def place(self, uid: str, num_scans: int) -> int:
+        """Which of its scans a study is shown by."""
+        drawn = hashlib.sha256(_bytes(f"{self.seed}\0{uid}")).digest()
+        return int.from_bytes(drawn[:8], "big") % num_scans
+
+    def read(self, i: int) -> Study:
+        study = self.studies.read(i)
+        m = self.place(self.uids[i], len(study.scans))
+        return replace(study, scans=[study.scans[m]], names=study.names[m : m + 1])
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.studies.digest()} {self.seed}".encode()).hexdigest()
+
+
+def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
+    """Name each study after its folder, or after its files; if two names are the same, by the paths from the folder
+    that all lie in."""
+    paths = [group if isinstance(group, Path) else called_after(group) for group in groups]
+    names = [printable(path.resolve().name) for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    home = os.path.commonpath(list(map(os.path.abspath, paths)))
+    return [printable(os.path.relpath(path, home)) for path in paths]
+
+
+class FileStudies:
+    """Studies in files.
+
+    Args:
+        groups: of each study, its folder or its files.
+    """
+
+    lost: Sequence[tuple[str, str]] = ()
+    left_out: Sequence[Rejection] = ()
+
+    def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe) -> None:
+        self.groups, self.recipe = groups, recipe
+        self.uids: Sequence[str] = study_names(groups)
+        self.tokens = np.zeros(len(groups), dtype=np.int64)
+
+    def read(self, i: int) -> Study:
+        return load_study(self.groups[i], self.recipe, uid=self.uids[i])
+
+    def digest(self) -> str:
+        return _digest(self.uids, (file for group in self.groups for file in _files(group)), self.recipe)
+
+
+class ListedStudies:
+    """What `find_studies` found.
+
+    Raises:
+        ValueError: no study can be used.
+    """
+
+    def __init__(self, found: Found, recipe: Recipe) -> None:
+        if not found.studies:
+            raise ValueError(
+                f"no study can be used: {found.rejected[0].reason if found.rejected else 'none is listed'}"
+            )
+        self.sources, self.recipe = found.studies, recipe
+        self.uids: Sequence[str] = [source.uid for source in found.studies]
+        self.tokens = np.zeros(len(found.studies), dtype=np.int64)
+        self.lost: Sequence[tuple[str, str]] = [(each.study, each.reason) for each in found.rejected if not each.scan]
+        self.left_out: Sequence[Rejection] = [each for each in found.rejected if each.scan]
+
+    def read(self, i: int) -> Study:
+        return read_study(self.sources[i], self.recipe)[0]
+
+    def digest(self) -> str:
+        files = (file for source in self.sources for scan in source.scans for file in scan.files)
+        return _digest(self.uids, files, self.recipe)
+
+
+def _files(group: Path | list[Path]) -> Iterator[Path]:
+    if isinstance(group, list):
+        yield from group
+    elif group.is_dir():
+        yield from sorted(path for path in group.rglob("*") if path.is_file())
+
+
+def _digest(uids: Sequence[str], files: Iterator[Path], recipe: Recipe) -> str:
+    """Of names, sizes and times, as reading every file first would take as long as the job."""
+    found = hashlib.sha256(_bytes("\0".join([recipe.hash, *uids])))
+    for file in files:
+        try:
+            known = file.stat()
+            found.update(_bytes(f"\0{file}\0{known.st_size}\0{known.st_mtime_ns}"))
+        except OSError:
+            found.update(_bytes(f"\0{file}"))
+    return found.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    """With those of names that are no UTF-8 as they are."""
+    return text.encode("utf-8", "surrogateescape")

@@ -1,0 +1,119 @@
+"""Files that are written whole, and what goes into them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from .terminal import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Spreadsheets run a cell that begins so as a formula, some of them behind spaces. Numbers they only read.
+FORMULA = re.compile(r"'*(\s*[=+\-@＝＋－＠].|[\t\r\n])", re.DOTALL)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file whole or not at all. A link within its folder stays, and what it points to is written; the file
+    takes the place of a link that leads out, which whoever made the folder may have left there.
+
+    Raises:
+        ValueError: there is something else than a file, such as a folder or a device.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    path = target if target.is_relative_to(folder) else folder / path.name
+    if path.exists() and not path.is_symlink() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where no file could be written at `path`, or into a folder of that name; leaves nothing."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: {nearest} cannot be written to ({error.strerror})") from error
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError where `path` is no folder that results could be written into, nor can be made one."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: expected a folder")
+    check_writable(path)
+
+
+def label(text: str) -> str:
+    """A text as matplotlib draws it: dollars are no mathematics, and letters that its font has not are escaped."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    shown = "".join(
+        c if c.isspace() or font.get_char_index(ord(c)) else c.encode("unicode_escape").decode()
+        for c in visible(text, "\n")
+    )
+    return shown.replace("$", r"\$")
+
+
+def shown_name(given: Path | str) -> str:
+    """What a file or folder is called, without where it lies, as results are shared; a name on the hub as it is."""
+    prefix, sign, behind = str(given).partition(":")
+    for before, path in (("", str(given)), (prefix + sign, behind)):  # open_clip:FOLDER
+        if path and (Path(path).is_absolute() or os.path.lexists(path)):
+            return before + Path(os.path.normpath(Path(path).absolute())).name
+    return str(given)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table whole or not at all."""
+    write_whole(path, lambda file: file.write(csv_text(rows)))
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> bytes:
+    """A table as CSV in UTF-8. A text that a spreadsheet would run gets an apostrophe in front of it, which says that
+    it is text, and which `Table.read` takes away; so does one that has such an apostrophe already."""
+    return "".join(map(_line, rows)).encode("utf-8", "backslashreplace")
+
+
+def _line(row: Sequence[Any]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\r\n").writerow(map(_harmless, row))  # quotes what has either of the two
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _harmless(cell: Any) -> Any:
+    runs = isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell)
+    return f"'{cell}" if runs else cell
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty matplotlib figure, in inches, for files alone: no window and no state is shared.
+
+    Raises:
+        ImportError: no matplotlib, or no Pillow, without which matplotlib cannot be imported.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plots need matplotlib and Pillow ({error}): pip install 'hlip-kernels[viz]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

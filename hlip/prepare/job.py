@@ -1,0 +1,456 @@
+"""From studies as they lie on disk to a store.
+
+The plan says which studies each shard holds. It follows from the studies alone, so that any number of workers, on any
+engine, makes the same bytes, and a run that was ended goes on with the shards that are missing. While a store is
+unfinished it has a folder `work/`: the plan, the sources of every shard, a lock, and temporary files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from ..read.paths import check_text, check_within, locked
+from ..read.safe import read_json as read_plain
+from ..read.scan import Rejection, ScanError, ScanSource
+from ..store.format import pyarrow
+from ..store.store import (
+    FORMAT,
+    FOUND,
+    PreparedStudy,
+    Report,
+    StoredScan,
+    cut,
+    finish,
+    read_info,
+    read_json,
+    replacing,
+    shard_file,
+    write_rejections,
+    write_shard,
+)
+from .discover import Found, StudySource
+from .recipe import PreparedScan
+from .workers import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
+
+SHARD_SCANS = 64  # scans of a shard as they are found: 150 MB of brain MRI, and a minute's work to lose
+
+
+class PreparesScans(Protocol):
+    """What is needed of a recipe (see `preprocess.Recipe`)."""
+
+    def prepare(self, source: ScanSource) -> list[PreparedScan]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    @property
+    def hash(self) -> str: ...
+
+
+def prepare(
+    found: Found,
+    recipe: PreparesScans,
+    out: Path | str,
+    *,
+    engine: Engine = "local",
+    workers: int = 1,
+    salt: str | None = None,
+    shard_scans: int = SHARD_SCANS,
+    scan_seconds: float = STEP_SECONDS,
+    slurm: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Prepare every study of `found` into the store `out`; what was finished there before is left as it is.
+
+    Worker processes are spawned: a script that calls this does so under `if __name__ == "__main__":`.
+
+    Args:
+        engine: "local" for processes of this machine, "ray" or "slurm"; see `engines`.
+        salt: if given, studies are named by salted hashes and nothing else that names them is kept; see `hash_ids`.
+        shard_scans: a shard is closed before it would hold more; one study is never shared out.
+        scan_seconds: a scan that takes longer is left out.
+        slurm: options of the engine "slurm"; see `run_slurm`.
+        progress: show a bar with studies and scans per second and the time left.
+
+    Raises:
+        ValueError: no studies, or two of one name; `out` is no store, was begun with other studies, another recipe or
+            other options, or is being written by another run.
+        OSError: `out` cannot be written. What is finished stays, and the next run goes on.
+    """
+    if workers < 1 or shard_scans < 1 or not 0 < scan_seconds < math.inf:
+        got = f"{workers}, {shard_scans} and {scan_seconds}"
+        raise ValueError(f"workers, shard_scans and scan_seconds must be positive and finite, got {got}")
+    pyarrow()  # asked for now, not after hours
+    out = Path(out)
+    found = _in_order(found if salt is None else hash_ids(found, salt))
+    terms = {
+        "format": FORMAT,
+        "recipe_hash": recipe.hash,
+        "source_hash": hash_sources(found),
+        "shard_scans": shard_scans,
+        "hidden_ids": salt is not None and _hashed("", salt)[:8],
+    }
+    if not (out / "work").exists() and (report := _finished(out, terms)) is not None:
+        return report
+    try:
+        with _locked(out) as work:
+            report = _finished(out, terms)
+            if report is None:
+                plan = Plan.of(found, terms, out)
+                _run(PrepareJob(plan, recipe, scan_seconds), engine, workers, slurm or {}, progress)
+                report = finish(out, work, **_facts(terms))
+            shutil.rmtree(work)
+        return report
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"no space left ({error.strerror}); the finished shards stay: make room and run this again"
+            raise OSError(error.errno, reason, str(out)) from error
+        raise
+
+
+def _run(job: PrepareJob, engine: Engine, workers: int, slurm: Mapping[str, Any], progress: bool) -> None:
+    pending = [k for k in range(len(job.plan.shards)) if not job.is_done(k)]
+    with _Progress(job.plan, pending, progress) as tick:
+        if not pending:
+            return
+        if engine == "local":
+            run_local(job, pending, workers, tick)
+        elif engine == "ray":
+            run_ray(job, pending, workers, tick)
+        else:
+            run_slurm(job, pending, workers, tick, job.plan.out / "work" / "slurm", slurm)
+
+
+def prepare_study(
+    source: StudySource,
+    recipe: PreparesScans,
+    left_out: Mapping[int, tuple[str, str]] | None = None,
+    begin: Callable[[int], None] = lambda m: None,
+    hidden: bool = False,
+) -> PreparedStudy:
+    """Read and prepare one study: a function of the source's files and the recipe alone.
+
+    Args:
+        hidden: scans are numbered, and their descriptions and the reasons of rejections dropped.
+        left_out: places of scans that are not to be tried, with rule and reason.
+        begin: called with a scan's place before it is read.
+    """
+    scans: list[StoredScan] = []
+    rejected: list[Rejection] = []
+    for m, scan in enumerate(source.scans):
+        kept = replace(scan, name=f"{m:03d}", description="") if hidden else scan
+        if left_out and m in left_out:
+            rejected.append(Rejection(source.uid, kept.name, *left_out[m]))
+            continue
+        begin(m)
+        try:
+            scans += [_stored(kept, image) for image in recipe.prepare(scan)]
+        except ScanError as error:
+            rejected.append(Rejection(source.uid, kept.name, error.rule, _for_the_store(error.reason, scan)))
+        except ImportError:
+            raise  # says what to install: no fault of the scan
+        except Exception as error:
+            reason = _for_the_store(f"{type(error).__name__}: {error}", scan)
+            rejected.append(Rejection(source.uid, kept.name, "error", reason))
+    if not scans:
+        reason = f"none of its {len(source.scans)} scans can be used" if source.scans else "it has no scans"
+        rejected.append(Rejection(source.uid, "", "no_scans", reason))
+    if hidden:
+        rejected = [replace(rejection, reason="") for rejection in rejected]
+    return PreparedStudy(source.uid, scans, source.impression, source.findings, dict(source.labels), rejected)
+
+
+def _stored(source: ScanSource, scan: PreparedScan) -> StoredScan:
+    if scan.image.dtype != torch.uint8 or scan.image.dim() != 3 or 0 in scan.image.shape:
+        raise TypeError(f"the recipe made {scan.image.dtype} {tuple(scan.image.shape)}, not uint8 (D, H, W)")
+    return StoredScan(
+        scan.name_in_study(source),
+        scan.image,
+        scan.spacing,
+        scan.plane,
+        scan.slices,
+        source.modality,
+        source.description,
+    )
+
+
+def _for_the_store(reason: str, scan: ScanSource) -> str:
+    """Without where the input lay, and without addresses in memory, which differ from run to run."""
+    reason = re.sub(r"\b0x[0-9a-f]+", "0x...", reason)
+    for folder in sorted({str(file.parent) for file in scan.files}, key=len, reverse=True):
+        reason = reason.replace(f"{folder}/", "")
+    return printable(reason)
+
+
+def hash_ids(found: Found, salt: str) -> Found:
+    """The same studies under other names, for a store that names nobody.
+
+    A study's uid becomes the first 32 digits of HMAC-SHA-256(salt, uid); of what was rejected only study and rule
+    stay. Names and descriptions of scans are needed to judge them, and are dropped by `prepare_study`. Reports are kept
+    as they are.
+
+    Raises:
+        ValueError: an empty salt.
+    """
+    if not salt.strip():
+        raise ValueError("the salt of hashed ids must not be empty: whoever guesses it can try out ids")
+    studies = [replace(study, uid=_hashed(study.uid, salt)) for study in found.studies]
+    return Found(studies, [Rejection(_hashed(r.study, salt), "", r.rule, "") for r in found.rejected])
+
+
+def _hashed(uid: str, salt: str) -> str:
+    return hmac.new(salt.strip().encode(), uid.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:32]
+
+
+def printable(text: str) -> str:
+    """The text with bytes that are no UTF-8 (of file names, say) written as \\udcXX."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _in_order(found: Found) -> Found:
+    """Studies by uid, scans by name, all text printable."""
+    if not found.studies:
+        first = "".join(f", such as {r.study or r.scan}: {r.reason}" for r in found.rejected[:1])
+        raise ValueError(f"no study was found ({len(found.rejected)} rejected{first})")
+    studies = []
+    for study in found.studies:
+        scans = [
+            replace(scan, name=printable(scan.name), description=printable(scan.description)) for scan in study.scans
+        ]
+        uid, impression, findings = map(printable, (study.uid, study.impression, study.findings))
+        in_order = tuple(sorted(scans, key=lambda scan: scan.name))
+        studies.append(replace(study, uid=uid, impression=impression, findings=findings, scans=in_order))
+    studies.sort(key=lambda study: study.uid)
+    for study, following in pairwise(studies):
+        if study.uid == following.uid:
+            raise ValueError(f"two studies are named {study.uid}")
+    rejected = sorted(
+        (Rejection(*map(printable, (r.study, r.scan, r.rule, r.reason))) for r in found.rejected), key=astuple
+    )
+    return Found(studies, rejected)
+
+
+def hash_sources(found: Found) -> str:
+    """A hash of what is to be prepared: names, texts, labels, files by name below their common folder, and the size
+    of each scan's first file. The same copied to another place has the same hash."""
+    folders = {str(file.parent.absolute()) for study in found.studies for scan in study.scans for file in scan.files}
+    root = os.path.commonpath(folders) if folders else ""
+    digest = hashlib.sha256()
+    for study in found.studies:
+        for scan in study.scans:
+            files = [os.path.relpath(file, root) for file in scan.files]
+            what = [scan.name, scan.kind, scan.modality, scan.description, files, _size(scan.files[0])]
+            digest.update(json.dumps(what).encode() + b"\n")
+        text = [study.uid, study.impression, study.findings, study.labels]
+        digest.update(json.dumps(text).encode() + b"\n\n")
+    for rejection in found.rejected:
+        digest.update(json.dumps(asdict(rejection)).encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which studies each shard holds.
+
+    out: the store.
+    shards: per shard its studies, its scans as found, and where its line begins in `work/sources.jsonl`.
+    hidden: nothing is kept that may name somebody.
+    """
+
+    out: Path
+    shards: tuple[tuple[int, int, int], ...]
+    hidden: bool
+
+    @classmethod
+    def of(cls, found: Found, terms: Mapping[str, Any], out: Path) -> Plan:
+        """The plan of this store: read if there is one on the same terms, else made and written.
+
+        Raises:
+            ValueError: there is one on other terms; says which.
+        """
+        work = out / "work"
+        file = work / "plan.json"
+        if os.path.lexists(file):
+            content = read_json(file, out, None)  # has a line for each shard
+            _compare(out, content["terms"], terms)
+        else:
+            shards, offset = [], 0
+            with replacing(work / "sources.jsonl", work) as temporary, temporary.open("wb") as lines:
+                for studies in cut(found.studies, _num_scans, terms["shard_scans"]):
+                    shards.append((len(studies), sum(len(study.scans) for study in studies), offset))
+                    offset += lines.write(json.dumps([_to_json(study) for study in studies]).encode() + b"\n")
+            write_rejections(out / "shards" / FOUND, found.rejected, work)
+            content = {"terms": terms, "shards": shards}
+            with replacing(file, work) as temporary:
+                temporary.write_text(json.dumps(content), encoding="utf-8")
+        return cls(out.absolute(), tuple(map(tuple, content["shards"])), bool(terms["hidden_ids"]))
+
+    def studies(self, k: int) -> list[StudySource]:
+        """The studies of shard `k`."""
+        path = self.out / "work" / "sources.jsonl"
+        check_text(path)
+        with path.open("rb") as lines:
+            lines.seek(self.shards[k][2])
+            return [_from_json(study) for study in json.loads(lines.readline())]
+
+
+def _num_scans(study: StudySource) -> int:
+    return max(1, len(study.scans))
+
+
+def _to_json(study: StudySource) -> dict[str, Any]:
+    scans = [{**vars(scan), "files": [str(file.absolute()) for file in scan.files]} for scan in study.scans]
+    return {**vars(study), "scans": scans}
+
+
+def _from_json(content: dict[str, Any]) -> StudySource:
+    scans = [ScanSource(**{**scan, "files": tuple(map(Path, scan["files"]))}) for scan in content["scans"]]
+    return StudySource(**{**content, "scans": tuple(scans), "labels": tuple(map(tuple, content["labels"]))})
+
+
+def _begin(notify: Callable[[Event], None], s: int, m: int) -> None:
+    notify(Event((s, m), 0, 0))
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """The job of a plan, a unit of which is a shard (see `engines.Job`)."""
+
+    plan: Plan
+    recipe: PreparesScans
+    step_seconds: float
+
+    def run(self, unit: int, notify: Callable[[Event], None]) -> None:
+        torch.set_num_threads(1)  # there is a worker for every CPU
+        recipe = self.recipe
+        write_shard(
+            shard_file(self.plan.out, unit),
+            self._studies(unit, notify),
+            recipe.to_dict(),
+            recipe.hash,
+            self.plan.out / "work",
+        )
+
+    def _studies(self, k: int, notify: Callable[[Event], None]) -> Iterator[PreparedStudy]:
+        blamed = self._blamed(k)
+        for s, source in enumerate(self.plan.studies(k)):
+            left_out = {m: why for (at, m), why in blamed.items() if at == s}
+            study = prepare_study(source, self.recipe, left_out, partial(_begin, notify, s), self.plan.hidden)
+            notify(Event(None, 1, len(source.scans)))
+            yield study
+
+    def blame(self, unit: int, step: Step, rule: str, reason: str) -> None:
+        blamed = [[*at, *why] for at, why in {**self._blamed(unit), step: (rule, reason)}.items()]
+        with replacing(self._blame_file(unit), self.plan.out / "work") as temporary:
+            temporary.write_text(json.dumps(blamed), encoding="utf-8")
+
+    def _blamed(self, k: int) -> dict[Step, tuple[str, str]]:
+        file = self._blame_file(k)
+        content = read_plain(file) if file.exists() else []
+        return {(s, m): (rule, reason) for s, m, rule, reason in content}
+
+    def _blame_file(self, k: int) -> Path:
+        return self.plan.out / "work" / f"{k:05d}.blamed.json"
+
+    def is_done(self, unit: int) -> bool:
+        return shard_file(self.plan.out, unit).exists()
+
+    def size(self, unit: int) -> tuple[int, int]:
+        return self.plan.shards[unit][:2]
+
+
+def _facts(terms: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: terms[key] for key in ("source_hash", "shard_scans", "hidden_ids")}
+
+
+def _finished(out: Path, terms: Mapping[str, Any]) -> Report | None:
+    """The report of a finished store on these terms; None if it is not finished."""
+    info = read_info(out)
+    if not info:
+        return None
+    _compare(out, info, terms)
+    return Report(**read_json(out / "report.json", out))
+
+
+def _compare(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+    words = {
+        "format": "in another format",
+        "recipe_hash": "with another recipe",
+        "hidden_ids": "with ids hidden otherwise",
+        "source_hash": "from other studies, reports or labels",
+        "shard_scans": "with another shard_scans",
+    }
+    for key, how in words.items():
+        if there.get(key) != terms[key]:
+            raise ValueError(f"{out}: was begun {how} ({there.get(key)}, now {terms[key]}): choose another folder")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    """The folder `work/` of a new or unfinished store, for this run alone."""
+    work = out / "work"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder for the store")
+    if out.exists() and not (out / "shards").is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: neither empty nor a store: choose another folder")
+    for folder in (out / "shards", work):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in (out / "shards", work, *work.iterdir()):
+        check_within(path, out)
+    with locked(work / "lock", f"{out}: another run is writing this store; wait for its end, or choose another folder"):
+        _remove_temporary(work)  # of runs that were killed
+        try:
+            yield work
+        finally:
+            _remove_temporary(work)  # of workers that were
+
+
+def _remove_temporary(work: Path) -> None:
+    for pattern in ("*.tmp", ".tmp*"):  # ours and those of safetensors
+        for temporary in work.glob(pattern):
+            temporary.unlink(missing_ok=True)
+
+
+class _Progress:
+    """A bar of studies, which starts at those of earlier runs, with scans a second beside it."""
+
+    def __init__(self, plan: Plan, pending: Sequence[int], show: bool) -> None:
+        total, left = sum(shard[0] for shard in plan.shards), sum(plan.shards[k][0] for k in pending)
+        self.bar = tqdm(total=total, initial=total - left, desc="preparing", unit="study", disable=not show)
+        self.scans, self.start = 0, time.monotonic()
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self.tick
+
+    def tick(self, studies: int, scans: int) -> None:
+        self.scans += scans
+        if studies:
+            self.bar.set_postfix_str(f"{self.scans / max(1e-9, time.monotonic() - self.start):.1f} scans/s", False)
+            self.bar.update(studies)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

@@ -1,0 +1,318 @@
+"""What was written about studies: report texts, their sections and their sentences.
+
+A file of reports is the user's own: one that cannot be used stops the work before it begins, with an error that names
+the file and the place.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..read.files import printable, why
+from ..read.safe import MOST_TEXT, check_keys, read_text, read_yaml
+from .tables import Table, read_json_studies
+
+logger = logging.getLogger(__name__)
+# Keys of JSON entries and columns of tables, in lower case, "_en" cut off.
+_TEXT_KEYS = {
+    "impression": ("impression", "impressions"),
+    "findings": ("findings",),
+    "report": ("report", "text"),
+}
+_SPELLINGS = [spelling for spellings in _TEXT_KEYS.values() for spelling in spellings]
+_ABBREVIATIONS = frozenset(
+    [
+        "approx",
+        "ca",
+        "cf",
+        "dr",
+        "drs",
+        "inc",
+        "incl",
+        "jr",
+        "mr",
+        "mrs",
+        "ms",
+        "prof",
+        "resp",
+        "sr",
+        "st",
+        "susp",
+        "vs",
+    ]
+)
+_BEFORE_NUMBERS = frozenset(["fig", "figs", "im", "img", "no", "nos", "nr", "ser", "vol"])  # "No. 5", but "Mass? No."
+_MARKER = r"(?:\(?\d{1,2}[.)]|[-*•·‣–—]|\(?(?:[ivx]{1,4}|[a-h])\))"
+_LIST_ITEM = re.compile(rf"{_MARKER} ", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]]* """)
+
+
+@dataclass(frozen=True)
+class ReportText:
+    """The two sections of a report that are used; empty if absent."""
+
+    impression: str = ""
+    findings: str = ""
+
+
+@dataclass(frozen=True)
+class SectionRules:
+    """Headings that begin the sections of a report. They are plain words, so no setting can make matching slow.
+
+    impression, findings: headings of the sections that are kept, in lower case.
+    other: headings of sections that are left out.
+    unlabelled: the section that a text without any heading is.
+    """
+
+    impression: tuple[str, ...] = (
+        "impression", "impressions", "impression and recommendation", "impression/recommendation", "impression/plan",
+        "conclusion", "conclusions", "diagnosis", "diagnoses", "interpretation", "opinion", "summary", "assessment",
+    )  # fmt: skip
+    findings: tuple[str, ...] = (
+        "finding", "findings", "findings and impression", "findings/impression", "observation", "observations",
+        "radiological findings", "imaging findings", "report",
+    )  # fmt: skip
+    other: tuple[str, ...] = (
+        "addendum", "attestation", "clinical data", "clinical details", "clinical history", "clinical indication",
+        "clinical information", "clinical question", "comparison", "comparisons", "comparison studies", "contrast",
+        "dictated by", "dose", "electronically signed by", "exam", "examination", "history", "indication",
+        "indications", "medications", "method", "notification", "patient", "procedure", "protocol",
+        "reason for exam", "reason for examination", "reason for study", "recommendation", "recommendations",
+        "sequences", "signed by", "study", "technique", "technique and findings",
+    )  # fmt: skip
+    unlabelled: Literal["impression", "findings"] = "findings"
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for section in ("impression", "findings", "other"):
+            for heading in getattr(self, section):
+                if not isinstance(heading, str) or heading != " ".join(heading.lower().split()) or not heading:
+                    raise ValueError(f"{section}: a heading must be words in lower case, got {heading!r}")
+                if heading in seen:
+                    raise ValueError(f"{section}: heading {heading!r} is given twice")
+                seen.add(heading)
+        if not self.impression or not self.findings:
+            raise ValueError("impression and findings each need at least one heading")
+        if self.unlabelled not in ("impression", "findings"):
+            raise ValueError(f"unlabelled must be 'impression' or 'findings', got {self.unlabelled!r}")
+
+    @classmethod
+    def read(cls, path: Path | str) -> SectionRules:
+        """Read a YAML file with some of the fields.
+
+        Raises:
+            ValueError: not such a file; names it and the field.
+        """
+        try:
+            content = read_yaml(Path(path), texts=True)
+            known = [field.name for field in fields(cls)]
+            if not isinstance(content, dict):
+                raise ValueError(f"expected some of the fields {', '.join(known)}")
+            check_keys(content, known)
+            for name, value in content.items():
+                if not isinstance(value, str if name == "unlabelled" else list):
+                    raise ValueError(f"{name}: unexpected value {value!r}")
+            settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+            return cls(**settings)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not readable section rules ({error})") from error
+
+    def split(self, text: str) -> ReportText:
+        """The impression and the findings in a report's text.
+
+        A heading begins a line, alone or with a colon or dash behind it; or it stands within a line with a colon
+        behind it, in capitals or capitalised after a sentence. A section ends where the next heading of any kind
+        begins. Sections of the same kind are joined; what stands before the first heading is left out.
+        """
+        parts: dict[str, list[str]] = {"impression": [], "findings": [], "other": []}
+        pieces = list(self._pieces(_tidy(text)))
+        if len(pieces) == 1:
+            pieces = [(self.unlabelled, "", pieces[0][2])]
+        for section, _, body in pieces:
+            parts[section].append(normalise(body))
+        return ReportText(*("\n\n".join(filter(None, parts[name])) for name in ("impression", "findings")))
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, str, str]]:
+        """Tidy text cut into (section, heading, body); the first piece has no heading."""
+        section, heading, begin = "other", "", 0
+        for match in _heading_pattern(self).finditer(text):
+            if _is_heading(text, match):
+                yield section, heading, text[begin : match.start()]
+                words = " ".join(match["words"].lower().split())
+                section = next(s for s in ("impression", "findings", "other") if words in getattr(self, s))
+                heading, begin = match.group(), match.end()
+        yield section, heading, text[begin:]
+
+
+@functools.lru_cache
+def _heading_pattern(rules: SectionRules) -> re.Pattern[str]:
+    words = sorted({*rules.impression, *rules.findings, *rules.other}, key=lambda heading: (-len(heading), heading))
+    return re.compile(  # every repetition is bounded: the time is linear in the text
+        rf"(?:^[*#_]{{0,4}} ?|(?<= ))(?P<words>{'|'.join(map(re.escape, words))})"
+        r" ?(?:\([^()\n]{0,60}\) ?)?[*_]{0,4}(?P<end>:[*_]{0,4}| ?[-–—] |$)",
+        re.IGNORECASE | re.MULTILINE,
+    )
+
+
+def _is_heading(text: str, match: re.Match[str]) -> bool:
+    words, before = match["words"], text[max(0, match.start() - 2) : match.start()]
+    if not before or before.endswith("\n"):
+        return match["end"] != "" or words[0].isupper()
+    return match["end"].startswith(":") and (words.isupper() or (words[0].isupper() and before[0] in ".!?;:)]"))
+
+
+def _tidy(text: str) -> str:
+    """Lines without white space at their ends, and single spaces within."""
+    return "\n".join(" ".join(line.split()) for line in text.replace("\0", " ").splitlines())
+
+
+def normalise(text: str) -> str:
+    """The text with single spaces; wrapped lines are joined.
+
+    What remains of its lines: a list's items begin one, and blank lines part paragraphs.
+    """
+    pieces: list[str] = []
+    fresh = True
+    for line in _tidy(text).split("\n"):
+        if line and pieces:
+            pieces.append("\n\n" if fresh else "\n" if _LIST_ITEM.match(line) else " ")
+        if line:
+            pieces.append(line)
+        fresh = not line
+    return "".join(pieces)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a report, in order; joined by spaces, they are the text with its white space made single.
+
+    A sentence ends at `.`, `!` or `?` before a space, at a blank line, and where a list's item begins. Not at
+    decimals ("3.5 cm"), initials ("J. Smith"), common abbreviations ("Dr.", "vs.", "e.g."), or a list's own numbers
+    ("1. No mass."), which stay with their item.
+
+    Limits: made for English. A sentence that ends in a single letter or an abbreviation runs on into the next
+    ("vitamin C. No mass."), unknown abbreviations end a sentence, and one without a stop ends only with its line.
+    """
+    sentences = []
+    for line in normalise(text).split("\n"):
+        begin = 0
+        for match in _SENTENCE_END.finditer(line):
+            stop, end = match.start(), match.end()
+            word = line[max(line.rfind(" ", begin, stop) + 1, begin) : stop]
+            is_list_number = begin + len(word) == stop and _LIST_ITEM.fullmatch(f"{word}. ")
+            if not is_list_number and _ends_sentence(word, line[end : end + 1]):
+                sentences.append(line[begin : end - 1])
+                begin = end
+        sentences.append(line[begin:])
+    return [sentence for sentence in sentences if sentence]
+
+
+def _ends_sentence(word: str, following: str) -> bool:
+    """Whether a full stop behind `word` ends a sentence, if `following` is the first character after the space."""
+    word = word.lstrip("([\"'").lower()
+    if not following or (word in _BEFORE_NUMBERS and following.isdigit()):
+        return False
+    return word not in _ABBREVIATIONS and not re.fullmatch(r"[a-z](?:\.[a-z])*", word)
+
+
+def read_reports(path: Path | str, rules: SectionRules | None = None) -> dict[str, ReportText]:
+    """Read reports by study.
+
+    Args:
+        path: JSON `{STUDY: TEXT or {"impression": .., "findings": .., "report": ..}}`; a CSV with a column of
+            `STUDY_COLUMNS` and one or more of impression, findings, report; or a folder of `STUDY.txt`.
+        rules: how a whole report is split into sections.
+
+    Raises:
+        ValueError: not such a file; names it and the study or line.
+    """
+    path, rules = Path(path), rules or SectionRules()
+    if path.is_dir():
+        return _folder_reports(path, rules)
+    if path.suffix.lower() == ".csv":
+        table = Table.read(path)
+        say_misspelt(table)
+        return table_reports(table, rules)
+    if path.suffix.lower() != ".json":
+        raise ValueError(f"{path}: reports must be a .json or .csv file, or a folder of .txt files")
+    reports = {}
+    for uid, entry in read_json_studies(path, "file of reports").items():
+        try:
+            entry = entry if isinstance(entry, dict) else {"report": entry}
+            check_keys((key.lower().removesuffix("_en") for key in entry), _SPELLINGS, also=True)
+            reports[uid] = report_of(entry, rules)
+        except ValueError as error:
+            raise ValueError(f"{path}: study {uid}: {error}") from error
+    return reports
+
+
+def _folder_reports(folder: Path, rules: SectionRules) -> dict[str, ReportText]:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not p.name.startswith("."))
+    reports = {}
+    for file in files:
+        if file.is_symlink():
+            raise ValueError(f"{file}: a report must be a file, not a link")
+        if printable(file.stem) in reports:
+            raise ValueError(f"{file}: the study has another report")
+        try:
+            reports[printable(file.stem)] = rules.split(read_text(file, MOST_TEXT))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: not a readable report ({why(error)})") from error
+    if not reports:
+        raise ValueError(f"{folder}: no reports (.txt) in this folder")
+    return reports
+
+
+def table_reports(table: Table, rules: SectionRules) -> dict[str, ReportText]:
+    """Reports by study from a table's columns of text.
+
+    Raises:
+        ValueError: no such column, or two different reports of a study; names the file and the line.
+    """
+    columns = text_columns(table)
+    if not columns:
+        raise ValueError(f"{table.path}: needs a column of impression, findings or report")
+    return table.by_study(lambda row: report_of({name: row[name] for name in columns}, rules), "report")
+
+
+def say_misspelt(table: Table, others: Sequence[str] = ()) -> None:
+    """Name on the log the columns that look like one that would be read; a table may have any others."""
+    for name in table.columns:
+        try:
+            check_keys([name.lower().removesuffix("_en")], [*_SPELLINGS, *others], also=True)
+        except ValueError as error:
+            logger.warning("%s: column %r is not read: %s", table.path, name, error)
+
+
+def text_columns(table: Table) -> list[str]:
+    return [name for name in table.columns if name.lower().removesuffix("_en") in _SPELLINGS]
+
+
+def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
+    """The report in a JSON entry or a table's row. Sections that are given apart go before those of a whole report.
+
+    Raises:
+        ValueError: a text that is neither a string nor a list of strings.
+    """
+    texts = {}
+    keys: dict[str, str] = {}
+    for key in entry:
+        if (other := keys.setdefault(key.lower().removesuffix("_en"), key)) != key:
+            raise ValueError(f"'{other}' and '{key}' are the same section")
+    for part, spellings in _TEXT_KEYS.items():
+        given = [keys[s] for s in spellings if s in keys and entry[keys[s]] is not None]
+        found = [entry[key] for key in given]
+        for value, key in zip(found, given, strict=True):
+            if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                raise ValueError(f"'{key}' must be a text or a list of sentences")
+        joint = "\n" if part == "report" else " "
+        texts[part] = joint.join(v if isinstance(v, str) else joint.join(v) for v in found)
+    whole = rules.split(texts["report"])
+    return ReportText(
+        normalise(texts["impression"]) or whole.impression, normalise(texts["findings"]) or whole.findings
+    )

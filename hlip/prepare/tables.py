@@ -1,0 +1,175 @@
+"""Files about studies, as JSON objects and CSV tables with one entry per study."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..output import FORMULA
+from ..read.files import printable, stem
+from ..read.safe import as_texts, read_json, read_lines, unique_keys
+
+logger = logging.getLogger(__name__)
+STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
+Labels = tuple[tuple[str, float], ...]
+Value = TypeVar("Value")
+
+
+def _as_written(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def read_json_studies(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object with one entry per study, none of them twice.
+
+    Raises:
+        ValueError: not such a file; names it.
+    """
+    try:
+        content = read_json(path)
+        if isinstance(content, dict):
+            content = unique_keys([(printable(uid), entry) for uid, entry in content.items()])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable {what} ({error})") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: expected an object with one entry per study")
+    return content
+
+
+def read_names(path: Path) -> list[str]:
+    """Read a list of studies, one a line; of one that stands there twice, the first.
+
+    Raises:
+        ValueError: not such a file; names it.
+    """
+    try:
+        with contextlib.closing(read_lines(path)) as lines:
+            return list(dict.fromkeys(filter(None, map(str.strip, lines))))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable list of studies ({error})") from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV with a column of study ids.
+
+    rows: (line, study, cells by column) of each.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, str, dict[str, str]], ...]
+
+    @classmethod
+    def read(cls, path: Path | str) -> Table:
+        """Read a CSV. Of `VolumeName`, an image file's name, the study is what comes before the scan's number.
+
+        Raises:
+            ValueError: not such a file; names it, and the line.
+        """
+        path = Path(path)
+        try:
+            with contextlib.closing(read_lines(path)) as lines:
+                reader = csv.DictReader(lines)
+                columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
+                reader.fieldnames = columns
+                uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
+                if uid_column is None:
+                    raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}")
+                if len(set(columns)) < len(columns):
+                    raise ValueError(f"line {reader.line_num}: column {max(columns, key=columns.count)!r} occurs twice")
+                rows = []
+                for row in reader:
+                    line = reader.line_num
+                    if None in row or None in row.values():
+                        raise ValueError(f"line {line}: expected {len(columns)} cells")
+                    row = {name: _as_written(cell) for name, cell in row.items()}
+                    uid = row[uid_column].strip()
+                    uid = volume_study(uid) if uid_column == "VolumeName" else uid
+                    if not uid:
+                        raise ValueError(f"line {line}: no {uid_column}")
+                    rows.append((line, printable(uid), {k: v for k, v in row.items() if k != uid_column}))
+        except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+            raise ValueError(f"{path}: not a readable table ({error})") from error
+        if not rows:
+            raise ValueError(f"{path}: not a readable table (it has no rows)")
+        return cls(path, tuple(name for name in columns if name != uid_column), tuple(rows))
+
+    def labels(self, leave: Collection[str] = (), wanted: Collection[str] | None = None) -> dict[str, Labels]:
+        """Labels by study: columns of numbers, in order; an empty cell is no label.
+
+        Args:
+            leave: columns that are no labels.
+            wanted: columns that are. If None, those whose numbers all lie within -1 and 1: accession numbers, dates
+                and ages do not. Others are named in the log, and so are those of which a study has several values.
+
+        Raises:
+            ValueError: a wanted column that there is not, that has words, or several values of a study; names the
+                file, and the line.
+        """
+        wanted = None if wanted is None else as_texts(wanted, "columns of labels", 0)
+        if absent := [name for name in wanted or () if name not in self.columns]:
+            raise ValueError(f"{self.path}: no column {absent[0]!r} of labels; there are {', '.join(self.columns)}")
+        given = [name for name in self.columns if name and name not in leave and (wanted is None or name in wanted)]
+        columns = [name for name in given if self._numbers(name, strict=wanted is not None)]
+        if wanted is None:
+            likely = self.likely_labels(leave)
+            if others := ", ".join(name for name in columns if name not in likely):
+                what = "columns that are not taken as labels unless they are asked for (--label_columns)"
+                logger.warning("%s: %s: %s", self.path, what, others)
+            columns = likely
+        return self.by_study(lambda row: tuple((n, float(cell)) for n in columns if (cell := row[n].strip())), "labels")
+
+    def likely_labels(self, leave: Collection[str] = ()) -> list[str]:
+        """The columns, but for those of `leave`, whose numbers all lie within -1 and 1, one value for each study."""
+        return [
+            name
+            for name in self.columns
+            if name and name not in leave
+            if (numbers := self._numbers(name, strict=False)) and all(-1 <= number <= 1 for number in numbers)
+            if not self._has_several(name)
+        ]
+
+    def _numbers(self, column: str, strict: bool) -> list[float]:
+        """Of a column; none if it has words."""
+        cells = [(line, row[column].strip()) for line, _, row in self.rows if row[column].strip()]
+        words = [(line, cell) for line, cell in cells if not _is_number(cell)]
+        if words and strict:
+            line, cell = words[0]
+            raise ValueError(f"{self.path}: line {line}: column {column!r} of labels: expected a number, got {cell!r}")
+        return [] if words else [float(cell) for _, cell in cells]
+
+    def _has_several(self, column: str) -> bool:
+        """Whether a study's rows differ."""
+        found: dict[str, str] = {}
+        return any(found.setdefault(uid, row[column].strip()) != row[column].strip() for _, uid, row in self.rows)
+
+    def by_study(self, read: Callable[[dict[str, str]], Value], what: str) -> dict[str, Value]:
+        """What `read` makes of the rows, by study; a study's rows must agree."""
+        found: dict[str, Value] = {}
+        for line, uid, row in self.rows:
+            value = read(row)
+            if found.setdefault(uid, value) != value:
+                raise ValueError(f"{self.path}: line {line}: another {what} of study {uid} than in a line before")
+        return found
+
+
+def volume_study(name: str) -> str:
+    """The study of a volume by its file's name: CT-RATE numbers a study's volumes at the end of the name."""
+    name = stem(name.replace("\\", "/").rpartition("/")[2])
+    match = re.fullmatch(r"((?:train|valid)_\d+_[a-z]+)_\d+", name)
+    return match[1] if match else name
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False

@@ -1,0 +1,255 @@
+"""What is done with whole stores: check, join, share out, describe."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..read.paths import check_regular
+from ..read.scan import Rejection, ScanError
+from .format import Columns, manifest_of, same
+from .store import (
+    FOUND,
+    PreparedStudy,
+    Report,
+    Shard,
+    Store,
+    StoredScan,
+    cut,
+    finish,
+    read_rejections,
+    read_shard,
+    shard_file,
+    shard_files,
+    write_rejections,
+    write_shard,
+)
+
+Progress = Callable[[Sequence], Iterable]
+
+
+def verify(path: Path, progress: Progress = iter) -> list[str]:
+    """Read every byte of a store. Returns what is wrong with it, a line each that names the file.
+
+    Checked are headers and sizes of all shards, the checksum of every scan, and that the manifest and the counts say
+    what the shards say.
+    """
+    problems: list[str] = []
+    rejected: list[Rejection] = []
+
+    def good(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, Columns]]:
+        for number, file in files:
+            try:
+                shard = read_shard(file)
+            except ScanError as error:
+                problems.append(str(error))
+                continue
+            problems.extend(_wrong_scans(file, shard))
+            known = [store.info.get(key) for key in ("recipe", "recipe_hash")]
+            if store.info and known != [shard.recipe, shard.recipe_hash]:
+                problems.append(f"{file}: its recipe is not the one that {path / 'store.json'} has")
+            rejected.extend(shard.rejected)
+            yield number, shard.rows
+
+    store = Store(path)
+    if not store.info:
+        problems.append(f"{path}: not finished (it has no store.json)")
+    files = shard_files(path)
+    expected = manifest_of(good(progress(files)))
+    missing = sorted(set(store.manifest.column("shard").to_pylist()) - {number for number, _ in files})
+    problems += [f"{shard_file(path, number)}: missing" for number in missing]
+    if not problems:
+        rejected = sorted([*rejected, *read_rejections(path / "shards" / FOUND, path)], key=astuple)
+        if read_rejections(path / "rejected.jsonl", path) != rejected:
+            problems.append(f"{path / 'rejected.jsonl'}: does not say what the shards say")
+        try:
+            check_regular(path / "report.json", path)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path / 'report.json'}: missing, or no file of this store ({error})")
+        if not same(store.manifest, expected):
+            problems.append(f"{path / 'manifest.arrow'}: does not say what the shards say")
+        counts = {"studies": len(store), "scans": len(store.shapes), "shards": len(files)}
+        problems += [
+            f"{path / 'store.json'}: {key} is {store.info.get(key)}, there are {count}"
+            for key, count in counts.items()
+            if store.info.get(key) != count
+        ]
+    return problems
+
+
+def _wrong_scans(file: Path, shard: Shard) -> Iterator[str]:
+    content = np.memmap(file, np.uint8, "r")
+    for study in shard.studies:
+        for m, scan in enumerate(study["scans"]):
+            size = int(np.prod(scan["shape"]))
+            if zlib.crc32(content[scan["offset"] : scan["offset"] + size].data) != scan["crc32"]:
+                yield f"{file}: scan {m} of {study['uid']} is damaged (its checksum differs)"
+
+
+def merge(paths: Sequence[Path], out: Path) -> Report:
+    """Join finished stores of one recipe into one, in order. Shards are linked where the file system can, else copied.
+
+    Raises:
+        ValueError: `out` exists; a store is unfinished, of another recipe, with other ids, or holds a study of one
+            before it; names both.
+    """
+    stores = [_finished(path) for path in paths]
+    _check_alike(stores)
+    digest = hashlib.sha256("".join(store.info["source_hash"] for store in stores).encode()).hexdigest()[:32]
+    with _new_folder(out) as folder:
+        files = [file for store in stores for _, file in shard_files(store.path)]
+        for number, file in enumerate(files):
+            target = shard_file(folder, number)
+            try:
+                check_regular(file, file.parent.parent)
+            except (OSError, ValueError) as error:
+                raise ScanError(file, f"not a readable shard: {error}") from error
+            try:
+                os.link(file.resolve(), target)  # of a link within its store, the file
+            except OSError:
+                shutil.copyfile(file, target)
+        found = [
+            rejection for store in stores for rejection in read_rejections(store.path / "shards" / FOUND, store.path)
+        ]
+        write_rejections(folder / "shards" / FOUND, found, folder / "work")
+        facts = {key: stores[0].info[key] for key in ("shard_scans", "hidden_ids")}
+        return finish(folder, folder / "work", source_hash=digest, **facts)
+
+
+def _check_alike(stores: Sequence[Store]) -> None:
+    homes: dict[str, Path] = {}
+    for store in stores:
+        for key in ("recipe_hash", "hidden_ids"):
+            if store.info[key] != stores[0].info[key]:
+                raise ValueError(
+                    f"{store.path}: its {key} is {store.info[key]}, that of {stores[0].path} {stores[0].info[key]}; "
+                    "stores can be joined where these are the same"
+                )
+        for uid in store.uids:
+            if uid in homes:
+                raise ValueError(f"{store.path}: study {uid} is in {homes[uid]} too")
+            homes[uid] = store.path
+
+
+def split_at_random(store: Store, fractions: Sequence[float], seed: int) -> list[list[int]]:
+    """Share the studies out at random: per fraction, the increasing indices of its studies.
+
+    Raises:
+        ValueError: fractions that are not positive or do not add up to 1.
+    """
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions must be positive and add up to 1, got {list(fractions)}")
+    order = np.argsort(store.uids, kind="stable")  # the same studies in another order split the same way
+    order = order[np.random.default_rng(seed).permutation(len(store))]
+    bounds = np.round(np.cumsum(fractions)[:-1] * len(store)).astype(int)
+    return [np.sort(part).tolist() for part in np.split(order, bounds)]
+
+
+def select(store: Store, indices: Sequence[int], out: Path, progress: Progress = iter) -> Report:
+    """Copy some studies into a new store, in the given order, with what was rejected of them.
+
+    Raises:
+        ValueError: no study, `out` exists, or the store is not finished.
+    """
+    if not len(indices):
+        raise ValueError(f"{out}: would hold no study")
+    info = _finished(store.path).info
+    digest = hashlib.sha256(f"{info['source_hash']} {store.uids[list(indices)].tolist()}".encode()).hexdigest()[:32]
+    runs = list(cut(indices, lambda i: int(store.num_scans[i]), info["shard_scans"]))
+    with _new_folder(out) as folder:
+        for number, run in enumerate(progress(runs)):
+            target = shard_file(folder, number)
+            write_shard(target, _copies(store, run), info["recipe"], info["recipe_hash"], folder / "work")
+        return finish(
+            folder,
+            folder / "work",
+            source_hash=digest,
+            shard_scans=info["shard_scans"],
+            hidden_ids=info["hidden_ids"],
+        )
+
+
+def _copies(store: Store, indices: Sequence[int]) -> Iterator[PreparedStudy]:
+    headers: dict[int, Shard] = {}
+    for i in indices:
+        number = store.manifest.column("shard")[i].as_py()
+        if number not in headers:
+            headers[number] = read_shard(shard_file(store.path, number))
+        study = next(study for study in headers[number].studies if study["uid"] == store.uids[i])
+        scans = [
+            StoredScan(
+                image=store.scan(i, m),
+                spacing=tuple(scan["spacing"]),
+                **{key: scan[key] for key in ("name", "plane", "slices", "modality", "description")},
+            )
+            for m, scan in enumerate(study["scans"])
+        ]
+        rejected = [rejection for rejection in headers[number].rejected if rejection.study == study["uid"]]
+        report = {key: study[key] for key in ("uid", "impression", "findings", "labels")}
+        yield PreparedStudy(scans=scans, rejected=rejected, **report)
+
+
+def _finished(path: Path) -> Store:
+    store = Store(path)
+    if not store.info:
+        raise ValueError(f"{path}: the store is not finished: run hlip prepare again to go on with it")
+    return store
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` once it is whole."""
+    if out.exists():
+        raise ValueError(f"{out}: exists already")
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        (folder / "shards").mkdir(parents=True)
+        (folder / "work").mkdir()
+        yield folder
+        (folder / "work").rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stats(store: Store) -> dict[str, Any]:
+    """Distributions over a store: of scans per study, slices per scan, and the scans' planes and modalities.
+
+    Returns:
+        per distribution, how many studies or scans there are of each value; of numbers, also mean and percentiles.
+
+    Source: HLIP (arXiv 2505.21862), Figures 8 and 10.
+    """
+
+    def counts(column: str) -> dict[str, int]:
+        found = store.manifest.column(column).values.value_counts().to_pylist()
+        return dict(sorted((pair["values"] or "unknown", pair["counts"]) for pair in found))
+
+    return {
+        "studies": len(store),
+        "scans": len(store.shapes),
+        "voxels": int(store.shapes.astype(np.int64).prod(1).sum()),
+        "scans_per_study": _distribution(store.num_scans),
+        "slices_per_scan": _distribution(store.manifest.column("slices").values.to_numpy()),
+        "planes": counts("plane"),
+        "modalities": counts("modality"),
+    }
+
+
+def _distribution(values: np.ndarray) -> dict[str, Any]:
+    if not len(values):
+        return {"counts": {}}
+    points = {f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 90, 95)}
+    different, counts = np.unique(values, return_counts=True)
+    table = dict(zip(map(str, different.tolist()), counts.tolist(), strict=True))
+    return {"mean": float(values.mean()), **points, "max": int(values.max()), "counts": table}

@@ -1,0 +1,147 @@
+"""Checkpoints of a run: `checkpoints/step_00001000.pt`, each one whole, written behind the run's back.
+
+A checkpoint is the same whatever the number of processes and however they share the model, so a run may go on with
+others. Everything random follows from (seed, step), so weights, optimizer and loss scale are all there is to keep. The
+model's configuration and tokenizer lie beside them, so that `HLIPModel.from_pretrained` reads a checkpoint by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils._pytree import tree_map
+
+from ..model.checkpoint import model_files
+from ..model.clip import HLIPModel
+from ..model.weights import FILES, FORMAT
+from ..read.paths import check_within
+from ..read.safe import check_format
+from ..read.tensors import load_tensors
+from .config import FREE, TrainConfig
+from .log import plain
+from .step import World
+
+
+class Checkpoints:
+    """The checkpoints in one folder. The first process writes them, in a thread, one at a time."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.folder = config.out / "checkpoints"
+        self.config, self.world = config, world
+        self.data: dict[str, Any] = {}  # what tells the data set from others
+        self.thread: threading.Thread | None = None
+        self.failure: OSError | None = None
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, the latest last."""
+        return sorted(path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name))
+
+    def save(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int) -> None:
+        """Copy what there is to keep, and write it while the run goes on.
+
+        Raises:
+            OSError: what the save before this one failed with. The checkpoints from before it are as they were.
+        """
+        self.wait()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = {
+            "hlip_format": FORMAT,
+            "step": step,
+            "config": fixed_settings(self.config),
+            "data": self.data,
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+            "scaler": scaler.state_dict(),
+        }
+        if self.world.rank == 0:
+            state[FILES] = model_files(model)
+            state = tree_map(lambda value: value.cpu().clone() if isinstance(value, torch.Tensor) else value, state)
+            self.thread = threading.Thread(target=self._write, args=(state, step))
+            self.thread.start()
+
+    def _write(self, state: dict[str, Any], step: int) -> None:
+        path = self.folder / f"step_{step:08d}.pt"
+        partial = path.with_suffix(".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.folder.glob("step_*.tmp"):  # of a run that was killed
+                unfinished.unlink()
+            with partial.open("xb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            for old in self.all()[: -self.config.keep]:
+                old.unlink()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+            partial.unlink(missing_ok=True)
+            kept = self.all()
+            left = f"{kept[-1].name} is whole" if kept else "there is none yet"
+            self.failure = OSError(f"{path}: the checkpoint could not be written ({error}); {left}")
+
+    def wait(self) -> None:
+        """Wait for the save under way; raise the OSError that it failed with."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Restore the latest that is whole. Returns the number of steps done.
+
+        Raises:
+            ValueError: there is none, or it is of another run; names the settings that differ.
+        """
+        found = self.all()
+        if not found:
+            raise ValueError(
+                f"{self.folder}: no checkpoint to resume from; with --resume auto a run without any begins"
+            )
+        for path in reversed(found):
+            try:
+                check_within(path, self.folder)
+                state = load_tensors(path, checksums=True)
+                break
+            except (OSError, ValueError) as error:
+                if path == found[0]:
+                    raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+                logging.warning("%s: not a readable checkpoint (%s); going on from the one before", path, error)
+        try:
+            check_format(state.get("hlip_format", FORMAT), FORMAT)
+            before, now = state["config"] | state["data"], fixed_settings(self.config) | self.data
+            changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+            if changed:
+                raise ValueError("; ".join(changed))
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(model, state["model"], options=options)
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+            scaler.load_state_dict(state["scaler"])
+            return int(state["step"])
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
+
+
+def whole_model(model: HLIPModel) -> dict[str, Any]:
+    """All weights on the first process, whatever the model is shared by; must be called on all."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a continued run must share, as plain values."""
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in FREE}
