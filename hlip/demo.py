@@ -15,7 +15,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import yaml
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .output import csv_text
+from .output import csv_text, replacing_folder
 
 VERSION = 1
 CLASSES = ("normal", "stroke", "glioma", "meningioma", "metastases")
@@ -353,9 +352,7 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
             f"{out} exists and does not hold this demo set ({settings}); remove it or choose another folder"
         )
     load_template()
-    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(out) as partial:
         labels = []
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context)
@@ -380,11 +377,6 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
             "report is SYNTHETIC. For demonstration only; nothing here says anything about real patients.\n"
         )
         (partial / "demo.json").write_text(json.dumps(settings))
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import re
+import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import filelock
 
 from .terminal import visible
 
@@ -20,6 +24,33 @@ if TYPE_CHECKING:
 # Spreadsheets run a cell that begins so as a formula, some of them behind spaces. Numbers they only read.
 FORMULA = re.compile(r"'*(\s*[=+\-@＝＋－＠].|[\t\r\n])", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, work: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path for a file that takes the place of `path` once it is whole and safely on disk.
+
+    work: a folder on the same file system for the temporary file; else it lies beside `path`, hidden.
+    """
+    name = f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    partial = path.with_name(f".{name}") if work is None else work / name
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -34,13 +65,43 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     if path.exists() and not path.is_symlink() and not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with replacing(path) as partial, partial.open("wb") as file:
+        write(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder`, or of what it links to, once it is whole."""
+    folder = folder.resolve()
+    name = f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    partial, old = folder.with_name(f"{name}.tmp"), folder.with_name(f"{name}.old")
+    partial.mkdir(parents=True)
     try:
-        with partial.open("wb") as file:
-            write(file)
-        partial.replace(path)
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        partial.unlink(missing_ok=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file, which is made where there is none. Raises ValueError with `message` if another process does."""
+    try:
+        held = filelock.FileLock(path, timeout=0, mode=0o666).acquire()
+    except filelock.Timeout as error:
+        raise ValueError(message) from error
+    with held:
+        yield
 
 
 def check_writable(path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -248,6 +249,7 @@ def fake_packages(folder: Path) -> None:
 
 
 FAKE = """
+import site
 import sys
 
 class Anything(type):
@@ -286,6 +288,7 @@ WITNESS: Witness
 def main(home: Path) -> None:
     global WITNESS
     fake_packages(home / "packages")
+    site.addsitedir(str(home / "packages"))
     WITNESS = Witness(home)
     job = Job(home)
     results: dict[str, Any] = {}
@@ -314,7 +317,7 @@ def run_job(home: Path) -> dict[str, Any]:
     """What the job prints, in a process of its own that would not keep to the cache."""
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(home / "packages"), str(Path(__file__).parents[1])])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     command = [sys.executable, str(Path(__file__)), str(home)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, check=False)
     assert done.returncode == 0, done.stderr

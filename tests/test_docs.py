@@ -27,6 +27,8 @@ from hlip.evaluate.tasks import load_task
 from hlip.evaluate.zeroshot import Prompts
 from hlip.prepare.discover import find_studies
 from hlip.prepare.reports import SectionRules
+from hlip.train.config import TrainConfig
+from hlip.train.settings import RECIPES
 from released_files import seeded
 from tiny_store import make_store
 
@@ -339,8 +341,7 @@ FOREIGN = {
 def test_flags_in_the_text_are_those_of_a_program() -> None:
     sources = [path for top in ("hlip", "train", "bench", "examples") for path in (ROOT / top).rglob("*.py")]
     known = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
-    config = runpy.run_path(str(ROOT / "train" / "config.py"))["TrainConfig"]
-    known |= {f"--{field.name}" for field in dataclasses.fields(config)} | {"--config", "--help"} | FOREIGN
+    known |= {f"--{field.name}" for field in dataclasses.fields(TrainConfig)} | {"--config", "--help"} | FOREIGN
     named = [(page, flag) for page, span in spans() for flag in re.findall(r"(?<!\S)(--[A-Za-z][\w-]*)", span)]
     assert len(named) > 80
     assert [each for each in named if each[1] not in known] == []
@@ -366,7 +367,7 @@ def test_files_in_the_text_exist() -> None:
 def test_every_recipe_is_on_its_page_with_its_model() -> None:
     lines = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    for path in (ROOT / "train" / "recipes").glob("*.yaml"):
+    for path in RECIPES.glob("*.yaml"):
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         (row,) = [row for row in rows if f"`{path.stem}`" in row]
         assert f"`{model}`" in row, path.stem

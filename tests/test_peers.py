@@ -463,7 +463,7 @@ def test_rows_of_groups_are_those_of_the_layout() -> None:
 
 PEAKS = """
 import torch
-from timing import Peak
+from benchlib.timing import Peak
 
 for parts in (1, 2):
     with Peak() as peak:

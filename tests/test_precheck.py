@@ -166,7 +166,7 @@ def test_texts_that_lose_what_differs(tmp_path: Path, tiny_model: hlip.HLIPModel
 def test_a_sample_is_read_of_many_texts(
     tmp_path: Path, tiny_model: hlip.HLIPModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("precheck.TEXTS", 4)
+    monkeypatch.setattr("hlip.train.precheck.TEXTS", 4)
     make_store(tmp_path / "a", [1] * 9, **reports(*(f"{DATED * 2}{i}." for i in range(9))))
     with pytest.raises(ValueError, match="4 reports looked at: their first 32 tokens are all equal"):
         read(tmp_path / "a", tiny_model)

@@ -15,10 +15,11 @@ import yaml
 from hlip.model.config import ModelConfig, list_models, preset
 from hlip.train import pretrain, settings
 from hlip.train.config import TrainConfig, from_published_flags
+from hlip.train.settings import RECIPES
 
 TRAIN = Path(__file__).parents[1] / "train"
 
-RECIPES = sorted((TRAIN / "recipes").glob("*.yaml"))
+FILES = sorted(RECIPES.glob("*.yaml"))
 
 # HLIP (arXiv 2505.21862), appendix B.
 HEAD: dict[str, Any] = {
@@ -58,7 +59,7 @@ def settings_of(
     return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", FILES, ids=lambda path: path.stem)
 def test_a_recipe_has_the_published_settings(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,13 +81,13 @@ def test_a_recipe_has_the_published_settings(
 
 
 def test_every_released_model_has_a_recipe() -> None:
-    assert {path.stem for path in RECIPES} == PUBLISHED.keys()
-    named = {name for path in RECIPES for name in re.findall(r"model:? (\w[\w-]+_\w+)", path.read_text())}
+    assert {path.stem for path in FILES} == PUBLISHED.keys()
+    named = {name for path in FILES for name in re.findall(r"model:? (\w[\w-]+_\w+)", path.read_text())}
     assert named == set(list_models()) - {"demo"}
 
 
 def test_a_flag_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = TRAIN / "recipes" / "brain_mri.yaml"
+    recipe = RECIPES / "brain_mri.yaml"
     flags = ["--lr=3e-4", "--vision=null", "--max_scans=null", "--betas=[0.9,0.99]"]
     config = settings_of(recipe, *flags, monkeypatch=monkeypatch, capsys=capsys)
     assert (config.lr, config.vision, config.max_scans, config.betas) == (3e-4, None, None, (0.9, 0.99))
@@ -96,7 +97,7 @@ def test_a_flag_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     """As a program, and a field that there is none of."""
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text((TRAIN / "recipes" / "brain_mri.yaml").read_text() + "weight_decoy: 0.1\n")
+    recipe.write_text((RECIPES / "brain_mri.yaml").read_text() + "weight_decoy: 0.1\n")
     command = [sys.executable, TRAIN / "pretrain.py", "--config", recipe, "--data", "STORE", "--out", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -105,8 +106,8 @@ def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    there = str(TRAIN / "recipes" / "brain_mri.yaml")
-    for given in ("brain_mri", "brain_mri.yaml", "recipes/brain_mri.yaml", there):
+    there = str(RECIPES / "brain_mri.yaml")
+    for given in ("brain_mri", "brain_mri.yaml", "recipes/brain_mri.yaml", "train/recipes/brain_mri.yaml", there):
         assert settings.with_recipes(["--config", given, "--lr=1"]) == ["--config", there, "--lr=1"]
         assert settings.with_recipes([f"--config={given}"]) == [f"--config={there}"]
     with pytest.raises(ValueError, match="--config brain_mir: no such file or recipe; did you mean brain_mri"):
@@ -117,7 +118,7 @@ def test_steps_on_the_command_line_go_before_the_recipes_epochs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = from_published_flags(["--steps=20"])
-    config = settings_of(TRAIN / "recipes" / "brain_mri.yaml", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    config = settings_of(RECIPES / "brain_mri.yaml", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert (config.steps, config.epochs) == (20, None)
     with pytest.raises(ValueError, match="steps 2 and epochs 3 are both given"):
         TrainConfig(Path("a"), steps=2, epochs=3)

@@ -30,7 +30,7 @@ from hlip.evaluate.metrics import macro_auc
 from hlip.evaluate.zeroshot import Prompts, zeroshot
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
-from hlip.output import write_whole
+from hlip.output import write_text, write_whole
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
 from hlip.store.store import Store
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     plot_roc(args.out, labels, shares, list(prompts.classes))
     plot_study(args.out, studies, labels, shares, list(prompts.classes))
     content = json.dumps(results, indent=1) + "\n"
-    write_whole(args.out / "results.json", lambda file: file.write(content.encode()))
+    write_text(args.out / "results.json", content)
     print_table(results, args.out)
 
 
@@ -190,7 +190,7 @@ def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
         for i, (uid, entry) in enumerate(entries.items())
     }
     target = out / "shuffled_reports.json"
-    write_whole(target, lambda file: file.write(json.dumps(mixed).encode()))
+    write_text(target, json.dumps(mixed))
     return target
 
 

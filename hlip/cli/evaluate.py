@@ -40,7 +40,7 @@ from ..evaluate.report import (
 )
 from ..evaluate.tasks import Task, list_tasks, load_task
 from ..model.clip import HLIPModel
-from ..output import check_folder, new_figure, shown_name
+from ..output import check_folder, new_figure, shown_name, write_csv
 from ..processes import Processes, processes
 from ..store.store import Store
 from ..terminal import say
@@ -54,7 +54,6 @@ from .shared import (
     open_studies,
     read_embeddings,
     report_failed,
-    write_csv,
 )
 
 SIMILARITIES = "similarities.npz"

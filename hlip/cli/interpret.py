@@ -16,9 +16,8 @@ from ..embed.texts import embed_prompts
 from ..evaluate.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares
 from ..explain.maps import Classes, as_arrays, montage, order_of, page, write_overlays
 from ..explain.relevance import Relevance, relevance
-from ..model.checkpoint import replace_folder
 from ..model.clip import HLIPModel
-from ..output import check_folder, check_writable, new_figure, shown_name
+from ..output import check_folder, check_writable, new_figure, replacing_folder, shown_name
 from ..prepare.studies import load_study_on_grids
 from ..read.scan import Volume
 from ..study import Study
@@ -108,7 +107,8 @@ def _interpret(args: argparse.Namespace) -> int:
         image = image[None].to(texts)
         rows = class_shares(model, image, texts)[0].tolist(), (image @ texts.T)[0].tolist()
         classes = dict(zip(names, zip(*rows, strict=True), strict=True))
-    replace_folder(args.out, lambda folder: _fill(folder, args, model, study, found, grids, classes))
+    with replacing_folder(args.out) as folder:
+        _fill(folder, args, model, study, found, grids, classes)
     names = list(map(visible, found.names))
     width = max(map(len, names))
     say(f"{found.uid}: relevance to {_target(args)}, {args.layers} layers; cosine {found.similarity:.3f}")

@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 from ..model.checkpoint import Layout, load
 from ..model.released import describe
+from ..output import write_whole
 from ..terminal import say
 from ..train.plot import draw, read_run
-from .shared import picture_format, write_whole
+from .shared import picture_format
 
 
 def add(commands: Any) -> None:

@@ -19,10 +19,10 @@ from ..evaluate.bootstrap import DRAWS, interval
 from ..evaluate.labels import LabelTable, read_label_table
 from ..evaluate.probe import AUC, PROTOCOLS, SAME_CLASS, Probe, auc_intervals, draw_bars, fit_probe
 from ..evaluate.probe_data import ProbeData, read_split
-from ..output import check_folder, new_figure
+from ..output import check_folder, new_figure, write_csv, write_text, write_whole
 from ..read.safe import finite_number
 from ..terminal import say, visible
-from .shared import report_unjoined, write_csv, write_whole
+from .shared import report_unjoined
 
 DESCRIPTION = """\
 Fit a logistic regression for each class on the embeddings of studies, and score it on studies that it has not seen.
@@ -296,7 +296,7 @@ def _write_figures(
         content["difference"] = {"auc": first.macro - second.macro, "low": low, "high": high}
     write_csv(out / "auc.csv", rows)
     text = json.dumps(content, indent=1) + "\n"
-    write_whole(out / "probe.json", lambda file: file.write(text.encode()))
+    write_text(out / "probe.json", text)
     write_whole(out / "auc.png", lambda file: draw_bars(classes, aucs, file, "png"))
 
     shown = list(map(visible, classes))

@@ -17,7 +17,7 @@ from ..embed.baselines import PREFIX
 from ..embed.loop import embed
 from ..embed.texts import check_lengths, embed_texts
 from ..evaluate.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
-from ..output import check_folder, new_figure
+from ..output import check_folder, new_figure, write_csv, write_text, write_whole
 from ..processes import processes
 from ..store.store import Store
 from ..study import join_report
@@ -33,8 +33,6 @@ from .shared import (
     read_embeddings,
     report_failed,
     report_unjoined,
-    write_csv,
-    write_whole,
 )
 
 DESCRIPTION = """\
@@ -149,7 +147,7 @@ def _retrieve(args: argparse.Namespace) -> int:
         "nearest": studies,
     }
     text = json.dumps(content, indent=1) + "\n"
-    write_whole(args.out / "retrieve.json", lambda file: file.write(text.encode()))
+    write_text(args.out / "retrieve.json", text)
     _print(figures, queries, studies)
     say(f"{args.out}: retrieve.json, ranks.csv, recall.png")
     return report_failed(made, "retrieve")

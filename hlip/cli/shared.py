@@ -20,8 +20,6 @@ from ..embed.loop import MAX_TOKENS, Dtype, Options, Unit, parts_of
 from ..embed.table import Embeddings
 from ..model.clip import HLIPModel
 from ..model.memory import keep_memory
-from ..output import write_csv as write_csv
-from ..output import write_whole as write_whole
 from ..prepare.studies import load_study
 from ..read.files import near
 from ..read.scan import Rejection, ScanError

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from ..output import write_text, write_whole
 from ..prepare.discover import Join
 from ..prepare.workers import STEP_SECONDS, Engine
 from ..read.safe import finite_number
@@ -287,21 +288,21 @@ def _stats(args: argparse.Namespace) -> None:
     from ..store.store import Store
     from ..store.tools import stats
     from ..train.plot import draw_stats
-    from .shared import picture_format, write_whole
+    from .shared import picture_format
 
     kind = picture_format(args.out) if args.out else ""
     found = stats(Store(args.store))
     text = json.dumps(found, indent=1) + "\n"
     if args.out:
         write_whole(args.out, lambda file: draw_stats(found, file, kind))
-        write_whole(args.out.with_suffix(".json"), lambda file: file.write(text.encode()))
+        write_text(args.out.with_suffix(".json"), text)
     print(text, end="")
 
 
 def _slices(args: argparse.Namespace) -> None:
     from ..prepare.masks import read_masks
     from ..store.store import Store
-    from .shared import report_unjoined, write_whole
+    from .shared import report_unjoined
 
     found = read_masks(Store(args.store), args.masks, _bar("mask"))
     unseen = [uid for uid, scans in found.items() if not any(scans.values())]
@@ -309,7 +310,7 @@ def _slices(args: argparse.Namespace) -> None:
     found = {uid: scans for uid, scans in found.items() if uid not in unseen}
     if not found:
         raise ValueError(f"{args.masks}: no mask has a lesion that a prepared slice shows")
-    write_whole(args.out, lambda file: file.write(f"{json.dumps(found, indent=1)}\n".encode()))
+    write_text(args.out, f"{json.dumps(found, indent=1)}\n")
     shown = sum(len(rows) for scans in found.values() for rows in scans.values())
     say(f"{args.out}: {shown} slices of {sum(map(len, found.values()))} scans, {len(found)} studies")
 

@@ -13,6 +13,7 @@ import torch
 
 from ..embed.loop import embed_studies
 from ..evaluate.zeroshot import DEFAULT_TEMPLATE, Prompts, class_shares, zeroshot_classifier
+from ..output import write_text
 from ..read.scan import ScanError
 from ..study import Study
 from ..terminal import say, visible
@@ -25,7 +26,6 @@ from .shared import (
     load_studies,
     rejections,
     study_paths,
-    write_whole,
 )
 
 DESCRIPTION = """\
@@ -105,7 +105,7 @@ def _zeroshot(args: argparse.Namespace) -> int:
         table[uid] = {SHARE: {}, "cosine": {}, "scans": [], "left_out": lost}
     if args.out:
         content = json.dumps(table, indent=1) + "\n"
-        write_whole(args.out, lambda file: file.write(content.encode()))
+        write_text(args.out, content)
     for uid, entry in table.items():
         say(uid, *_lines(entry))
     return SOME_LEFT_OUT if any(entry["left_out"] for entry in table.values()) else 0

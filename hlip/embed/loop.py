@@ -27,9 +27,9 @@ from hlip_kernels import hold_weights, multiplies_bfloat16
 from ..model.clip import HLIPModel
 from ..model.memory import release_memory
 from ..model.plan import TokenBatch
-from ..output import write_whole
+from ..output import locked, write_text, write_whole
 from ..processes import Processes
-from ..read.paths import check_within, locked
+from ..read.paths import check_within
 from ..read.safe import MOST_SETTINGS, read_json
 from ..read.scan import Rejection
 from ..store.store import cut
@@ -460,7 +460,7 @@ def _check_job(path: Path, job: dict[str, Any]) -> None:
     try:
         known = read_json(path, MOST_SETTINGS)
     except FileNotFoundError:
-        write_whole(path, lambda file: file.write(json.dumps(job, indent=1).encode()))
+        write_text(path, json.dumps(job, indent=1))
         return
     except ValueError:
         known = None

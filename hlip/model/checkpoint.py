@@ -11,8 +11,6 @@ import fnmatch
 import json
 import logging
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from ..output import replacing_folder
 from ..read.paths import usual_permissions
 from ..read.safe import MOST_SETTINGS, parse_json, read_text
 from .clip import HLIPModel
@@ -219,7 +218,7 @@ def _own_config(where: str, text: str, model: str | None) -> Identity:
     """The configuration in `text`. Raises ValueError, naming `where`, if it is none, or not that of `model`."""
     try:
         config = ModelConfig.from_dict(parse_json(text, finite=True))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: not a readable model configuration ({error})") from error
     if model is not None:
         try:
@@ -273,22 +272,5 @@ def _write(folder: Path, fill: Callable[[Path], Any], is_older: Callable[[Path],
     """Replace `folder` by what `fill` writes, whole or not at all, if it is new, empty, or `is_older` says so."""
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_older(folder))):
         raise ValueError(f"{folder} exists and is not a saved model: choose a new folder, or remove it")
-    replace_folder(folder, fill)
-
-
-def replace_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Replace `folder` by what `fill` writes, whole or not at all."""
-    folder = folder.resolve()  # of a link, what it points to
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    partial.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as partial:
         fill(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from hlip_kernels import Grid, Level
 
 from ..prepare.recipe import RECIPES, Recipe
-from ..read.safe import check_finite, short
+from ..read.safe import hint
+from ..read.schema import check_types, structure
 from ..study import join_report
 
 POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
@@ -68,22 +70,6 @@ def place_levels(
     return tuple(coarse if i in chosen else fine for i in range(depth))
 
 
-def _check_fields(config: Any, positive: tuple[str, ...]) -> None:
-    """Raise ValueError where a field is of another type than it says; configurations are read from files."""
-    check_finite(config)
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {short(value)}")
-        elif kind in (bool, int, str) and type(value) is not kind:
-            raise ValueError(f"{name} must be {kind.__name__}, got {short(value)}")
-        elif kind is float and type(value) not in (int, float):
-            raise ValueError(f"{name} must be a finite number, got {short(value)}")
-        if name in positive and value <= 0:
-            raise ValueError(f"{name} must be above 0, got {value!r}")
-
-
 @dataclass(frozen=True)
 class VisionConfig:
     """The study encoder.
@@ -117,20 +103,14 @@ class VisionConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        for name in ("patch_size", "grid"):
-            value = getattr(self, name)
-            if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
-                raise ValueError(f"{name} must be three positive integers, got {short(value)}")
-        for name in ("width", "heads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {short(getattr(self, name))}")
+        check_types(self)
+        for name in ("width", "heads", "patch_size", "grid", "mlp_ratio", "init_std"):
+            if np.min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if not self.levels or set(self.levels) - set(get_args(Level)):
-            raise ValueError(f"levels must be of {', '.join(get_args(Level))}, got {short(self.levels)}")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {short(self.positions)}")
+        if not self.levels:
+            raise ValueError("levels must name the level of one layer at least")
         divisor = POSITIONS[self.positions]
         if self.width % divisor:
             raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")
@@ -142,7 +122,6 @@ class VisionConfig:
         for name in ("patch_dropout", "scan_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        _check_fields(self, positive=("mlp_ratio", "init_std"))
 
     @property
     def num_outputs(self) -> int:
@@ -186,9 +165,12 @@ class TextConfig:
     unlocked_layers: int = 0
 
     def __post_init__(self) -> None:
-        _check_fields(self, positive=("context_length",))
-        if self.unlocked_layers < 0:
-            raise ValueError(f"unlocked_layers must be 0 or more, got {self.unlocked_layers}")
+        check_types(self)
+        if self.context_length < 1 or self.unlocked_layers < 0:
+            raise ValueError(
+                f"context_length must be above 0 and unlocked_layers at least 0, got {self.context_length} and "
+                f"{self.unlocked_layers}"
+            )
 
 
 @dataclass(frozen=True)
@@ -214,7 +196,9 @@ class ModelConfig:
     objective: Literal["clip", "siglip", "dual"] = "clip"
 
     def __post_init__(self) -> None:
-        _check_fields(self, positive=("embed_dim",))
+        check_types(self)
+        if self.embed_dim < 1:
+            raise ValueError(f"embed_dim must be above 0, got {self.embed_dim}")
         if self.objective == "dual" and (self.vision.num_outputs < 2 or not self.per_prefix):
             raise ValueError("objective 'dual' needs per_prefix and an encoder with two outputs")
         if not self.projection and self.vision.num_features != self.embed_dim:
@@ -250,14 +234,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelConfig:
-        """Raises TypeError or ValueError where `content` is not what `to_dict` gives."""
-        parts: dict[str, Any] = dict(content)
-        if parts["recipe"] is not None:
-            parts["recipe"] = Recipe.from_dict(parts["recipe"])
-        for name, kind in {"vision": VisionConfig, "text": TextConfig}.items():
-            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in parts[name].items()}
-            parts[name] = kind(**fields)
-        return cls(**parts)
+        """Raises ValueError where `content` is not what `to_dict` gives; names the field."""
+        if isinstance(content, Mapping) and "recipe" not in content:
+            raise ValueError("recipe: is missing")  # which of its defaults it would be, nothing says
+        return structure(cls, content)
 
 
 def _published(
@@ -401,9 +381,7 @@ def preset(name: str) -> ModelConfig:
         model, changes = ALIASES[name]
         return replace(MODELS[model][0], **changes)
     if name not in MODELS:
-        close = difflib.get_close_matches(name, [*MODELS, *ALIASES], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(MODELS)}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+        raise ValueError(f"unknown model {name!r}{hint(name, [*MODELS, *ALIASES], MODELS)}")
     return MODELS[name][0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from hlip_kernels import Grid
 
+from ..read.safe import hint
 from .config import ALIASES, MODELS, PUBMED_BERT, ModelConfig, preset
 from .weights import Weights, read_json
 
@@ -206,9 +206,7 @@ def _of_trunk(path: Path, trunk: str, siglip: bool) -> str:
     same = [name for name in known if trunk in (name, name.replace("clip_", "", 1))]
     same += [name for name in known if _spelling(name) == _spelling(trunk)]
     if not same:
-        close = difflib.get_close_matches(trunk, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-        raise ValueError(f"{path}: unknown model {trunk!r}; {hint}")
+        raise ValueError(f"{path}: unknown model {trunk!r}{hint(trunk, known)}")
     return same[0]
 
 

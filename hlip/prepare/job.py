@@ -27,7 +27,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from ..read.paths import check_text, check_within, locked
+from ..output import locked, replacing
+from ..read.paths import check_text, check_within
 from ..read.safe import read_json as read_plain
 from ..read.scan import Rejection, ScanError, ScanSource
 from ..store.format import pyarrow
@@ -41,7 +42,6 @@ from ..store.store import (
     finish,
     read_info,
     read_json,
-    replacing,
     shard_file,
     write_rejections,
     write_shard,

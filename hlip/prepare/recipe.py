@@ -6,10 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from torch.nn import functional as F
 
 from ..read.nifti import read_scan
 from ..read.rules import Rules, check_volume
-from ..read.safe import check_finite, hint, is_held, read_settings, read_yaml, short
+from ..read.safe import read_settings, read_yaml
 from ..read.scan import ScanError, ScanSource, Volume
+from ..read.schema import check_types, structure
 
 VERSION = 1  # to be raised whenever reading or preprocessing changes what a scan looks like
 CHUNK = 16  # slices that are windowed and resized at a time
@@ -41,7 +41,7 @@ class Window:
     name: str = ""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_types(self)
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"a window must increase, got {self.low} to {self.high}")
 
@@ -96,7 +96,7 @@ class Recipe:
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_types(self)
         if min(self.size) < 1:
             raise ValueError(f"size must be positive, got {self.size}")
         if self.crop and (min(self.crop) < 1 or self.crop[0] > self.size[1] or self.crop[1] > self.size[2]):
@@ -218,7 +218,7 @@ class Recipe:
         Raises:
             ValueError: an unknown field, or a value that does not fit; names it.
         """
-        return _build(cls, content, "recipe")
+        return structure(cls, content, "recipe")
 
     @property
     def hash(self) -> str:
@@ -393,32 +393,3 @@ def load_recipe(name_or_path: str) -> Recipe:
         return Recipe.from_dict(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value`, of JSON or YAML, as `kind`: a dataclass, a tuple, a Literal, None or a plain type."""
-    if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected fields, got {short(value)}")
-        kinds = get_type_hints(kind)
-        for name in value:
-            if name not in kinds:
-                raise ValueError(f"{where}: unknown field {short(name)}{hint(str(name), kinds)}")
-        try:
-            return kind(**{name: _build(kinds[name], item, f"{where}.{name}") for name, item in value.items()})  # type: ignore[operator]
-        except TypeError as error:
-            raise ValueError(f"{where}: {error}") from error
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _build(args[0], value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        items = [args[0]] * len(value) if args[-1] is ... else args
-        if len(items) == len(value):
-            return tuple(_build(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(items, value, strict=True)))
-    elif origin is Literal and value in args:
-        return value
-    elif kind is float and type(value) in (int, float) and is_held(value):
-        return float(value)
-    elif kind in (int, str, bool) and type(value) is kind and (kind is not int or is_held(value)):
-        return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {short(value)}")

@@ -10,12 +10,13 @@ import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..read.files import printable, why
 from ..read.safe import MOST_TEXT, check_keys, read_text, read_yaml
+from ..read.schema import structure
 from .tables import Table, read_json_studies
 
 logger = logging.getLogger(__name__)
@@ -110,16 +111,7 @@ class SectionRules:
             ValueError: not such a file; names it and the field.
         """
         try:
-            content = read_yaml(Path(path), texts=True)
-            known = [field.name for field in fields(cls)]
-            if not isinstance(content, dict):
-                raise ValueError(f"expected some of the fields {', '.join(known)}")
-            check_keys(content, known)
-            for name, value in content.items():
-                if not isinstance(value, str if name == "unlabelled" else list):
-                    raise ValueError(f"{name}: unexpected value {value!r}")
-            settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
-            return cls(**settings)
+            return structure(cls, read_yaml(Path(path), texts=True))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not readable section rules ({error})") from error
 

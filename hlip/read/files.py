@@ -6,7 +6,6 @@ Nothing here decodes an image. A file that cannot be used is a `Problem`, never 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import gzip
 import hashlib
@@ -27,6 +26,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+
+from .safe import hint
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 TENSOR_SUFFIX = ".pt"
@@ -129,8 +130,7 @@ def near(path: Path) -> str:
         names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=3)
-    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in close)}?" if close else ""
+    return hint(path.name, names, ())
 
 
 def is_file(path: Path) -> bool:

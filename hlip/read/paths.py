@@ -59,19 +59,3 @@ def usual_permissions(path: Path) -> Iterator[None]:
     mode = stat.S_IMODE(path.stat().st_mode)
     yield
     path.chmod(mode)
-
-
-@contextlib.contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file, which is made where there is none. Raises ValueError with `message` if another process does."""
-    import fcntl  # which Windows lacks
-
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(message) from error
-        yield
-    finally:
-        os.close(handle)

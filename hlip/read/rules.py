@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from .safe import check_finite
 from .scan import ScanError, ScanSource, Volume
+from .schema import check_types
 
 SAMPLE = 2**20  # voxels that are looked at to tell Hounsfield units
 
@@ -60,7 +60,7 @@ class Rules:
     max_side: int = 4096
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_types(self)
         for name in ("min_slices", "max_voxels", "max_parts", "max_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -238,10 +238,12 @@ def _alike(name: str, known: tuple[str, ...], cutoff: float) -> list[str]:
     return difflib.get_close_matches(name, known, 3, cutoff)
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """What to write in place of an unknown name: those that are like it, or else all."""
-    close = _alike(name, tuple(known), 0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(known)}"
+def hint(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """Words to add to an error about an unknown name: the known names that are like it, or else those in `listed`,
+    which is all of them unless it is given."""
+    known = tuple(known)
+    close, others = _alike(name[:100], known, 0.5), ", ".join(known if listed is None else listed)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {others}" if others else ""
 
 
 def check_keys(content: Iterable[str], known: Collection[str], also: bool = False) -> None:

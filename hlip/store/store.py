@@ -24,7 +24,6 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..output import replacing
 from ..read import safe
 from ..read.paths import check_regular, usual_permissions
 from ..read.safe import MOST_SETTINGS, as_texts, parse_json, read_lines, short
@@ -292,27 +292,6 @@ def shard_files(path: Path) -> list[tuple[int, Path]]:
 
 def shard_file(path: Path, number: int) -> Path:
     return path / "shards" / f"{number:05d}.safetensors"
-
-
-@contextmanager
-def replacing(path: Path, work: Path) -> Iterator[Path]:
-    """A temporary file in `work` that takes the place of `path` once it is written, and safely on disk."""
-    partial = work / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Store:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..output import replacing_folder
 from ..read.paths import check_regular
 from ..read.scan import Rejection, ScanError
 from .format import Columns, manifest_of, same
@@ -211,15 +211,11 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` once it is whole."""
     if out.exists():
         raise ValueError(f"{out}: exists already")
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        (folder / "shards").mkdir(parents=True)
+    with replacing_folder(out) as folder:
+        (folder / "shards").mkdir()
         (folder / "work").mkdir()
         yield folder
         (folder / "work").rmdir()
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stats(store: Store) -> dict[str, Any]:

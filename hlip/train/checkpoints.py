@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
 import threading
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_map
 from ..model.checkpoint import model_files
 from ..model.clip import HLIPModel
 from ..model.weights import FILES, FORMAT
+from ..output import replacing
 from ..read.paths import check_within
 from ..read.safe import check_format
 from ..read.tensors import load_tensors
@@ -75,20 +75,15 @@ class Checkpoints:
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         path = self.folder / f"step_{step:08d}.pt"
-        partial = path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.folder.glob("step_*.tmp"):  # of a run that was killed
+            for unfinished in self.folder.glob(".step_*.tmp"):  # of a run that was killed
                 unfinished.unlink()
-            with partial.open("xb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with replacing(path) as partial:
+                torch.save(state, partial)
             for old in self.all()[: -self.config.keep]:
                 old.unlink()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-            partial.unlink(missing_ok=True)
             kept = self.all()
             left = f"{kept[-1].name} is whole" if kept else "there is none yet"
             self.failure = OSError(f"{path}: the checkpoint could not be written ({error}); {left}")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..output import shown_name, write_whole
+from ..output import shown_name, write_text
 from ..read.safe import parse_json, read_lines
 from ..terminal import say
 from .config import TrainConfig
@@ -40,7 +40,7 @@ class Log:
         if self.active:
             path = config.out / "log.jsonl"
             kept = kept_lines(path, first_step) if first_step and path.exists() else []
-            write_whole(path, lambda file: file.write("".join(kept).encode()))
+            write_text(path, "".join(kept))
             self.file = path.open("ab", buffering=0)
             self.told = False
             from torch.utils.tensorboard import SummaryWriter
@@ -223,7 +223,7 @@ class Watch:
                 file=sys.stderr,
             )
         content = json.dumps(behind, indent=1) + "\n"
-        write_whole(self.folder / "stalled.json", lambda file: file.write(content.encode()))
+        write_text(self.folder / "stalled.json", content)
         os._exit(STALLED)
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ from hlip_kernels.env import describe_backends
 from ..model.clip import HLIPModel, create_model
 from ..model.config import ModelConfig, preset
 from ..model.memory import keep_memory, release_memory
-from ..output import write_whole
+from ..output import write_text
 from ..processes import say_error
 from ..store.store import Store
 from ..terminal import VisibleFormatter, guard_streams, guarded_streams, say
@@ -356,7 +356,7 @@ def report_not_finite(
     path = out / "not_finite.json"
     if world.rank == 0:
         content = json.dumps({"step": step + 1, "grad_norm": norm, "ranks": parts}, indent=1) + "\n"
-        write_whole(path, lambda file: file.write(content.encode()))
+        write_text(path, content)
     raise ValueError(
         f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; its studies are in {path}. Lower lr, or "
         "look at them; the last checkpoint is from before"
