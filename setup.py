@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("hlip_kernels/native/src")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-g0"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-INTERFACE = "".join((SOURCES / name).read_text("utf-8") for name in ("attention.h", "product.h", "rows.h"))
+INTERFACE = "".join((SOURCES / name).read_text("utf-8") for name in ("attention.h", "linear.h", "norm_gelu.h"))
 FLAGS += [f"-DHLIP_ABI=0x{hashlib.sha256(INTERFACE.encode()).hexdigest()[:15]}"]  # see abi.cpp
 CALLERS = shlex.split(os.environ.get("CXXFLAGS", ""))  # after ours, to prevail
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]

@@ -52,7 +52,7 @@ from benchlib import kernels, machine_code, static, tune
 from benchlib.options import add_device, number, positive, written
 from benchlib.peers import PEERS
 from benchlib.report import print_table, write_json
-from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, SAME_TILES
+from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, SAME_TILES
 
 GPU_CALLS = 10  # in a row, so that the host's time for a call does not show
 CPU_MEMORY, QUICK_CPU_MEMORY = 4.0, 0.4  # GiB that a way may need; what needs more is slow, too

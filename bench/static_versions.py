@@ -27,7 +27,7 @@ from benchlib import static
 from benchlib.options import number
 from benchlib.page import Row, read
 from benchlib.report import provenance, write_rows
-from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, max_registers
+from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, max_registers
 
 COMMON = ("sm_80", "sm_90", "sm_100")
 VERSIONS = {  # of Triton, and the architectures that its table is compiled for; the first card will likely bring 3.6

@@ -12,7 +12,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from hlip_kernels import StudyLayout
-from hlip_kernels.integrations import register_transformers
+from hlip_kernels.dropin import register_transformers
 
 
 def main() -> None:

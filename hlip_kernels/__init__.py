@@ -1,13 +1,14 @@
 """Attention over nested groups of a packed token stream: slice within scan within study."""
 
+from .attention import hier_attention
 from .backends import available_backends
-from .functional import add_regroup_norm, hier_attention, regroup
-from .functional import regroup_prefix as regroup_prefix  # says what came in its place
-from .layers import linear_of_norm, linear_of_pixels, mlp_of_norm
+from .dropin import HierarchicalAttention
 from .layout import Grid, Level, StudyLayout
-from .linear import hold_weights, is_fusible, is_plain, multiplies_bfloat16
-from .modules import HierarchicalAttention
+from .linear import is_fusible, is_plain, linear_of_norm, linear_of_pixels, mlp_of_norm
+from .norm import add_regroup_norm, regroup
+from .norm import regroup_prefix as regroup_prefix  # says what came in its place
 from .ops import once_differentiable
+from .products import hold_weights, multiplies_bfloat16
 
 __version__ = "0.2.0"  # setup.py reads it here
 

@@ -20,9 +20,9 @@ from .backends import (
     not_supported_reasons,
     unmeasured_libraries,
 )
-from .configs import EVIDENCE, Measured, Row, architecture, evidence, table_path, user_table
 from .layout import LEVELS
 from .native import native
+from .tiles import EVIDENCE, Measured, Row, architecture, evidence, table_path, user_table
 
 SHOWN = (  # variables that change what runs
     "OMP_NUM_THREADS",
@@ -118,8 +118,8 @@ def _packages() -> list[str]:
         needed = importlib.metadata.requires("hlip-kernels") or []
     except importlib.metadata.PackageNotFoundError:  # not installed: run from a folder of sources
         needed = ["torch", "numpy"]
-    needed = [each for each in needed if not re.search(r"extra == .(dev|docs)\b", each)]
-    names = [match[0] for each in needed if (match := re.match(r"[\w.-]+", each))]
+    needed = [line for line in needed if not re.search(r"extra == .(dev|docs)\b", line)]
+    names = [match[0] for line in needed if (match := re.match(r"[\w.-]+", line))]
     return list(dict.fromkeys(["hlip-kernels", "torch", "triton", *names, "monai"]))
 
 
@@ -128,8 +128,8 @@ def _cpu() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
+    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return model[1] if model else platform.machine()
 
 
 def _gpu(index: int) -> str:

@@ -330,6 +330,18 @@ def check_level(level: str) -> Level:
     return level
 
 
+def check_rows(name: str, x: Tensor, layout: StudyLayout, level: Level) -> None:
+    """Raise ValueError unless x has the rows of `level`, on the layout's device."""
+    rows = layout.num_rows(level)
+    if x.shape[0] != rows:
+        raise ValueError(
+            f"{name}: expected {rows} rows at level {level!r} ({layout.num_groups(level)} groups x {layout.num_prefix} "
+            f"prefix + {layout.num_tokens} patches), got {x.shape[0]}"
+        )
+    if x.device != layout.device:
+        raise ValueError(f"{name} is on {x.device}, the layout on {layout.device}; move one with .to(device)")
+
+
 def _check_pair(fine: Level, coarse: Level) -> tuple[Level, Level]:
     pair = check_level(fine), check_level(coarse)
     if pair not in PAIRS:

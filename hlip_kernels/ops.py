@@ -1,6 +1,5 @@
-"""The ops as PyTorch sees them: schemas, fake kernels, autograd.
+"""How the ops of this library are made known to PyTorch: their schemas, fake kernels, derivatives and FLOPs.
 
-Shapes: R = G * P + T rows, G groups, P prefix rows a group, T patch tokens, H heads, D head dim, C width.
 Backward passes are ops of their own, so that they can be dispatched, traced and tested by themselves. The backend is
 chosen inside, when an op runs: a compiled model sees one op, whatever runs it.
 
@@ -10,7 +9,11 @@ Function stands for an op and calls the backend itself, because PyTorch's dispat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,264 +22,52 @@ from torch._C._functorch import is_legacy_batchedtensor  # as `is_grads_batched`
 from torch._library import autograd
 from torch.autograd import forward_ad
 
-from . import flops
-from .backends import BACKENDS, NORM_BACKENDS, choose_backend, choose_norm_backend
-from .backends import native_product as amx
-from .backends.base import Regroup, Spans, wide_dtype
-from .layout import TILE_ROWS
+COUNTER = "torch.utils.flop_counter"
 
 _library = torch.library.Library("hlip_kernels", "DEF")
+_functions: dict[str, type[torch.autograd.Function]] = {}  # the ops as the transforms of torch.func take them
+_formulas: dict[Any, Callable[..., int]] = {}  # an op, or a packet of them -> its FLOPs
 
 
-def _define(name: str, arguments: str, results: str, implementation: Any, fake: Any) -> None:
+def define(
+    name: str, arguments: str, results: str, implementation: Any, fake: Any, flops: Callable[..., int] | None = None
+) -> None:
+    """Define an op by its schema, its implementation and what it gives for fake tensors.
+
+    flops: see `count`; None for an op without products.
+    """
     _library.define(f"{name}({arguments}) -> {results}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hlip_kernels::{name}", fake, lib=_library)
+    count(getattr(torch.ops.hlip_kernels, name), flops or (lambda *_, out_val: 0))
 
 
-# Attention: out is (R, H, D), lse (H, R): the logarithm of each softmax's denominator, not differentiable.
+def differentiate(name: str, formula: Any, context: Any = None) -> None:
+    """Give an op its derivative, as the arguments `backward` and `setup_context` of `torch.library.register_autograd`.
 
-_TILES = ", ".join(f"Tensor tiles{rows}" for rows in TILE_ROWS)
-_GROUPS = f"Tensor cu_seqlens, {_TILES}, SymInt max_seqlen"
-_SETTINGS = "float softmax_scale, str backend, bool deterministic, str level"
-
-
-def attend(qkv: Tensor, spans: Spans, scale: float, backend: str, _: bool) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(1)
-    return BACKENDS[backend].forward(q, k, v, spans, spans, scale)
+    The dispatcher knows the derivative of an op; the transforms of torch.func take it from a Function alone.
+    """
+    op = getattr(torch.ops.hlip_kernels, name).default
+    _library.impl(name, _reverse_only(op, formula, context), "Autograd", with_keyset=True)
+    _functions[name] = _for_torch_func(op, formula, context)
 
 
-def _attend_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float, backend: str, repeat: bool
-) -> Tensor:
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    q, k, v = qkv.unbind(1)
-    grads: Any = grad_qkv.unbind(1)
-    BACKENDS[backend].backward(grads, grad_out, q, k, v, out, lse, spans, spans, scale, repeat)
-    return grad_qkv
+def call(name: str, *args: Any) -> Any:
+    """Call the op of this name, also under the transforms of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _functions[name].apply(*args)
+    return getattr(torch.ops.hlip_kernels, name)(*args)
 
 
-def flat_attention(spans: Spans, *settings: Any) -> tuple[Any, ...]:
-    """The arguments of the op after `qkv`."""
-    return spans.cu_seqlens, *spans.tiles, spans.max_seqlen, *settings
+def refuse_trace() -> None:
+    """Raise NotImplementedError under `torch.jit.trace`."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace would keep the groups of this batch for all others. Use torch.compile, or torch.export."
+        )
 
 
-def _attention_settings(qkv: Tensor, flat: tuple[Any, ...]) -> tuple[Spans, float, str, bool]:
-    """The reverse of `flat_attention`, and the backend's own name for "auto"."""
-    cu_seqlens, *tiles, max_seqlen, scale, backend, repeat, level = flat
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv: expected (rows, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[3], repeat, level)
-    return Spans(cu_seqlens, tiles, max_seqlen), scale, name, repeat
-
-
-def _attention(qkv: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    return attend(qkv, *_attention_settings(qkv, flat))
-
-
-def _attention_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows, _slots, heads, head_dim = qkv.shape
-    return qkv.new_empty(rows, heads, head_dim), qkv.new_empty(heads, rows, dtype=wide_dtype(qkv.dtype))
-
-
-def _attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *flat: Any) -> Tensor:
-    return _attend_backward(grad_out, qkv, out, lse, *_attention_settings(qkv, flat))
-
-
-def _attention_backward_fake(grad_out: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
-_define(
-    "hier_attention",
-    f"Tensor qkv, {_GROUPS}, {_SETTINGS}",
-    "(Tensor out, Tensor lse)",
-    _attention,
-    _attention_fake,
-)
-_define(
-    "hier_attention_backward",
-    f"Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_GROUPS}, {_SETTINGS}",
-    "Tensor",
-    _attention_backward,
-    _attention_backward_fake,
-)
-
-
-def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    *tensors, max_seqlen, scale, backend, repeat, level = inputs
-    ctx.settings = max_seqlen, scale, backend, repeat, level
-    ctx.save_for_backward(out, lse, *tensors)
-
-
-def _attention_autograd(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    out, lse, qkv, *maps = ctx.saved_tensors  # may be asked for once only, under checkpointing
-    grad_qkv = None
-    if grad_out is not None:
-        grad_qkv = call("hier_attention_backward", grad_out, qkv, out, lse, *maps, *ctx.settings)
-    return grad_qkv, *[None] * (len(maps) + len(ctx.settings))
-
-
-# Residual add, regroup, LayerNorm: x is (R of dst, C), the new residual; y the same, normalised; mean and rstd (R).
-
-_REGROUP = "Tensor src, Tensor dst, Tensor tiles, Tensor? children, Tensor? parents, int num_prefix, bool coarser"
-_SCALES = "Tensor? path_scale, Tensor? layer_scale, Tensor weight"
-
-
-def add_and_norm(
-    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor | None,
-    path_scale: Tensor | None, regroup: Regroup, eps: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return NORM_BACKENDS[backend].forward(residual, update, path_scale, layer_scale, weight, bias, regroup, eps)
-
-
-def _norm(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, bias, layer_scale, path_scale, *maps, eps, backend = rest
-    name = choose_norm_backend(backend, residual.device.type, residual.dtype, update.dtype)
-    return add_and_norm(residual, update, weight, bias, layer_scale, path_scale, Regroup(*maps), eps, name)
-
-
-def _norm_fake(residual: Tensor, update: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = residual.shape[0] + Regroup(*rest[4:11]).rows_added
-    x = residual.new_empty(rows, residual.shape[1])
-    mean, rstd = (residual.new_empty(rows, dtype=wide_dtype(residual.dtype)) for _ in range(2))
-    return x, x.new_empty(x.shape, dtype=update.dtype), mean, rstd
-
-
-def _norm_backward(grad_x: Tensor | None, grad_y: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    mean, rstd, update, path_scale, layer_scale, weight, *maps, backend = rest
-    name = choose_norm_backend(backend, x.device.type, x.dtype, grad_y.dtype)
-    return NORM_BACKENDS[name].backward(
-        grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, Regroup(*maps)
-    )
-
-
-def _norm_backward_fake(
-    grad_x: Tensor | None,
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    update: Tensor | None,
-    path_scale: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_residual = x.new_empty(x.shape[0] - Regroup(*settings[:7]).rows_added, x.shape[1])
-    shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
-    return (
-        grad_residual,
-        grad_y.new_empty(0 if shared else grad_residual.shape),
-        weight.new_empty(0) if layer_scale is None else torch.empty_like(layer_scale),
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-    )
-
-
-_define(
-    "add_regroup_norm",
-    "Tensor residual, Tensor update, Tensor weight, Tensor bias, Tensor? layer_scale, Tensor? path_scale, "
-    f"{_REGROUP}, float eps, str backend",
-    "(Tensor x, Tensor y, Tensor mean, Tensor rstd)",
-    _norm,
-    _norm_fake,
-)
-_define(
-    "add_regroup_norm_backward",
-    f"Tensor? grad_x, Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? update, {_SCALES}, {_REGROUP}, "
-    "str backend",
-    # grad_update is empty where it equals grad_residual: one tensor serves as both
-    "(Tensor grad_residual, Tensor grad_update, Tensor grad_layer_scale, Tensor grad_weight, Tensor grad_bias)",
-    _norm_backward,
-    _norm_backward_fake,
-)
-
-
-def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, update, weight, _, layer_scale, path_scale, *maps, num_prefix, coarser, _, backend = inputs
-    x, y, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.settings = num_prefix, coarser, backend
-    ctx.dtype = y.dtype
-    kept = update if layer_scale is not None else None
-    ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, *maps)
-
-
-def _norm_autograd(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if grad_x is None and grad_y is None:
-        return (None,) * 14
-    x, *saved = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = x.new_zeros(x.shape, dtype=ctx.dtype)
-    grads = call("add_regroup_norm_backward", grad_x, grad_y, x, *saved, *ctx.settings)
-    return *_norm_gradients(*grads), *[None] * 10
-
-
-def _norm_gradients(
-    residual: Tensor, update: Tensor, layer_scale: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Put the results of a backend into the order of the op's arguments."""
-    update = update if update.numel() else residual
-    return residual, update, weight, bias, layer_scale if layer_scale.numel() else None
-
-
-# Linear layers on AMX, called where no graph is made: see `linear`.
-
-
-def _amx_tiles_fake(weight: Tensor, transposed: bool) -> Tensor:
-    inner, columns = weight.shape if transposed else weight.shape[::-1]
-    return weight.new_empty(amx.tiles_shape(inner, columns), dtype=torch.uint8)
-
-
-def _amx_layers_fake(x: Tensor, tiles: list[Tensor], biases: list[Tensor], columns: list[int], gelu: bool) -> Tensor:
-    return x.new_empty(x.shape[0], columns[-1])
-
-
-def _amx_mlp_fake(x: Tensor, tiles: Any, biases: Any, columns: list[int]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], columns[1]), x.new_empty(x.shape[0], columns[0])
-
-
-def _amx_hidden_gradient_fake(grad: Tensor, tiles: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
-
-
-_define("amx_tiles", "Tensor weight, bool transposed", "Tensor", amx.pack, _amx_tiles_fake)
-_define(
-    "amx_layers",
-    "Tensor x, Tensor[] tiles, Tensor[] biases, int[] columns, bool gelu",
-    "Tensor",
-    amx.layers,
-    _amx_layers_fake,
-)
-_define(
-    "amx_mlp",
-    "Tensor x, Tensor[] tiles, Tensor[] biases, int[] columns",
-    "(Tensor out, Tensor hidden)",
-    amx.mlp,
-    _amx_mlp_fake,
-)
-_define(
-    "amx_hidden_gradient",
-    "Tensor grad, Tensor tiles, Tensor hidden",
-    "(Tensor active, Tensor grad_hidden)",
-    amx.hidden_gradient,
-    _amx_hidden_gradient_fake,
-)
-_define(
-    "amx_weight_gradient",
-    "Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!) bias, bool add",
-    "()",
-    amx.weight_gradient,
-    lambda *_: None,
-)
-
-
-# Derivatives. The dispatcher knows those of an op; the transforms of torch.func take them from a Function alone.
+# Derivatives
 
 
 def second_derivative(*_: Any) -> Any:
@@ -291,7 +82,8 @@ def _forward_mode(*_: Any) -> Any:
 
 
 def refuse_tangents(*args: Any) -> None:
-    if forward_ad._current_level < 0:  # nobody has made dual tensors
+    """Raise NotImplementedError for dual tensors."""
+    if forward_ad._current_level < 0:  # nobody has made any
         return
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
         _forward_mode()
@@ -333,28 +125,19 @@ def _for_torch_func(op: Any, formula: Any, context: Any) -> type[torch.autograd.
     return type(op._opname, (torch.autograd.Function,), {name: staticmethod(f) for name, f in methods.items()})
 
 
-def call(name: str, *args: Any) -> Any:
-    """Call the op of this name, also under the transforms of torch.func."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _FUNCTIONS[name].apply(*args)
-    return getattr(torch.ops.hlip_kernels, name)(*args)
-
-
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
-for _name, _formula, _context in (
-    ("hier_attention", _attention_autograd, _attention_context),
-    ("add_regroup_norm", _norm_autograd, _norm_context),
-    ("hier_attention_backward", second_derivative, None),
-    ("add_regroup_norm_backward", second_derivative, None),
-):
-    _op = getattr(torch.ops.hlip_kernels, _name).default
-    _library.impl(_name, _reverse_only(_op, _formula, _context), "Autograd", with_keyset=True)
-    _FUNCTIONS[_name] = _for_torch_func(_op, _formula, _context)
-
-
-# The same where nobody looks at PyTorch's ops.
+# Where nobody looks at PyTorch's ops
 
 _PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
+def transformed() -> bool:
+    """Tell whether `torch.func` or forward-mode differentiation is at work. Neither differentiates a Function of ours.
+
+    A compiler, which cannot be asked about the latter, differentiates what it is shown.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -364,8 +147,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transformed()
         or not _PLAIN.issuperset(map(type, tensors))
         or (tensors[0] is not None and (tensors[0].is_meta or is_legacy_batchedtensor(tensors[0])))
     )
@@ -396,69 +178,39 @@ class _Once(torch.autograd.Function):
         return second_derivative()
 
 
-class Attend(torch.autograd.Function):
-    """`hier_attention`. settings: what `attend` takes after qkv; in one tuple, as every argument takes time.
+# FLOPs
 
-    It saves what the op saves: under checkpointing one may run forward, and the other again in backward.
+
+def count(op: Any, formula: Callable[..., int]) -> None:
+    """Have PyTorch's FlopCounterMode count by this formula: two for a multiplication and an addition, of products only.
+
+    Importing the counter takes the import of Triton, so that formulas are registered once someone else imports it.
     """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, settings: tuple[Spans, float, str, bool]) -> Tensor:
-        out, lse = attend(qkv, *settings)
-        spans, *ctx.settings = settings
-        ctx.max_seqlen = spans.max_seqlen
-        ctx.save_for_backward(out, lse, qkv, spans.cu_seqlens, *spans.tiles)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-        out, lse, qkv, *maps = saved
-        if not unwatched(grad_out):  # the level counts for "auto" alone
-            flat = *maps, ctx.max_seqlen, *ctx.settings, "study"
-            return call("hier_attention_backward", grad_out, qkv, out, lse, *flat), None
-        cu_seqlens, *tiles = maps
-        spans = Spans(cu_seqlens, tiles, ctx.max_seqlen)
-        return _attend_backward(grad_out, qkv, out, lse, spans, *ctx.settings), None
+    _formulas[op] = formula
+    if COUNTER in sys.modules:
+        _register(sys.modules[COUNTER])
 
 
-class AddAndNorm(torch.autograd.Function):
-    """`add_regroup_norm`. settings: what `add_and_norm` takes after the tensors that have gradients. It saves what the
-    op saves, as `Attend` does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor | None,
-        settings: tuple[Tensor | None, Regroup, float, str],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, y, mean, rstd = add_and_norm(residual, update, weight, bias, layer_scale, *settings)
-        path_scale, (*maps, num_prefix, coarser), _, backend = settings
-        ctx.settings = num_prefix, coarser, backend, y.dtype
-        ctx.set_materialize_grads(False)
-        kept = None if layer_scale is None else update
-        ctx.save_for_backward(x, mean, rstd, kept, path_scale, layer_scale, weight, *maps)
-        return x, y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: Any, grad_x: Tensor | None, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_x is None and grad_y is None:
-            return (None,) * 6
-        x, mean, rstd, update, path_scale, layer_scale, weight, src, dst, tiles, children, parents = saved
-        num_prefix, coarser, backend, dtype = ctx.settings
-        if grad_y is None:
-            grad_y = x.new_zeros(x.shape, dtype=dtype)
-        tensors = grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight
-        regroup = Regroup(src, dst, tiles, children, parents, num_prefix, coarser)
-        if unwatched(grad_y, grad_x):
-            grads = NORM_BACKENDS[backend].backward(*tensors, regroup)
-        else:
-            grads = call("add_regroup_norm_backward", *tensors, *regroup, backend)
-        return *_norm_gradients(*grads), None
+def _register(counter: ModuleType) -> None:
+    for op, formula in _formulas.items():
+        if op not in counter.flop_registry:
+            counter.register_flop_formula(op, get_raw=True)(formula)
 
 
-# `apply` as Function inherits it. Its own looks for the transforms of torch.func first, which are not at work here.
-attend_with_graph: Callable[..., Tensor] = super(torch.autograd.Function, Attend).apply
-add_and_norm_with_graph: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, AddAndNorm).apply
+class _Finder(MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name == COUNTER else None
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
 
-flops.register_when_imported()
+            def load_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
+                load(module)
+                _register(module)
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _Finder())

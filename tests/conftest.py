@@ -21,9 +21,9 @@ import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
 from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level_pattern
 from hlip.prepare.recipe import Recipe
-from hlip_kernels import Grid, configs
+from hlip_kernels import Grid, tiles
 from hlip_kernels import native as native_library
-from hlip_kernels.backends import native_product
+from hlip_kernels.backends import native_linear
 from hlip_kernels.native import Native
 
 if importlib.util.find_spec("triton"):
@@ -50,7 +50,7 @@ def tiny_vision(pattern: str = "scan+study", **changes: object) -> VisionConfig:
 
 def use_native(patch: pytest.MonkeyPatch, native: Native) -> None:
     """Run what follows with this library, on the instructions that it names."""
-    for module in (native_library, native_product):
+    for module in (native_library, native_linear):
         patch.setattr(module, "native", lambda: native)
 
 
@@ -74,8 +74,8 @@ def random_study(sizes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[t
 def _built_in_tiles() -> Iterator[None]:
     """Not those that someone has tuned on this machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "table_path", lambda: Path(os.devnull, "tiles.json"))
-        patch.setattr(configs, "EVIDENCE", Path(os.devnull))
+        patch.setattr(tiles, "table_path", lambda: Path(os.devnull, "tiles.json"))
+        patch.setattr(tiles, "EVIDENCE", Path(os.devnull))
         yield
 
 

@@ -19,8 +19,8 @@ from fake_cuda import fake_mode
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
 from hlip_kernels.backends import BACKENDS, NORM_BACKENDS
 from hlip_kernels.backends.base import QKV, Regroup, Spans
-from hlip_kernels.functional import _regroup
 from hlip_kernels.layout import TILE_ROWS
+from hlip_kernels.norm import _regroup
 from spans import plain_spans
 
 SCALE = 0.3
@@ -203,7 +203,7 @@ def _normalise(case: Norm, groups: StudyLayout | None, regroup: Regroup) -> Run:
     grad_residual, grad_update, *_ = backend.backward(
         grad_x, grad_y, x, mean, rstd, kept, path_scale, layer_scale, weight, regroup
     )
-    fine, coarse = (regroup.src, regroup.dst) if regroup.coarser else (regroup.dst, regroup.src)
+    fine, coarse = regroup.fine_and_coarse
     return _run(
         {
             "Residual": residual, "Update": update, "PathScale": path_scale, "LayerScale": layer_scale,

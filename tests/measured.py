@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hlip_kernels.configs import AttentionConfig, Choice, Measured, Tile
+from hlip_kernels.tiles import AttentionConfig, Choice, Measured, Tile
 
 SMALL, LARGE = Tile(32, 32, 4, 1), Tile(128, 64, 8, 2)
 TILES = AttentionConfig(LARGE, SMALL, SMALL)

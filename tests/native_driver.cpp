@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "../hlip_kernels/native/src/attention.h"
-#include "../hlip_kernels/native/src/product.h"
-#include "../hlip_kernels/native/src/rows.h"
+#include "../hlip_kernels/native/src/linear.h"
+#include "../hlip_kernels/native/src/norm_gelu.h"
 
 using Numbers = std::vector<double>;
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hlip_kernels import native as library
-from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, native, native_product, native_rows
+from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, native, native_linear, native_norm_gelu
 from hlip_kernels.backends.base import AttentionBackend, NormBackend, Regroup
 from hlip_kernels.native import interface
 from spans import plain_spans
@@ -69,8 +69,8 @@ KIND = """
 #include <stddef.h>
 #include <type_traits>
 #include "attention.h"
-#include "product.h"
-#include "rows.h"
+#include "linear.h"
+#include "norm_gelu.h"
 template <typename T> constexpr char kind() {
     return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, int32_t> ? 'i' : std::is_same_v<T, int64_t> ? 'l'
         : std::is_same_v<T, float> ? 'f' : std::is_void_v<T> ? 'v' : std::is_class_v<T> ? 's' : '?';
@@ -123,7 +123,7 @@ def test_structures_that_differ_do_not_pass() -> None:
 
 @needs_compiler
 def test_functions_and_isas_are_those_of_the_headers() -> None:
-    headers = "".join((ROOT / SOURCES / name).read_text() for name in ("attention.h", "product.h", "rows.h"))
+    headers = "".join((ROOT / SOURCES / name).read_text() for name in ("attention.h", "linear.h", "norm_gelu.h"))
     declared = set(re.findall(r"^\w+ (hlip_\w+)\(", headers, re.MULTILINE))
     assert declared == interface.FUNCTIONS.keys() - {"hlip_abi"}
     lines = [
@@ -140,7 +140,7 @@ def test_functions_and_isas_are_those_of_the_headers() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("source", ["vector_generic.cpp", "forward_amx.cpp", "backward_amx.cpp"])
+@pytest.mark.parametrize("source", ["attention_generic.cpp", "attention_forward_amx.cpp", "attention_backward_amx.cpp"])
 def test_a_table_with_a_gap_does_not_compile(source: str, tmp_path: Path) -> None:
     """Of kernels by head dim: it would call what is not there."""
     header = (ROOT / SOURCES / "attention.h").read_text()
@@ -691,7 +691,7 @@ def test_the_library_refuses_a_norm_by_itself(wrong: dict[str, Any], backward: i
 )
 def test_a_gelu_called_directly_is_refused(grad: Tensor, x: Tensor) -> None:
     with pytest.raises(ValueError):
-        native_rows.gelu_backward_(grad, x)
+        native_norm_gelu.gelu_backward_(grad, x)
 
 
 def half(*shape: int, **options: Any) -> Tensor:
@@ -699,38 +699,38 @@ def half(*shape: int, **options: Any) -> Tensor:
 
 
 def tiles(inner: int, columns: int) -> Tensor:
-    return torch.zeros(native_product.tiles_shape(inner, columns), dtype=torch.uint8)
+    return torch.zeros(native_linear.tiles_shape(inner, columns), dtype=torch.uint8)
 
 
 PRODUCTS: dict[str, Callable[[], Any]] = {
-    "a weight in float32": lambda: native_product.pack(torch.ones(8, 8), False),
-    "a weight of one dimension": lambda: native_product.pack(half(8), False),
-    "rows in float32": lambda: native_product.layers(torch.ones(4, 40), [tiles(40, 8)], [], [8], False),
-    "rows of three dimensions": lambda: native_product.layers(half(4, 40, 1), [tiles(40, 8)], [], [8], False),
-    "wider rows": lambda: native_product.layers(half(4, 70), [tiles(40, 8)], [], [8], False),
-    "more columns": lambda: native_product.layers(half(4, 40), [tiles(40, 8)], [], [80], False),
-    "tiles of float32": lambda: native_product.layers(half(4, 40), [tiles(40, 8).float()], [], [8], False),
-    "a short bias": lambda: native_product.layers(half(4, 40), [tiles(40, 8)], [torch.ones(7)], [8], False),
-    "no layer": lambda: native_product.layers(half(4, 40), [], [], [], False),
-    "three layers": lambda: native_product.layers(half(4, 32), [tiles(32, 32)] * 3, [], [32] * 3, False),
-    "a layer without columns": lambda: native_product.layers(half(4, 32), [tiles(32, 32)] * 2, [], [32], False),
-    "layers that do not fit": lambda: native_product.mlp(half(4, 40), [tiles(40, 8), tiles(64, 40)], [], [8, 40]),
-    "one bias of two": lambda: native_product.mlp(half(4, 8), [tiles(8, 8)] * 2, [torch.ones(8)], [8, 8]),
-    "hidden rows less": lambda: native_product.hidden_gradient(half(4, 40), tiles(40, 8), half(3, 8)),
-    "hidden in float32": lambda: native_product.hidden_gradient(half(4, 40), tiles(40, 8), torch.ones(4, 8)),
-    "gradient of other rows": lambda: native_product.weight_gradient(
+    "a weight in float32": lambda: native_linear.pack(torch.ones(8, 8), False),
+    "a weight of one dimension": lambda: native_linear.pack(half(8), False),
+    "rows in float32": lambda: native_linear.layers(torch.ones(4, 40), [tiles(40, 8)], [], [8], False),
+    "rows of three dimensions": lambda: native_linear.layers(half(4, 40, 1), [tiles(40, 8)], [], [8], False),
+    "wider rows": lambda: native_linear.layers(half(4, 70), [tiles(40, 8)], [], [8], False),
+    "more columns": lambda: native_linear.layers(half(4, 40), [tiles(40, 8)], [], [80], False),
+    "tiles of float32": lambda: native_linear.layers(half(4, 40), [tiles(40, 8).float()], [], [8], False),
+    "a short bias": lambda: native_linear.layers(half(4, 40), [tiles(40, 8)], [torch.ones(7)], [8], False),
+    "no layer": lambda: native_linear.layers(half(4, 40), [], [], [], False),
+    "three layers": lambda: native_linear.layers(half(4, 32), [tiles(32, 32)] * 3, [], [32] * 3, False),
+    "a layer without columns": lambda: native_linear.layers(half(4, 32), [tiles(32, 32)] * 2, [], [32], False),
+    "layers that do not fit": lambda: native_linear.mlp(half(4, 40), [tiles(40, 8), tiles(64, 40)], [], [8, 40]),
+    "one bias of two": lambda: native_linear.mlp(half(4, 8), [tiles(8, 8)] * 2, [torch.ones(8)], [8, 8]),
+    "hidden rows less": lambda: native_linear.hidden_gradient(half(4, 40), tiles(40, 8), half(3, 8)),
+    "hidden in float32": lambda: native_linear.hidden_gradient(half(4, 40), tiles(40, 8), torch.ones(4, 8)),
+    "gradient of other rows": lambda: native_linear.weight_gradient(
         half(5, 8), half(4, 40), torch.ones(8, 40), torch.ones(8), False
     ),
-    "a smaller weight": lambda: native_product.weight_gradient(
+    "a smaller weight": lambda: native_linear.weight_gradient(
         half(4, 8), half(4, 40), torch.ones(8, 30), torch.ones(8), False
     ),
-    "a weight by columns": lambda: native_product.weight_gradient(
+    "a weight by columns": lambda: native_linear.weight_gradient(
         half(4, 8), half(4, 40), torch.ones(40, 8).T, torch.ones(8), False
     ),
-    "a bias in bfloat16": lambda: native_product.weight_gradient(
+    "a bias in bfloat16": lambda: native_linear.weight_gradient(
         half(4, 8), half(4, 40), torch.ones(8, 40), half(8), False
     ),
-    "rows in float64": lambda: native_product.weight_gradient(
+    "rows in float64": lambda: native_linear.weight_gradient(
         half(4, 8).double(), half(4, 40), torch.ones(8, 40), torch.ones(8), False
     ),
 }  # fmt: skip
@@ -746,7 +746,7 @@ def test_a_product_called_directly_is_refused(wrong: str) -> None:
 @pytest.fixture
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     other = library.native()._replace(isa="avx512")
-    monkeypatch.setattr(native_product, "native", lambda: other)
+    monkeypatch.setattr(native_linear, "native", lambda: other)
     yield
 
 
@@ -754,8 +754,8 @@ def without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("without_amx")
 def test_products_are_refused_where_there_is_no_amx() -> None:
     with pytest.raises(ValueError, match="AMX"):
-        native_product.pack(half(8, 8), False)
+        native_linear.pack(half(8, 8), False)
     with pytest.raises(ValueError, match="AMX"):
-        native_product.layers(half(4, 40), [tiles(40, 8)], [torch.ones(8)], [8], False)
+        native_linear.layers(half(4, 40), [tiles(40, 8)], [torch.ones(8)], [8], False)
     with pytest.raises(ValueError, match="AMX"):
-        native_product.weight_gradient(half(4, 8), half(4, 40), torch.ones(8, 40), torch.ones(8), False)
+        native_linear.weight_gradient(half(4, 8), half(4, 40), torch.ones(8, 40), torch.ones(8), False)

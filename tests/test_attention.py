@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import token_labels
-from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, available_backends, functional, hier_attention, ops
+from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, available_backends, hier_attention, ops
+from hlip_kernels.attention import flat_attention
 from hlip_kernels.backends import BACKENDS as ALL_BACKENDS
 from hlip_kernels.backends import choose_backend
 from hlip_kernels.backends.base import AttentionBackend, NormBackend, Spans
 from hlip_kernels.layout import LEVELS
-from hlip_kernels.ops import flat_attention
 from spans import check_few_queries, plain_spans
 
 forward_op = torch.ops.hlip_kernels.hier_attention.default
@@ -492,8 +492,7 @@ def test_the_backend_is_chosen_for_the_level(way: str, monkeypatch: pytest.Monke
         chosen.append((level, name))
         return name
 
-    for module in (functional, ops):
-        monkeypatch.setattr(module, "choose_backend", choose)
+    monkeypatch.setattr("hlip_kernels.attention.choose_backend", choose)
     layout = StudyLayout.from_grids([[(2, 2, 2), (1, 2, 3)]])
     function = hier_attention
     if way == "op":

@@ -37,7 +37,7 @@ from hlip_kernels import (
 from hlip_kernels import ops as library
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends.base import Spans
-from hlip_kernels.integrations import dense_attention
+from hlip_kernels.dropin import dense_attention
 
 LAYOUT = StudyLayout.from_grids([[(2, 1, 3), (3, 1, 1)], [(1, 2, 2)]], num_prefix=1)
 ROWS, WIDTH = LAYOUT.num_rows("scan"), 8

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hlip_kernels import Grid, HierarchicalAttention, Level, StudyLayout
-from hlip_kernels.integrations import MonaiAttention, dense_attention, register_transformers
+from hlip_kernels.dropin import MonaiAttention, dense_attention, register_transformers
 
 SLICES: list[list[Grid]] = [[(2, 2, 2), (1, 2, 2)], [(3, 2, 2)]]  # six images of four patches
 STUDIES: dict[Level, list[list[int]]] = {  # the images of each group
@@ -90,7 +90,7 @@ def test_norms_leave_autocast_in_half_precision(monkeypatch: pytest.MonkeyPatch)
         seen.append(qkv)
         return qkv[:, 0]
 
-    monkeypatch.setattr("hlip_kernels.modules.hier_attention", record)
+    monkeypatch.setattr("hlip_kernels.dropin.hier_attention", record)
     attention, layout = HierarchicalAttention(12, 3, qk_norm=True), StudyLayout.from_grids([[(1, 2, 2)]])
     attention.q_norm, attention.k_norm = WideNorm(4), WideNorm(4)
     x = torch.randn(5, 12)

@@ -18,7 +18,7 @@ from benchlib.baselines import regroup, unfused
 from benchlib.op_traffic import Counts, OpTraffic
 from benchlib.traffic import watched
 from benchlib.trial import Problem
-from hlip_kernels.configs import Tile
+from hlip_kernels.tiles import Tile
 
 BENCH = Path(__file__).parents[1] / "bench"
 

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from conftest import use_native
 from hlip.model.layers import Mlp
 from hlip_kernels import StudyLayout, add_regroup_norm, linear_of_norm, linear_of_pixels, mlp_of_norm
-from hlip_kernels import linear as kernels
-from hlip_kernels.backends import native_rows
+from hlip_kernels import products as kernels
+from hlip_kernels.backends import native_norm_gelu
+from hlip_kernels.linear import linear
 from hlip_kernels.native import ISAS, native
 
 WIDTH, HIDDEN = 24, 72
@@ -75,11 +76,7 @@ class Layers(nn.Module):
         y = self.norm(x)
         if plain:
             return self.proj(self.qkv(y)) + self.mlp(y)
-        wide = linear_of_norm(self.qkv, self.norm, x, y)
-        if torch.is_grad_enabled():
-            update = kernels.Linear.apply(wide, self.proj.weight, self.proj.bias)
-        else:
-            update = kernels.linear(wide, self.proj.weight, self.proj.bias)
+        update = linear(self.proj, linear_of_norm(self.qkv, self.norm, x, y))
         return update + mlp_of_norm(self.mlp.fc1, self.mlp.fc2, self.norm, x, y)
 
 
@@ -241,8 +238,7 @@ def test_layers_of_nothing_give_what_plain_ones_give(shape: tuple[int, int, int]
         return fc2(F.gelu(fc1(norm(x))))
 
     def layers() -> Tensor:
-        y = kernels.Linear.apply(norm(x), fc1.weight, fc1.bias)
-        return kernels.Linear.apply(F.gelu(y), fc2.weight, fc2.bias)
+        return linear(fc2, F.gelu(linear(fc1, norm(x))))
 
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         for function in (layers, lambda: mlp_of_norm(fc1, fc2, norm, x, norm(x))):
@@ -293,7 +289,7 @@ def test_pixels_are_projected_as_exactly_as_by_a_plain_layer(dtype: torch.dtype)
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("widths", [(1, 8), (0, 40), (40, 0), (24, 72), (33, 100), (416, 520), (3000, 64)])
 @pytest.mark.parametrize("length", [0, 1, 31, 33, 700])
-def test_native_products_of_any_shape(length: int, widths: tuple[int, int]) -> None:
+def test_native_linears_of_any_shape(length: int, widths: tuple[int, int]) -> None:
     """One layer, one with a GELU, two, the transposed weight, gradients of the hidden rows and of a weight, against
     float64."""
     inner, columns = widths
@@ -343,7 +339,7 @@ def test_native_products_of_any_shape(length: int, widths: tuple[int, int]) -> N
 
 
 @pytest.mark.usefixtures("amx")
-def test_native_products_do_not_depend_on_threads(many_threads: Callable[[int], None]) -> None:
+def test_native_linears_do_not_depend_on_threads(many_threads: Callable[[int], None]) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(1500, 96).bfloat16(), torch.randn(160, 96).bfloat16()
     ops, found = torch.ops.hlip_kernels, []
@@ -452,7 +448,7 @@ def test_gradient_of_gelu(isa: str, dtype: torch.dtype, monkeypatch: pytest.Monk
     y = wide * torch.special.erfc(-wide * 0.5**0.5) / 2
     exact = {"y": y, "dx": torch.autograd.grad(y, wide, grad.double())[0]}
     eager = {"y": F.gelu(x), "dx": torch.ops.aten.gelu_backward(grad, x)}
-    ours = {"y": native_rows.gelu_backward_(grad, x), "dx": grad}
+    ours = {"y": native_norm_gelu.gelu_backward_(grad, x), "dx": grad}
     finite = slice(0, -2)
     assert_as_exact(*({name: t[finite].detach() for name, t in each.items()} for each in (ours, eager, exact)))
     assert ours["y"][-2] == float("inf")
@@ -476,7 +472,7 @@ def test_rows_normalised_again_have_the_same_bits(
         nothing = torch.zeros(38, width, dtype=kind)
         same, y = add_regroup_norm(x, nothing, layout, "scan", "scan", weight, bias, backend="native")
         assert torch.equal(same, x)
-        assert torch.equal(native_rows.normalised(x, weight, bias, 1e-6, kind), y)
+        assert torch.equal(native_norm_gelu.normalised(x, weight, bias, 1e-6, kind), y)
 
 
 @needs_library
@@ -485,7 +481,7 @@ def test_rows_normalised_again_have_the_same_bits(
 def test_gelu_of_any_length_writes_no_more(length: int, dtype: torch.dtype) -> None:
     x, grad = torch.randn(length + 8).to(dtype), torch.ones(length + 8).to(dtype)
     expected = torch.ops.aten.gelu_backward(grad, x)
-    y = native_rows.gelu_backward_(grad[:length], x[:length])
+    y = native_norm_gelu.gelu_backward_(grad[:length], x[:length])
     torch.testing.assert_close(y, F.gelu(x[:length]))
     torch.testing.assert_close(grad, torch.cat([expected[:length], torch.ones(8).to(dtype)]))
 
@@ -496,7 +492,7 @@ def test_any_number_of_threads_gives_the_same_bits(many_threads: Callable[[int],
     for threads in (1, 2, 5):
         many_threads(threads)
         grad, x = (rows(3000, torch.float32) for _ in range(2))
-        found.append([native_rows.gelu_backward_(grad, x), grad])
+        found.append([native_norm_gelu.gelu_backward_(grad, x), grad])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from hlip_kernels import backends, configs, env
+from hlip_kernels import backends, env, tiles
 from hlip_kernels.backends import BACKENDS, choose_backend
 from hlip_kernels.backends.base import Spans
 from hlip_kernels.backends.external import LibraryBackend
-from hlip_kernels.configs import AttentionConfig, Row, attention_config, read_table, write_table
+from hlip_kernels.tiles import AttentionConfig, Row, attention_config, read_table, write_table
 from measured import LARGE, SMALL, TILES, choice, measured
 from test_external import install, with_gpu
 
 ROW = Row("sm_90", "half", 64)
-TABLE_PATH = configs.table_path  # before conftest hides the user's own
+TABLE_PATH = tiles.table_path  # before conftest hides the user's own
 
 
 def forget() -> None:
-    for cached in (configs.user_table, configs.evidence, configs.architecture, choose_backend):
+    for cached in (tiles.user_table, tiles.evidence, tiles.architecture, choose_backend):
         cached.cache_clear()
     backends._logged.clear()
 
@@ -38,8 +38,8 @@ def forget() -> None:
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the user's table would be; there is none, and no evidence."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configs, "table_path", TABLE_PATH)
-    monkeypatch.setattr(configs, "EVIDENCE", tmp_path / "evidence")
+    monkeypatch.setattr(tiles, "table_path", TABLE_PATH)
+    monkeypatch.setattr(tiles, "EVIDENCE", tmp_path / "evidence")
     forget()
     yield tmp_path / "hlip-kernels" / "tiles.json"
     forget()
@@ -56,7 +56,7 @@ def test_what_is_written_is_read(table: Path) -> None:
     }
     write_table(table, rows)
     assert list(table.parent.iterdir()) == [table]
-    assert configs.user_table() == read_table(table) == rows
+    assert tiles.user_table() == read_table(table) == rows
 
 
 def plain() -> dict[str, Any]:
@@ -69,7 +69,7 @@ def plain() -> dict[str, Any]:
 
 
 def of_rows(rows: object, **others: object) -> str:
-    return json.dumps({"format": configs.FORMAT, "rows": rows, **others})
+    return json.dumps({"format": tiles.FORMAT, "rows": rows, **others})
 
 
 def changed(*path: str, value: object) -> str:
@@ -88,7 +88,7 @@ def changed(*path: str, value: object) -> str:
         ("{", "Expecting property name"),
         ("", "Expecting value"),
         ("[]", "the table is [], not an object"),
-        (json.dumps({"format": configs.FORMAT}), "the table has format, not format, rows"),
+        (json.dumps({"format": tiles.FORMAT}), "the table has format, not format, rows"),
         (of_rows({}, more=1), "the table has format, more, rows, not format, rows"),
         (of_rows([]), "rows is [], not an object"),
         (of_rows({"sm_90 half 64 long": plain()}), "'sm_90 half 64 long' is not a row such as"),
@@ -137,8 +137,8 @@ def test_a_broken_table_is_refused(text: str, complaint: str, table: Path) -> No
     [
         (json.dumps({f"{ROW} long": {}}), "None"),  # as 0.1 wrote it
         (json.dumps({"format": 2, "rows": {str(ROW): plain()["tiles"]}}), "2"),
-        (json.dumps({"format": configs.FORMAT + 1, "rows": {"something": "else"}}), str(configs.FORMAT + 1)),
-        (json.dumps({"format": str(configs.FORMAT), "rows": {}}), f"'{configs.FORMAT}'"),
+        (json.dumps({"format": tiles.FORMAT + 1, "rows": {"something": "else"}}), str(tiles.FORMAT + 1)),
+        (json.dumps({"format": str(tiles.FORMAT), "rows": {}}), f"'{tiles.FORMAT}'"),
     ],
 )
 def test_a_table_of_another_format_is_ignored_with_one_line(
@@ -147,9 +147,9 @@ def test_a_table_of_another_format_is_ignored_with_one_line(
     table.parent.mkdir()
     table.write_text(text)
     for _ in range(2):
-        assert attention_config("sm_90", torch.float16, 64) == configs.built_in_config(ROW)
+        assert attention_config("sm_90", torch.float16, 64) == tiles.built_in_config(ROW)
     (line,) = caplog.messages
-    assert f"{table}: expected format {configs.FORMAT}, got {number}." in line
+    assert f"{table}: expected format {tiles.FORMAT}, got {number}." in line
     assert "`python bench/attention.py --tune`" in line
     assert "\n" not in line
 
@@ -162,24 +162,24 @@ def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_comes_with_the_library_can_be_read() -> None:
-    folder = Path(configs.__file__).with_name("evidence")
+    folder = Path(tiles.__file__).with_name("evidence")
     assert (folder / "README.md").exists()
     for path in folder.glob("*.json"):
         assert {row.arch for row in read_table(path)} == {path.stem}
 
 
 def test_the_users_tiles_come_before_the_evidence_before_the_built_in(table: Path) -> None:
-    evidence = configs.EVIDENCE / "sm_90.json"
+    evidence = tiles.EVIDENCE / "sm_90.json"
     write_table(evidence, {ROW: measured(tiles=AttentionConfig(SMALL, SMALL, SMALL))})
-    write_table(configs.EVIDENCE / "sm_80.json", {ROW._replace(arch="sm_89", head_dim=32): measured()})
+    write_table(tiles.EVIDENCE / "sm_80.json", {ROW._replace(arch="sm_89", head_dim=32): measured()})
     assert attention_config("sm_90", torch.bfloat16, 64) == AttentionConfig(SMALL, SMALL, SMALL)
     for arch, head_dim in (("sm_80", 64), ("sm_89", 32)):  # of an architecture's own file alone
         row = ROW._replace(arch=arch, head_dim=head_dim)
-        assert attention_config(arch, torch.bfloat16, head_dim) == configs.built_in_config(row)
+        assert attention_config(arch, torch.bfloat16, head_dim) == tiles.built_in_config(row)
     write_table(table, {ROW: measured(tiles=AttentionConfig(LARGE, LARGE, LARGE))})
     assert attention_config("sm_90", torch.bfloat16, 64) == AttentionConfig(LARGE, LARGE, LARGE)
     evidence.write_text("{")
-    configs.evidence.cache_clear()
+    tiles.evidence.cache_clear()
     with pytest.raises(ValueError, match=r"evidence/sm_90\.json"):
         attention_config("sm_90", torch.float16, 32)
 
@@ -244,10 +244,8 @@ def test_levels_and_kinds_of_arithmetic_are_chosen_one_by_one(table: Path, hoppe
 
 
 def test_the_users_choice_comes_before_that_of_the_evidence(table: Path, hopper: pytest.MonkeyPatch) -> None:
-    write_table(
-        configs.EVIDENCE / "sm_90.json", {ROW: measured(levels={"scan": choice("fast"), "study": choice("new")})}
-    )
-    write_table(configs.EVIDENCE / "sm_80.json", {ROW: measured(levels={"slice": choice("fast")})})
+    write_table(tiles.EVIDENCE / "sm_90.json", {ROW: measured(levels={"scan": choice("fast"), "study": choice("new")})})
+    write_table(tiles.EVIDENCE / "sm_80.json", {ROW: measured(levels={"slice": choice("fast")})})
     write_table(table, {ROW: measured(levels={"scan": choice("triton")})})
     assert [auto(level) for level in ("slice", "scan", "study")] == ["triton", "triton", "new"]
 

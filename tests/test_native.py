@@ -20,10 +20,10 @@ import emulation
 from conftest import use_native
 from hlip_kernels import StudyLayout, available_backends, hier_attention
 from hlip_kernels import native as library
+from hlip_kernels.attention import flat_attention
 from hlip_kernels.backends import BACKENDS, choose_backend
 from hlip_kernels.backends.base import AttentionBackend, Spans
 from hlip_kernels.native import ISAS, native
-from hlip_kernels.ops import flat_attention
 from spans import SCALE, check_few_queries, plain_spans
 from test_attention import RAGGED, out_and_grad, random_qkv
 

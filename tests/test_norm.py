@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from conftest import token_labels
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
 from hlip_kernels import native as library
-from hlip_kernels.functional import _regroup
 from hlip_kernels.layout import LEVELS
 from hlip_kernels.native import ISAS, Native, native
+from hlip_kernels.norm import _regroup
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(native().reason), reason=native().reason))
 forward_op = torch.ops.hlip_kernels.add_regroup_norm.default

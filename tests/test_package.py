@@ -60,7 +60,12 @@ def test_source_distribution_holds_what_builds_and_nothing_else(tree: Path, sdis
     expected |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "MANIFEST.in"}
     made = {path for path in found if re.match(r"PKG-INFO|setup\.cfg|hlip_kernels\.egg-info/", path)}
     assert found - made == expected
-    assert {"vector_avx2.cpp", "forward_amx.cpp", "rows_generic.cpp", "vector.h"} <= files_of(sdist / SOURCES)
+    assert {
+        "attention_avx2.cpp",
+        "attention_forward_amx.cpp",
+        "norm_gelu_generic.cpp",
+        "attention_vector.h",
+    } <= files_of(sdist / SOURCES)
 
 
 @pytest.fixture(scope="module")

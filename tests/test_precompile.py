@@ -19,7 +19,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from hlip_kernels.configs import Tile
+from hlip_kernels.tiles import Tile
 from benchlib.precompile import CompilerOnly, Job, compile_ahead
 from benchlib.trial import Problem
 

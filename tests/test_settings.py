@@ -23,7 +23,7 @@ from hlip.prepare.recipe import RECIPES, Recipe, Window, load_recipe
 from hlip.read import safe
 from hlip.read.rules import Rules
 from hlip.train.config import TrainConfig
-from hlip_kernels.configs import FORMAT, read_table
+from hlip_kernels.tiles import FORMAT, read_table
 
 ROOT = Path(__file__).parents[1]
 

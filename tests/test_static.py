@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hlip_kernels.configs import ARCHITECTURES, BLOCK_D, KINDS, SAME_TILES, Row, built_in_config
+from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, KINDS, SAME_TILES, Row, built_in_config
 
 pytest.importorskip("triton")
 import static_versions
@@ -47,7 +47,7 @@ def test_newer_architectures_use_the_tiles_of_their_like(kind: str) -> None:
 
 
 def test_an_unknown_architecture_uses_the_default_tiles_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "hlip_kernels.configs"):
+    with caplog.at_level(logging.WARNING, "hlip_kernels.tiles"):
         for head_dim in (64, 128):
             assert built_in_config(Row("sm_777", "half", head_dim)) == built_in_config(Row("sm_80", "half", head_dim))
         built_in_config(Row("sm_103", "half", 64))
@@ -77,7 +77,7 @@ def test_assemblers_are_asked_for_architectures() -> None:
 @pytest.mark.slow
 def test_a_tile_without_enough_registers_is_serialised_and_the_assembler_says_so() -> None:
     code = (
-        "import json\nfrom benchlib import static\nfrom hlip_kernels.configs import Tile\n"
+        "import json\nfrom benchlib import static\nfrom hlip_kernels.tiles import Tile\n"
         "tiles = Tile(128, 64, 4, 3), Tile(128, 128, 4, 2)\n"
         "print(json.dumps([static.compile_case(static.Attention('sm_90', 'bf16', 64, 'forward', x)) for x in tiles]))\n"
     )

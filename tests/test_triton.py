@@ -20,10 +20,10 @@ import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.encoder import StudyEncoder
 from hlip_kernels import StudyLayout, available_backends, hier_attention
+from hlip_kernels.attention import flat_attention
 from hlip_kernels.backends import BACKENDS
-from hlip_kernels.configs import ALLOWED, ARCHITECTURES, BLOCK_D, KINDS, Row, attention_config, built_in_config
 from hlip_kernels.layout import LEVELS, TILE_ROWS
-from hlip_kernels.ops import flat_attention
+from hlip_kernels.tiles import ALLOWED, ARCHITECTURES, BLOCK_D, KINDS, Row, attention_config, built_in_config
 from spans import check_few_queries, plain_spans
 
 pytest.importorskip("triton")
@@ -248,7 +248,7 @@ def test_tf32_only_where_pytorch_allows_it() -> None:
     """In a process of its own: PyTorch refuses a mix of its old and new settings."""
     code = (
         "import torch; from hlip_kernels.backends.triton_attention import _constants, _kind\n"
-        "from hlip_kernels.configs import Tile\n"
+        "from hlip_kernels.tiles import Tile\n"
         "def kind(dtype=torch.float32): return _constants(_kind(dtype), 1, 16, Tile(64, 32, 4, 1))['PRECISION']\n"
         "assert kind() == 'ieee'\n"
         "{allow}\n"

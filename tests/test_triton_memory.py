@@ -11,8 +11,8 @@ import torch
 from hlip_kernels import Level, StudyLayout
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends.base import Regroup, Spans
-from hlip_kernels.configs import attention_config
 from hlip_kernels.layout import LEVELS
+from hlip_kernels.tiles import attention_config
 from spans import check_few_queries, plain_spans
 
 pytest.importorskip("triton")

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hlip_kernels import Level, backends, configs
+from hlip_kernels import Level, backends, tiles
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends.base import Spans
 from hlip_kernels.backends.external import LibraryBackend
-from hlip_kernels.configs import AttentionConfig, Row, Tile, attention_config
+from hlip_kernels.tiles import AttentionConfig, Row, Tile, attention_config
 from measured import LARGE, SMALL, measured
 
 pytest.importorskip("triton")
@@ -30,7 +30,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 ROW = Row("sm_999", "fp32", 16)
 TIMED: dict[Level, tuple[int, ...]] = {"slice": (5, 5), "scan": (20,), "study": (70,)}
-TABLE_PATH = configs.table_path  # before conftest hides the user's own
+TABLE_PATH = tiles.table_path  # before conftest hides the user's own
 Clock = Callable[[Callable[[], object]], float]
 
 
@@ -38,13 +38,13 @@ Clock = Callable[[Callable[[], object]], float]
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the user's table would be; there is none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(configs, "table_path", TABLE_PATH)
+    monkeypatch.setattr(tiles, "table_path", TABLE_PATH)
     monkeypatch.setattr(trial, "CHECKED", (1, 40))
     for module in (trial, tune):
         monkeypatch.setattr(module, "WIDTH", 16)
-    configs.user_table.cache_clear()
+    tiles.user_table.cache_clear()
     yield tmp_path / "hlip-kernels" / "tiles.json"
-    configs.user_table.cache_clear()
+    tiles.user_table.cache_clear()
 
 
 def wall_clock(run: Callable[[], object]) -> float:
@@ -88,13 +88,13 @@ def test_the_fastest_tiles_are_written_and_used(table: Path) -> None:
     rows = tune.measured_rows(tuned(prefers(LARGE)[0], SMALL, LARGE), where)
     assert list(rows) == [ROW]
     assert rows[ROW].tiles == AttentionConfig(LARGE, LARGE, LARGE)
-    configs.write_table(table, rows)
-    assert configs.user_table() == rows
+    tiles.write_table(table, rows)
+    assert tiles.user_table() == rows
     assert rows[ROW].device == "A card"
     assert rows[ROW].versions["torch"] == "2.99"
     assert rows[ROW].tile_ms["dq"] == {"before": 2000, "after": 1000}
     assert attention_config("sm_999", torch.float32, 16) == rows[ROW].tiles
-    assert attention_config("sm_999", torch.float32, 32) == configs.built_in_config(ROW._replace(head_dim=32))
+    assert attention_config("sm_999", torch.float32, 32) == tiles.built_in_config(ROW._replace(head_dim=32))
     assert attention_config("sm_999", torch.float32, 16, tf32=True) != rows[ROW].tiles
 
 
@@ -137,7 +137,7 @@ def test_a_tile_that_fails_is_reported_and_passed_over(
     monkeypatch.setattr(triton_attention, f"launch_{kernel}", broken)
     measure, _seen = prefers(LARGE)
     chosen = {(timing.kernel, timing.after) for timing in timings(measure, LARGE)}
-    before = getattr(configs.built_in_config(ROW), kernel)
+    before = getattr(tiles.built_in_config(ROW), kernel)
     assert chosen == {(name, before if name == kernel else LARGE) for name in ("forward", "dq", "dkdv")}
     reason = {"raises": "RuntimeError: out of resource: shared memory", "wrong": "is off by 0.01", "unwritten": "nan"}
     said = capsys.readouterr().err
@@ -189,13 +189,13 @@ def test_tf32_has_rows_of_its_own_and_the_switch_is_put_back(table: Path) -> Non
 
 
 def test_candidates_fit_the_table() -> None:
-    for kind in configs.KINDS:
-        for head_dim in configs.BLOCK_D:
+    for kind in tiles.KINDS:
+        for head_dim in tiles.BLOCK_D:
             for kernel in tune.SUMS:
-                tiles = list(tune.all_candidates(kind, kernel, head_dim))
-                assert len(tiles) == len(set(tiles)) >= 4
+                candidates = list(tune.all_candidates(kind, kernel, head_dim))
+                assert len(candidates) == len(set(candidates)) >= 4
                 assert all(
-                    value in allowed for tile in tiles for value, allowed in zip(tile, configs.ALLOWED, strict=True)
+                    value in allowed for tile in candidates for value, allowed in zip(tile, tiles.ALLOWED, strict=True)
                 )
 
 
@@ -219,7 +219,7 @@ def test_the_cheapest_machine_code_is_tried_first(table: Path, monkeypatch: pyte
 
     def compiled(jobs: list[Any], target: Any, seconds: float) -> dict[Any, dict[str, Any]]:
         assert target == "the card's"
-        assert jobs[0].tile == configs.built_in_config(ROW).forward
+        assert jobs[0].tile == tiles.built_in_config(ROW).forward
         assert {(job.dtype, job.heads) for job in jobs} == {(torch.float32, 1)}
         return {
             job: {"loop_instructions": facts[job.tile][0], "stack_bytes": facts[job.tile][1], "serialised": False}
@@ -256,7 +256,7 @@ def test_the_budget_ends_the_search_and_the_rest_is_named(
     said = capsys.readouterr().out
     assert "out of time: 4 tiles of sm_999 fp32 16 were not tried" in said
     assert "out of time: sm_999 tf32 16 were not begun" in said
-    assert list(configs.user_table()) == [ROW]
+    assert list(tiles.user_table()) == [ROW]
 
 
 def use(monkeypatch: pytest.MonkeyPatch, results: list[tune.Tuned]) -> None:
@@ -334,7 +334,7 @@ def clock_of(seconds: Mapping[tuple[str, str, str], float]) -> Clock:
 HALF = Row("sm_999", "half", 16)
 
 
-def row_with(monkeypatch: pytest.MonkeyPatch, clock: Clock, *libraries: Library) -> configs.Measured:
+def row_with(monkeypatch: pytest.MonkeyPatch, clock: Clock, *libraries: Library) -> tiles.Measured:
     with_libraries(monkeypatch, *libraries)
     where = {"device": "A card", "versions": {}, "commit": None, "utc": "now"}
     return tune.measured_rows(tuned(clock, SMALL, dtypes=("fp16",)), where)[HALF]
@@ -361,8 +361,8 @@ def test_each_level_has_the_library_that_trains_fastest(
     assert row.levels["slice"].ms["forward"] == {"triton": 1000, "fast": 100, "new": 1000}
     assert row.versions["numpy"]
     assert row.refused == {}
-    configs.write_table(table, {HALF: row})
-    assert configs.user_table() == {HALF: row}
+    tiles.write_table(table, {HALF: row})
+    assert tiles.user_table() == {HALF: row}
     tune.print_choices({HALF: row})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["row", "level", "mode", "triton", "ms", "fast", "ms", "new", "ms", "auto"]
@@ -397,7 +397,7 @@ def test_a_library_that_fails_is_reported_and_passed_over(
 def test_a_library_that_does_not_repeat_is_not_chosen_for_deterministic(
     fault: str, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = clock_of({(level, "bad", mode): 0.1 for level in TIMED for mode in configs.MODES})
+    clock = clock_of({(level, "bad", mode): 0.1 for level in TIMED for mode in tiles.MODES})
     row = row_with(monkeypatch, clock, Library("bad", fault))
     assert {(choice.backend, choice.deterministic) for choice in row.levels.values()} == {("bad", "triton")}
     said = {"unsteady": "dq is not the same bits in a second run", "never repeats": "never repeats"}[fault]
@@ -454,7 +454,7 @@ def test_float32_has_no_libraries(table: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such thing"), OSError("read-only")])
 def test_a_broken_run_leaves_the_table(error: Any, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs.write_table(table, {ROW: measured()})
+    tiles.write_table(table, {ROW: measured()})
     before, run = table.read_bytes(), tune.tune
 
     def stopped(*_: object) -> Iterator[tune.Tuned]:
@@ -471,12 +471,12 @@ def test_a_whole_run_keeps_the_other_rows(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ROW._replace(head_dim=64)
-    configs.write_table(table, {other: measured(), ROW: measured()})
+    tiles.write_table(table, {other: measured(), ROW: measured()})
     use(monkeypatch, tuned(prefers(SMALL)[0], SMALL))
     assert tune.main(["fp32"], [16]) == 0
-    assert configs.user_table()[other] == measured()
+    assert tiles.user_table()[other] == measured()
     assert attention_config("sm_999", torch.float32, 16) == AttentionConfig(SMALL, SMALL, SMALL)
-    assert configs.user_table()[ROW].device == "A card"
+    assert tiles.user_table()[ROW].device == "A card"
     assert f"rows written to {table}: 1\n" in capsys.readouterr().out
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hlip.model.config import VisionConfig
 from hlip.model.encoder import Block, Stream
-from hlip_kernels import Level, StudyLayout, hold_weights, ops
-from hlip_kernels import linear as forms
+from hlip_kernels import Level, StudyLayout, attention, hold_weights, norm
+from hlip_kernels import products as forms
 
 from . import stub_driver
 from .op_traffic import OpTraffic, tensor_bytes
@@ -98,10 +98,10 @@ class Launches(TorchDispatchMode):
 
 
 BODIES: dict[Any, Callable[..., Any]] = {
-    getattr(torch.ops.hlip_kernels, name).default: getattr(ops, body)
+    getattr(torch.ops.hlip_kernels, name).default: body
     for name, body in (
-        ("hier_attention", "_attention"), ("hier_attention_backward", "_attention_backward"),
-        ("add_regroup_norm", "_norm"), ("add_regroup_norm_backward", "_norm_backward"),
+        ("hier_attention", attention._attention), ("hier_attention_backward", attention._attention_backward),
+        ("add_regroup_norm", norm._norm), ("add_regroup_norm_backward", norm._norm_backward),
     )
 }  # fmt: skip
 

@@ -50,8 +50,8 @@ from hlip.model.config import preset
 from hlip_kernels import Level, StudyLayout
 from hlip_kernels.backends import triton_norm
 from hlip_kernels.backends.base import Regroup
-from hlip_kernels.configs import Tile, built_in_config, row_of
 from hlip_kernels.layout import LEVELS
+from hlip_kernels.tiles import Tile, built_in_config, row_of
 
 from .baselines import regroup, unfused
 from .op_traffic import Counts, OpTraffic

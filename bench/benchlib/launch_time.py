@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from hlip_kernels import StudyLayout
 from hlip_kernels.backends import triton_attention, triton_norm
 from hlip_kernels.backends.base import Spans
-from hlip_kernels.functional import _regroup
+from hlip_kernels.norm import _regroup
 
 from .stub_driver import install
 

@@ -21,9 +21,9 @@ import torch
 import encoder
 from hlip_kernels import Level, StudyLayout
 from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, choose_backend
-from hlip_kernels.configs import architecture, attention_config
-from hlip_kernels.functional import _regroup
 from hlip_kernels.layout import LEVELS
+from hlip_kernels.norm import _regroup
+from hlip_kernels.tiles import architecture, attention_config
 
 from . import ceilings, machine_code, right
 from .kernels import DTYPES, Case

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from hlip_kernels.configs import Tile
+from hlip_kernels.tiles import Tile
 
 from . import machine_code
 from .trial import Problem, tf32_products

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from hlip_kernels.configs import BLOCK_D, Tile, built_in_config, kind_of, max_registers, row_of
+from hlip_kernels.tiles import BLOCK_D, Tile, built_in_config, kind_of, max_registers, row_of
 
 from . import machine_code
 

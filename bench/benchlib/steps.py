@@ -23,8 +23,8 @@ import torch
 import encoder
 from hlip_kernels import StudyLayout, hold_weights
 from hlip_kernels.backends import BACKENDS, choose_backend
-from hlip_kernels.configs import BLOCK_D
 from hlip_kernels.env import report as environment_report
+from hlip_kernels.tiles import BLOCK_D
 
 from . import ceilings, kernels, launches, right
 from .kernels import DTYPES, own

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from hlip_kernels import configs
+from hlip_kernels import tiles
 from hlip_kernels.backends import triton as backend
 
 SHARED_BYTES = {  # of one program, at most: CUDA C++ Programming Guide, table of technical specifications
@@ -100,7 +100,7 @@ def install(architecture: str = "sm_90") -> Launches:
         return before
 
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = exchange
-    own, supported = configs.architecture, backend.norm_not_supported_reasons
+    own, supported = tiles.architecture, backend.norm_not_supported_reasons
 
     def reasons(device: str, *dtypes: torch.dtype) -> list[str]:
         return supported("cuda" if device == "cpu" else device, *dtypes)

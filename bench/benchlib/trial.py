@@ -17,7 +17,7 @@ from hlip_kernels import Level, StudyLayout
 from hlip_kernels.backends import BACKENDS, not_supported_reasons
 from hlip_kernels.backends.base import Spans
 from hlip_kernels.backends.external import LibraryBackend
-from hlip_kernels.configs import MODES, AttentionConfig, Row, Tile
+from hlip_kernels.tiles import MODES, AttentionConfig, Row, Tile
 
 OURS = "triton"
 WIDTH = 768  # of the model whose attention is timed: heads times head dim
@@ -62,7 +62,7 @@ class Problem:
             kernels.launch_dkdv(q, k, v, *gradients, spans, spans, self.scale, tile)
 
     def run_ours(self, mode: str, tiles: AttentionConfig) -> None:
-        """Run our kernels, whatever tiles are in use; mode: one of `configs.MODES`."""
+        """Run our kernels, whatever tiles are in use; mode: one of `tiles.MODES`."""
         for kernel, tile in vars(tiles).items():
             if mode != "forward" or kernel == "forward":
                 self.launch(kernel, tile)

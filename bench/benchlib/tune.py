@@ -24,7 +24,8 @@ from tqdm import tqdm
 from hlip_kernels import Level
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends.external import LibraryBackend, installed
-from hlip_kernels.configs import (
+from hlip_kernels.layout import TILE_ROWS
+from hlip_kernels.tiles import (
     BLOCK_D,
     AttentionConfig,
     Choice,
@@ -38,7 +39,6 @@ from hlip_kernels.configs import (
     user_table,
     write_table,
 )
-from hlip_kernels.layout import TILE_ROWS
 
 from .precompile import Job, compile_ahead
 from .report import print_table, provenance

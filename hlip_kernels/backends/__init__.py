@@ -4,50 +4,50 @@ from __future__ import annotations
 
 import functools
 import logging
+import pkgutil
 from collections.abc import Mapping
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.torch_version import TorchVersion
 
-from ..configs import Measured, architecture, evidence, row_of, user_table
 from ..layout import Level
+from ..tiles import Measured, architecture, evidence, row_of, user_table
 from .base import AttentionBackend, NormBackend
-from .cpu import CPU
 from .external import LibraryBackend, installed
-from .flash import Flash
-from .flash3 import Flash3
-from .flash4 import Flash4
-from .native import Native, portable
-from .native_rows import NativeNorm
-from .reference import Reference
-from .torch_norm import TorchNorm
-from .triton import TritonAttention, TritonNorm
-from .varlen import Varlen
-from .xformers import Xformers
+from .native import portable
+from .triton import TritonAttention
 
 _Backend = TypeVar("_Backend", AttentionBackend, NormBackend)
 
 log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
-# In the order in which `auto` prefers them where nothing was measured; see `_preferred`.
-BACKENDS: dict[str, AttentionBackend] = {
-    backend.name: backend
-    for backend in (
-        Native(),
-        CPU(),
-        TritonAttention(),
-        Flash(),
-        Varlen(),
-        Xformers(),
-        Flash4(),
-        Flash3(),
-        Reference(),
-    )
-}
-NORM_BACKENDS: dict[str, NormBackend] = {backend.name: backend for backend in (NativeNorm(), TritonNorm(), TorchNorm())}
+
+def _made(*classes: str) -> dict[str, Any]:
+    """Make a backend of each class, MODULE:CLASS in this folder, and return them by name."""
+    backends = [pkgutil.resolve_name(f"{__name__}.{name}")() for name in classes]
+    return {backend.name: backend for backend in backends}
+
+
+# A line each, in the order in which `auto` prefers them where nothing was measured; see `_preferred`.
+BACKENDS: dict[str, AttentionBackend] = _made(
+    "native:Native",
+    "cpu:CPU",
+    "triton:TritonAttention",
+    "flash:Flash",
+    "varlen:Varlen",
+    "xformers:Xformers",
+    "flash4:Flash4",
+    "flash3:Flash3",
+    "reference:Reference",
+)
+NORM_BACKENDS: dict[str, NormBackend] = _made(
+    "native_norm_gelu:NativeNorm",
+    "triton:TritonNorm",
+    "torch_norm:TorchNorm",
+)
 
 
 def not_supported_reasons(

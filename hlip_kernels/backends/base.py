@@ -125,6 +125,16 @@ class Regroup(NamedTuple):
         """Rows of dst less those of src."""
         return (self.dst_groups - self.src_groups) * self.num_prefix
 
+    @property
+    def fine_and_coarse(self) -> tuple[Tensor, Tensor]:
+        """The bounds of the finer level's groups and of the coarser one's."""
+        return (self.src, self.dst) if self.coarser else (self.dst, self.src)
+
+    @property
+    def families(self) -> int:
+        """Prefix rows of the coarser level, if rows change level; each has a family of rows of the finer one."""
+        return 0 if self.children is None else (self.children.shape[0] - 1) * self.num_prefix
+
 
 class NormBackend(ABC):
     """Residual add, regroup and LayerNorm; see `add_regroup_norm`.
@@ -175,6 +185,11 @@ class NormBackend(ABC):
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which sums and statistics are kept: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shares_gradient(x: Tensor, grad_y: Tensor, path_scale: Tensor | None, layer_scale: Tensor | None) -> bool:
+    """Tell whether one gradient serves residual and update: nothing scales the update, and the dtypes agree."""
+    return path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
 
 
 def gpu_capability_reasons(device: str) -> list[str]:
@@ -270,7 +285,7 @@ def bounds_on_host(name: str, spans: Spans, rows: int) -> tuple[np.ndarray, np.n
     return begin, used
 
 
-_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _SINGLE, _WHOLE = (torch.float32,), (torch.int32,)
 _OF_NORM = {  # the shape and the dtypes of every tensor that a norm reads
     "residual": ("rows of src", "x"),
@@ -314,7 +329,7 @@ def check_norm(
         "a number a column": (width,), "a number a group": (src_groups,), "bounds of src": (src_groups + 1,),
         "bounds of dst": (dst_groups + 1,), "bounds of children": (coarse + 1,), "a number a fine group": (fine,),
     }  # fmt: skip
-    dtypes = {"x": (rows_x.dtype,), "y": (rows_y.dtype,), "any": _FLOATS, "float32": _SINGLE, "int32": _WHOLE}
+    dtypes = {"x": (rows_x.dtype,), "y": (rows_y.dtype,), "any": FLOATS, "float32": _SINGLE, "int32": _WHOLE}
     expected = []
     for name, tensor in tensors.items():
         if tensor is not None:

@@ -32,7 +32,7 @@ class Flash(LibraryBackend):
         version = installed(self.package)
         if version is None:
             return ["flash-attn is not installed (pip install flash-attn --no-build-isolation)", *reasons]
-        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST:
             reasons.insert(0, f"needs flash-attn {'.'.join(map(str, OLDEST))} or newer, got {version}")
         if not reasons:
             try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import NormBackend, Regroup, wide_dtype
+from .base import NormBackend, Regroup, shares_gradient, wide_dtype
 
 
 class TorchNorm(NormBackend):
@@ -62,7 +62,7 @@ class TorchNorm(NormBackend):
         grad_residual = _move_gradient(grad, regroup)
 
         grad_update, grad_layer_scale = grad_y.new_empty(0), weight.new_empty(0)
-        if path_scale is not None or layer_scale is not None or grad_y.dtype != x.dtype:
+        if not shares_gradient(x, grad_y, path_scale, layer_scale):
             scaled = grad_residual
             if path_scale is not None:
                 scaled = scaled * _row_scale(path_scale, len(scaled), regroup)
@@ -134,7 +134,7 @@ def _move_gradient(grad: Tensor, regroup: Regroup) -> Tensor:
 def _coarse_rows(regroup: Regroup, fine_rows: int) -> Tensor:
     """For each row of the finer level, the row of the coarser one that it comes from, or goes to: (R_fine) int64."""
     assert regroup.parents is not None
-    fine, coarse = (regroup.src, regroup.dst) if regroup.coarser else (regroup.dst, regroup.src)
+    fine, coarse = regroup.fine_and_coarse
     fine, coarse, parents = fine.long(), coarse.long(), regroup.parents.long()
     groups = torch.arange(parents.shape[0], device=fine.device)
     lengths = fine.diff()

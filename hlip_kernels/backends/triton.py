@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configs import BLOCK_D
+from ..tiles import BLOCK_D
 from .base import QKV, AttentionBackend, NormBackend, Spans, gpu_capability_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import BLOCK_D, AttentionConfig, Tile, architecture, attention_config, kind_of, max_registers
+from ..tiles import BLOCK_D, AttentionConfig, Tile, allows_tf32, architecture, attention_config, kind_of, max_registers
 from .base import QKV, Spans, check_attention
 
 # What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
@@ -371,21 +371,11 @@ def _readable(q: Tensor, k: Tensor, v: Tensor) -> QKV:
 
 
 def _config(q: Tensor) -> AttentionConfig:
-    return attention_config(architecture(q.device.index or 0), q.dtype, q.shape[2], _tf32(q.dtype))
-
-
-def _tf32(dtype: torch.dtype) -> bool:
-    """Whether the caller lets PyTorch's own products of float32 run in tf32."""
-    if dtype != torch.float32:
-        return False
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if precision is None:  # before PyTorch 2.9
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    return (getattr(torch.backends, "fp32_precision", "ieee") if precision == "none" else precision) == "tf32"
+    return attention_config(architecture(q.device.index or 0), q.dtype, q.shape[2], allows_tf32(q.dtype))
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return kind_of(dtype, _tf32(dtype))
+    return kind_of(dtype, allows_tf32(dtype))
 
 
 @functools.cache

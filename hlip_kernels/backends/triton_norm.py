@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import TILE_ROWS
-from .base import Regroup, check_norm
+from .base import Regroup, check_norm, shares_gradient
 
 ROWS = TILE_ROWS[0]  # of the tile maps
 # What differs from batch to batch must not make the compiler specialise: it would compile anew for mixes of studies.
@@ -298,15 +298,9 @@ def prefix_backward(
 
 
 def forward(
-    residual: Tensor,
-    update: Tensor,
-    path_scale: Tensor | None,
-    layer_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    regroup: Regroup,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual: Tensor, update: Tensor, path_scale: Tensor | None, layer_scale: Tensor | None, weight: Tensor,
+    bias: Tensor, regroup: Regroup, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     residual, update, path_scale, layer_scale, weight, bias = map(
         _contiguous, (residual, update, path_scale, layer_scale, weight, bias)
     )
@@ -319,15 +313,13 @@ def forward(
     y = update.new_empty(num_rows, width)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     tensors = residual, update, path_scale, layer_scale, weight, bias, x, y, mean, rstd
-    coarser, num_tiles, families = regroup.coarser, regroup.tiles.shape[0], _families(regroup)
-    fine, coarse = (regroup.src, regroup.dst) if coarser else (regroup.dst, regroup.src)
+    coarser, num_tiles, families = regroup.coarser, regroup.tiles.shape[0], regroup.families
+    bounds = regroup.fine_and_coarse
     if coarser and families:
-        prefix_forward[(families,)](
-            *tensors, fine, coarse, regroup.children, num_prefix, eps, **_constants(width, True)
-        )
+        prefix_forward[(families,)](*tensors, *bounds, regroup.children, num_prefix, eps, **_constants(width, True))
     if num_tiles:
         norm_forward[(num_tiles,)](
-            *tensors, regroup.tiles, fine, coarse, regroup.parents, num_prefix, eps,
+            *tensors, regroup.tiles, *bounds, regroup.parents, num_prefix, eps,
             COARSER=coarser, **_constants(width, False),
         )  # fmt: skip
     return x, y, mean, rstd
@@ -355,11 +347,10 @@ def backward(
     )  # fmt: skip
     width = x.shape[1]
     grad_residual = x.new_empty(src_rows, width)
-    grad_update = None
-    if path_scale is not None or layer_scale is not None or grad_y.dtype != x.dtype:
-        grad_update = grad_y.new_empty(grad_residual.shape)
-    coarser, num_tiles, families = regroup.coarser, regroup.tiles.shape[0], _families(regroup)
-    fine, coarse = (regroup.src, regroup.dst) if coarser else (regroup.dst, regroup.src)
+    shared = shares_gradient(x, grad_y, path_scale, layer_scale)
+    grad_update = None if shared else grad_y.new_empty(grad_residual.shape)
+    coarser, num_tiles, families = regroup.coarser, regroup.tiles.shape[0], regroup.families
+    fine, coarse = regroup.fine_and_coarse
     partials = x.new_empty(num_tiles + families, 2 if layer_scale is None else 3, width, dtype=torch.float32)
     tensors = (
         grad_x, grad_y, x, mean, rstd, update, path_scale, layer_scale, weight, grad_residual, grad_update, partials,
@@ -386,11 +377,6 @@ def backward(
 
 def _contiguous(x: Any) -> Any:
     return None if x is None else x.contiguous()
-
-
-def _families(regroup: Regroup) -> int:
-    """Prefix rows of the coarser level, if they change it."""
-    return 0 if regroup.children is None else (regroup.children.shape[0] - 1) * regroup.num_prefix
 
 
 @functools.cache

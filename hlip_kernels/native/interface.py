@@ -11,7 +11,7 @@ from typing import Any
 
 ISAS = ("scalar", "avx2", "avx512", "amx")  # as `HLIP_GENERIC` and the next of attention.h number them
 # A number for the text of the headers, comments too, as setup.py makes it: a library built from others has another.
-ABI = 0xDB2E5A51E1FE755
+ABI = 0x7478A2084AFE7EC
 
 
 class Attention(ctypes.Structure):
@@ -32,7 +32,7 @@ class Attention(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """`struct Norm` of rows.h."""
+    """`struct Norm` of norm_gelu.h."""
 
     _fields_ = (
         *(
@@ -50,7 +50,7 @@ class Norm(ctypes.Structure):
 
 
 class Gelu(ctypes.Structure):
-    """`struct Gelu` of rows.h."""
+    """`struct Gelu` of norm_gelu.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "y", "grad")),
@@ -60,7 +60,7 @@ class Gelu(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`struct Layer` of product.h."""
+    """`struct Layer` of linear.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("tiles", "bias")),
@@ -69,7 +69,7 @@ class Layer(ctypes.Structure):
 
 
 class Product(ctypes.Structure):
-    """`struct Product` of product.h."""
+    """`struct Product` of linear.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("x", "y", "scratch")),
@@ -81,7 +81,7 @@ class Product(ctypes.Structure):
 
 
 class WeightGradient(ctypes.Structure):
-    """`struct WeightGradient` of product.h."""
+    """`struct WeightGradient` of linear.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("grad", "x", "weight", "bias", "scratch")),

@@ -41,7 +41,7 @@ from hlip.read.rules import Rules
 from hlip.store.store import Store
 from hlip.store.tools import stats, verify
 from hlip.train.plot import read_run
-from hlip_kernels.configs import Row, read_table, write_table
+from hlip_kernels.tiles import Row, read_table, write_table
 from measured import choice, measured
 
 

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "kernels.h"
+#include "attention_kernels.h"
 
 static const int64_t SHORT = 4 << 20;  // bytes of a short group's tiles, of all heads
 static const int64_t SHARED = 256 << 20;  // bytes of tiles of a long group, unless one head needs more
@@ -89,7 +89,7 @@ static int larger_first(const void* x, const void* y) {
 // How the scratch of a call is divided, in bytes: the order of groups, turns, a part for each thread, tiles of a long
 // group.
 struct Scratch {
-    int64_t turns = 0, part, local, own_turns, part_bytes, shared, total;
+    int64_t turns = 0, threads, local, own_turns, thread_bytes, shared, total;
 
     Scratch(const Attention& a, const Kernel& k) {
         int64_t blocks = 0, of_short = 0, of_long = 0;
@@ -103,11 +103,11 @@ struct Scratch {
         }
         const int64_t all_turns = round_up(a.heads * blocks * sizeof(int32_t), LINE);
         turns = round_up(a.groups * sizeof(Place), LINE);
-        part = turns + all_turns;
+        threads = turns + all_turns;
         local = round_up(of_short, LINE);  // after a thread's tiles
         own_turns = local + round_up(k.local_bytes(a), LINE);
-        part_bytes = own_turns + all_turns;
-        shared = round_up(part + a.threads * part_bytes, 2 << 20);
+        thread_bytes = own_turns + all_turns;
+        shared = round_up(threads + a.threads * thread_bytes, 2 << 20);
         total = shared + of_long;
     }
 };
@@ -257,7 +257,7 @@ extern "C" __attribute__((visibility("default"))) int32_t hlip_attention(
 
 #pragma omp parallel num_threads(a.threads)
     {
-        char* tiles = memory + scratch.part + omp_get_thread_num() * scratch.part_bytes;
+        char* tiles = memory + scratch.threads + omp_get_thread_num() * scratch.thread_bytes;
         char* local = tiles + scratch.local;
         const Turns own = {reinterpret_cast<int32_t*>(tiles + scratch.own_turns)};
         const Turns turns = {reinterpret_cast<int32_t*>(memory + scratch.turns)};

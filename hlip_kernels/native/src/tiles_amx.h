@@ -8,7 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "attention.h"
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -115,7 +115,7 @@ INLINE __m512 log(__m512 x) {
 template <int N>
 struct Rows {
     const uint16_t* at[N];
-    alignas(64) mutable __m512i part[N];
+    alignas(64) mutable __m512i loaded[N];
 
     Rows(const void* tensor, Span rows, int64_t first, int64_t last, int64_t stride) {
         first += rows.begin, last += rows.begin;
@@ -125,7 +125,7 @@ struct Rows {
     INLINE void load(int64_t column, int64_t present) const {
         const int64_t AHEAD = 64;  // elements, of which the hardware would not know with so many rows
         for (int i = 0; i < N; ++i) {
-            part[i] = at[i] ? load_part(at[i] + column, present) : _mm512_setzero_si512();
+            loaded[i] = at[i] ? load_part(at[i] + column, present) : _mm512_setzero_si512();
             if (at[i]) _mm_prefetch(at[i] + column + AHEAD, _MM_HINT_T0);
         }
     }

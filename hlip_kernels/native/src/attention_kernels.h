@@ -1,4 +1,4 @@
-// The kernels of each ISA: by whether the tensors are bfloat16, and by padded head dim / HEAD_STEP - 1.
+// The attention kernels of each ISA: by whether the tensors are bfloat16, and by padded head dim / HEAD_STEP - 1.
 #pragma once
 
 #include "attention.h"

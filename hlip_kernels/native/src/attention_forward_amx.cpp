@@ -10,6 +10,7 @@
 // maximum.
 #include <float.h>
 
+#include "attention_kernels.h"
 #include "tiles_amx.h"
 
 namespace amx {
@@ -53,8 +54,8 @@ void pack_queries(const Attention& a, const Group& group, Heads heads, int64_t f
             char* to = Packed<K>(group, head - heads.first, tiles).q + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 rows.load(head * D + c * 32, D - c * 32);
-                pack_plain(rows.part, to + c * TILE);
-                pack_plain(rows.part + ROWS, to + (K + c) * TILE);
+                pack_plain(rows.loaded, to + c * TILE);
+                pack_plain(rows.loaded + ROWS, to + (K + c) * TILE);
             }
         }
     }
@@ -69,15 +70,15 @@ void pack_keys(const Attention& a, const Group& group, Heads heads, int64_t firs
             char* to = Packed<K>(group, head - heads.first, tiles).k + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 k.load(head * D + c * 32, D - c * 32);
-                pack_transposed(k.part, to + 2 * c * TILE);
-                pack_transposed(k.part + ROWS, to + (2 * c + 1) * TILE);
+                pack_transposed(k.loaded, to + 2 * c * TILE);
+                pack_transposed(k.loaded + ROWS, to + (2 * c + 1) * TILE);
             }
         }
         for (int head = heads.first; head < heads.last; ++head) {
             char* to = Packed<K>(group, head - heads.first, tiles).v + at / UNIT * Packed<K>::MATRIX;
             for (int c = 0; c < K; ++c) {
                 v.load(head * D + c * 32, D - c * 32);
-                pack_pairs(v.part, to + 2 * c * TILE);
+                pack_pairs(v.loaded, to + 2 * c * TILE);
             }
         }
     }
@@ -242,14 +243,14 @@ void run_safe(Steps<K> steps, float scale) {
             const __m512 none = _mm512_set1_ps(-INFINITY);
             const __m512 x = _mm512_mask_mul_ps(none, s.low, _mm512_load_ps(low), pipeline.scale);
             const __m512 y = _mm512_mask_mul_ps(none, s.high, _mm512_load_ps(high), pipeline.scale);
-            const float found = _mm512_reduce_max_ps(_mm512_max_ps(x, y));
-            if (found > most[r] + SLACK) {
-                const __m512 shrink = _mm512_set1_ps(exp2f(most[r] - found));
-                most[r] = found;
+            const float largest = _mm512_reduce_max_ps(_mm512_max_ps(x, y));
+            if (largest > most[r] + SLACK) {
+                const __m512 shrink = _mm512_set1_ps(exp2f(most[r] - largest));
+                most[r] = largest;
                 _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrink));
                 for (int i = 0; i < Packed<K>::N; ++i) {
-                    float* part = out + (i * ROWS + r) * 16;
-                    _mm512_store_ps(part, _mm512_mul_ps(_mm512_load_ps(part), shrink));
+                    float* values = out + (i * ROWS + r) * 16;
+                    _mm512_store_ps(values, _mm512_mul_ps(_mm512_load_ps(values), shrink));
                 }
             }
             const __m512 p = exp2(_mm512_sub_ps(x, _mm512_set1_ps(most[r])), s.low);

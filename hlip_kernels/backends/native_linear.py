@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..native import native, scratch
 from ..native.interface import Layer, Product, WeightGradient
+from ..ops import define
 from .base import check_tensor
 
 TILE = 1024  # bytes
@@ -124,3 +127,70 @@ def _library() -> ctypes.CDLL:
     if library is None or isa != "amx":
         raise ValueError(reason or f"the products of the native library need AMX, this processor has {isa}")
     return library
+
+
+# The ops, which are called where no graph is made: see `products`.
+
+
+def _tiles_fake(weight: Tensor, transposed: bool) -> Tensor:
+    inner, columns = weight.shape if transposed else weight.shape[::-1]
+    return weight.new_empty(tiles_shape(inner, columns), dtype=torch.uint8)
+
+
+def _layers_fake(x: Tensor, tiles: list[Tensor], biases: list[Tensor], columns: list[int], gelu: bool) -> Tensor:
+    return x.new_empty(x.shape[0], columns[-1])
+
+
+def _mlp_fake(x: Tensor, tiles: Any, biases: Any, columns: list[int]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], columns[1]), x.new_empty(x.shape[0], columns[0])
+
+
+def _hidden_gradient_fake(grad: Tensor, tiles: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+
+
+def _layers_flops(x: Tensor, tiles: Any, biases: Any, columns: Sequence[int], *_: Any, out_val: Any) -> int:
+    return sum(2 * len(x) * inner * outer for inner, outer in pairwise((x.shape[1], *columns)))
+
+
+def _hidden_gradient_flops(grad: Tensor, tiles: Any, hidden: Tensor, *, out_val: Any) -> int:
+    return 2 * grad.numel() * hidden.shape[1]
+
+
+def _weight_gradient_flops(grad: Tensor, x: Tensor, *_: Any, out_val: Any) -> int:
+    return 2 * grad.numel() * x.shape[1]
+
+
+define("amx_tiles", "Tensor weight, bool transposed", "Tensor", pack, _tiles_fake)
+define(
+    "amx_layers",
+    "Tensor x, Tensor[] tiles, Tensor[] biases, int[] columns, bool gelu",
+    "Tensor",
+    layers,
+    _layers_fake,
+    _layers_flops,
+)
+define(
+    "amx_mlp",
+    "Tensor x, Tensor[] tiles, Tensor[] biases, int[] columns",
+    "(Tensor out, Tensor hidden)",
+    mlp,
+    _mlp_fake,
+    _layers_flops,
+)
+define(
+    "amx_hidden_gradient",
+    "Tensor grad, Tensor tiles, Tensor hidden",
+    "(Tensor active, Tensor grad_hidden)",
+    hidden_gradient,
+    _hidden_gradient_fake,
+    _hidden_gradient_flops,
+)
+define(
+    "amx_weight_gradient",
+    "Tensor grad, Tensor x, Tensor(a!) weight, Tensor(b!) bias, bool add",
+    "()",
+    weight_gradient,
+    lambda *_: None,
+    _weight_gradient_flops,
+)

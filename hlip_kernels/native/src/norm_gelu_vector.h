@@ -2,10 +2,10 @@
 // shapes alone decide.
 #include <stdlib.h>
 
-#include "rows.h"
+#include "norm_gelu.h"
 #include "simd.h"
 
-namespace ROWS_ISA {
+namespace NORM_GELU_ISA {
 namespace {
 
 const int MOST = 4096;  // columns of a row that a thread keeps on its stack; wider ones take the heap
@@ -13,19 +13,19 @@ const int MOST = 4096;  // columns of a row that a thread keeps on its stack; wi
 // The last elements of a row, less than a vector of them; the others are `rest`.
 template <typename T>
 inline vec load_part(const T* p, int64_t count, float rest = 0) {
-    T part[WIDTH];
-    for (int i = 0; i < WIDTH; ++i) part[i] = i < count ? p[i] : T(0);
-    vec x = load(part);
+    T lanes[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) lanes[i] = i < count ? p[i] : T(0);
+    vec x = load(lanes);
     for (int i = 0; i < WIDTH; ++i)
         if (i >= count) x[i] = rest;
     return x;
 }
 template <typename T>
 inline void store_part(T* p, int64_t count, vec x) {
-    T part[WIDTH];
-    store(part, x);
+    T lanes[WIDTH];
+    store(lanes, x);
     for (int i = 0; i < WIDTH; ++i)
-        if (i < count) p[i] = part[i];
+        if (i < count) p[i] = lanes[i];
 }
 
 // A row of `columns` elements, vector by vector: f(first column, elements in it, which is WIDTH but at the end).
@@ -344,11 +344,11 @@ void gelu_of(const Gelu& g) {
     const T* x = static_cast<const T*>(g.x);
     T* y = static_cast<T*>(g.y);
     T* grad = static_cast<T*>(g.grad);
-    const int64_t each = 4096;
+    const int64_t chunk = 4096;
 #pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t first = 0; first < g.size; first += each)
+    for (int64_t first = 0; first < g.size; first += chunk)
         each_vector(
-            first + each < g.size ? each : g.size - first,
+            first + chunk < g.size ? chunk : g.size - first,
             [&](int64_t i, int64_t count) __attribute__((always_inline)) {
                 i += first;
                 vec bell;
@@ -376,4 +376,4 @@ void norm(const Norm& n, bool backward) {
 
 void gelu(const Gelu& g) { g.bfloat16 ? gelu_of<bf16>(g) : gelu_of<float>(g); }
 
-}  // namespace ROWS_ISA
+}  // namespace NORM_GELU_ISA

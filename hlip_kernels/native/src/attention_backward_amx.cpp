@@ -5,134 +5,15 @@
 // A step is 32 keys x 32 queries. The products of steps before and after it run between the rows of its softmax.
 #include <float.h>
 
-#include "tiles_amx.h"
+#include "attention_backward_jobs_amx.h"
+#include "attention_backward_pack_amx.h"
+#include "attention_kernels.h"
 
 namespace amx {
 namespace {
 
 const int UNITS = 4;  // of keys and of queries in a block
 const int BLOCK = UNITS * UNIT;
-const float FINE = -1;  // below the logarithm of any sum of weights of which one is 1
-
-// Tiles of a head: seven matrices in units of 32 rows, then sums for grad_q, lse and delta, and what refines lse. Later,
-// grad_k and grad_v take the place of k and v.
-template <int K>
-struct Packed {
-    static constexpr int N = 2 * K;  // tiles of 16 columns
-    static constexpr int64_t MATRIX = 2 * K * TILE;  // of a unit
-    char *k, *v;  // plain, for the scores and the gradients of weights
-    char *k_columns;  // transposed, plain: for grad_q
-    char *q_columns, *g_columns;  // transposed, paired: for the scores and the gradients of weights
-    char *q, *g;  // paired: for grad_k and grad_v
-    float *grad_q;  // transposed
-    float *lse, *delta;
-    // Where lse, one float, is too coarse for some query of a unit, `lse` holds the largest product of each with a key, and
-    // this the logarithm of the sum of its weights without that, in powers of two. Elsewhere it begins with FINE.
-    float* rest;
-
-    Packed(const Group& group, int head, char* tiles) {
-        const int64_t queries = units_of(group.queries), keys = units_of(group.keys) * MATRIX;
-        k = tiles + head * bytes(group);
-        v = k + keys;
-        k_columns = v + keys;
-        q_columns = k_columns + keys;
-        g_columns = q_columns + queries * MATRIX;
-        q = g_columns + queries * MATRIX;
-        g = q + queries * MATRIX;
-        grad_q = reinterpret_cast<float*>(g + queries * MATRIX);
-        lse = grad_q + queries * UNIT * 32 * K;
-        delta = lse + queries * UNIT;
-        rest = delta + queries * UNIT;
-    }
-    static int64_t bytes(const Group& group) {
-        const int64_t of_query = 6 * MATRIX + 3 * UNIT * sizeof(float);  // of a unit; grad_q is as much as two matrices
-        return units_of(group.queries) * of_query + units_of(group.keys) * 3 * MATRIX;
-    }
-};
-
-template <int K>
-size_t tile_bytes(const Attention&, const Group& group) {
-    return Packed<K>::bytes(group);
-}
-
-// What else belongs to a unit of queries: the gradient of out, lse, and delta, the product of out and its gradient. A
-// query that does not exist has weights of 0.
-template <int K>
-void pack_rest(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t size = a.heads * int64_t(a.head_dim);
-    const Rows<UNIT> out(a.out, group.queries, first, last, size), grad(a.grad_out, group.queries, first, last, size);
-    for (int head = heads.first; head < heads.last; ++head) {
-        const Packed<K> to(group, head - heads.first, tiles);
-        const int64_t unit = first / UNIT * Packed<K>::MATRIX;
-        alignas(64) float sums[UNIT][16] = {};
-        for (int c = 0; c < K; ++c) {
-            out.load(head * a.head_dim + 32 * c, a.head_dim - 32 * c);
-            grad.load(head * a.head_dim + 32 * c, a.head_dim - 32 * c);
-            for (int i = 0; i < UNIT; ++i) {
-                const __m512 sum = _mm512_load_ps(sums[i]);
-                _mm512_store_ps(sums[i], _mm512_dpbf16_ps(sum, (__m512bh)out.part[i], (__m512bh)grad.part[i]));
-            }
-            pack_transposed(grad.part, to.g_columns + unit + 2 * c * TILE);
-            pack_transposed(grad.part + ROWS, to.g_columns + unit + (2 * c + 1) * TILE);
-            pack_pairs(grad.part, to.g + unit + 2 * c * TILE);
-        }
-        _mm512_store_ps(to.delta + first, totals(sums[0]));
-        _mm512_store_ps(to.delta + first + ROWS, totals(sums[ROWS]));
-        const float* lse = a.lse + head * a.q_rows + group.queries.begin;
-        for (int64_t i = first; i < first + UNIT; ++i) to.lse[i] = i < last ? lse[i] * LOG2E : 1e30f;
-        to.rest[first] = FINE;
-    }
-}
-
-template <int K>
-void pack_queries(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim;
-    for (int64_t at = first; at < last; at += UNIT) {
-        const Rows<UNIT> rows(a.q, group.queries, at, last, a.q_stride);
-        const int64_t unit = at / UNIT * Packed<K>::MATRIX;
-        for (int head = heads.first; head < heads.last; ++head) {
-            const Packed<K> to(group, head - heads.first, tiles);
-            for (int c = 0; c < K; ++c) {
-                rows.load(head * D + c * 32, D - c * 32);
-                pack_transposed(rows.part, to.q_columns + unit + 2 * c * TILE);
-                pack_transposed(rows.part + ROWS, to.q_columns + unit + (2 * c + 1) * TILE);
-                pack_pairs(rows.part, to.q + unit + 2 * c * TILE);
-            }
-        }
-        pack_rest<K>(a, group, heads, at, last, tiles);
-    }
-}
-
-template <int K>
-void pack_keys(const Attention& a, const Group& group, Heads heads, int64_t first, int64_t last, char* tiles) {
-    const int64_t D = a.head_dim;
-    for (int64_t at = first; at < last; at += UNIT) {
-        const Rows<UNIT> k(a.k, group.keys, at, last, a.k_stride), v(a.v, group.keys, at, last, a.k_stride);
-        const int64_t unit = at / UNIT * Packed<K>::MATRIX;
-        for (int head = heads.first; head < heads.last; ++head) {
-            const Packed<K> to(group, head - heads.first, tiles);
-            for (int c = 0; c < K; ++c) {
-                k.load(head * D + c * 32, D - c * 32);
-                pack_plain(k.part, to.k + unit + c * TILE);
-                pack_plain(k.part + ROWS, to.k + unit + (K + c) * TILE);
-                char* columns = to.k_columns + unit + 2 * c * TILE;
-                pack_pairs(k.part, columns);
-                transpose_tile(columns);
-                transpose_tile(columns + TILE);
-            }
-        }
-        for (int head = heads.first; head < heads.last; ++head) {
-            const Packed<K> to(group, head - heads.first, tiles);
-            for (int c = 0; c < K; ++c) {
-                v.load(head * D + c * 32, D - c * 32);
-                pack_plain(v.part, to.v + unit + c * TILE);
-                pack_plain(v.part + ROWS, to.v + unit + (K + c) * TILE);
-            }
-        }
-    }
-}
-
-const int QUAD = 4 * ROWS * 16;  // floats of two by two tiles
 
 // A thread's own memory.
 template <int K>
@@ -148,108 +29,6 @@ template <int K>
 size_t local_bytes(const Attention&) {
     return sizeof(Local<K>);
 }
-
-// A product of two by two tiles, sums of so many steps: where the operands' tiles are, in bytes from one to the next.
-struct Job {
-    const char* a;
-    int64_t a_row, a_step;
-    const char* b;
-    int64_t b_column, b_step;
-    int64_t steps;
-    float* c;
-    bool zero;  // whether c begins, and is not added to
-};
-
-// The softmax of a step and its gradient, some rows at a time.
-struct Softmax {
-    int row;
-    const float *scores, *grads, *lse, *delta;
-    const float* rest;  // null where lse is fine
-    __m512 scale;
-    char *weights, *score_grads, *paired;
-
-    static INLINE __m512 weight(__m512 score, __m512 largest, __m512 rest, __m512 scale) {
-        return exp2(_mm512_fmsub_ps(_mm512_sub_ps(score, largest), scale, rest), 0xffff);
-    }
-
-    // Row r: 32 queries of a key.
-    INLINE __m512i soften(int r) const {
-        const int at = r / ROWS * 2 * ROWS * 16 + r % ROWS * 16;
-        __m512 p[2], ds[2];
-        for (int j = 0; j < 2; ++j) {
-            const __m512 s = _mm512_load_ps(scores + at + j * ROWS * 16);
-            const __m512 dp = _mm512_load_ps(grads + at + j * ROWS * 16);
-            const __m512 less = _mm512_load_ps(lse + 16 * j);
-            p[j] = rest ? weight(s, less, _mm512_load_ps(rest + 16 * j), scale)
-                        : exp2(_mm512_fmsub_ps(s, scale, less), 0xffff);
-            ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(dp, _mm512_load_ps(delta + 16 * j)));
-        }
-        const __m512i narrowed = narrow(ds[0], ds[1]);
-        _mm512_store_si512(weights + 64 * r, narrow(p[0], p[1]));
-        _mm512_store_si512(score_grads + 64 * r, narrowed);
-        return narrowed;
-    }
-    INLINE void advance(int rows) {
-        for (int end = row + rows < UNIT ? row + rows : UNIT; row < end; row += 2) {
-            const __m512i even = soften(row), odd = soften(row + 1);
-            pack_pair(even, odd, paired + 32 * row);
-        }
-    }
-};
-
-// Runs jobs between the rows of a softmax. What a job has summed up is stored when the next one begins: the tile unit
-// would have nothing to do while it waits.
-class Machine {
-  public:
-    Softmax softmax = {UNIT, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-
-    void run(const Job& job) {
-        const char *a = job.a, *b = job.b;
-        tile_stream<4>(a);
-        tile_stream<6>(b);
-        begin<0>(job);
-        tile_multiply<0, 4, 6>();
-        tile_stream<7>(b + job.b_column);
-        begin<1>(job);
-        tile_multiply<1, 4, 7>();
-        tile_stream<5>(a + job.a_row);
-        begin<2>(job);
-        tile_multiply<2, 5, 6>();
-        begin<3>(job);
-        tile_multiply<3, 5, 7>();
-        softmax.advance(4);
-        for (int64_t k = 1; k < job.steps; ++k) {
-            a += job.a_step;
-            b += job.b_step;
-            tile_stream<4>(a);
-            tile_stream<6>(b);
-            tile_multiply<0, 4, 6>();
-            tile_stream<7>(b + job.b_column);
-            tile_multiply<1, 4, 7>();
-            tile_stream<5>(a + job.a_row);
-            tile_multiply<2, 5, 6>();
-            tile_multiply<3, 5, 7>();
-            softmax.advance(4);
-        }
-        unstored_ = job.c;
-    }
-    void store() {
-        if (unstored_) repeat<4>([&](auto i) { tile_store<i.value>(unstored_ + i.value * ROWS * 16); });
-        unstored_ = nullptr;
-    }
-
-  private:
-    float* unstored_ = nullptr;
-
-    template <int I>
-    INLINE void begin(const Job& job) const {
-        if (unstored_) tile_store<I>(unstored_ + I * ROWS * 16);
-        if (job.zero)
-            tile_zero<I>();
-        else
-            tile_load<I>(job.c + I * ROWS * 16);
-    }
-};
 
 template <int K>
 Job scores_of(const Packed<K>& from, int64_t keys, int64_t queries, float* to) {
@@ -375,13 +154,13 @@ class Block {
     // Units of keys take turns with the two buffers, also from one block of queries to the next.
     int buffer_of(Place p) const { return (p.block * keys_ + p.key) & 1; }
 
-    // The part of the jobs for grad_v and grad_k that should be done after `part` of `parts`.
-    void pay_key_sums(int64_t part, int64_t parts) {
+    // The share of the jobs for grad_v and grad_k that should be done after `step` of `steps`.
+    void pay_key_sums(int64_t step, int64_t steps) {
         if (!owed_.any) return;
         const int64_t key = owed_.key, queries = queries_of(owed_.block);
         const int buffer = buffer_of({owed_.block, key, 0});
         const int64_t unit = owed_.block * UNITS * MATRIX;
-        for (const int64_t end = (2 * K * part + parts - 1) / parts; paid_ < end; ++paid_) {
+        for (const int64_t end = (2 * K * step + steps - 1) / steps; paid_ < end; ++paid_) {
             const int64_t m = paid_ % K;
             const bool of_v = paid_ < K;
             const char* left = of_v ? local_.weights[buffer][0] : local_.score_grads[buffer][0];
@@ -389,7 +168,7 @@ class Block {
             float* sums = of_v ? local_.grad_v[key][m] : local_.grad_k[key][m];
             machine_.run({left, TILE, 2 * TILE, right, TILE, MATRIX, queries, sums, owed_.block == 0});
         }
-        if (part == parts) {
+        if (step == steps) {
             owed_.any = false;
             paid_ = 0;
         }
@@ -492,8 +271,8 @@ void finish_keys(const Attention& a, const Group& group, Heads heads, int64_t fi
         const int64_t from = i / ROWS * K * TILE + i % ROWS * 64, to = (group.keys.begin + i) * a.grad_k_stride;
         const auto write = [&](const char* matrix, void* grad, int64_t column) {
             for (int c = 0; c < K; ++c) {
-                const __m512i part = _mm512_load_si512(matrix + from + c * TILE);
-                store_part(static_cast<uint16_t*>(grad) + to + column + 32 * c, part, D - 32 * c);
+                const __m512i values = _mm512_load_si512(matrix + from + c * TILE);
+                store_part(static_cast<uint16_t*>(grad) + to + column + 32 * c, values, D - 32 * c);
             }
         };
         for (int head = heads.first; head < heads.last; ++head)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import native as library
 from ..native import DTYPES
 from ..native.interface import ISAS, Gelu, Norm
-from .base import NormBackend, Regroup, check_norm, check_tensor
+from .base import NormBackend, Regroup, check_norm, check_tensor, shares_gradient
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ class NativeNorm(NormBackend):
         src_rows = len(x) - regroup.rows_added
         check_norm(regroup, src_rows, x, inputs["grad_y"], **inputs)
         grad_residual = x.new_empty(src_rows, x.shape[1])
-        shared = path_scale is None and layer_scale is None and grad_y.dtype == x.dtype
+        shared = shares_gradient(x, grad_y, path_scale, layer_scale)
         grad_update = grad_y.new_empty(0) if shared else grad_residual.new_empty(grad_residual.shape, dtype=dtype)
         sums = x.new_empty(3, x.shape[1], dtype=torch.float32)
         outputs = {"grad_residual": grad_residual, "grad_update": None if shared else grad_update, "sums": sums}

@@ -1,3 +1,3 @@
 // Norms and GELU, to be compiled for processors with AMX, which convert to bfloat16 in one instruction.
-#define ROWS_ISA amx
-#include "rows_of.h"
+#define NORM_GELU_ISA amx
+#include "norm_gelu_vector.h"

@@ -52,23 +52,23 @@ int32_t hlip_norm(const Norm*, int32_t isa, int32_t backward);
 void hlip_gelu(const Gelu*, int32_t isa);
 }
 
-#define DECLARE_ROWS(isa) \
+#define DECLARE_NORM_GELU(isa) \
     namespace isa { \
     void norm(const Norm&, bool backward); \
     void gelu(const Gelu&); \
     }
-DECLARE_ROWS(generic)
-DECLARE_ROWS(avx2)
-DECLARE_ROWS(avx512)
-DECLARE_ROWS(amx)
+DECLARE_NORM_GELU(generic)
+DECLARE_NORM_GELU(avx2)
+DECLARE_NORM_GELU(avx512)
+DECLARE_NORM_GELU(amx)
 
 // Rows, or groups of prefix rows, that make one block: so many that there are at most 128 blocks of each kind, whatever
 // the number of threads.
 static inline int64_t block_of(int64_t items, int64_t least) {
-    const int64_t each = (items + 127) / 128;
-    return each > least ? each : least;
+    const int64_t size = (items + 127) / 128;
+    return size > least ? size : least;
 }
 static inline int64_t blocks_of(int64_t items, int64_t least) {
-    const int64_t each = block_of(items, least);
-    return (items + each - 1) / each;
+    const int64_t size = block_of(items, least);
+    return (items + size - 1) / size;
 }

@@ -1,5 +1,5 @@
 // The C interface of norms and GELU.
-#include "rows.h"
+#include "norm_gelu.h"
 
 #include <string.h>
 
@@ -8,7 +8,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int64_t hlip_norm_blocks(const Norm* n) {
-    // Those of prefix rows that change level, and those of all others: see `Rows` in rows_of.h.
+    // Those of prefix rows that change level, and those of all others: see `Rows` in norm_gelu_vector.h.
     const int64_t coarse = n->src_groups < n->dst_groups ? n->src_groups : n->dst_groups;
     const int64_t prefix = n->children ? blocks_of(coarse, 1) : 0;
     const int64_t rows = n->tokens + (n->children ? 0 : int64_t(n->src_groups) * n->num_prefix);

@@ -1,5 +1,5 @@
 // The C interface of products. Where there is no AMX, nobody calls it: PyTorch's are used.
-#include "product.h"
+#include "linear.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -112,6 +112,16 @@ def kind_of(dtype: torch.dtype, tf32: bool = False) -> str:
     return "half" if dtype.itemsize == 2 else "tf32" if tf32 else "fp32"
 
 
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Tell whether the caller lets PyTorch's own products of float32 run in tf32."""
+    if dtype != torch.float32:
+        return False
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:  # before PyTorch 2.9
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return (getattr(torch.backends, "fp32_precision", "ieee") if precision == "none" else precision) == "tf32"
+
+
 def row_of(arch: str, dtype: torch.dtype, head_dim: int, tf32: bool = False) -> Row:
     return Row(arch, kind_of(dtype, tf32), head_dim)
 

@@ -1,4 +1,4 @@
-"""Hierarchical attention inside models that keep their tokens in dense batches.
+"""The drop-in layer, and hierarchical attention inside models that keep their tokens in dense batches.
 
 Shapes: B dense rows (images, volumes), L = P + N tokens of each: P prefix rows, then N patches; H heads, D head dim,
 C width. Neither transformers nor MONAI is imported until it is used.
@@ -13,8 +13,77 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import hier_attention, regroup
+from .attention import hier_attention
+from .backends import BACKENDS
 from .layout import LEVELS, Grid, Level, StudyLayout, check_level
+from .linear import is_plain, linear
+from .norm import regroup
+
+
+class HierarchicalAttention(nn.Module):
+    """Multi-head self-attention over the groups of a packed batch.
+
+    Parameter names and shapes are those of a ViT block's attention in timm (`qkv`, `q_norm`, `k_norm`, `proj`),
+    so its weights load unchanged.
+
+    Args:
+        dim: width C; a multiple of `num_heads`.
+        num_heads: H.
+        qkv_bias, proj_bias: whether the two projections have a bias.
+        backend: see `hier_attention`.
+        qk_norm: whether each head's queries and keys pass a LayerNorm (with the epsilon of timm's ViTs).
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`, or an unknown backend.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        backend: str = "auto",
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+        """x: (R, C), group after group (see `hier_attention`). Returns the same shape.
+
+        Raises:
+            ValueError: x of another width, or anything that `hier_attention` refuses.
+        """
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x: expected (rows, {self.dim}), got {tuple(x.shape)}")
+        return self.attend(self.qkv(x), layout, level)
+
+    def attend(self, qkv: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+        """What follows the first projection: (R, 3 C) to (R, C)."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        if not (is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity)):
+            # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.
+            q, k, v = qkv.unbind(1)
+            qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
+        out = hier_attention(qkv, layout, level, backend=self.backend).flatten(1)
+        return linear(self.proj, out)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError("torch.jit.script knows no StudyLayout. Use torch.compile, or torch.export.")
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, backend={self.backend!r}"
 
 
 def dense_attention(
