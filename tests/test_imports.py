@@ -18,6 +18,8 @@ FLOORS = (  # of hlip: a room uses those of lower floors; those at the bottom, t
     ("evaluate", "explain"), ("train",), ("demo",), ("cli",),
 )  # fmt: skip
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+MAX_FILE, MAX_FUNCTION = 400, 60  # lines
+LONG_FUNCTIONS: dict[str, str] = {}  # and why
 FACE = len(FLOORS)  # hlip/__init__.py: above every room, used by none
 TRITON_MODULES = {f"hlip_kernels.backends.triton_{name}" for name in ("attention", "norm", "rows")}
 KERNELS_MAY_IMPORT = {"torch", "numpy", "hlip_kernels", *sys.stdlib_module_names}
@@ -193,6 +195,25 @@ def no_cycle(root: Path) -> list[str]:
     return []
 
 
+def files_are_short(root: Path) -> list[str]:
+    return [
+        f"{path.relative_to(root)} has {lines} lines"
+        for top in (*PACKAGES, *PROGRAMS)
+        for path in (root / top).rglob("*.py")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_FILE
+    ]
+
+
+def functions_are_short(root: Path) -> list[str]:
+    return [
+        f"{name}.{node.name} has {lines} lines"
+        for name, module in modules(root).items()
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef) and f"{name}.{node.name}" not in LONG_FUNCTIONS
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION
+    ]
+
+
 Rule = Callable[[Path], list[str]]
 RULES: list[Rule] = [
     kernels_need_torch_only,
@@ -202,6 +223,8 @@ RULES: list[Rule] = [
     no_star_import,
     no_sys_path,
     no_cycle,
+    files_are_short,
+    functions_are_short,
 ]
 KERNELS = "from .layout import Grid\n__all__ = ['Grid']\n"
 GOOD = {
@@ -259,6 +282,8 @@ BAD: list[tuple[Rule, str, str]] = [
     (no_cycle, "hlip/read/nifti.py", "if True:\n    from hlip.read import scan"),
     (no_cycle, "hlip_kernels/layout.py", "from . import Grid"),
     (no_cycle, "bench/benchlib/config.py", "from . import timing"),
+    (files_are_short, "hlip/read/a.py", "x = 1\n" * 401),
+    (functions_are_short, "hlip/read/a.py", "def f():\n" + "    x = 1\n" * 60),
 ]
 
 

@@ -246,7 +246,7 @@ def test_one_embedding_for_each_prefix_row() -> None:
         ({"per_prefix": False}, "needs per_prefix"),
         ({"objective": "moco"}, "objective: expected one of clip, siglip, dual, got 'moco'"),
         ({"per_prefix": "false"}, "per_prefix: expected true or false, got 'false'"),
-        ({"embed_dim": 32.0}, "embed_dim must be int, got 32.0"),
+        ({"embed_dim": 32.0}, "embed_dim: expected a whole number, got 32.0"),
         ({"embed_dim": 0}, "embed_dim must be above 0, got 0"),
         ({"projection": False}, "embed_dim must be the encoder's 96, got 32"),
     ]:

@@ -1,0 +1,127 @@
+"""Opens, finishes, joins and resumes what older revisions wrote: see tests/write_fixtures.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hlip
+from hlip.cli import main as cli
+from hlip.embed.table import Embeddings
+from hlip.prepare.discover import find_studies
+from hlip.prepare.job import prepare
+from hlip.store.store import Store
+from hlip.store.tools import merge, verify
+from hlip.train import pretrain
+
+pytest.importorskip("pyarrow")
+WRITTEN = Path(__file__).with_name("written")
+REVISIONS = sorted(path.name for path in WRITTEN.iterdir())
+
+
+@pytest.fixture(params=REVISIONS)
+def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what a revision wrote, as the working folder: names within are relative."""
+    folder = tmp_path / request.param
+    shutil.copytree(WRITTEN / request.param, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(*words: object) -> None:
+    assert cli.main([str(word) for word in words]) == 0
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_store_opens_and_is_whole(old: Path) -> None:
+    store = Store("store")
+    assert list(store.uids) == [f"study{s}" for s in range(6)]
+    assert verify(old / "store") == []
+    study = store.study(1)
+    assert study.impression == "glioma number 1." and [tuple(scan.shape) for scan in study.scans] == [(8, 16, 16)] * 2
+    names, labels = store.labels
+    assert names == ["stroke", "tumour"] and labels[:, 0].tolist() == [0, 1] * 3
+
+
+def test_the_same_files_make_the_same_store_today(old: Path) -> None:
+    run("prepare", "studies", "--out", "new", "--recipe", "recipe.yaml", "--reports", "reports.json", "--labels",
+        "labels.csv")  # fmt: skip
+    assert files_of(old / "new") == files_of(old / "store")
+
+
+def test_a_finished_store_is_left_as_it_is(old: Path) -> None:
+    before = files_of(old / "store")
+    run("prepare", "studies", "--out", "store", "--recipe", "recipe.yaml", "--reports", "reports.json", "--labels",
+        "labels.csv")  # fmt: skip
+    assert files_of(old / "store") == before
+
+
+def test_a_store_that_was_broken_off_is_finished(old: Path) -> None:
+    done = {path.name: path.read_bytes() for path in (old / "unfinished" / "shards").glob("*.safetensors")}
+    assert 0 < len(done) < 6
+    recipe = hlip.load_recipe("recipe.yaml")
+    report = prepare(find_studies(Path("studies")), recipe, "unfinished", shard_scans=2)
+    assert report.studies == 6
+    assert verify(old / "unfinished") == []
+    assert {name: (old / "unfinished" / "shards" / name).read_bytes() for name in done} == done
+    assert not (old / "unfinished" / "work").exists()
+
+
+def test_a_store_is_joined_with_one_of_today(old: Path) -> None:
+    for s in range(6):
+        (old / "studies" / f"study{s}").rename(old / "studies" / f"other{s}")
+    prepare(find_studies(Path("studies")), hlip.load_recipe("recipe.yaml"), "new")
+    merge([old / "store", old / "new"], old / "both")
+    assert len(Store("both")) == 12
+    assert verify(old / "both") == []
+
+
+def test_a_model_gives_the_same_embeddings(old: Path) -> None:
+    model = hlip.HLIPModel.from_pretrained("model")
+    store, written = Store("store"), Embeddings.read(old / "store.npz")
+    assert np.array_equal(written.embedding, Embeddings.read(old / "store.parquet").embedding)
+    with torch.no_grad():
+        encoded = model.encode_image(hlip.pack([store.study(s) for s in range(6)], (4, 8, 8)))
+    assert written.study.tolist() == list(store.uids)
+    torch.testing.assert_close(encoded, torch.from_numpy(written.embedding), rtol=0, atol=1e-2)  # bf16, where it is fast
+
+
+def test_embeddings_are_evaluated_as_they_were(old: Path) -> None:
+    run("eval", "prompts.yaml", "--embeddings", "store.npz", "--labels", "labels.csv", "--model", "model", "--out", "eval",
+        "--draws", 20)  # fmt: skip
+    then, now = json.loads(Path("expected.json").read_text())["eval"], json.loads(Path("eval/metrics.json").read_text())
+    facts = {"data", "left_out_scans"}
+    assert {key: now[key] for key in now.keys() - facts} == {key: then[key] for key in then.keys() - facts}
+
+
+def test_a_probe_is_applied(old: Path) -> None:
+    run("probe", "store.npz", "--labels", "labels.csv", "--out", "applied", "--apply", "store.probe.npz", "--draws", 20,
+        "--minimum", 1)  # fmt: skip
+    assert [row.split(",")[0] for row in Path("applied/auc.csv").read_text().splitlines()[1:3]] == ["stroke", "tumour"]
+
+
+def test_a_model_is_written_as_it_was(old: Path) -> None:
+    run("convert", "model", "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (old / "again" / name).read_bytes() == (old / "model" / name).read_bytes()
+
+
+def test_a_run_goes_on(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the losses that it had, had it not been killed."""
+    settings = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
+    flags = ["data", "init", "steps", "batch_size", "warmup", "precision", "workers", "log_every", "save_every", "lr", "keep"]
+    arguments = [f"--{name}={settings[name]}" for name in flags]
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *arguments, "--out=run", "--resume=auto"])
+    assert pretrain.main() == 0
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses == pytest.approx(json.loads(Path("expected.json").read_text())["losses"], rel=2e-3)
+    assert hlip.HLIPModel.from_pretrained("run/model").config.embed_dim == 16
