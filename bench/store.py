@@ -29,11 +29,13 @@ import torch
 
 from benchlib.options import number
 from benchlib.report import print_table
-from hlip.prepare.discover import Found, StudySource
+from hlip.prepare.discover import Found
 from hlip.prepare.job import prepare
 from hlip.prepare.recipe import load_recipe
 from hlip.read.scan import ScanSource
-from hlip.store.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
+from hlip.store.format import shard_file, write_shard
+from hlip.store.tools import finish
+from hlip.study import PreparedScan, StudyRecord
 
 PER_SHARD = 500
 SAMPLES = 10_000
@@ -43,8 +45,7 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 import pyarrow
-from hlip.store.dataset import StudyDataset
-from hlip.store.store import Store
+from hlip.store.store import Store, StudyDataset
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 before, start = peak(), time.perf_counter()
 store = Store(sys.argv[1])
@@ -59,16 +60,16 @@ print(json.dumps([opened, sampled, before, peak(), len(store), len(store.shapes)
 """
 
 
-def make_studies(first: int, end: int) -> Iterator[PreparedStudy]:
+def make_studies(first: int, end: int) -> Iterator[StudyRecord[PreparedScan]]:
     for i in range(first, end):
         rng = np.random.default_rng(i)
         image = torch.full((2, 8, 8), i % 256, dtype=torch.uint8)
         planes = ("axial", "coronal", "sagittal")
         scans = [
-            StoredScan(f"{m:03d}", image, (5.0, 0.9, 0.9), planes[m % 3], 24, "MR", f"AX T2 FLAIR FS POST {m}")
+            PreparedScan(f"{m:03d}", image, (5.0, 0.9, 0.9), planes[m % 3], 24, "MR", f"AX T2 FLAIR FS POST {m}")
             for m in range(int(np.clip(rng.gamma(4, 3.2), 1, 40)))
         ]
-        yield PreparedStudy(f"{i:08d}", scans, SENTENCE * 2, SENTENCE * 8, {"abnormal": float(i % 2)})
+        yield StudyRecord(f"{i:08d}", scans, SENTENCE * 2, SENTENCE * 8, {"abnormal": float(i % 2)})
 
 
 def write_part(folder: Path, studies: int, k: int) -> None:
@@ -111,7 +112,7 @@ def throughput(folder: Path, studies: int) -> None:
 
     file = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
     scans = tuple(ScanSource(f"{m}", "nifti", (file,)) for m in range(4))
-    found = Found([StudySource(f"{i:04d}", scans) for i in range(studies)], [])
+    found = Found([StudyRecord(f"{i:04d}", scans) for i in range(studies)], [])
     rows: list[list[float]] = []
     for workers in (1, 2, 1, 2):
         loops = busy_loops(workers)

@@ -19,7 +19,7 @@ _HOMES = {
     "ModelConfig": "model.config",
     "PackedBatch": "study",
     "Recipe": "prepare.recipe",
-    "ScanError": "read.volume",
+    "ScanError": "read.scan",
     "Study": "study",
     "create_model": "model.clip",
     "list_models": "model.config",

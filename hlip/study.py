@@ -5,8 +5,9 @@ Shapes: T patch tokens, V = pd * ph * pw voxels of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,66 @@ from torch import Tensor
 
 from hlip_kernels import Grid, Level, StudyLayout
 
-from .read.scan import Rejection
+from .read.scan import Rejection, ScanSource, Volume
+
+Scan = TypeVar("Scan")
+OtherScan = TypeVar("OtherScan")
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan as a model sees it, and what is kept of its origin.
+
+    name: tells the scans of one source apart: volume of a 4D image, window, or both; empty if there is only one. In a
+        study, the scan's own name; see `of`.
+    image: (D, H, W) uint8, through-plane axis first.
+    spacing: mm from voxel to voxel along D, H and W; not-a-number where the file does not tell.
+    plane: "axial", "coronal" or "sagittal"; "axial" where the file does not tell.
+    slices: of the source.
+    modality, description: as `ScanSource` has them.
+    grid: the volume that it was made of, without voxels: for `Recipe.on_source`.
+    """
+
+    name: str
+    image: Tensor
+    spacing: tuple[float, float, float]
+    plane: str
+    slices: int
+    modality: str = ""
+    description: str = ""
+    grid: Volume | None = None
+
+    def of(self, source: ScanSource) -> PreparedScan:
+        """The same scan as one of its study."""
+        name = f"{source.name}:{self.name}" if self.name else source.name
+        return replace(self, name=name, modality=source.modality, description=source.description)
+
+
+@dataclass(frozen=True)
+class StudyRecord(Generic[Scan]):
+    """A study on its way from files to a store: its scans in their fixed order, and what goes with them.
+
+    scans: each a `ScanSource` as it lies on disk, or a `PreparedScan`.
+    impression, findings: the report's two sections; empty if absent.
+    labels: by name.
+    rejected: what was left out of it, and why.
+    """
+
+    uid: str
+    scans: Sequence[Scan]
+    impression: str = ""
+    findings: str = ""
+    labels: Mapping[str, float] = field(default_factory=dict)
+    rejected: Sequence[Rejection] = ()
+
+    def having(self, scans: Sequence[OtherScan], rejected: Sequence[Rejection] = ()) -> StudyRecord[OtherScan]:
+        """The same study with other scans."""
+        return StudyRecord(self.uid, scans, self.impression, self.findings, self.labels, rejected)
+
+    def shown(self: StudyRecord[PreparedScan]) -> Study:
+        """What a model sees of it."""
+        images, names = [scan.image for scan in self.scans], [scan.name for scan in self.scans]
+        return Study(self.uid, images, names, self.impression, self.findings, list(self.rejected))
 
 
 @dataclass

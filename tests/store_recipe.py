@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hlip.prepare.discover import Found, StudySource
-from hlip.prepare.recipe import PreparedScan
+from hlip.prepare.discover import Found
 from hlip.read.nifti import read_nifti
 from hlip.read.scan import ScanError, ScanSource
+from hlip.study import PreparedScan, StudyRecord
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def write_studies(root: Path, num_studies: int = 6, scans: int = 3) -> Found:
             if s == 1 and m == 1:
                 path.write_bytes(b"no image")
             sources.append(ScanSource(path.name, "nifti", (path,), "MR", f"series {m}"))
-        labels = (("stroke", float(s % 2)),) if s % 3 else ()
-        studies.append(StudySource(f"study{s:02d}", tuple(sources), f"Impression {s}.", f"Findings {s}: ä.", labels))
+        labels = {"stroke": float(s % 2)} if s % 3 else {}
+        studies.append(StudyRecord(f"study{s:02d}", tuple(sources), f"Impression {s}.", f"Findings {s}: ä.", labels))
     return Found(studies, [])
 
 

@@ -26,7 +26,10 @@ from hlip.embed.baselines import CONFIG, Pool, SliceEncoder, read_slices
 from hlip.embed.table import Embeddings
 from hlip.embed.texts import embed_prompts
 from hlip.evaluate.zeroshot import Prompts, class_shares, zeroshot_classifier
-from hlip.store.store import PreparedStudy, Store, StoredScan, finish, write_shard
+from hlip.store.format import write_shard
+from hlip.store.store import Store
+from hlip.store.tools import finish
+from hlip.study import PreparedScan, StudyRecord
 from hostile_models import ALL, Witness, put
 from open_clip_beside import open_clip_imported
 from rank_job import free_port
@@ -200,11 +203,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     studies = []
     for i in range(6):
         scans = [
-            StoredScan(name, image, (3.0, 1.0, 1.0), "axial", 5)
+            PreparedScan(name, image, (3.0, 1.0, 1.0), "axial", 5)
             for name, image in zip(study().names, study(seed=i).scans, strict=True)
         ]
         labels = {"lesion": float(i % 2), "blood": float(i < 2)}
-        studies.append(PreparedStudy(f"s{i}", scans, f"impression {i}", "findings", labels))
+        studies.append(StudyRecord(f"s{i}", scans, f"impression {i}", "findings", labels))
     write_shard(folder / "shards" / "00000.safetensors", studies, {}, "0", folder)
     finish(folder, folder)
     return Store(folder)

@@ -18,9 +18,10 @@ pytest.importorskip("nilearn")
 import nibabel
 
 from hlip import demo
-from hlip.prepare.discover import StudySource, find_studies
+from hlip.prepare.discover import find_studies
 from hlip.prepare.recipe import Recipe
 from hlip.prepare.studies import load_study
+from hlip.study import StudyRecord
 
 CLASSES = ("normal", "stroke", "glioma", "meningioma", "metastases")
 SEEN_IN = {
@@ -46,11 +47,11 @@ def scan_kind(path: Path) -> tuple[str, str]:
     return contrast, plane
 
 
-def listed(made: Path, split: str) -> list[StudySource]:
+def listed(made: Path, split: str) -> list[StudyRecord]:
     return find_studies(made / f"{split}.json").studies
 
 
-def all_studies(made: Path) -> list[StudySource]:
+def all_studies(made: Path) -> list[StudyRecord]:
     return listed(made, "train") + listed(made, "test")
 
 

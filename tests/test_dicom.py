@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hlip.read.nifti import read_scan
+from hlip.read.readers import read_scan
 from hlip.read.rules import Rules
 from hlip.read.scan import ScanError, ScanSource, Volume
 

@@ -272,7 +272,7 @@ def test_hostile_scans(prepared: dict[str, Sandbox], name: str) -> None:
     study = store.study(int(store.indices([uid])[0]))
     good = ScanSource("good.nii.gz", "nifti", (box.root / "input" / uid / "good.nii.gz",))
     for scan in load_recipe(str(box.root / "recipe.yaml")).prepare(good):
-        assert torch.equal(study.scans[study.names.index(scan.name_in_study(good))], scan.image)
+        assert torch.equal(study.scans[study.names.index(scan.of(good).name)], scan.image)
     windows = 1 if case.recipe == MR else 2
     assert len(study.scans) == windows + case.more
     mine = [r for r in rejections(box.out) if r["study"] == uid or r["scan"].startswith(f"{uid}/")]

@@ -15,7 +15,9 @@ from hlip.cli import interpret
 from hlip.cli import main as cli
 from hlip.evaluate.zeroshot import Prompts, zeroshot
 from hlip.explain.relevance import relevance
-from hlip.store.store import PreparedStudy, StoredScan, finish, shard_file, write_shard
+from hlip.store.format import shard_file, write_shard
+from hlip.store.tools import finish
+from hlip.study import PreparedScan, StudyRecord
 
 FILES = ["montage.png", "overlays", "page.html", "relevance.json", "relevance.npz"]
 
@@ -106,8 +108,8 @@ def test_a_study_of_a_store(model_folder: Path, tmp_path: Path, capsys: pytest.C
     for name in ("shards", "work"):
         (store / name).mkdir(parents=True)
     image = torch.randint(0, 256, (8, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    scans = [StoredScan(name, image.roll(m), (1.0, 1.0, 1.0), "axial", 8) for m, name in enumerate("ab")]
-    studies = [PreparedStudy(uid, scans) for uid in ("p1", "p2")]
+    scans = [PreparedScan(name, image.roll(m), (1.0, 1.0, 1.0), "axial", 8) for m, name in enumerate("ab")]
+    studies = [StudyRecord(uid, scans) for uid in ("p1", "p2")]
     write_shard(shard_file(store, 0), studies, TINY_RECIPE.to_dict(), TINY_RECIPE.hash, store / "work")
     finish(store, store / "work", source_hash="", shard_scans=0, hidden_ids=False)
     flags = ["--model", model_folder, "--target", "glioma", "--out", tmp_path / "out"]

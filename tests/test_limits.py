@@ -30,15 +30,16 @@ from hlip.evaluate.tasks import load_task
 from hlip.evaluate.zeroshot import Prompts
 from hlip.model.checkpoint import load
 from hlip.model.weights import read_weights
-from hlip.prepare.discover import find_scans
+from hlip.prepare.discover import find_study
 from hlip.prepare.recipe import load_recipe
 from hlip.prepare.reports import SectionRules, read_reports
 from hlip.prepare.tables import Table, read_json_studies, read_names
 from hlip.read import safe, tensors
-from hlip.read.nifti import read_scan
+from hlip.read.readers import read_scan
 from hlip.read.rules import Rules
 from hlip.read.safe import MOST_SETTINGS
-from hlip.store.store import Store, read_info, read_rejections, read_shard
+from hlip.store.format import read_info, read_rejections, read_shard
+from hlip.store.store import Store
 from hlip.train.plot import read_run
 from test_store import STUDIES, make_store
 
@@ -59,8 +60,8 @@ READERS: dict[str, Read] = {
     "prompts.yaml": Prompts.read,
     "recipe.yaml": lambda path: load_recipe(str(path)), "a.npz": Embeddings.read, "a.parquet": Embeddings.read,
     "probe.npz": Probe.read, "log.jsonl": run_of, "weights.pt": read_weights, "weights.bin": read_weights,
-    "weights.safetensors": read_weights, "scan.pt": lambda path: read_scan(find_scans(path)[0], Rules()),
-    "uids.txt": read_names, "scan.nii": lambda path: read_scan(find_scans(path)[0], Rules()),
+    "weights.safetensors": read_weights, "scan.pt": lambda path: read_scan(find_study(path).scans[0], Rules()),
+    "uids.txt": read_names, "scan.nii": lambda path: read_scan(find_study(path).scans[0], Rules()),
 }  # fmt: skip
 
 
@@ -475,4 +476,4 @@ def test_compressed_pixels_are_no_larger_than_the_slice(tmp_path: Path) -> None:
 
     bad.series(widen, transfer_syntax="jpeg_lossless")(tmp_path / "1.2")
     with pytest.raises(ValueError, match=r"0000.dcm: corrupt pixels .*\(65500, 65500, 1\), expected \(24, 20, 1\)"):
-        read_scan(find_scans(tmp_path / "1.2")[0], Rules())
+        read_scan(find_study(tmp_path / "1.2").scans[0], Rules())

@@ -21,12 +21,14 @@ import pytest
 import torch
 
 from conftest import TINY_RECIPE
-from hlip.prepare.discover import Found, StudySource
-from hlip.prepare.job import _for_the_store, hash_ids, prepare, prepare_study
+from hlip.prepare.discover import Found
+from hlip.prepare.job import _for_the_store, prepare, prepare_study
+from hlip.prepare.plan import hash_ids
 from hlip.read.scan import Rejection, ScanError, ScanSource
-from hlip.store.store import PreparedStudy, Store, StoredScan, shard_files, write_shard
+from hlip.store.format import shard_files, write_shard
+from hlip.store.store import Store
 from hlip.store.tools import merge, verify
-from hlip.study import Study
+from hlip.study import PreparedScan, Study, StudyRecord
 from store_recipe import EverySlice, digests, write_studies
 
 pytest.importorskip("nibabel")
@@ -285,7 +287,7 @@ def test_a_full_disk(root: Path, found: Found, store: Path, tmp_path: Path, requ
 
 
 def test_a_disk_that_fills_while_a_shard_is_put_together(tmp_path: Path) -> None:
-    study = PreparedStudy("s", [StoredScan("a", torch.zeros(5, 50, 50, dtype=torch.uint8), (1, 1, 1), "axial", 5)])
+    study = StudyRecord("s", [PreparedScan("a", torch.zeros(5, 50, 50, dtype=torch.uint8), (1, 1, 1), "axial", 5)])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 50 * 50, before[1]))  # room for the voxels, none for the header
     try:
@@ -330,7 +332,7 @@ def test_hidden_names_are_judged_before_they_are_hidden(tmp_path: Path) -> None:
         array = np.random.default_rng(len(scans)).integers(0, 900, (9, 9, 9)).astype(np.int16)
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii")
         scans.append(ScanSource(name, "nifti", (tmp_path / f"{name}.nii",), description=description))
-    report = prepare(Found([StudySource("s", tuple(scans))], []), TINY_RECIPE, tmp_path / "out", salt="secret")
+    report = prepare(Found([StudyRecord("s", tuple(scans))], []), TINY_RECIPE, tmp_path / "out", salt="secret")
     assert (report.scans, report.rejected) == (1, {"localiser": 2})
     assert Store(tmp_path / "out").study(0).names == ["001"]
     content = (tmp_path / "out" / "rejected.jsonl").read_text()
@@ -344,7 +346,7 @@ def test_several_images_of_a_scan_are_told_apart(found: Found) -> None:
 
 def test_a_study_without_usable_scans_is_rejected(found: Found, tmp_path: Path) -> None:
     missing = ScanSource("b\udcff", "nifti", (tmp_path / "none.nii",))
-    studies = [StudySource("gone", (missing,)), StudySource("bare", ()), found.studies[0]]
+    studies = [StudyRecord("gone", (missing,)), StudyRecord("bare", ()), found.studies[0]]
     report = prepare(Found(studies, []), EverySlice(), tmp_path / "out")
     assert report.studies == 1 and report.rejected == {"no_scans": 2, "missing": 1}
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()

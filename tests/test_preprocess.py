@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ import pytest
 import torch
 import yaml
 
-from hlip.prepare.recipe import PreparedScan, Recipe, Window, load_recipe, percentiles, through_plane_first
+from hlip.prepare.recipe import RECIPES, Recipe, Window, load_recipe, percentiles, through_plane_first
 from hlip.read.nifti import read_nifti
-from hlip.read.rules import Rules
+from hlip.read.rules import Rules, later, plain_values
 from hlip.read.scan import ScanError, Volume
+from hlip.study import PreparedScan
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -369,6 +371,24 @@ def test_a_recipe_file_says_only_what_differs(tmp_path: Path) -> None:
     assert made.shape is None
     path.write_text("percentiles:\nwindows: [{low: 0, high: 80, name: brain}]\nrules: {hounsfield: true}\n")
     assert load_recipe(str(path)).windows == (Window(0.0, 80.0, "brain"),)
+
+
+def test_published_recipes_keep_their_hash() -> None:
+    """Stores and models carry these: a change makes new ones of all."""
+    assert {name: recipe.hash for name, recipe in RECIPES.items()} == {
+        "brain-mri": "a43baf40db79338946529dd7dc00069c",
+        "head-ct": "049648943b948b784f2978084b4ed4ad",
+        "chest-ct": "1466653737389ee5caac2631c5688918",
+    }
+
+
+def test_a_later_rule_at_its_default_is_as_if_it_were_not_there() -> None:
+    @dataclass(frozen=True)
+    class More(Rules):
+        min_side: int = later(1)
+
+    assert plain_values(More()) == plain_values(Rules())
+    assert plain_values(More(min_side=2)) == {**plain_values(Rules()), "min_side": 2}
 
 
 def test_every_field_changes_the_hash() -> None:

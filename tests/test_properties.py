@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pyarrow")
 from hlip.read.scan import Rejection, ScanError
-from hlip.store.store import PreparedStudy, Store, StoredScan
+from hlip.store.store import Store
 from hlip.store.tools import merge, select, split_at_random, verify
+from hlip.study import PreparedScan, StudyRecord
 from hlip.train.sampler import StepSampler
 from test_store import STUDIES, make_store
 
@@ -31,29 +32,29 @@ sizes = st.tuples(*[st.integers(1, 4)] * 3)
 
 
 @st.composite
-def scans(draw: st.DrawFn) -> StoredScan:
+def scans(draw: st.DrawFn) -> PreparedScan:
     shape = draw(sizes)
     image = np.frombuffer(draw(st.binary(min_size=math.prod(shape), max_size=math.prod(shape))), np.uint8).reshape(
         shape
     )
     spacing = draw(st.tuples(number, number, number))
-    return StoredScan(draw(text), torch.from_numpy(image.copy()), spacing, draw(text), draw(st.integers(0, 2**31 - 1)),
-                      draw(text), draw(text))  # fmt: skip
+    voxels, slices = torch.from_numpy(image.copy()), draw(st.integers(0, 2**31 - 1))
+    return PreparedScan(draw(text), voxels, spacing, draw(text), slices, draw(text), draw(text))
 
 
 @st.composite
-def studies(draw: st.DrawFn) -> list[PreparedStudy]:
+def studies(draw: st.DrawFn) -> list[StudyRecord[PreparedScan]]:
     labels = st.dictionaries(text, st.floats(allow_nan=False), max_size=3)
     rejected = st.lists(st.builds(Rejection, text, text, text, text), max_size=2)
     return [
-        PreparedStudy(
+        StudyRecord(
             uid, draw(st.lists(scans(), min_size=1, max_size=3)), draw(text), draw(text), draw(labels), draw(rejected)
         )
         for uid in draw(uids)
     ]
 
 
-def holds(store: Store, expected: list[PreparedStudy]) -> bool:
+def holds(store: Store, expected: list[StudyRecord[PreparedScan]]) -> bool:
     if store.uids.tolist() != [study.uid for study in expected]:
         return False
     names, table = store.labels
@@ -74,7 +75,7 @@ def holds(store: Store, expected: list[PreparedStudy]) -> bool:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(studies(), st.integers(1, 3), st.randoms())
-def test_stores_give_back_what_goes_in(given: list[PreparedStudy], per_shard: int, random: object) -> None:
+def test_stores_give_back_what_goes_in(given: list[StudyRecord[PreparedScan]], per_shard: int, random: object) -> None:
     """Written, split, and joined again."""
     with tempfile.TemporaryDirectory() as home:
         path = make_store(Path(home) / "store", given, per_shard)

@@ -12,7 +12,7 @@ import torch
 
 from hlip import HLIPModel
 from hlip.prepare.recipe import Recipe, load_recipe
-from hlip.read.nifti import read_scan
+from hlip.read.readers import read_scan
 from hlip.read.rules import Rules, check_image_type, is_hounsfield, is_rescaled
 from hlip.read.scan import ScanError, ScanSource, Volume
 

@@ -14,7 +14,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from hlip.read.nifti import read_nifti, read_scan
+from hlip.read.nifti import read_nifti
+from hlip.read.readers import read_scan
 from hlip.read.rules import Rules
 from hlip.read.scan import ScanError, ScanSource, Volume
 
@@ -95,9 +96,16 @@ def test_refuses_real_4d_files(name: str) -> None:
     assert_refused(NIBABEL / name, "expected one 3D volume, got 4D")
 
 
-@pytest.mark.parametrize("name", ["test.mgz", "analyze.hdr", "row_major.dconn.nii"])
-def test_refuses_real_files_of_other_formats(name: str) -> None:
-    assert_refused(NIBABEL / name, "not a NIfTI image but ")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("test.mgz", "wrong size of the header"),
+        ("analyze.hdr", "not a NIfTI image but "),
+        ("row_major.dconn.nii", "not a NIfTI image but "),
+    ],
+)
+def test_refuses_real_files_of_other_formats(name: str, reason: str) -> None:
+    assert_refused(NIBABEL / name, reason)
 
 
 def test_refuses_a_header_without_its_image() -> None:
@@ -152,7 +160,8 @@ def test_refuses_truncated_voxels(tmp_path: Path, extension: str, left: float) -
 def test_refuses_truncated_headers(tmp_path: Path, extension: str, left: int) -> None:
     path = save(tmp_path / f"scan{extension}", voxels())
     path.write_bytes(path.read_bytes()[:left])
-    assert_refused(path, "not a readable NIfTI file")
+    whole = (left, extension) == (200, ".nii.gz")  # of the header
+    assert_refused(path, "truncated or corrupt" if whole else "not a readable NIfTI file")
 
 
 @pytest.mark.parametrize(
@@ -306,7 +315,7 @@ def test_gzip_members_and_padding(tmp_path: Path) -> None:
 
 def test_refuses_other_compression_and_folders(tmp_path: Path) -> None:
     save(tmp_path / "scan.nii.bz2", voxels())
-    assert_refused(tmp_path / "scan.nii.bz2", r"compressed by other than gzip \(.bz2\)")
+    assert_refused(tmp_path / "scan.nii.bz2", "not a readable NIfTI file")
     (tmp_path / "folder.nii").mkdir()
     assert_refused(tmp_path / "folder.nii", "not a regular file")
 

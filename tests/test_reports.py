@@ -296,23 +296,23 @@ def test_labels_are_the_columns_of_numbers(tmp_path: Path) -> None:
         "17,p8,1,3,,19500101,,2.5e1\n"
         "18,p7,0,4,n/a,19500102,,\n",
     )
-    assert Table.read(path).labels() == {"p8": (("stroke", 1.0),), "p7": (("stroke", 0.0),)}
+    assert Table.read(path).labels() == {"p8": {"stroke": 1.0}, "p7": {"stroke": 0.0}}
     assert Table.read(path).labels((), ["mass volume", "stroke"]) == {
-        "p8": (("stroke", 1.0), ("mass volume", 25.0)),
-        "p7": (("stroke", 0.0),),
+        "p8": {"stroke": 1.0, "mass volume": 25.0},
+        "p7": {"stroke": 0.0},
     }
 
 
 def test_volumes_of_a_study_share_its_labels(tmp_path: Path) -> None:
     rows = "valid_1_a_1.nii.gz,1\nvalid_1_a_2.nii.gz,1\nvalid_1_b_1.nii.gz,0\ntrn00001.npz,0\n"
     path = write(tmp_path / "l.csv", "VolumeName,Nodule\n" + rows)
-    assert {uid: labels[0][1] for uid, labels in Table.read(path).labels().items()} == {
+    assert {uid: labels["Nodule"] for uid, labels in Table.read(path).labels().items()} == {
         "valid_1_a": 1.0,
         "valid_1_b": 0.0,
         "trn00001.npz": 0.0,
     }
     write(path, "VolumeName,Nodule\nvalid_1_a_1.nii.gz,1\nvalid_1_a_2.nii.gz,0\n")
-    assert Table.read(path).labels() == {"valid_1_a": ()}
+    assert Table.read(path).labels() == {"valid_1_a": {}}
     with pytest.raises(ValueError, match=r"l.csv: line 3: another labels of study valid_1_a"):
         Table.read(path).labels((), ["Nodule"])
 

@@ -22,8 +22,10 @@ from hlip.embed.texts import embed_texts
 from hlip.evaluate import retrieve as module
 from hlip.evaluate.retrieve import Pairs, draw_recall, match_ranks, nearest, recall, retrieve
 from hlip.model.config import TextConfig
-from hlip.store.store import PreparedStudy, Store, StoredScan, finish, write_shard
-from hlip.study import join_report
+from hlip.store.format import write_shard
+from hlip.store.store import Store
+from hlip.store.tools import finish
+from hlip.study import PreparedScan, StudyRecord, join_report
 from tiny_store import make_store
 
 REPORTS = [
@@ -48,10 +50,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     studies = []
     for i, (impression, findings) in enumerate(REPORTS):
         scans = [
-            StoredScan(f"scan {m}", image, (3.0, 1.0, 1.0), "axial", 8)
+            PreparedScan(f"scan {m}", image, (3.0, 1.0, 1.0), "axial", 8)
             for m, image in enumerate(random_study([(8, 16, 16)] * (1 + i % 3), i))
         ]
-        studies.append(PreparedStudy(f"s{i}", scans, impression, findings))
+        studies.append(StudyRecord(f"s{i}", scans, impression, findings))
     write_shard(folder / "shards" / "00000.safetensors", studies, {}, "0", folder)
     finish(folder, folder)
     return Store(folder)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from hlip.prepare.discover import StudySource, find_studies
+from hlip.prepare.discover import find_studies
 from hlip.prepare.tables import Table
 from hlip.read.scan import Rejection
+from hlip.study import StudyRecord
 from source_files import archive, dicom, names, nifti, rules, tensor
 
 nibabel = pytest.importorskip("nibabel")
@@ -169,8 +170,8 @@ def test_a_table_with_a_row_per_scan(tmp_path: Path) -> None:
     assert names(found) == {"p7": ["a.nii", "b.nii"], "p8": ["c.nii"]}
     p7, p8 = found.studies
     assert (p7.impression, p7.findings) == ("Normal.", "Clear, and dry.")
-    assert p7.labels == (("stroke", 0.0),)
-    assert p8 == StudySource("p8", p8.scans, labels=(("stroke", 1.0),))
+    assert p7.labels == {"stroke": 0.0}
+    assert p8 == StudyRecord("p8", p8.scans, labels={"stroke": 1.0})
 
 
 def test_a_table_of_studies_in_a_folder(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_a_table_of_studies_in_a_folder(tmp_path: Path) -> None:
     found = find_studies(path, root=tmp_path / "data")
     assert names(found) == {"valid_1_a": ["valid_1_a_1.nii.gz", "valid_1_a_2.nii.gz"]}
     study = found.studies[0]
-    assert (study.impression, study.findings, study.labels) == ("b", "a", (("Nodule", 1.0),))
+    assert (study.impression, study.findings, study.labels) == ("b", "a", {"Nodule": 1.0})
     assert found.rejected == [Rejection("valid_3_a", "", "missing", "no scans of it in the folder")]
 
 
@@ -231,8 +232,8 @@ def test_reports_and_labels_are_joined_by_study(two: Path, tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         found = find_studies(two, reports=reports, labels=labels)
     assert [(s.uid, s.impression, s.findings, s.labels) for s in found.studies] == [
-        ("p7", "Normal.", "", (("stroke", 0.0),)),
-        ("p8", "", "", (("stroke", 1.0), ("mass", 0.5))),
+        ("p7", "Normal.", "", {"stroke": 0.0}),
+        ("p8", "", "", {"stroke": 1.0, "mass": 0.5}),
     ]
     assert [r.getMessage() for r in caplog.records] == [f"{reports}: 2 of 3 studies were not found"]
 
@@ -268,9 +269,9 @@ def test_only_numbers_within_one_are_labels_unless_asked(tmp_path: Path, caplog:
     rows = zip(*(cells.split(" ") for cells in content.values()), strict=True)
     table = write(tmp_path / "labels.csv", "\n".join(map(",".join, [content.keys(), *rows])) + "\n")
     found = Table.read(table).labels()
-    assert found == {"s1": (("nodule", 1.0), ("soft", 0.5)), "s2": (("nodule", -1.0),)}
+    assert found == {"s1": {"nodule": 1.0, "soft": 0.5}, "s2": {"nodule": -1.0}}
     assert "unless they are asked for (--label_columns): acc, Geburtsdatum, thickness, contrast" in caplog.text
-    assert Table.read(table).labels((), ["acc"])["s2"] == (("acc", 7731002.0),)
+    assert Table.read(table).labels((), ["acc"])["s2"] == {"acc": 7731002.0}
     for wanted, message in [
         ("age", "labels.csv: line 4: column 'age' of labels: expected a number, got '75Y'"),
         ("thickness", "labels.csv: line 3: another labels of study s1"),
@@ -286,18 +287,18 @@ def test_a_table_of_reports_gives_labels_where_it_is_given_as_labels(
     nifti(tmp_path / "in" / "p7" / "a.nii", 0)
     table = write(tmp_path / "r.csv", "study,impression,tumor,age\np7,Normal.,0,75\n")
     found = find_studies(tmp_path / "in", reports=table)
-    assert (found.studies[0].impression, found.studies[0].labels) == ("Normal.", ())
+    assert (found.studies[0].impression, found.studies[0].labels) == ("Normal.", {})
     assert f"{table}: columns that are not taken as labels, as this is a table of reports: tumor; to" in caplog.text
     caplog.clear()
-    assert find_studies(tmp_path / "in", reports=table, labels=table).studies[0].labels == (("tumor", 0.0),)
+    assert find_studies(tmp_path / "in", reports=table, labels=table).studies[0].labels == {"tumor": 0.0}
     assert "table of reports" not in caplog.text
 
 
 def test_labels_of_a_list_are_asked_for_too(tmp_path: Path) -> None:
     nifti(tmp_path / "a.nii", 0)
     path = write(tmp_path / "t.csv", "study,path,age,tumor\np7,a.nii,75,1\n")
-    assert find_studies(path).studies[0].labels == (("tumor", 1.0),)
-    assert find_studies(path, label_columns=["age"]).studies[0].labels == (("age", 75.0),)
+    assert find_studies(path).studies[0].labels == {"tumor": 1.0}
+    assert find_studies(path, label_columns=["age"]).studies[0].labels == {"age": 75.0}
     with pytest.raises(ValueError, match="label_columns age: there is no table of labels; give labels, too"):
         find_studies(tmp_path, label_columns=["age"])
 
@@ -309,7 +310,7 @@ def test_reports_are_joined_by_accession_number(tmp_path: Path) -> None:
     labels = write(tmp_path / "l.csv", "study,x\nA2,1\n")
     found = find_studies(tmp_path / "in", reports=reports, labels=labels, join="accession")
     assert [(s.uid, s.findings, s.labels) for s in found.studies] == [
-        ("1.2.1", "One.", ()), ("1.2.2", "Two.", (("x", 1.0),)), ("1.2.3", "", ()),
+        ("1.2.1", "One.", {}), ("1.2.2", "Two.", {"x": 1.0}), ("1.2.3", "", {}),
     ]  # fmt: skip
     assert "A1" not in repr(found)
     with pytest.raises(ValueError, match="none of its 2 studies was found"):

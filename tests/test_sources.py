@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hlip.prepare.discover import find_scans, find_studies
+from hlip.prepare.discover import find_studies, find_study
 from hlip.read.files import walk
 from hlip.read.scan import Rejection, ScanError
 from source_files import ANATOMICAL, DICOM, archive, dicom, names, nifti, only, rules, tensor
@@ -82,7 +82,7 @@ def test_order_of_creation_and_workers_change_nothing(tmp_path: Path, monkeypatc
         (root / "broken.dcm").write_bytes(b"x")
         monkeypatch.chdir(root)
         results.append(find_studies(".", workers=1 + seed % 2))
-    monkeypatch.setattr("hlip.read.files.FILES_PER_JOB", 3)
+    monkeypatch.setattr("hlip.read.headers.FILES_PER_JOB", 3)
     results.append(find_studies(".", workers=2))
     assert results[0].studies == results[1].studies == results[2].studies == results[3].studies == results[4].studies
     assert results[0].rejected == results[2].rejected
@@ -282,15 +282,15 @@ def test_folders_of_several_scans_in_one_study_give_a_warning(
 ) -> None:
     for seed in range(4):
         nifti(tmp_path / f"p{seed % 2}" / f"s{seed}.nii", seed)
-    assert len(find_scans(tmp_path)) == 4
+    assert len(find_study(tmp_path).scans) == 4
     assert "taken as one study, with several scans in each of 2 folders" in caplog.text
     with monkeypatch.context() as patch:
         patch.setattr("hlip.prepare.discover.MANY_SCANS", 3)
         with pytest.raises(ValueError, match="4 scans in 2 folders are more than a study has"):
-            find_scans(tmp_path)
+            find_study(tmp_path)
     caplog.clear()
     (tmp_path / "p0" / "s0.nii").unlink()
-    assert len(find_scans(tmp_path)) == 3 and not caplog.text
+    assert len(find_study(tmp_path).scans) == 3 and not caplog.text
 
 
 def test_broken_volumes_of_ct_rate_are_left_out(tmp_path: Path) -> None:
@@ -332,21 +332,21 @@ def folder(tmp_path: Path) -> Path:
 def test_scans_of_a_study_are_those_of_its_folder_or_files(folder: Path) -> None:
     files = [folder / "a.nii", folder / "c.nii.gz", folder / "sub" / "b.nii.gz"]
     for paths in (folder, str(folder), files, [str(file) for file in files[::-1]], iter(files)):
-        scans = find_scans(paths)
+        scans = find_study(paths).scans
         assert [scan.files for scan in scans] == [(file,) for file in files]
         assert [scan.name for scan in scans] == ["a.nii", "c.nii.gz", "sub b.nii.gz"]
-    assert [scan.name for scan in find_scans(folder / "a.nii")] == ["a.nii"]
+    assert [scan.name for scan in find_study(folder / "a.nii").scans] == ["a.nii"]
 
 
 def test_a_study_by_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert [scan.name for scan in find_scans(".")] == ["a.nii", "c.nii.gz", "sub b.nii.gz"]
+    assert [scan.name for scan in find_study(".").scans] == ["a.nii", "c.nii.gz", "sub b.nii.gz"]
 
 
 def test_hidden_files_are_no_scans_and_case_is_free(folder: Path) -> None:
     (folder / "._a.nii").write_bytes(b"resource fork")
     (folder / "c.nii.gz").rename(folder / "C.NII.GZ")
-    assert [scan.name for scan in find_scans(folder)] == ["C.NII.GZ", "a.nii", "sub b.nii.gz"]
+    assert [scan.name for scan in find_study(folder).scans] == ["C.NII.GZ", "a.nii", "sub b.nii.gz"]
 
 
 def test_a_study_of_dicom_files(tmp_path: Path) -> None:
@@ -354,36 +354,36 @@ def test_a_study_of_dicom_files(tmp_path: Path) -> None:
     (tmp_path / "a" / "other1").unlink()
     (tmp_path / "a" / "other2").unlink()
     shutil.copy(DICOM / "dicomdirtests" / "DICOMDIR", tmp_path)
-    scans = find_scans(tmp_path)
+    scans = find_study(tmp_path).scans
     assert [(scan.name, len(scan.files)) for scan in scans] == [
         ("0001-t1_tse", 5),
         ("0002-t2_tse", 2),
         ("0010-t10_tse", 2),
     ]
-    assert find_scans([tmp_path / "a", tmp_path / "b", tmp_path / "Größe 中"]) == scans
-    assert find_scans(tmp_path / "a" / "IM1")[0].files == (tmp_path / "a" / "IM1",)
+    assert find_study([tmp_path / "a", tmp_path / "b", tmp_path / "Größe 中"]).scans == scans
+    assert find_study(tmp_path / "a" / "IM1").scans[0].files == (tmp_path / "a" / "IM1",)
 
 
 def test_dicom_of_two_studies_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: DICOM files of 2 studies: 1.2.1, 1.2.2"):
-        find_scans(archive(tmp_path))
+        find_study(archive(tmp_path))
 
 
 def test_what_is_no_study_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.nii: the same scan is given twice"):
-        find_scans([folder / "a.nii", folder / "c.nii.gz", folder / "a.nii"])
+        find_study([folder / "a.nii", folder / "c.nii.gz", folder / "a.nii"])
     with pytest.raises(ValueError, match="at least one scan file"):
-        find_scans([])
+        find_study([])
     for wrong in (None, b"a.nii", 3, [None], [folder / "a.nii", float("nan")], {"a": folder / "a.nii"}):
         with pytest.raises(ValueError, match="expected a path or a list of paths"):
-            find_scans(wrong)
+            find_study(wrong)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}/empty: no scans"):
-        find_scans(tmp_path / "empty")
+        find_study(tmp_path / "empty")
     with pytest.raises(ScanError, match=r"absent.dcm: no such file"):
-        find_scans(tmp_path / "absent.dcm")
+        find_study(tmp_path / "absent.dcm")
     with pytest.raises(ScanError, match=r"report.txt: not an image"):
-        find_scans([folder / "a.nii", folder / "report.txt"])
+        find_study([folder / "a.nii", folder / "report.txt"])
     (folder / "x.nii").symlink_to(ANATOMICAL)
     with pytest.raises(ScanError, match=r"x.nii: the link leads out of the folder"):
-        find_scans(folder)
+        find_study(folder)

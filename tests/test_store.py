@@ -18,39 +18,30 @@ from torch.utils.data import DataLoader
 
 from hlip.cli.main import main
 from hlip.read.scan import Rejection, ScanError
-from hlip.store.dataset import StudyDataset
-from hlip.store.store import (
-    INFO,
-    PreparedStudy,
-    Store,
-    StoredScan,
-    cut,
-    finish,
-    read_rejections,
-    read_shard,
-    shard_file,
-    write_shard,
-)
-from hlip.store.tools import merge, select, split_at_random, stats, verify
-from hlip.study import pack
+from hlip.store.format import INFO, read_rejections, read_shard, shard_file, write_shard
+from hlip.store.store import Store, StudyDataset
+from hlip.store.tools import cut, finish, merge, select, split_at_random, stats, verify
+from hlip.study import PreparedScan, StudyRecord, pack
 
 pytest.importorskip("pyarrow")
 RECIPE = {"kind": "random", "size": [8, 16, 16]}
 
 
-def make_study(i: int, num_scans: int) -> PreparedStudy:
+def make_study(i: int, num_scans: int) -> StudyRecord[PreparedScan]:
     rng = np.random.default_rng(i)
     scans = []
     for m in range(num_scans):
         image = torch.from_numpy(rng.integers(0, 256, (4 + 4 * (m % 2), 8, 8 * (1 + i % 3)), dtype=np.uint8))
         plane = ("axial", "coronal", "sagittal")[m % 3]
-        scans.append(StoredScan(f"scan{m}", image, (5.0, 0.5 + m, 0.25), plane, 20 + m, "MR", f"T{m} ä\n"))
+        scans.append(PreparedScan(f"scan{m}", image, (5.0, 0.5 + m, 0.25), plane, 20 + m, "MR", f"T{m} ä\n"))
     labels = {"stroke": float(i % 2), f"only{i}": 0.5} if i % 3 else {}
     rejected = [Rejection(f"s{i:03d}", "x", "few-slices", "3 slices")] if i % 4 == 0 else []
-    return PreparedStudy(f"s{i:03d}", scans, f'Impression "{i}" – é.', "", labels, rejected)
+    return StudyRecord(f"s{i:03d}", scans, f'Impression "{i}" – é.', "", labels, rejected)
 
 
-def make_store(path: Path, studies: list[PreparedStudy], per_shard: int = 3, recipe_hash: str = "abc") -> Path:
+def make_store(
+    path: Path, studies: list[StudyRecord[PreparedScan]], per_shard: int = 3, recipe_hash: str = "abc"
+) -> Path:
     for folder in ("shards", "work"):
         (path / folder).mkdir(parents=True)
     for k, first in enumerate(range(0, len(studies), per_shard)):
@@ -75,7 +66,7 @@ def damaged(path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(path, tmp_path / "copy"))
 
 
-def check_studies(store: Store, studies: list[PreparedStudy]) -> None:
+def check_studies(store: Store, studies: list[StudyRecord[PreparedScan]]) -> None:
     assert store.uids.tolist() == [study.uid for study in studies]
     assert store.num_scans.tolist() == [len(study.scans) for study in studies]
     for i, expected in enumerate(studies):
@@ -116,6 +107,29 @@ def test_a_shard_is_read_by_hand(path: Path) -> None:
         scan = shard.get_tensor("000002/000")
     assert (study["uid"], study["scans"][0]["name"]) == ("s005", "scan0")
     assert torch.equal(scan, STUDIES[5].scans[0].image)
+
+
+@pytest.mark.parametrize("counts", [[], [1], [2, 1002, 3]], ids=["none", "one", "many"])
+def test_a_shard_has_the_bytes_that_safetensors_writes(
+    counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    studies = [make_study(i, count) for i, count in enumerate(counts)]
+    path = tmp_path / "00000.safetensors"
+    write_shard(path, studies, RECIPE, "abc", tmp_path)
+    content = path.read_bytes()
+    with safe_open(path, "np") as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+        save_file(tensors, tmp_path / "theirs", shard.metadata())
+    assert content == (tmp_path / "theirs").read_bytes()
+    for s, study in enumerate(studies):
+        for m, scan in enumerate(study.scans):
+            assert np.array_equal(tensors[f"{s:06d}/{m:03d}"], scan.image.numpy())
+    monkeypatch.setattr("hlip.store.format.MOST_HELD", 100)  # voxels wait on disk
+    write_shard(path, studies, RECIPE, "abc", tmp_path)
+    assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 2
 
 
 def test_whoever_may_read_the_manifest_may_read_the_shards(path: Path) -> None:
@@ -415,7 +429,7 @@ def test_a_large_store_opens_from_its_manifest_alone(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     image = torch.arange(32, dtype=torch.uint8).reshape(2, 4, 4)
     studies = [
-        PreparedStudy(f"u{i:06d}", [StoredScan("s", image + i % 200, (1, 1, 1), "axial", 5)] * rng.integers(1, 20))
+        StudyRecord(f"u{i:06d}", [PreparedScan("s", image + i % 200, (1, 1, 1), "axial", 5)] * rng.integers(1, 20))
         for i in range(5000)
     ]
     path = make_store(tmp_path / "large", studies, per_shard=500)

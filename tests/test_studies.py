@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import hlip
 from dicom_files import write_series
 from hlip.prepare.recipe import Recipe, Window
 from hlip.prepare.studies import load_study
@@ -52,6 +53,10 @@ def test_a_folder_is_read_in_sorted_order(folder: Path) -> None:
     assert study.names == ["a.nii", "c.nii.gz", "sub b.nii.gz"]
     assert (study.uid, study.impression) == ("p7", "")
     assert load_study(str(folder), RECIPE, uid="other").uid == "other"
+
+
+def test_the_error_is_a_public_name() -> None:
+    assert hlip.ScanError is ScanError
 
 
 def test_a_scan_given_twice_is_refused(folder: Path) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from conftest import TINY_RECIPE, random_study
-from hlip.store.store import PreparedStudy, Store, StoredScan, finish, write_shard
+from hlip.store.format import write_shard
+from hlip.store.store import Store
+from hlip.store.tools import finish
+from hlip.study import PreparedScan, StudyRecord
 
 
 def make_store(
@@ -29,10 +32,10 @@ def make_store(
     (path / "shards").mkdir(parents=True)
     work.mkdir()
     studies = [
-        PreparedStudy(
+        StudyRecord(
             name.format(i),
             [
-                StoredScan(f"scan {m}", image, (3.0, 1.0, 1.0), "axial", size[0])
+                PreparedScan(f"scan {m}", image, (3.0, 1.0, 1.0), "axial", size[0])
                 for m, image in enumerate(images[i] if images else random_study([size] * count, i))
             ],
             *(reports[i] if reports else (f"Impression {i}.", f"Findings {i}.")),

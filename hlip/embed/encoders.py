@@ -19,7 +19,7 @@ from ..model.clip import HLIPModel
 from ..model.config import VisionConfig
 from ..model.plan import TokenBatch, plan
 from ..model.weights import weights_digest
-from ..store.store import cut
+from ..store.tools import cut
 from ..study import Study, pack
 from .baselines import Encoder
 from .texts import embed_prompts

@@ -163,7 +163,7 @@ class ListedStudies:
         self.left_out: Sequence[Rejection] = [each for each in found.rejected if each.scan]
 
     def read(self, i: int) -> Study:
-        return read_study(self.sources[i], self.recipe)[0]
+        return read_study(self.sources[i], self.recipe).shown()
 
     def digest(self) -> str:
         files = (file for source in self.sources for scan in source.scans for file in scan.files)

@@ -32,7 +32,7 @@ from ..processes import Processes
 from ..read.paths import check_within
 from ..read.safe import MOST_SETTINGS, read_json
 from ..read.scan import Rejection
-from ..store.store import cut
+from ..store.tools import cut
 from ..study import Study
 from ..terminal import guard_streams
 from .baselines import Encoder

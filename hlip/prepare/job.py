@@ -8,19 +8,15 @@ unfinished it has a folder `work/`: the plan, the sources of every shard, a lock
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
 import json
 import math
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,26 +24,14 @@ import torch
 from tqdm import tqdm
 
 from ..output import locked, replacing
-from ..read.paths import check_text, check_within
+from ..read.paths import check_within
 from ..read.safe import read_json as read_plain
 from ..read.scan import Rejection, ScanError, ScanSource
-from ..store.format import pyarrow
-from ..store.store import (
-    FORMAT,
-    FOUND,
-    PreparedStudy,
-    Report,
-    StoredScan,
-    cut,
-    finish,
-    read_info,
-    read_json,
-    shard_file,
-    write_rejections,
-    write_shard,
-)
-from .discover import Found, StudySource
-from .recipe import PreparedScan
+from ..store.format import FORMAT, pyarrow, read_info, read_json, shard_file, write_shard
+from ..store.tools import Report, finish
+from ..study import PreparedScan, StudyRecord
+from .discover import Found
+from .plan import Plan, compare_terms, encodable, hash_ids, hash_sources, hashed, in_order
 from .workers import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 
 SHARD_SCANS = 64  # scans of a shard as they are found: 150 MB of brain MRI, and a minute's work to lose
@@ -99,13 +83,13 @@ def prepare(
         raise ValueError(f"workers, shard_scans and scan_seconds must be positive and finite, got {got}")
     pyarrow()  # asked for now, not after hours
     out = Path(out)
-    found = _in_order(found if salt is None else hash_ids(found, salt))
+    found = in_order(found if salt is None else hash_ids(found, salt))
     terms = {
         "format": FORMAT,
         "recipe_hash": recipe.hash,
         "source_hash": hash_sources(found),
         "shard_scans": shard_scans,
-        "hidden_ids": salt is not None and _hashed("", salt)[:8],
+        "hidden_ids": salt is not None and hashed("", salt)[:8],
     }
     if not (out / "work").exists() and (report := _finished(out, terms)) is not None:
         return report
@@ -115,7 +99,8 @@ def prepare(
             if report is None:
                 plan = Plan.of(found, terms, out)
                 _run(PrepareJob(plan, recipe, scan_seconds), engine, workers, slurm or {}, progress)
-                report = finish(out, work, **_facts(terms))
+                facts: dict[str, Any] = {key: terms[key] for key in ("source_hash", "shard_scans", "hidden_ids")}
+                report = finish(out, work, **facts)
             shutil.rmtree(work)
         return report
     except OSError as error:
@@ -139,12 +124,12 @@ def _run(job: PrepareJob, engine: Engine, workers: int, slurm: Mapping[str, Any]
 
 
 def prepare_study(
-    source: StudySource,
+    source: StudyRecord[ScanSource],
     recipe: PreparesScans,
     left_out: Mapping[int, tuple[str, str]] | None = None,
     begin: Callable[[int], None] = lambda m: None,
     hidden: bool = False,
-) -> PreparedStudy:
+) -> StudyRecord[PreparedScan]:
     """Read and prepare one study: a function of the source's files and the recipe alone.
 
     Args:
@@ -152,7 +137,7 @@ def prepare_study(
         left_out: places of scans that are not to be tried, with rule and reason.
         begin: called with a scan's place before it is read.
     """
-    scans: list[StoredScan] = []
+    scans: list[PreparedScan] = []
     rejected: list[Rejection] = []
     for m, scan in enumerate(source.scans):
         kept = replace(scan, name=f"{m:03d}", description="") if hidden else scan
@@ -161,9 +146,9 @@ def prepare_study(
             continue
         begin(m)
         try:
-            scans += [_stored(kept, image) for image in recipe.prepare(scan)]
+            scans += [_checked(prepared).of(kept) for prepared in recipe.prepare(scan)]
         except ScanError as error:
-            rejected.append(Rejection(source.uid, kept.name, error.rule, _for_the_store(error.reason, scan)))
+            rejected.append(replace(error.of(source.uid, kept.name), reason=_for_the_store(error.reason, scan)))
         except ImportError:
             raise  # says what to install: no fault of the scan
         except Exception as error:
@@ -174,21 +159,13 @@ def prepare_study(
         rejected.append(Rejection(source.uid, "", "no_scans", reason))
     if hidden:
         rejected = [replace(rejection, reason="") for rejection in rejected]
-    return PreparedStudy(source.uid, scans, source.impression, source.findings, dict(source.labels), rejected)
+    return source.having(scans, rejected)
 
 
-def _stored(source: ScanSource, scan: PreparedScan) -> StoredScan:
+def _checked(scan: PreparedScan) -> PreparedScan:
     if scan.image.dtype != torch.uint8 or scan.image.dim() != 3 or 0 in scan.image.shape:
         raise TypeError(f"the recipe made {scan.image.dtype} {tuple(scan.image.shape)}, not uint8 (D, H, W)")
-    return StoredScan(
-        scan.name_in_study(source),
-        scan.image,
-        scan.spacing,
-        scan.plane,
-        scan.slices,
-        source.modality,
-        source.description,
-    )
+    return scan
 
 
 def _for_the_store(reason: str, scan: ScanSource) -> str:
@@ -196,140 +173,7 @@ def _for_the_store(reason: str, scan: ScanSource) -> str:
     reason = re.sub(r"\b0x[0-9a-f]+", "0x...", reason)
     for folder in sorted({str(file.parent) for file in scan.files}, key=len, reverse=True):
         reason = reason.replace(f"{folder}/", "")
-    return printable(reason)
-
-
-def hash_ids(found: Found, salt: str) -> Found:
-    """The same studies under other names, for a store that names nobody.
-
-    A study's uid becomes the first 32 digits of HMAC-SHA-256(salt, uid); of what was rejected only study and rule
-    stay. Names and descriptions of scans are needed to judge them, and are dropped by `prepare_study`. Reports are kept
-    as they are.
-
-    Raises:
-        ValueError: an empty salt.
-    """
-    if not salt.strip():
-        raise ValueError("the salt of hashed ids must not be empty: whoever guesses it can try out ids")
-    studies = [replace(study, uid=_hashed(study.uid, salt)) for study in found.studies]
-    return Found(studies, [Rejection(_hashed(r.study, salt), "", r.rule, "") for r in found.rejected])
-
-
-def _hashed(uid: str, salt: str) -> str:
-    return hmac.new(salt.strip().encode(), uid.encode("utf-8", "surrogateescape"), "sha256").hexdigest()[:32]
-
-
-def printable(text: str) -> str:
-    """The text with bytes that are no UTF-8 (of file names, say) written as \\udcXX."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _in_order(found: Found) -> Found:
-    """Studies by uid, scans by name, all text printable."""
-    if not found.studies:
-        first = "".join(f", such as {r.study or r.scan}: {r.reason}" for r in found.rejected[:1])
-        raise ValueError(f"no study was found ({len(found.rejected)} rejected{first})")
-    studies = []
-    for study in found.studies:
-        scans = [
-            replace(scan, name=printable(scan.name), description=printable(scan.description)) for scan in study.scans
-        ]
-        uid, impression, findings = map(printable, (study.uid, study.impression, study.findings))
-        in_order = tuple(sorted(scans, key=lambda scan: scan.name))
-        studies.append(replace(study, uid=uid, impression=impression, findings=findings, scans=in_order))
-    studies.sort(key=lambda study: study.uid)
-    for study, following in pairwise(studies):
-        if study.uid == following.uid:
-            raise ValueError(f"two studies are named {study.uid}")
-    rejected = sorted(
-        (Rejection(*map(printable, (r.study, r.scan, r.rule, r.reason))) for r in found.rejected), key=astuple
-    )
-    return Found(studies, rejected)
-
-
-def hash_sources(found: Found) -> str:
-    """A hash of what is to be prepared: names, texts, labels, files by name below their common folder, and the size
-    of each scan's first file. The same copied to another place has the same hash."""
-    folders = {str(file.parent.absolute()) for study in found.studies for scan in study.scans for file in scan.files}
-    root = os.path.commonpath(folders) if folders else ""
-    digest = hashlib.sha256()
-    for study in found.studies:
-        for scan in study.scans:
-            files = [os.path.relpath(file, root) for file in scan.files]
-            what = [scan.name, scan.kind, scan.modality, scan.description, files, _size(scan.files[0])]
-            digest.update(json.dumps(what).encode() + b"\n")
-        text = [study.uid, study.impression, study.findings, study.labels]
-        digest.update(json.dumps(text).encode() + b"\n\n")
-    for rejection in found.rejected:
-        digest.update(json.dumps(asdict(rejection)).encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return -1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which studies each shard holds.
-
-    out: the store.
-    shards: per shard its studies, its scans as found, and where its line begins in `work/sources.jsonl`.
-    hidden: nothing is kept that may name somebody.
-    """
-
-    out: Path
-    shards: tuple[tuple[int, int, int], ...]
-    hidden: bool
-
-    @classmethod
-    def of(cls, found: Found, terms: Mapping[str, Any], out: Path) -> Plan:
-        """The plan of this store: read if there is one on the same terms, else made and written.
-
-        Raises:
-            ValueError: there is one on other terms; says which.
-        """
-        work = out / "work"
-        file = work / "plan.json"
-        if os.path.lexists(file):
-            content = read_json(file, out, None)  # has a line for each shard
-            _compare(out, content["terms"], terms)
-        else:
-            shards, offset = [], 0
-            with replacing(work / "sources.jsonl", work) as temporary, temporary.open("wb") as lines:
-                for studies in cut(found.studies, _num_scans, terms["shard_scans"]):
-                    shards.append((len(studies), sum(len(study.scans) for study in studies), offset))
-                    offset += lines.write(json.dumps([_to_json(study) for study in studies]).encode() + b"\n")
-            write_rejections(out / "shards" / FOUND, found.rejected, work)
-            content = {"terms": terms, "shards": shards}
-            with replacing(file, work) as temporary:
-                temporary.write_text(json.dumps(content), encoding="utf-8")
-        return cls(out.absolute(), tuple(map(tuple, content["shards"])), bool(terms["hidden_ids"]))
-
-    def studies(self, k: int) -> list[StudySource]:
-        """The studies of shard `k`."""
-        path = self.out / "work" / "sources.jsonl"
-        check_text(path)
-        with path.open("rb") as lines:
-            lines.seek(self.shards[k][2])
-            return [_from_json(study) for study in json.loads(lines.readline())]
-
-
-def _num_scans(study: StudySource) -> int:
-    return max(1, len(study.scans))
-
-
-def _to_json(study: StudySource) -> dict[str, Any]:
-    scans = [{**vars(scan), "files": [str(file.absolute()) for file in scan.files]} for scan in study.scans]
-    return {**vars(study), "scans": scans}
-
-
-def _from_json(content: dict[str, Any]) -> StudySource:
-    scans = [ScanSource(**{**scan, "files": tuple(map(Path, scan["files"]))}) for scan in content["scans"]]
-    return StudySource(**{**content, "scans": tuple(scans), "labels": tuple(map(tuple, content["labels"]))})
+    return encodable(reason)
 
 
 def _begin(notify: Callable[[Event], None], s: int, m: int) -> None:
@@ -355,7 +199,7 @@ class PrepareJob:
             self.plan.out / "work",
         )
 
-    def _studies(self, k: int, notify: Callable[[Event], None]) -> Iterator[PreparedStudy]:
+    def _studies(self, k: int, notify: Callable[[Event], None]) -> Iterator[StudyRecord[PreparedScan]]:
         blamed = self._blamed(k)
         for s, source in enumerate(self.plan.studies(k)):
             left_out = {m: why for (at, m), why in blamed.items() if at == s}
@@ -383,30 +227,13 @@ class PrepareJob:
         return self.plan.shards[unit][:2]
 
 
-def _facts(terms: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: terms[key] for key in ("source_hash", "shard_scans", "hidden_ids")}
-
-
 def _finished(out: Path, terms: Mapping[str, Any]) -> Report | None:
     """The report of a finished store on these terms; None if it is not finished."""
     info = read_info(out)
     if not info:
         return None
-    _compare(out, info, terms)
+    compare_terms(out, info, terms)
     return Report(**read_json(out / "report.json", out))
-
-
-def _compare(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
-    words = {
-        "format": "in another format",
-        "recipe_hash": "with another recipe",
-        "hidden_ids": "with ids hidden otherwise",
-        "source_hash": "from other studies, reports or labels",
-        "shard_scans": "with another shard_scans",
-    }
-    for key, how in words.items():
-        if there.get(key) != terms[key]:
-            raise ValueError(f"{out}: was begun {how} ({there.get(key)}, now {terms[key]}): choose another folder")
 
 
 @contextmanager
@@ -430,9 +257,8 @@ def _locked(out: Path) -> Iterator[Path]:
 
 
 def _remove_temporary(work: Path) -> None:
-    for pattern in ("*.tmp", ".tmp*"):  # ours and those of safetensors
-        for temporary in work.glob(pattern):
-            temporary.unlink(missing_ok=True)
+    for temporary in work.glob("*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 class _Progress:

@@ -5,35 +5,22 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..read.files import NIFTI_SUFFIXES, TENSOR_SUFFIX, is_file
 from ..read.safe import check_keys
+from ..study import StudyRecord
 from .reports import ReportText, SectionRules, report_of, say_misspelt, table_reports, text_columns
-from .tables import Labels, Table, read_json_studies
+from .tables import Table, read_json_studies
 
 PATH_COLUMNS = ("path", "scan", "file", "scan_path", "file_name", "filename")
 TEXTS = ("report", "impressions", "findings")
+Named = tuple[str, Path]  # a scan's name, empty if it is to be made from the path, and its file or folder
 
 
-@dataclass(frozen=True)
-class ListedStudy:
-    """A study as a list has it.
-
-    scans: (name, path) of each, in sorted order of the paths; an empty name is to be made from the path. None if the
-        list has no paths, and the study is to be found in a folder.
-    """
-
-    uid: str
-    scans: tuple[tuple[str, Path], ...] | None
-    report: ReportText = field(default_factory=ReportText)
-    labels: Labels = ()
-
-
-def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[ListedStudy]:
+def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[StudyRecord[Named]]:
     """Read `{STUDY: {...}}` where each entry has one of
 
         "scans": [FILE, ...]       files or folders, relative to `root`
@@ -59,7 +46,7 @@ def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[ListedSt
             report = report_of(_texts(entry), rules)
         except ValueError as error:
             raise ValueError(f"{path}: study {uid}: {error}") from error
-        studies.append(ListedStudy(uid, scans, report))
+        studies.append(StudyRecord(uid, scans, *report))
     return studies
 
 
@@ -67,7 +54,7 @@ def _texts(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry[key] for key in TEXTS if key in entry}
 
 
-def _listed(key: str, scans: Any, root: Path, uid: str) -> tuple[tuple[str, Path], ...]:
+def _listed(key: str, scans: Any, root: Path, uid: str) -> tuple[Named, ...]:
     if not all(map(_is_file_name, scans)):
         raise ValueError(f"'{key}' must be file names")
     if key == "series":
@@ -116,11 +103,12 @@ def _recon_path(root: Path, name: str) -> Path:
 
 def read_csv_list(
     path: Path, root: Path, rules: SectionRules, wanted: Collection[str] | None = None
-) -> list[ListedStudy]:
+) -> list[StudyRecord[Named]]:
     """Read a table with a column of studies, one row per scan or per study.
 
     It may have a column of paths relative to `root` (`PATH_COLUMNS`), columns of text (impression, findings, report),
-    in which a study's rows must agree, and labels (see `Table.labels`).
+    in which a study's rows must agree, and labels (see `Table.labels`). Without a column of paths, studies have no
+    scans, and are to be found in a folder.
 
     Raises:
         ValueError: not such a file; names it and the line.
@@ -140,8 +128,8 @@ def read_csv_list(
     studies = []
     for uid, study_labels in labels.items():
         try:
-            scans = None if column is None else tuple(("", file) for file in each_once(files[uid]))
+            scans = tuple(("", file) for file in each_once(files[uid]))
         except ValueError as error:
             raise ValueError(f"{path}: study {uid}: {error}") from error
-        studies.append(ListedStudy(uid, scans, reports.get(uid, ReportText()), study_labels))
+        studies.append(StudyRecord(uid, scans, *reports.get(uid, ReportText()), study_labels))
     return studies

@@ -5,19 +5,17 @@ Shapes: (X, Y, Z) of a mask, on the voxels of its scan's own file; D slices of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..read.files import NIFTI_SUFFIXES, stem
+from ..read.files import NIFTI_SUFFIXES, Progress, stem
 from ..read.nifti import read_nifti
 from ..read.paths import check_within
 from ..read.scan import ScanError, Volume
 from ..store.store import Store
 from .recipe import Recipe, through_plane_first
 
-Progress = Callable[[Sequence], Iterable]
 Slices = dict[str, dict[str, list[int]]]  # by study and scan
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..read.nifti import read_scan
-from ..read.rules import Rules, check_volume
+from ..read.readers import read_scan
+from ..read.rules import Rules, check_count, check_volume, plain_values
 from ..read.safe import read_settings, read_yaml
 from ..read.scan import ScanError, ScanSource, Volume
 from ..read.schema import check_types, structure
+from ..study import PreparedScan
 
 VERSION = 1  # to be raised whenever reading or preprocessing changes what a scan looks like
 CHUNK = 16  # slices that are windowed and resized at a time
@@ -44,28 +45,6 @@ class Window:
         check_types(self)
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"a window must increase, got {self.low} to {self.high}")
-
-
-@dataclass(frozen=True)
-class PreparedScan:
-    """A scan as a model sees it.
-
-    name: tells the scans of one source apart: part of a 4D image, window, or both; empty if there is only one.
-    image: (D, H, W) uint8, through-plane axis first.
-    spacing: mm from voxel to voxel along D, H and W; not-a-number where the file does not tell.
-    plane: "axial", "coronal" or "sagittal"; "axial" where the file does not tell.
-    slices: of the source.
-    """
-
-    name: str
-    image: Tensor
-    spacing: tuple[float, float, float]
-    plane: str
-    slices: int
-
-    def name_in_study(self, source: ScanSource) -> str:
-        """What to call it among the scans of its study."""
-        return f"{source.name}:{self.name}" if self.name else source.name
 
 
 @dataclass(frozen=True)
@@ -123,8 +102,7 @@ class Recipe:
         Raises:
             ScanError: it cannot be used; its `rule` tells the kind of reason.
         """
-        volumes = read_scan(source, self.rules)
-        return [scan for volume in volumes for scan in self(volume)]
+        return [scan for volume in read_scan(source, self.rules) for scan in self(volume)]
 
     def __call__(self, volume: Volume) -> list[PreparedScan]:
         """Returns a scan for each window.
@@ -137,10 +115,7 @@ class Recipe:
         """
         check_volume(volume, self.rules)
         array, spacing, plane = through_plane_first(volume, axial=self.spacing is not None)
-        if len(array) < self.rules.min_slices:
-            raise ScanError(
-                volume.path, f"{len(array)} slices, expected at least {self.rules.min_slices}", "few_slices"
-            )
+        check_count(volume.path, len(array), self.rules)
         axes = self.axes(array.shape, spacing, volume.prepared)
         side = max(max(axis.length + axis.black, axis.resized) for axis in axes[1:])
         if side > self.rules.max_side:
@@ -153,7 +128,7 @@ class Recipe:
             if image.min() == image.max():
                 raise ScanError(volume.path, f"no contrast within {window.low:g} to {window.high:g}", "no_contrast")
             name = "-".join(filter(None, (volume.part, window.name)))
-            scans.append(PreparedScan(name, image, result, plane, len(array)))
+            scans.append(PreparedScan(name, image, result, plane, len(array), grid=volume.without_voxels()))
         return scans
 
     def on_source(self, volume: Volume, values: np.ndarray) -> np.ndarray:
@@ -209,7 +184,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, for JSON or YAML."""
-        return json.loads(json.dumps(asdict(self)))
+        return plain_values(self) | {"rules": plain_values(self.rules)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:

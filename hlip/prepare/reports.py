@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..read.files import printable, why
 from ..read.safe import MOST_TEXT, check_keys, read_text, read_yaml
@@ -54,8 +54,7 @@ _LIST_ITEM = re.compile(rf"{_MARKER} ", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]]* """)
 
 
-@dataclass(frozen=True)
-class ReportText:
+class ReportText(NamedTuple):
     """The two sections of a report that are used; empty if absent."""
 
     impression: str = ""
@@ -308,3 +307,15 @@ def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
     return ReportText(
         normalise(texts["impression"]) or whole.impression, normalise(texts["findings"]) or whole.findings
     )
+
+
+def check_texts(path: Path | str | None, reports: Sequence[ReportText]) -> None:
+    """Refuse a file whose reports, of the studies that there are, have no text in the sections that are used."""
+    blank = sum(not report.impression and not report.findings for report in reports)
+    if reports and blank == len(reports):
+        raise ValueError(
+            f"{path}: none of the {blank} reports of these studies has an impression or findings: their texts are "
+            "empty, or under other headings (--sections)"
+        )
+    if blank:
+        logger.warning("%s: %d of %d reports have neither an impression nor findings", path, blank, len(reports))

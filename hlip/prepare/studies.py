@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..read.nifti import read_scan
-from ..read.scan import Rejection, ScanError, Volume
-from ..study import Study
-from .discover import StudySource, find_scans
+from ..read.scan import ScanError, ScanSource, Volume
+from ..study import PreparedScan, Study, StudyRecord
+from .discover import find_study
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -49,15 +48,14 @@ def load_study_on_grids(
 ) -> tuple[Study, list[Volume]]:
     """As `load_study`, and for each scan the volume it was made of, without voxels: for `Recipe.on_source`."""
     folder = isinstance(paths, (str, Path)) and Path(paths).is_dir()
-    rejected: list[Rejection] = []
-    sources = find_scans(paths, rejected)
+    found = find_study(paths)
     if uid is None:
-        files = [file for scan in sources for file in scan.files]
+        files = [file for scan in found.scans for file in scan.files]
         uid = (Path(str(paths)) if folder else called_after(files)).resolve().name
-    source = StudySource(uid, tuple(sources), impression, findings)
-    study, grids = read_study(source, recipe or Recipe(), all_scans=not folder)
-    study.left_out[:0] = [replace(rejection, study=uid) for rejection in rejected]
-    return study, grids
+    rejected = [replace(rejection, study=uid) for rejection in found.rejected]
+    source = replace(found, uid=uid, impression=impression, findings=findings, rejected=rejected)
+    study = read_study(source, recipe or Recipe(), all_scans=not folder)
+    return study.shown(), [scan.grid for scan in study.scans if scan.grid is not None]
 
 
 def called_after(files: Sequence[Path]) -> Path:
@@ -66,30 +64,23 @@ def called_after(files: Sequence[Path]) -> Path:
     return folders.pop() if len(files) > len(folders) == 1 else min(files)
 
 
-def read_study(source: StudySource, recipe: Recipe, all_scans: bool = False) -> tuple[Study, list[Volume]]:
-    """Read a study's scans, and for each scan the volume it was made of, without voxels.
+def read_study(source: StudyRecord[ScanSource], recipe: Recipe, all_scans: bool = False) -> StudyRecord[PreparedScan]:
+    """Read a study's scans.
 
     Args:
-        all_scans: each must be usable. If not, those that are not are left out, with a warning: `Study.left_out`.
+        all_scans: each must be usable. If not, those that are not are left out, with a warning.
 
     Raises:
         ScanError: a scan that cannot be used and may not be left out, or is the last of several of which none can.
     """
-    study = Study(source.uid, [], [], source.impression, source.findings)
-    grids: list[Volume] = []
+    scans: list[PreparedScan] = []
+    rejected = list(source.rejected)
     for scan in source.scans:
         try:
-            volumes = read_scan(scan, recipe.rules)
-            made = [(volume.without_voxels(), prepared) for volume in volumes for prepared in recipe(volume)]
-            del volumes
+            scans += [prepared.of(scan) for prepared in recipe.prepare(scan)]
         except ScanError as error:
-            if all_scans or (scan is source.scans[-1] and not study.scans):
+            if all_scans or (scan is source.scans[-1] and not scans):
                 raise
             logger.warning("left out a scan: %s", error)
-            study.left_out.append(Rejection(source.uid, scan.name, error.rule, error.reason))
-            continue
-        for grid, prepared in made:
-            study.scans.append(prepared.image)
-            study.names.append(prepared.name_in_study(scan))
-            grids.append(grid)
-    return study, grids
+            rejected.append(error.of(source.uid, scan.name))
+    return source.having(scans, rejected)

@@ -18,7 +18,6 @@ from ..read.safe import as_texts, read_json, read_lines, unique_keys
 
 logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
-Labels = tuple[tuple[str, float], ...]
 Value = TypeVar("Value")
 
 
@@ -102,7 +101,7 @@ class Table:
             raise ValueError(f"{path}: not a readable table (it has no rows)")
         return cls(path, tuple(name for name in columns if name != uid_column), tuple(rows))
 
-    def labels(self, leave: Collection[str] = (), wanted: Collection[str] | None = None) -> dict[str, Labels]:
+    def labels(self, leave: Collection[str] = (), wanted: Collection[str] | None = None) -> dict[str, dict[str, float]]:
         """Labels by study: columns of numbers, in order; an empty cell is no label.
 
         Args:
@@ -125,7 +124,7 @@ class Table:
                 what = "columns that are not taken as labels unless they are asked for (--label_columns)"
                 logger.warning("%s: %s: %s", self.path, what, others)
             columns = likely
-        return self.by_study(lambda row: tuple((n, float(cell)) for n in columns if (cell := row[n].strip())), "labels")
+        return self.by_study(lambda row: {n: float(cell) for n in columns if (cell := row[n].strip())}, "labels")
 
     def likely_labels(self, leave: Collection[str] = ()) -> list[str]:
         """The columns, but for those of `leave`, whose numbers all lie within -1 and 1, one value for each study."""
@@ -166,6 +165,17 @@ def volume_study(name: str) -> str:
     name = stem(name.replace("\\", "/").rpartition("/")[2])
     match = re.fullmatch(r"((?:train|valid)_\d+_[a-z]+)_\d+", name)
     return match[1] if match else name
+
+
+def check_join(path: Path | str | None, entries: Collection[str], uids: Collection[str]) -> None:
+    """Refuse a file without an entry for any of the studies; the number of entries for others goes to the log."""
+    strange = [uid for uid in entries if uid not in uids]
+    if uids and strange and len(strange) == len(entries):
+        raise ValueError(
+            f"{path}: none of its {len(entries)} studies was found; it has {strange[0]}, there is {min(uids)}"
+        )
+    if strange:
+        logger.warning("%s: %d of %d studies were not found", path, len(strange), len(entries))
 
 
 def _is_number(cell: str) -> bool:

@@ -1,47 +1,42 @@
-"""DICOM series in: headers by pydicom, compressed pixels by SimpleITK (GDCM)."""
+"""DICOM series in: slices put together from headers, whatever files are named and numbered."""
 
 from __future__ import annotations
 
-import os
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .nifti import check_file, finite, rescale
-from .rules import Rules, check_grid, check_image_type, check_modality
+from .headers import DEFLATED, HEAD_BYTES, parse, several
+from .pixels import Pixels, damage
+from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite
 from .scan import ScanError, ScanSource, Volume
+from .voxels import check_file, rescale
 
 LPS = np.array([-1.0, -1.0, 1.0])  # DICOM's x runs to the left, its y to the back
 SAME_PLACE = 0.01  # mm; closer slices are at one place
 UNEVEN = 0.1  # of the usual step; what a slice may lie off the regular grid
 MAX_FRAMES = 2**16  # of one file
-DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
-PIXEL_TAGS = (
-    "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored",
-    "HighBit", "PixelRepresentation", "PixelData",
-)  # fmt: skip
-MAX_TILES = 2**16  # of a JPEG 2000 image, as the standard has it
-START_OF_FRAME = {bytes([0xFF, k]) for k in (*range(0xC0, 0xD0), 0xF7)} - {b"\xff\xc4", b"\xff\xc8", b"\xff\xcc"}
 
 
 @dataclass(frozen=True)
 class Slice:
     """One slice of a series, its pixels not yet read.
 
+    pixels: of its file.
+    frame: its number in the file.
     axes: (6) - directions of a row and of a column, as DICOM gives them.
     position: (3) mm - the first pixel's place, as DICOM gives it.
     spacing: mm from row to row and from column to column.
     slope, intercept: from stored numbers to intensities, as the header has them.
-    compressed: by other than run lengths; GDCM decodes such pixels.
     order: of slices at the same place.
     """
 
-    path: Path
+    pixels: Pixels
     frame: int
     uid: str
     shape: tuple[int, int]
@@ -50,8 +45,7 @@ class Slice:
     spacing: tuple[float, float]
     slope: float
     intercept: float
-    compressed: bool
-    order: tuple[float, ...]
+    order: tuple[float, float, int, str]
 
     @property
     def along(self) -> float:
@@ -59,7 +53,7 @@ class Slice:
         return float(np.dot(np.cross(self.axes[:3], self.axes[3:]), self.position))
 
 
-def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
+def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
     """Read one series: slices sorted along their normal, however files are named and numbered.
 
     A few slices of another orientation or size (a scout) are left out. A slice that occurs twice is taken once; where
@@ -70,18 +64,21 @@ def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
     Raises:
         ScanError: see `Rules`.
     """
-    first, slices = None, []
-    for path in source.files:
-        data = _open_dicom(path)
-        series, modality, description, image_type = _about(path, data)
-        first = first or (series, modality, description)
-        if series != first[0]:
-            raise ScanError(path, f"of another series than {source.files[0].name}")
-        check_modality(path, modality, rules)
-        check_image_type(path, image_type, rules)
-        slices.extend(_slices(path, data))
-    assert first is not None
     path = source.files[0]
+    first, slices = None, []
+    for file in source.files:
+        data, offset = _open(file)
+        with damage(file, "a damaged header"):
+            series, modality, description = (
+                str(data.get(name) or "") for name in ("SeriesInstanceUID", "Modality", "SeriesDescription")
+            )
+            first = first or (series, modality, description)
+            if series != first[0]:
+                raise ScanError(file, f"of another series than {path.name}")
+            check_modality(file, modality, rules)
+            check_image_type(file, several(data.get("ImageType")), rules)
+            slices.extend(_slices(Pixels(file, data, offset)))
+    assert first is not None
     slices = _one_orientation(path, slices, rules)
     if len(slices) * np.prod(slices[0].shape, dtype=np.float64) > rules.max_voxels:
         raise ScanError(path, f"the series has more than {rules.max_voxels} voxels", "too_large")
@@ -89,72 +86,38 @@ def read_dicom(source: ScanSource, rules: Rules) -> list[Volume]:
     if len(stacks) > 1 and (rules.four_d == "reject" or (rules.four_d == "split" and len(stacks) > rules.max_parts)):
         raise ScanError(path, f"expected one 3D volume, got {len(stacks)} at the same places", "four_d")
     stacks = stacks if rules.four_d == "split" else stacks[:1]
-    modality, description = source.modality or first[1], source.description or first[2]
     volumes = []
     for t, stack in enumerate(stacks):
         array, affine = _read_stack(path, stack, rules)
-        volumes.append(Volume(array, affine, path, modality, description, f"t{t}" if len(stacks) > 1 else ""))
+        volumes.append(Volume(array, affine, path, *first[1:], f"t{t}" if len(stacks) > 1 else ""))
     return volumes
 
 
-def _open_dicom(path: Path) -> Any:
-    try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
-    except ImportError as error:
-        raise ImportError("reading DICOM needs pydicom: pip install 'hlip-kernels[io]'") from error
-
+def _open(path: Path) -> tuple[Any, int]:
+    """The header of a file, and the byte at which its pixels begin."""
     check_file(path)
-    try:
-        with path.open("rb") as file:
-            if DEFLATED in file.read(2048):
-                raise ScanError(path, "deflated as a whole: its size cannot be told before it is read")
-            file.seek(0)
-            return pydicom.dcmread(file, stop_before_pixels=True)
-    except ScanError:
-        raise
-    except InvalidDicomError as error:
-        raise ScanError(path, f"not a DICOM file ({error})") from error
-    except Exception as error:  # a damaged file may fail anywhere within the parser
-        raise ScanError(path, f"truncated or corrupt ({type(error).__name__}: {error})") from error
+    with damage(path, "truncated or corrupt"), path.open("rb", HEAD_BYTES) as file:
+        if DEFLATED in file.read(2048):
+            raise ScanError(path, "deflated as a whole: its size cannot be told before it is read")
+        return parse(file)
 
 
-def _about(path: Path, data: Any) -> tuple[str, str, str, list[str]]:
-    """The UID of the series, its modality and description, and the values of the image's type."""
-    try:
-        names = ("SeriesInstanceUID", "Modality", "SeriesDescription")
-        series, modality, description = (str(data.get(name) or "") for name in names)
-        return series, modality, description, _strings(data.get("ImageType"))
-    except Exception as error:  # values are parsed when they are asked for, each with errors of its own
-        raise ScanError(path, f"a damaged header ({type(error).__name__}: {error})") from error
-
-
-def _strings(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(item) for item in value]
-
-
-def _slices(path: Path, data: Any) -> list[Slice]:
+def _slices(pixels: Pixels) -> list[Slice]:
     """The slices of one file: one, or each frame of a multi-frame one."""
-    try:
-        if int(data.get("SamplesPerPixel", 1)) != 1 or str(data.get("PhotometricInterpretation")) != "MONOCHROME2":
-            what = f"{data.get('SamplesPerPixel', 1)} samples, {data.get('PhotometricInterpretation')}"
-            raise ScanError(path, f"expected one grey value a pixel, got {what}", "not_grey")
-        frames = int(data.get("NumberOfFrames") or 1)
-        if "PerFrameFunctionalGroupsSequence" not in data:
-            if frames > 1:
-                raise ScanError(path, f"{frames} frames without a place for each")
-            return [_slice(path, data, 0, data)]
-        groups = data.PerFrameFunctionalGroupsSequence
-        if len(groups) != frames or frames > MAX_FRAMES:
-            raise ScanError(path, f"{frames} frames with places for {len(groups)}")
-        shared = data.get("SharedFunctionalGroupsSequence") or [None]
-        return [_slice(path, data, k, _functional_groups(groups[k], shared[0])) for k in range(frames)]
-    except ScanError:
-        raise
-    except Exception as error:  # values are parsed when they are asked for, each with errors of its own
-        raise ScanError(path, f"a damaged header ({type(error).__name__}: {error})") from error
+    path, data = pixels.path, pixels.header
+    if int(data.get("SamplesPerPixel", 1)) != 1 or str(data.get("PhotometricInterpretation")) != "MONOCHROME2":
+        what = f"{data.get('SamplesPerPixel', 1)} samples, {data.get('PhotometricInterpretation')}"
+        raise ScanError(path, f"expected one grey value a pixel, got {what}", "not_grey")
+    frames = int(data.get("NumberOfFrames") or 1)
+    if "PerFrameFunctionalGroupsSequence" not in data:
+        if frames > 1:
+            raise ScanError(path, f"{frames} frames without a place for each")
+        return [_slice(pixels, 0, data)]
+    groups = data.PerFrameFunctionalGroupsSequence
+    if len(groups) != frames or frames > MAX_FRAMES:
+        raise ScanError(path, f"{frames} frames with places for {len(groups)}")
+    shared = data.get("SharedFunctionalGroupsSequence") or [None]
+    return [_slice(pixels, k, _functional_groups(groups[k], shared[0])) for k in range(frames)]
 
 
 def _functional_groups(frame: Any, shared: Any) -> Any:
@@ -175,16 +138,13 @@ def _functional_groups(frame: Any, shared: Any) -> Any:
     return merged
 
 
-def _slice(path: Path, data: Any, frame: int, place: Any) -> Slice:
-    from pydicom.uid import RLELossless
-
+def _slice(pixels: Pixels, frame: int, place: Any) -> Slice:
+    path, data = pixels.path, pixels.header
     for name in ("ImageOrientationPatient", "ImagePositionPatient"):
         if not place.get(name):
             raise ScanError(path, f"no {name}: not a slice of a volume", "localiser")
     if not place.get("PixelSpacing"):
         raise ScanError(path, "no PixelSpacing", "spacing")
-    syntax = data.file_meta.TransferSyntaxUID
-    compressed = syntax.is_compressed and syntax != RLELossless
     slope = 1.0 if place.get("RescaleSlope") is None else float(place.RescaleSlope)
     intercept = float(place.get("RescaleIntercept") or 0)
     axes = tuple(float(x) for x in place.ImageOrientationPatient)
@@ -196,19 +156,9 @@ def _slice(path: Path, data: Any, frame: int, place: Any) -> Slice:
         raise ScanError(path, f"PixelSpacing {spacing} mm", "spacing")
     if np.linalg.norm(np.cross(axes[:3], axes[3:])) < 0.1:
         raise ScanError(path, f"rows and columns run the same way: {axes}", "sheared")
-    return Slice(
-        path,
-        frame,
-        str(data.get("SOPInstanceUID", "")),
-        (int(data.Rows), int(data.Columns)),
-        axes,
-        position,
-        (spacing[0], spacing[1]),
-        slope,
-        intercept,
-        compressed,
-        (float(data.get("AcquisitionNumber") or 0), float(data.get("InstanceNumber") or 0), frame),
-    )
+    shape, uid = (int(data.Rows), int(data.Columns)), str(data.get("SOPInstanceUID", ""))
+    order = (float(data.get("AcquisitionNumber") or 0), float(data.get("InstanceNumber") or 0), frame, str(path))
+    return Slice(pixels, frame, uid, shape, axes, position, (spacing[0], spacing[1]), slope, intercept, order)
 
 
 def _one_orientation(path: Path, slices: Sequence[Slice], rules: Rules) -> list[Slice]:
@@ -241,7 +191,7 @@ def _stacks(path: Path, slices: Iterable[Slice]) -> list[list[Slice]]:
     """Volumes of slices sorted along their normal: one, or more if all places have as many slices."""
     places: list[list[Slice]] = []
     seen = set()
-    for item in sorted(slices, key=lambda s: (s.along, s.order, str(s.path))):
+    for item in sorted(slices, key=lambda s: (s.along, s.order)):
         if (item.uid, item.frame) in seen and item.uid:
             continue
         seen.add((item.uid, item.frame))
@@ -255,21 +205,20 @@ def _stacks(path: Path, slices: Iterable[Slice]) -> list[list[Slice]]:
         counts = {len(place) for place in places}
     if len(counts) > 1:
         raise ScanError(path, f"from {min(counts)} to {max(counts)} slices at one place", "duplicate_slices")
-    return [[sorted(place, key=lambda s: (s.order, str(s.path)))[t] for place in places] for t in range(counts.pop())]
+    return [[sorted(place, key=attrgetter("order"))[t] for place in places] for t in range(counts.pop())]
 
 
 def _without_copies(place: list[Slice]) -> list[Slice]:
     """Slices at one place whose pixels differ."""
     kept: dict[bytes, Slice] = {}
     for item in place:
-        kept.setdefault(next(_frames([item])).tobytes(), item)
+        kept.setdefault(next(item.pixels.frames([item.frame], item.shape)).tobytes(), item)
     return list(kept.values())
 
 
 def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Returns the (X, Y, Z) intensities and their affine."""
-    if len(stack) < rules.min_slices:
-        raise ScanError(path, f"{len(stack)} slices, expected at least {rules.min_slices}", "few_slices")
+    check_count(path, len(stack), rules)
     index = _regular_places(path, np.array([item.along for item in stack]), rules)
     rows, columns = stack[0].shape
     affine = _affine(stack, int(index[-1]))
@@ -277,9 +226,10 @@ def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarra
 
     array = np.empty(0)
     scales = {(item.slope, item.intercept) for item in stack}
-    for _, group in groupby(zip(stack, index, strict=True), key=lambda pair: pair[0].path):
+    for pixels, group in groupby(zip(stack, index, strict=True), key=lambda pair: pair[0].pixels):
         pairs = list(group)
-        for (item, k), values in zip(pairs, _frames([item for item, _ in pairs]), strict=True):
+        frames = pixels.frames([item.frame for item, _ in pairs], (rows, columns))
+        for (item, k), values in zip(pairs, frames, strict=True):
             if len(scales) > 1:
                 values = rescale(values.astype(np.float32), item.slope, item.intercept, rules)
             if not array.size:
@@ -331,97 +281,3 @@ def _fill_missing(array: np.ndarray, index: np.ndarray) -> None:
             weight = (k - before) / (after - before)
             between = array[:, :, before] * (1 - weight) + array[:, :, after] * weight
             array[:, :, k] = between if array.dtype.kind == "f" else np.rint(between)
-
-
-def _frames(items: Sequence[Slice]) -> Iterator[np.ndarray]:
-    """The (rows, columns) numbers of slices of one file, as stored.
-
-    Frames are decoded one at a time; but GDCM decodes a file as a whole.
-    """
-    from pydicom.pixels import iter_pixels
-
-    path, shape = items[0].path, items[0].shape
-    numbers = [item.frame for item in items]
-    try:
-        if items[0].compressed:
-            image = _gdcm_image(path, shape)  # must outlive the view of it
-            frames = _gdcm_view(image).reshape(-1, *shape)
-            if max(numbers) >= len(frames):
-                raise ScanError(path, f"{len(frames)} frames, expected more than {max(numbers)}")
-            yield from (frames[k].astype(np.float32) if frames.dtype == np.float64 else frames[k] for k in numbers)
-            return
-        for frame in iter_pixels(path, indices=numbers, raw=True):
-            if frame.shape != shape:
-                raise ScanError(path, f"pixels of shape {frame.shape}, expected {shape}")
-            yield frame
-    except (ScanError, ImportError):
-        raise
-    except Exception as error:  # a damaged file may fail anywhere within the decoder
-        raise ScanError(path, f"truncated or corrupt pixels ({type(error).__name__}: {error})") from error
-
-
-def _check_code_streams(path: Path, data: Any, shape: tuple[int, int]) -> None:
-    """Raises ScanError unless every frame is an image of that shape by its own header, which is what GDCM goes by:
-    a few bytes there may ask for any memory."""
-    from pydicom.encaps import generate_frames
-
-    for frame in generate_frames(data.PixelData, number_of_frames=int(data.get("NumberOfFrames") or 1)):
-        found = _size_of_code_stream(frame)
-        if found != (*shape, 1):
-            raise ScanError(path, f"corrupt pixels (their shape is {found}, expected {(*shape, 1)})")
-
-
-def _size_of_code_stream(stream: bytes) -> tuple[int, ...]:
-    """Rows, columns and samples of a JPEG, JPEG-LS or JPEG 2000 image; nothing of what is neither."""
-    if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000
-        right, lower, left, upper = struct.unpack(">4I", stream[8:24])
-        across, down = struct.unpack(">2I", stream[24:32])  # of a tile, of which there may be many
-        samples = int.from_bytes(stream[40:42], "big")
-        tiles = (right // max(across, 1) + 1) * (lower // max(down, 1) + 1)
-        return (lower - upper, right - left, samples) if tiles <= MAX_TILES else ()
-    at = 0
-    while stream[4:8] == b"jP  " and (length := int.from_bytes(stream[at : at + 4], "big")) >= 8:
-        at += length  # boxes of a JPEG 2000 file before its code stream
-        if stream[at + 4 : at + 8] == b"jp2c":
-            return _size_of_code_stream(stream[at + 8 :])
-    at = 2 if stream[:2] == b"\xff\xd8" else len(stream)
-    while at + 10 <= len(stream):
-        marker, length = stream[at : at + 2], int.from_bytes(stream[at + 2 : at + 4], "big")
-        if marker in START_OF_FRAME:
-            return (*struct.unpack(">2H", stream[at + 5 : at + 9]), stream[at + 9])
-        at += 1 if marker == b"\xff\xff" else 2 + max(length, 2)
-    return ()
-
-
-def _gdcm_image(path: Path, shape: tuple[int, int]) -> Any:
-    """The stored numbers of all frames. GDCM sees what it needs to decode them and nothing else, in a file that is in
-    memory only: it allocates whatever any other element claims to hold."""
-    try:
-        import SimpleITK as sitk
-    except ImportError as error:
-        raise ImportError("reading compressed DICOM needs SimpleITK: pip install 'hlip-kernels[io]'") from error
-
-    from pydicom import Dataset, dcmread
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import UID, SecondaryCaptureImageStorage
-
-    data = dcmread(path, specific_tags=list(PIXEL_TAGS))
-    _check_code_streams(path, data, shape)
-    plain = Dataset()
-    for tag in PIXEL_TAGS:
-        if tag in data:
-            plain.add(data[tag])
-    plain.file_meta = FileMetaDataset()
-    plain.file_meta.TransferSyntaxUID = data.file_meta.TransferSyntaxUID
-    plain.SOPClassUID = plain.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    plain.SOPInstanceUID = plain.file_meta.MediaStorageSOPInstanceUID = UID("1.2")
-    with os.fdopen(os.memfd_create("slices.dcm"), "wb") as file:
-        plain.save_as(file, enforce_file_format=True)
-        file.flush()
-        return sitk.ReadImage(f"/proc/self/fd/{file.fileno()}", imageIO="GDCMImageIO")
-
-
-def _gdcm_view(image: Any) -> np.ndarray:
-    import SimpleITK as sitk
-
-    return sitk.GetArrayViewFromImage(image)

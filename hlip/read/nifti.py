@@ -1,42 +1,20 @@
-"""Image files in. A file that cannot be used raises `ScanError`, which names it and says why."""
+"""NIfTI images in: each file is opened once, its header first, its voxels behind."""
 
 from __future__ import annotations
 
 import io
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import NIFTI_SUFFIXES
-from .rules import Rules, check_grid, check_source, is_rescaled
+from .rules import Rules, check_grid, finite
 from .scan import ScanError, ScanSource, Volume
-from .tensors import load_tensors
+from .voxels import BLOCK, check_file, rescale
 
-__all__ = ["ScanError", "Volume", "read_nifti", "read_scan"]
-BLOCK = 2**24  # bytes that are read and converted at a time
 TRAILING = 2**20  # bytes that may follow the voxels of a NIfTI file
-LEADING = 2**26  # bytes that may come before them: nibabel reads a header's extensions into memory, whatever their size
-
-
-def read_scan(source: ScanSource, rules: Rules) -> list[Volume]:
-    """Read one scan: one volume, or more where `rules` split a 4D image.
-
-    Raises:
-        ScanError: not readable, or against the rules that concern files.
-    """
-    check_source(source, rules)
-    if source.kind == "nifti":
-        volumes = _read_nifti(source.files[0], rules)
-    elif source.kind == "dicom":
-        from .dicom import read_dicom
-
-        return read_dicom(source, rules)
-    else:
-        volumes = [_read_tensor(source.files[0], rules)]
-    return [replace(v, modality=source.modality, description=source.description) for v in volumes]
+LEADING = 2**26  # bytes that may come before them
 
 
 def read_nifti(path: Path | str) -> Volume:
@@ -46,49 +24,105 @@ def read_nifti(path: Path | str) -> Volume:
         ScanError: missing, empty, truncated or not NIfTI; not 3D; an axis without use; too few finite voxels, or one
             value everywhere.
     """
-    return _read_nifti(Path(path), Rules())[0]
+    return read_volumes(ScanSource("", "nifti", (Path(path),)), Rules())[0]
 
 
-def _read_nifti(path: Path, rules: Rules) -> list[Volume]:
-    image = _open_nifti(path)
-    shape = tuple(image.shape)
+def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
+    """Read one NIfTI image: one volume, or more where `rules` split a 4D one. Raises ScanError as `read_nifti`."""
+    path = file = source.files[0]
+    if path.name.lower().endswith((".hdr", ".hdr.gz")):
+        file = path.with_name(path.name.replace(".hdr", ".img"))
+    check_file(path)
+    try:
+        with _open_bytes(path) as content:
+            header = _read_header(path, content, alone=file != path)
+            if file == path:
+                return _read_images(path, file, header, content, rules)
+        if not file.is_file():
+            raise EOFError(f"no {file}")
+        with _open_bytes(file) as content:
+            _skip(content, header.get_data_offset())
+            return _read_images(path, file, header, content, rules)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ScanError(path, f"truncated or corrupt ({error})") from error
+
+
+def _read_header(path: Path, content: Any, alone: bool) -> Any:
+    """The header at the start of a file; `content` is then where the voxels begin, unless it stands alone.
+
+    Raises:
+        ScanError: of neither version of NIfTI; longer than any header is meant to be; without the size of its voxels.
+    """
+    try:
+        from nibabel import Nifti1Header, Nifti2Header
+        from nibabel.spatialimages import HeaderDataError
+    except ImportError as error:
+        raise ImportError("reading NIfTI needs nibabel: pip install 'hlip-kernels[io]'") from error
+
+    block = bytearray(540)
+    try:
+        _read_into(content, memoryview(block)[:348])
+        size = min(int.from_bytes(block[:4], order) for order in ("little", "big"))
+        if size not in (348, 540):
+            raise ValueError("wrong size of the header")
+        _read_into(content, memoryview(block)[348:size])
+        kind = Nifti1Header if size == 348 else Nifti2Header
+        header = kind(bytes(block[:size]), check=False)
+        if header["magic"] not in (kind.single_magic, kind.pair_magic):
+            raise ValueError(f"not a NIfTI image but one with the mark {header['magic'].item()!r}")
+        if 3000 <= header["intent_code"] < 3100:
+            raise ValueError("not a NIfTI image but CIFTI")
+        if not header["vox_offset"] <= LEADING:
+            raise ValueError(f"its voxels begin at byte {header['vox_offset']:g}")
+        if header["sform_code"] <= 0 and not (header["pixdim"][1:4] > 0).all():
+            raise ScanError(path, f"voxel size {header['pixdim'][1:4].tolist()} mm", "spacing")
+        header.check_fix()
+        if not alone:
+            if header.get_data_offset() < size:
+                raise ValueError("its voxels begin within the header")
+            _skip(content, header.get_data_offset() - size)
+        return header
+    except (HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+        if isinstance(error, ScanError):
+            raise
+        raise ScanError(path, f"not a readable NIfTI file ({error})") from error
+
+
+def _read_images(path: Path, file: Path, header: Any, content: Any, rules: Rules) -> list[Volume]:
+    """The volumes of a header: `content` is that of `file`, where the voxels begin."""
+    shape = whole = header.get_data_shape()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 and (len(shape) != 4 or rules.four_d == "reject"):
-        raise ScanError(path, f"expected one 3D volume, got {len(shape)}D of shape {image.shape}", "four_d")
+        raise ScanError(path, f"expected one 3D volume, got {len(shape)}D of shape {whole}", "four_d")
     parts = shape[3] if len(shape) == 4 else 1
     if rules.four_d == "split" and parts > rules.max_parts:
         raise ScanError(path, f"{parts} volumes in one file, at most {rules.max_parts}", "four_d")
-    affine = _affine(path, image.header)
+    affine, (slope, intercept) = _geometry(path, header)
     check_grid(path, shape, affine, rules)
-    stored = image.get_data_dtype()
+    stored = header.get_data_dtype()
     if stored.kind not in "biuf":
         raise ScanError(path, f"expected one number a voxel, got {stored}", "not_grey")
-    offset = int(image.dataobj.offset)
-    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-    count = int(np.prod(shape[:3]))
-    file = Path(image.file_map["image"].filename)
+    offset, count = header.get_data_offset(), int(np.prod(shape[:3]))
+    if not isinstance(content, _Inflated) and file.stat().st_size < offset + count * parts * stored.itemsize:
+        raise EOFError("shorter than its header says")
     kept = parts if rules.four_d == "split" else 1
     volumes = []
-    try:
-        with _open_bytes(file) as content:
-            if not isinstance(content, _Inflated) and file.stat().st_size < offset + count * parts * stored.itemsize:
-                raise EOFError("shorter than its header says")
-            _skip(content, offset)
-            for t in range(kept):
-                raw = _read_voxels(content, count, stored).reshape(shape[:3], order="F")
-                array = finite(path, rescale(raw, slope, intercept, rules), rules)
-                volumes.append(Volume(array, affine, path, part=f"t{t}" if kept > 1 else ""))
-            if kept == parts:
-                _finish(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ScanError(path, f"truncated or corrupt ({error})") from error
+    for t in range(kept):
+        raw = _read_voxels(content, count, stored).reshape(shape[:3], order="F")
+        array = finite(path, rescale(raw, slope, intercept, rules), rules)
+        volumes.append(Volume(array, affine, path, part=f"t{t}" if kept > 1 else ""))
+    if kept == parts:
+        _finish(content)
     return volumes
 
 
-def _affine(path: Path, header: Any) -> np.ndarray:
-    """Voxels to millimetres, as ITK chooses where a header gives two ways or none: the sform if it is the scanner's or
-    the only one, else the qform; without any, columns run to the left, rows to the front, slices upwards."""
+def _geometry(path: Path, header: Any) -> tuple[np.ndarray, tuple[float, float]]:
+    """The affine, voxels to millimetres; slope and intercept.
+
+    As ITK chooses where a header gives two ways or none: the sform if it is the scanner's or the only one, else the
+    qform; without any, columns run to the left, rows to the front, slices upwards.
+    """
     from nibabel.spatialimages import HeaderDataError
 
     qform, sform = int(header["qform_code"]), int(header["sform_code"])
@@ -99,75 +133,11 @@ def _affine(path: Path, header: Any) -> np.ndarray:
             affine = header.get_qform()
         else:
             affine = np.diag([-1.0, -1.0, 1.0, 1.0] * np.array([*header.get_zooms()[:3], 1.0]))
+        slope, intercept = header.get_slope_inter()
     except (HeaderDataError, ValueError) as error:
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
-    return np.asarray(affine, dtype=np.float64)
-
-
-def _open_nifti(path: Path) -> Any:
-    """The image with its header read, its voxels not."""
-    try:
-        import nibabel
-        from nibabel.filebasedimages import ImageFileError
-        from nibabel.spatialimages import HeaderDataError
-    except ImportError as error:
-        raise ImportError("reading NIfTI needs nibabel: pip install 'hlip-kernels[io]'") from error
-
-    check_file(path)
-    try:
-        if path.name.lower().endswith(NIFTI_SUFFIXES):
-            _check_header(path)
-        image = nibabel.load(path)
-        kinds = (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair)
-        if type(image) not in kinds:
-            raise ScanError(path, f"not a NIfTI image but {type(image).__name__}")
-        voxels = Path(image.file_map["image"].filename)
-        if not voxels.is_file():
-            raise ScanError(path, f"truncated or corrupt (no {voxels})")
-        if voxels.suffix.lower() not in (".nii", ".img", ".gz"):
-            raise ScanError(path, f"compressed by other than gzip ({voxels.suffix})")
-        int(image.dataobj.offset)  # may not be a number
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
-        if isinstance(error, ScanError):
-            raise
-        raise ScanError(path, f"not a readable NIfTI file ({error})") from error
-    return image
-
-
-def _check_header(path: Path) -> None:
-    """What nibabel passes by, mends in silence, or stumbles over.
-
-    Raises:
-        ScanError: of neither version of NIfTI; longer than any header is meant to be; without the size of its voxels.
-    """
-    from nibabel import Nifti1Header, Nifti2Header
-
-    block = bytearray(540)
-    with _open_bytes(path) as content:
-        _read_into(content, memoryview(block)[:348])
-        size = min(int.from_bytes(block[:4], order) for order in ("little", "big"))
-        if size not in (348, 540):
-            raise ScanError(path, "not a readable NIfTI file (wrong size of the header)")
-        _read_into(content, memoryview(block)[348:size])
-    header = (Nifti1Header if size == 348 else Nifti2Header)(bytes(block[:size]), check=False)
-    if not header["vox_offset"] <= LEADING:
-        raise ScanError(path, f"not a readable NIfTI file (its voxels begin at byte {header['vox_offset']:g})")
-    if header["sform_code"] <= 0 and not (header["pixdim"][1:4] > 0).all():
-        raise ScanError(path, f"voxel size {header['pixdim'][1:4].tolist()} mm", "spacing")
-
-
-def check_file(path: Path) -> None:
-    """Raises ScanError where there is no file, or nothing in it."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise ScanError(path, "no such file", "missing") from error
-        raise ScanError(path, f"cannot be read ({error.strerror})") from error
-    if not path.is_file():
-        raise ScanError(path, "not a regular file")
-    if size == 0:
-        raise ScanError(path, "empty file")
+    scale = (1.0, 0.0) if slope is None else (float(slope), float(intercept or 0))
+    return np.asarray(affine, dtype=np.float64), scale
 
 
 class _Inflated(io.RawIOBase):
@@ -246,82 +216,3 @@ def _finish(content: Any) -> None:
             left -= got
             if left < 0:
                 raise EOFError("more data than its header says")
-
-
-def rescale(array: np.ndarray, slope: float, intercept: float, rules: Rules) -> np.ndarray:
-    """`array * slope + intercept`, in place where its type can hold that; else as int32 or float32.
-
-    Where `rules` want Hounsfield units and the numbers are such already, they stay as they are: many archives keep
-    converted volumes under headers that ask to convert them again.
-    """
-    if (slope, intercept) == (1, 0) or (rules.hounsfield and is_rescaled(array, slope, intercept)):
-        return array
-    if array.dtype.kind in "iu" and slope == 1 and intercept == int(intercept):
-        low, high = int(array.min()) + int(intercept), int(array.max()) + int(intercept)
-        for kind in (array.dtype, np.dtype(np.int16), np.dtype(np.int32)):
-            if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-                result = array if kind == array.dtype else np.empty_like(array, kind)
-                return np.add(array, int(intercept), out=result, dtype=np.int64, casting="unsafe")
-    assert array.flags.forc  # else the numbers raveled would be a copy
-    flat = array.ravel("K")
-    result = flat.view(np.float32) if array.itemsize == 4 else np.empty_like(flat, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for k in range(0, flat.size, BLOCK // 8):
-            result[k : k + BLOCK // 8] = flat[k : k + BLOCK // 8].astype(np.float64) * slope + intercept
-    return result.reshape(array.shape, order="F" if array.flags.f_contiguous else "C")
-
-
-def finite(path: Path, array: np.ndarray, rules: Rules) -> np.ndarray:
-    """The array with its smallest finite value where there was none, in place.
-
-    Raises:
-        ScanError: too few finite voxels, or one value everywhere.
-    """
-    if array.dtype.kind == "f" and not np.isfinite([array.min(), array.max()]).all():
-        good = np.isfinite(array)
-        share = float(good.mean())
-        if share == 0:
-            raise ScanError(path, "no finite voxel", "not_finite")
-        if share < rules.min_finite:
-            raise ScanError(
-                path, f"{share:.0%} of the voxels are finite, expected {rules.min_finite:.0%}", "not_finite"
-            )
-        array[~good] = array[good].min()
-    low = array.min()
-    if array.max() == low:
-        raise ScanError(path, f"constant: every voxel is {low}", "constant")
-    return array
-
-
-def _read_tensor(path: Path, rules: Rules) -> Volume:
-    """Read a `.pt` scan of the released tools: (D, H, W) or (D, H, W, 1), through-plane axis first.
-
-    Numbers of type uint8, or floating-point ones within [0, 1], are a prepared scan's intensities (of 255); others are
-    intensities still to be windowed, such as Hounsfield units. The grid is taken as prepared in any case: the file
-    keeps neither spacing nor orientation.
-    """
-    import torch
-
-    check_file(path)
-    try:
-        tensor = load_tensors(path)
-    except (OSError, ValueError) as error:
-        raise ScanError(path, f"not a readable tensor ({str(error)[:200]})") from error
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        raise ScanError(path, f"expected a dense tensor, got {type(tensor).__name__}")
-    tensor = tensor.detach()
-    if tensor.dim() == 4 and tensor.shape[3] == 1:
-        tensor = tensor[..., 0]
-    if tensor.dim() != 3:
-        raise ScanError(path, f"expected a tensor (D, H, W), got shape {tuple(tensor.shape)}", "four_d")
-    if tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
-        raise ScanError(path, f"expected one number a voxel, got {tensor.dtype}", "not_grey")
-    affine = np.diag([1.0, -1.0, -1.0, 1.0])
-    check_grid(path, tuple(tensor.shape), affine, rules)
-    if tensor.is_floating_point():
-        array = finite(path, tensor.to(torch.float32, copy=True).numpy(), rules)
-        if array.min() >= 0 and array.max() <= 1:
-            array = np.rint(array * 255).astype(np.uint8)
-    else:
-        array = finite(path, tensor.numpy().copy(), rules)
-    return Volume(array.transpose(2, 1, 0), affine, path, prepared=True)

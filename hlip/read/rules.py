@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,6 +14,12 @@ from .scan import ScanError, ScanSource, Volume
 from .schema import check_types
 
 SAMPLE = 2**20  # voxels that are looked at to tell Hounsfield units
+
+
+def later(default: Any) -> Any:
+    """A field of `Rules` that came after recipes were published. Its default must change nothing: there, the hash of a
+    recipe and its stores are those of before."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Rules:
     min_finite: least share of voxels that are finite numbers. `not_finite`
     hounsfield: intensities must be Hounsfield units: air near -1000, most of the rest near water. `hounsfield`
     max_side: voxels of a slice's longer side, once padded or resampled. `too_large`
+
+    A new rule is a field here, made by `later`, with a check below, which names it.
 
     Further names: `unreadable`, `constant`, `no_contrast`, `not_grey`, `mixed_orientations`, `duplicate_slices`,
     `uneven_slices`.
@@ -76,6 +85,15 @@ class Rules:
                 raise ValueError(f"descriptions: {pattern!r} is no regular expression ({error})") from error
 
 
+def plain_values(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON or YAML has it, without fields that are `later`, at their default."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    for item in fields(settings):
+        if "later" in item.metadata and getattr(settings, item.name) == item.default:
+            del content[item.name]
+    return content
+
+
 def check_source(source: ScanSource, rules: Rules) -> None:
     """What can be said before any voxel is read.
 
@@ -100,6 +118,11 @@ def check_image_type(path: object, image_type: Iterable[str], rules: Rules) -> N
         found = {value.upper(), *re.split(r"[^A-Z0-9]+", value.upper())}.intersection(rules.image_types)
         if found:
             raise ScanError(str(path), f"image type {value}", "localiser" if "LOCALIZER" in found else "derived")
+
+
+def check_count(path: object, slices: int, rules: Rules) -> None:
+    if slices < rules.min_slices:
+        raise ScanError(str(path), f"{slices} slices, expected at least {rules.min_slices}", "few_slices")
 
 
 def check_grid(path: object, shape: tuple[int, ...], affine: np.ndarray, rules: Rules) -> None:
@@ -133,6 +156,27 @@ def check_volume(volume: Volume, rules: Rules) -> None:
     if not takes_ct and not volume.modality and is_hounsfield(volume.array):
         reason = f"a CT by its intensities, from {low:g} to {high:g} HU, expected {' or '.join(rules.modalities)}"
         raise ScanError(volume.path, reason, "modality")
+
+
+def finite(path: object, array: np.ndarray, rules: Rules) -> np.ndarray:
+    """The array with its smallest finite value where there was none, in place.
+
+    Raises:
+        ScanError: too few finite voxels, or one value everywhere.
+    """
+    if array.dtype.kind == "f" and not np.isfinite([array.min(), array.max()]).all():
+        good = np.isfinite(array)
+        share = float(good.mean())
+        if share == 0:
+            raise ScanError(str(path), "no finite voxel", "not_finite")
+        if share < rules.min_finite:
+            reason = f"{share:.0%} of the voxels are finite, expected {rules.min_finite:.0%}"
+            raise ScanError(str(path), reason, "not_finite")
+        array[~good] = array[good].min()
+    low = array.min()
+    if array.max() == low:
+        raise ScanError(str(path), f"constant: every voxel is {low}", "constant")
+    return array
 
 
 def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0, most_dense: float = 0.3) -> bool:

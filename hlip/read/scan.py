@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ class ScanSource:
     files: one, or all of a DICOM series.
     modality: DICOM's code, such as MR or CT; empty if the files do not say.
     description: the series', in words; empty if the files do not say.
+    offsets: the byte at which each file's image begins, while scans are compared; else empty.
     """
 
     name: str
@@ -25,6 +27,12 @@ class ScanSource:
     files: tuple[Path, ...]
     modality: str = ""
     description: str = ""
+    offsets: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Its files, each with the byte at which the image begins."""
+        return [(str(file), offset) for file, offset in zip_longest(self.files, self.offsets, fillvalue=0)]
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,10 @@ class ScanError(ValueError):
         self.path = str(path)
         self.reason = reason
         self.rule = rule
+
+    def of(self, study: str, scan: str) -> Rejection:
+        """The rejection of a scan for this error."""
+        return Rejection(study, scan, self.rule, self.reason)
 
     def __reduce__(self) -> tuple[type[ScanError], tuple[str, str, str]]:
         return ScanError, (self.path, self.reason, self.rule)

@@ -1,22 +1,54 @@
-"""The manifest of a store: one row a study, as an Arrow table that is mapped to memory.
+"""The files of a store, and what they say.
 
-Whatever a file says is checked here before it is used: types, missing values, and that lists belong together.
+    shards/00000.safetensors   the scans of some studies, and all that is known of them (see `write_shard`)
+    shards/found.jsonl         what was left out before there were studies
+    manifest.arrow             one row a study, made from the shards alone (see `schema`)
+    store.json                 format, recipe and counts; there once the store is finished
+    rejected.jsonl             what was left out, and why
+    report.json                how much of what, by rule
+
+docs/store.md describes the format. Whatever a file says is checked here before it is used: types, missing values, and
+that lists belong together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..output import replacing
+from ..read import safe
 from ..read.paths import check_regular
-from ..read.scan import ScanError
+from ..read.safe import MOST_SETTINGS, parse_json, read_lines, short
+from ..read.scan import Rejection, ScanError
+from ..read.schema import structure
+from ..read.tensors import check_safetensors
+from ..study import PreparedScan, StudyRecord
 
 if TYPE_CHECKING:
     from pyarrow import Array, RecordBatch, Schema
 
+FORMAT = 1
+OTHER = ": update hlip-kernels, or prepare anew"
+FOUND = "found.jsonl"  # beside the shards
+MOST_HELD = 2**28  # bytes of voxels of a shard in memory, which a usual one does not reach
+INFO: dict[str, Any] = {
+    "recipe": dict,
+    "recipe_hash": str,
+    "source_hash": str,
+    "shard_scans": int,
+    "hidden_ids": (bool, str),
+}
 Columns = dict[str, "Array"]
 OF_SCANS = ("name", "shape", "spacing", "plane", "slices", "modality", "description", "offset", "crc32")
 
@@ -119,3 +151,176 @@ def pyarrow() -> Any:
     except ImportError as error:
         raise ImportError("a store's manifest needs pyarrow: pip install 'hlip-kernels[io]'") from error
     return pyarrow
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the header of a shard says.
+
+    studies: per study uid, impression, findings, labels and scans; per scan name, shape, spacing, plane, slices,
+        modality, description, offset (bytes from the start of the file) and crc32 (of its voxels).
+    recipe: of the scans, as `Recipe.to_dict` gives it; `recipe_hash` its hash.
+    rows: the same studies as the manifest has them, but for the shard's number.
+    """
+
+    studies: list[dict[str, Any]]
+    rejected: list[Rejection]
+    recipe: dict[str, Any]
+    recipe_hash: str
+    rows: Columns
+
+
+def write_shard(
+    path: Path, studies: Iterable[StudyRecord[PreparedScan]], recipe: dict[str, Any], recipe_hash: str, work: Path
+) -> None:
+    """Write studies to one safetensors file, whole or not at all. One study is in memory at a time, and voxels of at
+    most `MOST_HELD` bytes, which wait for the header: it lies before them and is known after them.
+
+    Tensor `000012/003` is scan 3 of study 12, so that the file's order is that of studies and their scans. All else
+    is JSON in the header's one piece of metadata, "hlip". The same studies make the same bytes, those that
+    `safetensors.numpy.save_file` writes.
+
+    Args:
+        work: folder for the temporary files, on the same file system as `path`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    entries: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    places: dict[str, tuple[int, Sequence[int]]] = {}  # where each scan's voxels wait, and their shape
+    with (
+        replacing(path, work) as partial,
+        partial.open("wb") as file,
+        tempfile.SpooledTemporaryFile(MOST_HELD, dir=str(work)) as voxels,
+    ):
+        for study in studies:
+            rejected += [asdict(rejection) for rejection in study.rejected]
+            for m, scan in enumerate(study.scans):
+                places[f"{len(entries):06d}/{m:03d}"] = voxels.tell(), scan.image.shape
+                voxels.write(scan.image.contiguous().numpy().data)
+            entries += [_entry(study)] if study.scans else []
+        content = {"recipe": recipe, "recipe_hash": recipe_hash, "studies": entries, "rejected": rejected}
+        names = sorted(places)  # as safetensors lays them
+        ends = np.cumsum([math.prod(places[name][1]) for name in names], dtype=np.int64).tolist()
+        header: dict[str, Any] = {"__metadata__": {"hlip": json.dumps({"format": FORMAT, **content})}}
+        for name, begin, end in zip(names, [0, *ends], ends, strict=False):
+            header[name] = {"dtype": "U8", "shape": places[name][1], "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            voxels.seek(places[name][0])
+            file.write(voxels.read(math.prod(places[name][1])))
+
+
+def _entry(study: StudyRecord[PreparedScan]) -> dict[str, Any]:
+    report = {key: getattr(study, key) for key in ("uid", "impression", "findings")} | {"labels": dict(study.labels)}
+    scans = [
+        {key: getattr(scan, key) for key in ("name", "spacing", "plane", "slices", "modality", "description")}
+        | {"crc32": zlib.crc32(scan.image.contiguous().numpy().data)}
+        for scan in study.scans
+    ]
+    return {**report, "scans": scans}
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check a shard's header.
+
+    Raises:
+        ScanError: missing, damaged or no shard of this format; names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_regular(path, path.parent.parent)
+        check_safetensors(path)
+        with safe_open(path, "numpy") as opened:  # checks that header and file agree
+            content = parse_json(opened.metadata()["hlip"])
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(start - 8))
+        if content["format"] != FORMAT:
+            raise ScanError(path, f"a shard of format {content['format']}; this version reads format {FORMAT}{OTHER}")
+        for s, study in enumerate(content["studies"]):
+            for m, scan in enumerate(study["scans"]):
+                tensor = tensors.pop(f"{s:06d}/{m:03d}")
+                if tensor["dtype"] != "U8" or len(tensor["shape"]) != 3:
+                    raise ScanError(path, f"scan {m} of {study['uid']} is {tensor['dtype']} {tensor['shape']}")
+                scan["shape"], scan["offset"] = tensor["shape"], start + tensor["data_offsets"][0]
+        studies, recipe, recipe_hash = content["studies"], content["recipe"], content["recipe_hash"]
+        if not isinstance(recipe, dict) or not isinstance(recipe_hash, str):
+            raise ScanError(path, f"not a readable shard: its recipe is {recipe_hash!r:.60}")
+        return Shard(studies, structure(list[Rejection], content["rejected"]), recipe, recipe_hash, columns_of(studies))
+    except ScanError:
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
+        raise ScanError(path, f"not a readable shard: {type(error).__name__}: {error}") from error
+
+
+def read_rejections(path: Path, home: Path) -> list[Rejection]:
+    """The rejections in a file of the store `home`, of one JSON object a line; none if there is no file.
+
+    Raises:
+        ScanError: damaged, or a link that leads out; names the file.
+    """
+    if not os.path.lexists(path):
+        return []
+    try:
+        check_regular(path, home)
+        with contextlib.closing(read_lines(path)) as lines:
+            return [structure(Rejection, parse_json(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
+
+
+def write_rejections(path: Path, rejected: Iterable[Rejection], work: Path) -> None:
+    with replacing(path, work) as partial, partial.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(asdict(rejection)) + "\n" for rejection in rejected)
+
+
+def write_json(path: Path, content: Any, work: Path) -> None:
+    with replacing(path, work) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def shard_files(path: Path) -> list[tuple[int, Path]]:
+    """Number and file of every shard, in order."""
+    files = (path / "shards").glob("*.safetensors")
+    return sorted((int(file.stem), file) for file in files if file.stem.isdecimal())
+
+
+def shard_file(path: Path, number: int) -> Path:
+    return path / "shards" / f"{number:05d}.safetensors"
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The `store.json` of a store; empty if the store is not finished.
+
+    Raises:
+        ScanError: damaged.
+        ValueError: of another format.
+    """
+    file = path / "store.json"
+    info = read_json(file, path) if os.path.lexists(file) else {}  # a link to nowhere, or to itself, is damage
+    if info and info.get("format") != FORMAT:
+        raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}{OTHER}")
+    for name, kind in INFO.items() if info else ():
+        if name not in info:
+            raise ScanError(file, f"damaged (it lacks {name}); hlip prepare makes the store anew")
+        if not isinstance(info[name], kind):
+            raise ScanError(file, f"damaged (its {name} is {short(info[name])})")
+    return info
+
+
+def read_json(path: Path, home: Path, most: int | None = MOST_SETTINGS) -> dict[str, Any]:
+    """The object in a file of the store `home`, of at most so many bytes. Raises ScanError where it is damaged, or a
+    link that leads out."""
+    try:
+        check_regular(path, home)
+        content = safe.read_json(path, most)
+    except (OSError, ValueError) as error:
+        raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise ScanError(path, "damaged (expected an object)")
+    return content

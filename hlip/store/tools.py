@@ -1,4 +1,4 @@
-"""What is done with whole stores: check, join, share out, describe."""
+"""What is done with whole stores: finish, check, join, share out, describe."""
 
 from __future__ import annotations
 
@@ -6,36 +6,100 @@ import hashlib
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..output import replacing_folder
+from ..output import replacing, replacing_folder
+from ..read.files import Progress
 from ..read.paths import check_regular
 from ..read.scan import Rejection, ScanError
-from .format import Columns, manifest_of, same
-from .store import (
+from ..study import PreparedScan, StudyRecord
+from .format import (
+    FORMAT,
     FOUND,
-    PreparedStudy,
-    Report,
+    Columns,
     Shard,
-    Store,
-    StoredScan,
-    cut,
-    finish,
+    manifest_of,
+    pyarrow,
     read_rejections,
     read_shard,
+    same,
     shard_file,
     shard_files,
+    write_json,
     write_rejections,
     write_shard,
 )
+from .store import Store
 
-Progress = Callable[[Sequence], Iterable]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished store holds, and how many rejections there were by each rule."""
+
+    studies: int
+    scans: int
+    rejected: dict[str, int]
+
+
+def finish(
+    path: Path, work: Path, *, source_hash: str = "", shard_scans: int = 0, hidden_ids: bool | str = False
+) -> Report:
+    """Write all that a store has beside its shards; `store.json` comes last and says that the store is finished.
+
+    Args:
+        work: folder for temporary files, on the same file system.
+        source_hash, shard_scans, hidden_ids: what `store.json` is to say of the preparation.
+    """
+    rejected = read_rejections(path / "shards" / FOUND, path)
+    recipes: dict[str, dict[str, Any]] = {}
+
+    def read() -> Iterator[tuple[int, Columns]]:
+        for number, file in shard_files(path):
+            shard = read_shard(file)
+            rejected.extend(shard.rejected)
+            recipes[shard.recipe_hash] = shard.recipe
+            if len(recipes) > 1:
+                raise ScanError(file, f"its recipe {shard.recipe_hash} is not that of the shards before it")
+            yield number, shard.rows
+
+    arrow, batch = pyarrow(), manifest_of(read())
+    with replacing(path / "manifest.arrow", work) as partial, arrow.ipc.new_file(str(partial), batch.schema) as writer:
+        writer.write_batch(batch)
+        writer.close()
+    rejected.sort(key=astuple)
+    write_rejections(path / "rejected.jsonl", rejected, work)
+    rules = Counter(rejection.rule for rejection in rejected)
+    report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(sorted(rules.items())))
+    write_json(path / "report.json", asdict(report), work)
+    recipe_hash, recipe = next(iter(recipes.items()), ("", {}))
+    counts = {"studies": report.studies, "scans": report.scans, "shards": len(shard_files(path))}
+    facts = {"source_hash": source_hash, "shard_scans": shard_scans, "hidden_ids": hidden_ids}
+    content = {"format": FORMAT, "recipe_hash": recipe_hash, "recipe": recipe, **counts, **facts}
+    write_json(path / "store.json", content, work)
+    return report
+
+
+def cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Runs of items of at most `most` together, or one that is larger alone."""
+    run: list[T] = []
+    total = 0
+    for item in items:
+        if run and total + size(item) > most:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size(item)
+    if run:
+        yield run
 
 
 def verify(path: Path, progress: Progress = iter) -> list[str]:
@@ -179,7 +243,7 @@ def select(store: Store, indices: Sequence[int], out: Path, progress: Progress =
         )
 
 
-def _copies(store: Store, indices: Sequence[int]) -> Iterator[PreparedStudy]:
+def _copies(store: Store, indices: Sequence[int]) -> Iterator[StudyRecord[PreparedScan]]:
     headers: dict[int, Shard] = {}
     for i in indices:
         number = store.manifest.column("shard")[i].as_py()
@@ -187,7 +251,7 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[PreparedStudy]:
             headers[number] = read_shard(shard_file(store.path, number))
         study = next(study for study in headers[number].studies if study["uid"] == store.uids[i])
         scans = [
-            StoredScan(
+            PreparedScan(
                 image=store.scan(i, m),
                 spacing=tuple(scan["spacing"]),
                 **{key: scan[key] for key in ("name", "plane", "slices", "modality", "description")},
@@ -196,7 +260,7 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[PreparedStudy]:
         ]
         rejected = [rejection for rejection in headers[number].rejected if rejection.study == study["uid"]]
         report = {key: study[key] for key in ("uid", "impression", "findings", "labels")}
-        yield PreparedStudy(scans=scans, rejected=rejected, **report)
+        yield StudyRecord(scans=scans, rejected=rejected, **report)
 
 
 def _finished(path: Path) -> Store:

@@ -10,8 +10,7 @@ from ..evaluate.metrics import macro_auc
 from ..evaluate.zeroshot import Prompts, zeroshot
 from ..model.clip import HLIPModel
 from ..model.config import ModelConfig
-from ..store.dataset import StudyDataset
-from ..store.store import Store
+from ..store.store import Store, StudyDataset
 from .config import TrainConfig
 from .step import World, gathered
 

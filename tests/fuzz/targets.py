@@ -33,7 +33,7 @@ from hlip.evaluate.zeroshot import Prompts
 from hlip.model import config, released
 from hlip.model.clip import HLIPModel
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig
-from hlip.prepare.discover import find_scans, find_studies
+from hlip.prepare.discover import find_studies, find_study
 from hlip.prepare.recipe import Recipe, load_recipe
 from hlip.prepare.reports import SectionRules, read_reports
 from hlip.prepare.tables import Table
@@ -110,7 +110,7 @@ class Readers:
                     os.link(path, folder / path.name)
 
     def use(self, folder: Path, name: str) -> None:
-        for scan in find_scans(folder):
+        for scan in find_study(folder).scans:
             self.recipe.prepare(scan)
 
 
