@@ -82,7 +82,7 @@ EXTRAS = {
     "text": ["transformers>=4.56"],  # run: 4.56.0, 4.57.6, 5.0.0, 5.24.0; see docs/install.md on hostile folders
     "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
     "eval": ["scikit-learn>=1.4"],
-    "viz": ["matplotlib>=3.7", "pillow>=9"],
+    "viz": ["matplotlib>=3.7", "pillow>=9", "pandas>=2.2", "jinja2>=3.1"],
     "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
     "demo": ["nilearn>=0.11", "scipy>=1.10"],
     # Both are built for one torch: take the release that fits yours. flash-attn-4 is left to the user: it has betas

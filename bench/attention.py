@@ -9,7 +9,7 @@
     python bench/attention.py --tune --dtype bf16 --head-dim 64 --minutes 10
 
 Without a mode, forward alone and forward with backward (`training`) of attention within slices, scans and studies are
-timed for all of our backends and the ways of others (`peers.py` describes them, `kernels.py` the cases). All run in
+timed for all of our backends and the ways of others (`peers.py` describes them, `problems.py` the cases). All run in
 turns on the same tensors, after their results were checked against float64. `times ours` is the median of the rounds'
 ratios to our default backend, with its 95% interval. `prepare` is what a batch costs before the first layer: the layout
 for ours, masks and bounds for others. The first call is shown apart, as that is where compilers run. GFLOP/s and the
@@ -48,13 +48,14 @@ from pathlib import Path
 
 import torch
 
-from benchlib import kernels, machine_code, static, tune
-from benchlib.options import add_device, number, positive, written
+from benchlib import kernels, machine_code, problems, static, tune
+from benchlib.options import COMMON, command, number, positive
 from benchlib.peers import PEERS
-from benchlib.report import print_table, write_json
+from benchlib.report import write_json
+from benchlib.tables import columns, print_table
+from benchlib.timing import CALLS
 from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, SAME_TILES
 
-GPU_CALLS = 10  # in a row, so that the host's time for a call does not show
 CPU_MEMORY, QUICK_CPU_MEMORY = 4.0, 0.4  # GiB that a way may need; what needs more is slow, too
 GPU_MEMORY = 0.8  # of what the GPU has
 
@@ -65,7 +66,7 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
         from benchlib import io_complexity
 
-        return io_complexity.main(args.json, args.results)
+        return io_complexity.main(args)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     if args.tune:
@@ -84,19 +85,19 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         memory = GPU_MEMORY * torch.cuda.get_device_properties(0).total_memory
     batch = args.batch or (8 if gpu else 1)
     try:
-        cases = kernels.all_cases(args.device, batch)
-        cases = kernels.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
+        cases = problems.all_cases(args.device, batch)
+        cases = problems.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
     except ValueError as error:
         parser.error(str(error))
     rounds = args.rounds or (kernels.QUICK_ROUNDS if args.quick else kernels.ROUNDS)
-    calls = GPU_CALLS if gpu else 1
     settings = [
         kernels.Settings(
-            dtype, args.heads, head_dim, args.device, rounds, calls, memory, args.backends or list(PEERS), args.modes,
+            dtype, args.heads, head_dim, args.device, rounds, CALLS[args.device], memory, args.backends or list(PEERS),
+            args.modes,
         )
         for dtype, head_dim in product(args.dtype or ["bf16"], args.head_dim or [64])
     ]  # fmt: skip
-    return kernels.main(cases, settings, args.json, args.results, args.profile)
+    return kernels.main(cases, settings, args)
 
 
 def compiled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -106,11 +107,10 @@ def compiled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     head_dims = list(BLOCK_D) if args.head_dim is None else args.head_dim
     cases = [
         *static.attention_cases(args.arch, args.dtype or list(static.DTYPES), head_dims),
-        *static.norm_cases(args.arch, args.width),
-        *static.again_cases(args.arch, args.width),
+        *static.row_cases(args.arch, args.width),
     ]
     rows = static.run(cases, args.workers)
-    print_table(static.COLUMNS, [[row[column] for column in static.COLUMNS] for row in rows])
+    print_table(*columns(rows, static.COLUMNS))
     if args.json:
         write_json(rows, args.json)
     faults = static.faults(rows, version("triton"))
@@ -121,7 +121,7 @@ def compiled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "--json", "--results")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--io", action="store_true", help="count bytes and operations; needs no GPU")
     mode.add_argument("--static", action="store_true", help="compile the tile table ahead of time; needs no GPU")
@@ -129,10 +129,6 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser.add_argument("--dtype", nargs="+", choices=static.DTYPES, help="default: bf16; of --static and --tune all")
     parser.add_argument(
         "--head-dim", nargs="*", type=int, choices=BLOCK_D, help="default: 64; of --static and --tune all"
-    )
-    parser.add_argument("--json", type=written, help="also write the rows to this file (not of --tune)")
-    parser.add_argument(
-        "--results", type=Path, metavar="JSONL", help="also append the rows to this file (not of --static, --tune)"
     )
     timing = parser.add_argument_group("without a mode")
     timing.add_argument(
@@ -150,14 +146,12 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     )
     timing.add_argument("--rounds", type=number, help=f"measurements of each way (default: {kernels.ROUNDS})")
     timing.add_argument(
-        "--threads", type=number, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)"
-    )
-    timing.add_argument(
         "--memory-limit", type=positive, metavar="GIB",
         help=f"leave out what would need more (default: {CPU_MEMORY:g}, with --quick {QUICK_CPU_MEMORY:g}, of a GPU "
         f"{GPU_MEMORY:g} of what it has)",
     )  # fmt: skip
-    add_device(timing)
+    for name in ("--device", "--threads"):
+        timing.add_argument(name, **COMMON[name])
     timing.add_argument("--profile", type=Path, metavar="FOLDER", help="write a Chrome trace of every case there")
     only = parser.add_argument_group("with --static")
     only.add_argument(

@@ -49,11 +49,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchlib import columns, steps
-from benchlib.checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, summary
-from benchlib.options import positive, written
-from benchlib.report import print_table, provenance
+from benchlib import steps
+from benchlib.checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, read_check, summary
+from benchlib.options import command, positive, written
+from benchlib.report import provenance, write_json, write_text
 from benchlib.steps import SIZES, STAGES, STEPS, Setup, Step
+from benchlib.tables import kinds, print_table
 from benchlib.timing import synchronise
 
 STARTED = time.monotonic() - time.process_time()  # imports take seconds, too
@@ -265,7 +266,7 @@ def run(worker: Worker, report: Report, chosen: Sequence[Step], args: argparse.N
         outcome = worker.run(step, PATIENCE * needed + GRACE)
         entry |= outcome._asdict()
         entry["seconds"] = round(time.monotonic() - begin, 2)
-        entry["kinds"] = columns.kinds(dict.fromkeys(key for row in outcome.rows for key in row))
+        entry["kinds"] = kinds(dict.fromkeys(key for row in outcome.rows for key in row))
         write(report, args.out, path)
         print(f"{clock()} {step.name}: {outcome.verdict}, {entry['seconds']:.1f} s (estimate {needed:.0f})", flush=True)
     write(report, args.out, path)
@@ -285,15 +286,8 @@ def continued(path: Path, facts: dict[str, Any]) -> Report:
     Raises:
         ValueError: it cannot be read, or is of another device, size or commit.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        before, names = dict(report["facts"]), {step["name"] for step in report["steps"]}
-        for step in report["steps"]:
-            if not isinstance(step["verdict"], str) or not all(isinstance(row, dict) for row in step["rows"]):
-                raise ValueError(f"step {step['name']}: no verdict, or no rows")
-            step.update({field: step[field] for field in ("stage", "estimate_s", "seconds", "note", "foreign")})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: no report to continue ({error!r:.200}). Run without --continue.") from error
+    report = read_check(path)
+    before, names = report["facts"], {step["name"] for step in report["steps"]}
     for key in ALIKE:
         if before.get(key) != facts[key]:
             raise ValueError(
@@ -303,7 +297,7 @@ def continued(path: Path, facts: dict[str, Any]) -> Report:
     unknown = names - {step.name for step in STEPS}
     if unknown:
         raise ValueError(
-            f"{path}: has steps of another version ({', '.join(sorted(map(str, unknown)))}). Run without --continue."
+            f"{path}: has steps of another version ({', '.join(sorted(unknown))}). Run without --continue."
         )
     return report
 
@@ -336,14 +330,12 @@ def show_plan(chosen: Sequence[Step], args: argparse.Namespace) -> None:
 
 
 def write(report: Report, page: Path, path: Path) -> None:
-    for file, text in ((path, json.dumps(report, indent=1) + "\n"), (page, markdown(report))):
-        partial = file.with_name(f".{file.name}.tmp")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+    write_json(report, path)
+    write_text(page, markdown(report))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="what is checked (default: %(default)s)"
     )

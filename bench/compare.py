@@ -20,15 +20,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchlib.options import number, written
-from benchlib.report import print_table, write_json
-from benchlib.timing import Ratio, ratio
+from benchlib.options import command
+from benchlib.report import write
+from benchlib.tables import print_table
+from benchlib.timing import Ratio, ratio, turns
 
 HERE = Path(__file__).resolve().parents[1]
 DEFAULT_BACKEND = """
@@ -57,7 +60,10 @@ def main() -> int:
     args = parse()
     try:
         with checked_out(args.base) as base:
-            seconds = in_turns({"base": base, "new": HERE}, args.only, args.rounds, args.options)
+            trees = {"base": base, "new": HERE}
+            runs = {(name, tree): partial(measured, name, trees[tree], args.options)
+                    for name in args.only for tree in trees}  # fmt: skip
+            seconds = seconds_of_trees(runs, args.rounds)
     except (RuntimeError, ValueError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
@@ -71,17 +77,16 @@ def main() -> int:
     for only, other in (("base", "new"), ("new", "base")):
         if alone := [key for key in seconds[only] if key not in seconds[other]]:
             print(f"only {'this folder' if only == 'new' else args.base} has: {'; '.join(map(named, alone))}")
-    if args.json:
-        write_json(rows, args.json)
+    write(args, rows)
     return 0
 
 
-def verdict(found: Ratio) -> str:
-    return "faster" if found.low > 1 else "slower" if found.high < 1 else ""
+def verdict(times: Ratio) -> str:
+    return "faster" if times.low > 1 else "slower" if times.high < 1 else ""
 
 
 def named(key: Key) -> str:
-    return ", ".join(str(part) for part in key if part is not None)
+    return ", ".join(str(value) for value in key if value is not None)
 
 
 @contextlib.contextmanager
@@ -109,26 +114,28 @@ def git(*arguments: str) -> None:
         raise ValueError(f"git {' '.join(arguments[:2])}: {done.stderr.strip()}")
 
 
-def in_turns(
-    trees: dict[str, Path], names: Sequence[str], rounds: int, extra: Sequence[str]
+def seconds_of_trees(
+    runs: Mapping[tuple[str, str], Callable[[], Mapping[Key, float]]], rounds: int
 ) -> dict[str, dict[Key, list[float]]]:
-    """Seconds of every row in each round, of each tree; rows that are not in all rounds are left out."""
-    commands = {(way, name): BENCHMARKS[name](tree, extra) for way, tree in trees.items() for name in names}
-    found: dict[str, dict[Key, list[float]]] = {way: {} for way in trees}
-    jobs = [(way, name) for i in range(rounds) for name in names for way in (trees if i % 2 else reversed(trees))]
-    for way, name in tqdm(jobs, "comparing", unit="run", disable=None):
-        for row in measured(trees[way], commands[way, name]):
-            key = tuple(name if part == "benchmark" else row.get(part) for part in KEY)
-            found[way].setdefault(key, []).append(row["p50_s"])
-    return {way: {key: each for key, each in rows.items() if len(each) == rounds} for way, rows in found.items()}
+    """Seconds of everything that is measured in each round, of each tree; what is not in all rounds is left out.
+
+    Args:
+        runs: by the names of a benchmark and a tree; what measures it, in a fresh process.
+    """
+    seconds: dict[str, dict[Key, list[float]]] = {tree: defaultdict(list) for _, tree in runs}
+    for name, tree in tqdm(list(turns(runs, rounds)), "timing", unit="run", disable=None):
+        for key, spent in runs[name, tree]().items():
+            seconds[tree][key].append(spent)
+    return {tree: {key: spent for key, spent in of.items() if len(spent) == rounds} for tree, of in seconds.items()}
 
 
-def measured(tree: Path, command: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows that a benchmark times."""
+def measured(name: str, tree: Path, extra: Sequence[str]) -> dict[Key, float]:
+    """The seconds of the rows that a benchmark times."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "rows.json"
-        run(tree, [*command, "--json", str(results)])
-        return [row for row in json.loads(results.read_text()) if "p50_s" in row]
+        run(tree, [*BENCHMARKS[name](tree, extra), "--json", str(results)])
+        rows = [row | {"benchmark": name} for row in json.loads(results.read_text()) if "p50_s" in row]
+    return {tuple(row.get(name) for name in KEY): row["p50_s"] for row in rows}
 
 
 def run(tree: Path, command: Sequence[str]) -> str:
@@ -148,9 +155,8 @@ def run(tree: Path, command: Sequence[str]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options] [-- ...]"
-    )
+    parser = command(__doc__, "--json", "--rounds")
+    parser.usage = "%(prog)s [options] [-- ...]"
     parser.add_argument("--base", required=True, metavar="REV", help="a commit, tag or branch to compare with")
     parser.add_argument(
         "--only",
@@ -159,8 +165,6 @@ def parse() -> argparse.Namespace:
         default=list(BENCHMARKS),
         help="one of the two benchmarks (default: both)",
     )
-    parser.add_argument("--rounds", type=number, default=5, help="runs of each revision (default: %(default)s)")
-    parser.add_argument("--json", type=written, help="also write the rows to this file")
     parser.add_argument("options", nargs="*", help="after --, options for all benchmarks, such as --threads 1")
     return parser.parse_args()
 

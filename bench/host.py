@@ -21,18 +21,19 @@ own Python: its C code, and the driver's, come on top.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from benchlib.options import number, written
-from benchlib.report import print_table, write_json
+from benchlib.options import command
+from benchlib.report import Row, write
+from benchlib.tables import columns, print_table
 from benchlib.timing import ratio
-from compare import HERE, checked_out, run
+from compare import HERE, checked_out, run, seconds_of_trees
 
 CALLS = Path(__file__).with_name("benchlib") / "host_calls.py"
 MEANS = 15  # of 100 calls each, of which the least counts
@@ -40,67 +41,49 @@ MEANS = 15  # of 100 calls each, of which the least counts
 
 def main() -> int:
     args = parse()
-    if args.launches:
-        from benchlib import block_launches
+    if args.launches or args.triton:
+        from benchlib import host_launches
 
-        rows = block_launches.count()
-        block_launches.show(rows)
-    elif args.triton:
-        from benchlib import launch_time
-
-        rows = launch_time.measure()
-        print_table(list(rows[0]), [[f"{x:.1f}" if isinstance(x, float) else x for x in row.values()] for row in rows])
+        rows = host_launches.count() if args.launches else host_launches.times()
     else:
         try:
             rows = timed(args.base, args.rounds)
         except (RuntimeError, ValueError) as error:
             print(f"host.py: {error}", file=sys.stderr)
             return 2
-    if args.json:
-        write_json(rows, args.json)
+    write(args, rows)
     return 0
 
 
-def timed(base: str | None, rounds: int) -> list[dict[str, Any]]:
+def timed(base: str | None, rounds: int) -> list[Row]:
     """Rows of each call: seconds in every round, and with a base, its seconds and the ratio to them."""
-    if base is None:
-        seconds = in_turns({"new": HERE}, rounds)
-    else:
-        with checked_out(base) as tree:
-            seconds = in_turns({"base": tree, "new": HERE}, rounds)
-    rows: list[dict[str, Any]] = []
+    with contextlib.nullcontext() if base is None else checked_out(base) as tree:
+        trees = {"base": tree, "new": HERE} if tree else {"new": HERE}
+        seconds = seconds_of_trees({("host", name): partial(calls, trees[name]) for name in trees}, rounds)
+    rows: list[Row] = []
+    shown: list[Row] = []
     for call, new in seconds["new"].items():
-        row: dict[str, Any] = {"call": call, "seconds": new}
+        rows.append({"call": call, "seconds": new})
+        shown.append({"call": call, "us": f"{1e6 * min(new):.1f}"})
         if base is not None:
-            row |= {"base": base, "base_seconds": seconds["base"][call], "ratio": ratio(new, seconds["base"][call])}
-        rows.append(row)
-    header = ["call", "us", *([f"us at {base}", "ratio"] if base else [])]
-    lines = []
-    for row in rows:
-        shown = [f"{1e6 * min(row[name]):.1f}" for name in ("seconds", "base_seconds") if name in row]
-        lines.append([row["call"], *shown, *([row["ratio"]] if base else [])])
-    print_table(header, lines)
+            before = seconds["base"][call]
+            rows[-1] |= {"base": base, "base_seconds": before, "ratio": ratio(new, before)}
+            shown[-1] |= {f"us at {base}": f"{1e6 * min(before):.1f}", "ratio": rows[-1]["ratio"]}
+    print_table(*columns(shown, shown[0]))
     return rows
 
 
-def in_turns(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every call in each round, of each tree; every round is a fresh process."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
-    turns = [name for i in range(rounds) for name in (trees if i % 2 else reversed(trees))]
-    for name in tqdm(turns, "timing", unit="run", disable=None):
-        for call, value in json.loads(run(trees[name], [str(CALLS), str(MEANS)])).items():
-            seconds[name].setdefault(call, []).append(value)
-    return seconds
+def calls(tree: Path) -> dict[Any, float]:
+    """CPU seconds of every call."""
+    return dict(json.loads(run(tree, [str(CALLS), str(MEANS)])))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "--json", "--rounds")
     parser.add_argument("--base", metavar="REV", help="a commit, tag or branch to compare with")
-    parser.add_argument("--rounds", type=number, default=5, help="runs of each revision (default: %(default)s)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--launches", action="store_true", help="list what a block in training launches")
     only.add_argument("--triton", action="store_true", help="time the Triton backend's calls")
-    parser.add_argument("--json", type=written, help="also write the rows to this file")
     args = parser.parse_args()
     if args.launches or args.triton:
         if args.base:

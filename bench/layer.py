@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +28,9 @@ from torch.nn import functional as F
 
 from benchlib.baselines import regroup as regroup_by_copies
 from benchlib.op_traffic import OpTraffic
-from benchlib.options import add_device, number
-from benchlib.report import append_rows, megabytes, print_table, provenance, short
-from benchlib.timing import in_turns, percentiles, ratio
+from benchlib.options import DTYPES, command, number
+from benchlib.report import Row, provenance, run_cases, show
+from benchlib.timing import CALLS, distance, timed
 from hlip.model.memory import keep_memory
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
 
@@ -42,7 +39,8 @@ WIDTH, HEADS = 768, 12
 CHANGES: tuple[tuple[Level, Level], ...] = (
     ("scan", "scan"), ("slice", "scan"), ("scan", "study"), ("study", "slice"), ("study", "scan"),
 )  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MODES = ("forward", "training")
+SHOWN = ("case", "dtype", "mode", "way", "p50_s", "times_ours", "bytes")
 TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}  # of the norm of the difference over the norm
 Run = Callable[[], list[Tensor]]
 
@@ -96,69 +94,42 @@ class Layer:
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
     keep_memory()
-    for dtype, (src, dst), training in product(args.dtype, CHANGES, (False, True)):
-        rows += measure(args, dtype, src, dst, training)
     facts = provenance(torch.device(args.device))
-    header = ["change", "type", "mode", "way", "ms", "times ours", "MB moved"]
-    print(f"{args.scans} scans of {SCAN}, width {WIDTH}, {facts['device']}, {facts['threads']} threads\n")
-    print_table(
-        header,
-        [
-            [row["case"], row["dtype"], row["mode"], row["way"], short(1000 * row["p50_s"]),
-             row["times_ours"],
-             megabytes(row, "bytes")]
-            for row in rows
-        ],
+    title = f"{args.scans} scans of {SCAN}, width {WIDTH}, {facts['device']}, {facts['threads']} threads"
+    return run_cases(
+        ([row | facts for change in CHANGES for mode in MODES for row in measure(args, dtype, *change, mode)]
+         for dtype in args.dtype),
+        partial(show, title, keys=SHOWN), args,
     )  # fmt: skip
-    if args.results:
-        append_rows([row | facts for row in rows], args.results)
-    wrong = [row for row in rows if row["wrong"]]
-    for row in wrong:
-        print(f"{row['case']}, {row['dtype']}, {row['mode']}, {row['way']}: {row['wrong']}", file=sys.stderr)
-    return int(bool(wrong))
 
 
-def measure(args: argparse.Namespace, dtype: str, src: Level, dst: Level, training: bool) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, dtype: str, src: Level, dst: Level, mode: str) -> Iterator[Row]:
     """A row for each way."""
     layer = Layer(args.scans, src, dst, DTYPES[dtype], args.device)
-    runs = layer.runs(training)
+    runs = layer.runs(mode == "training")
     expected = runs["hlip"]()
-    wrong = {name: differences(run(), expected, TOLERANCE[dtype]) for name, run in runs.items()}
-    moved = {}
+    facts = {}
     for name, run in runs.items():
         with OpTraffic() as traffic:
-            run()
-        moved[name] = traffic.counts.bytes
-    seconds = in_turns(runs, args.rounds, args.calls)
-    return [
-        {
-            "case": f"{src} to {dst}", "dtype": dtype, "scans": args.scans, "width": WIDTH,
-            "mode": "training" if training else "forward", "way": name, "bytes": moved[name],
-            **percentiles(seconds[name]), "times_ours": ratio(seconds[name], seconds["hlip"]),
-            "wrong": wrong[name],
-        }
-        for name in runs
-    ]  # fmt: skip
+            results = run()
+        facts[name] = {"bytes": traffic.counts.bytes, "wrong": differences(results, expected, TOLERANCE[dtype])}
+    for name, row in timed(runs, args.rounds, CALLS[args.device], "hlip").items():
+        case = {"case": f"{src} to {dst}", "dtype": dtype, "scans": args.scans, "width": WIDTH, "mode": mode}
+        yield {**case, "way": name, **row, **facts[name]}
 
 
 def differences(results: list[Tensor], expected: list[Tensor], tolerance: float) -> str:
-    errors = [float((x.double() - y).norm() / y.double().norm()) for x, y in zip(results, expected, strict=True)]
-    return "" if max(errors) <= tolerance else f"results differ by {max(errors):.2g}"
+    error = max(map(distance, results, expected))
+    return "" if error <= tolerance else f"results differ by {error:.2g}"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both")
+    parser = command(__doc__, "--device", "--results", "--rounds", "--threads")
+    parser.set_defaults(rounds=7)
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="default: both")
     parser.add_argument("--scans", type=number, default=4, help="of the study (default: %(default)s)")
-    parser.add_argument("--rounds", type=number, default=7, help="measurements of each way (default: %(default)s)")
-    parser.add_argument("--threads", type=number, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--results", type=Path, metavar="JSONL", help="also append the rows to this file")
-    add_device(parser)
-    args = parser.parse_args()
-    args.calls = 10 if args.device == "cuda" else 1
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchlib.options import number, written
-from benchlib.report import print_table, provenance, write_json
+from benchlib.options import command, number
+from benchlib.report import provenance, write
+from benchlib.tables import print_table
 from hlip import demo
 from hlip.evaluate.zeroshot import Prompts, zeroshot_classifier
 from hlip.explain.relevance import relevance
@@ -76,7 +77,7 @@ def cases(data: Path, recipe: Recipe, patch: tuple[int, int, int], limit: int | 
             masks(replace(grid, array=change))[0].image.float() / 255 if change.any() else torch.zeros(scan.shape)
             for grid, change, scan in zip(grids, changes, study.scans, strict=True)
         ]
-        held = torch.cat([F.avg_pool3d(each[None], patch).flatten() for each in lesions]) >= OF_PATCH
+        held = torch.cat([F.avg_pool3d(lesion[None], patch).flatten() for lesion in lesions]) >= OF_PATCH
         bright = torch.cat([F.max_pool3d(scan[None].float(), patch).flatten() for scan in study.scans])
         yield Case(study, int(findings[i]), held.numpy(), bright.numpy(), np.array([c.any() for c in changes]))
 
@@ -105,22 +106,16 @@ def lesion_voxels(voxels: np.ndarray, plain: np.ndarray) -> np.ndarray:
 def score(name: str, every: list[Case], make: Map) -> dict[str, object]:
     from sklearn.metrics import roc_auc_score
 
-    hits, patches, scans, first = [], [], [], []
+    scores: dict[str, list[float]] = {column: [] for column in COLUMNS}
     for case in tqdm(every, name, unit="study", disable=None, leave=False):
         values = make(case)
-        hits.append(case.lesion[values.argmax()])
-        patches.append(roc_auc_score(case.lesion, values))
+        scores["hit"].append(case.lesion[values.argmax()])
+        scores["patch"].append(roc_auc_score(case.lesion, values))
         if not case.shows.all():
             sums = values.reshape(len(case.shows), -1).sum(1)
-            scans.append(roc_auc_score(case.shows, sums))
-            first.append(case.shows[sums.argmax()])
-    return {
-        "map": name,
-        **{
-            key: round(float(np.mean(each)), 3)
-            for key, each in zip(COLUMNS, (hits, patches, scans, first), strict=True)
-        },
-    }
+            scores["scan"].append(roc_auc_score(case.shows, sums))
+            scores["first"].append(case.shows[sums.argmax()])
+    return {"map": name, **{key: round(float(np.mean(values)), 3) for key, values in scores.items()}}
 
 
 COLUMNS = ("hit", "patch", "scan", "first")
@@ -131,8 +126,8 @@ def maps_of(name: str, model: HLIPModel, prompts: Prompts) -> Iterator[tuple[str
 
     def make(case: Case, layers: str, against: bool, normalize: bool) -> np.ndarray:
         other = texts[demo.CLASSES.index("normal")] if against else None
-        found = relevance(model, case.study, texts[case.finding], layers, other, normalize)  # type: ignore[arg-type]
-        return torch.cat([each.flatten() for each in found.maps]).numpy()
+        result = relevance(model, case.study, texts[case.finding], layers, other, normalize)  # type: ignore[arg-type]
+        return torch.cat([scan.flatten() for scan in result.maps]).numpy()
 
     for layers, normalize in (("last", False), ("all", False), ("all", True)):
         for against in (False, True):
@@ -142,12 +137,11 @@ def maps_of(name: str, model: HLIPModel, prompts: Prompts) -> Iterator[tuple[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "--json")
     parser.add_argument("--data", type=Path, default=Path("data/demo-0"), help="demo studies (default: %(default)s)")
     parser.add_argument("--model", default="runs/demo/model", help="trained on them (default: %(default)s)")
     parser.add_argument("--studies", type=number, help="only the first so many with a lesion (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of random maps and untrained model (default: %(default)s)")
-    parser.add_argument("--json", type=written, help="also write the rows to this file")
     args = parser.parse_args()
     try:
         return measure(args)
@@ -179,9 +173,8 @@ def measure(args: argparse.Namespace) -> int:
     share = float(np.mean([case.lesion.mean() for case in every]))
     print(f"{len(every)} studies with a lesion; {share:.1%} of their patches hold it")
     print_table(("map", *COLUMNS), [[row[key] for key in ("map", *COLUMNS)] for row in rows])
-    if args.json:
-        facts = {"studies": len(every), "lesion_patches": round(share, 4), **provenance(torch.device("cpu"))}
-        write_json([{**row, **facts} for row in rows], args.json)
+    facts = {"studies": len(every), "lesion_patches": round(share, 4), **provenance(torch.device("cpu"))}
+    write(args, [{**row, **facts} for row in rows])
     return 0
 
 

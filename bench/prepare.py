@@ -8,20 +8,21 @@ ratio is of medians. Files are in the page cache: what is measured is decoding a
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchlib.options import number, written
-from benchlib.report import print_table, write_json
+from benchlib.options import command, number
+from benchlib.report import write
+from benchlib.tables import print_table
+from benchlib.timing import in_turns
 from hlip.prepare.recipe import load_recipe
 from hlip.read.scan import ScanSource
 
@@ -29,12 +30,10 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"  # have the straight line,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=number, default=5, help="measurements of each (default: %(default)s)")
+    parser = command(__doc__, "--json", "--rounds")
     parser.add_argument(
         "--slices", type=number, default=300, help="of the CT scans, at least 50 (default: %(default)s)"
     )
-    parser.add_argument("--json", type=written, help="also write the rows to this file")
     args = parser.parse_args()
     if args.slices < 50:  # of which JPEG 2000 gets a tenth, and a recipe wants 5
         parser.error(f"--slices must be at least 50, got {args.slices}")
@@ -48,8 +47,7 @@ def main() -> None:
     except ImportError as error:
         parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,demo]'\n")
     print_table(list(rows[0]), [list(row.values()) for row in rows])
-    if args.json:
-        write_json(rows, args.json)
+    write(args, rows)
 
 
 def make_cases(folder: Path, slices: int) -> list[tuple[str, str, str, list[Path]]]:
@@ -99,24 +97,22 @@ def measure(case: str, recipe: str, kind: Any, files: list[Path], rounds: int) -
     prepare, source = load_recipe(recipe).prepare, ScanSource("scan", kind, tuple(files))
     straight_line = runpy.run_path(str(TESTS / "straight_line.py"))
     oracle: Callable[[list[Path]], Any] = straight_line[recipe.replace("-", "_")]
-    times: dict[str, list[float]] = {"hlip": [], "straight": []}
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        scans = [scan.image.numpy() for scan in prepare(source)]
-        times["hlip"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        wanted = oracle(files)
-        times["straight"].append(time.perf_counter() - start)
+
+    def ours() -> list[np.ndarray]:
+        return [scan.image.numpy() for scan in prepare(source)]
+
+    scans, wanted = ours(), oracle(files)
     wanted = wanted if isinstance(wanted, list) else [wanted]
     worst = max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(scans, wanted, strict=True))
     if worst > 1:
         raise SystemExit(f"{case}: {worst} grey levels apart")
-    ours, theirs = (statistics.median(times[name][1:]) for name in ("hlip", "straight"))
+    seconds = in_turns({"hlip": ours, "straight": partial(oracle, files)}, rounds)
+    mine, theirs = map(statistics.median, seconds.values())
     return {
         "case": case,
-        "hlip_ms": round(ours * 1000, 1),
+        "hlip_ms": round(mine * 1000, 1),
         "straight_line_ms": round(theirs * 1000, 1),
-        "ratio": round(theirs / ours, 2),
+        "ratio": round(theirs / mine, 2),
         "grey_levels_apart": worst,
     }
 

@@ -11,14 +11,14 @@ and the product of the layers so far, in float32.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
 import torch
 
-from benchlib.options import number, written
-from benchlib.report import print_table, provenance, write_json
+from benchlib.options import command, number
+from benchlib.report import provenance, write
+from benchlib.tables import print_table
 from benchlib.timing import Peak
 from hlip.explain.relevance import times_matrix
 from hlip_kernels import StudyLayout
@@ -27,12 +27,11 @@ GIB = 2**30
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "--json")
     parser.add_argument("--scans", type=number, default=40, help="of the study (default: %(default)s)")
     parser.add_argument("--grid", type=number, nargs=3, default=(6, 14, 14), help="tokens of a scan (default: 6 14 14)")
     parser.add_argument("--heads", type=number, default=12, help="of attention (default: %(default)s)")
     parser.add_argument("--head-dim", type=number, default=64, help="width of a head (default: %(default)s)")
-    parser.add_argument("--json", type=written, help="also write the row to this file")
     args = parser.parse_args()
     layout = StudyLayout.from_grids([[tuple(args.grid)] * args.scans])
     rows = 1 + layout.num_tokens
@@ -47,16 +46,15 @@ def main() -> int:
         result = times_matrix(row, qkv, grad_out, layout, "study")
     seconds = time.perf_counter() - start
     assert result.isfinite().all() and result.min() >= 0
-    found = {
+    figures = {
         "tokens": layout.num_tokens,
         "given_gib": round((qkv.nbytes + grad_out.nbytes) / GIB, 2),
         "extra_gib": peak.bytes and round(peak.bytes / GIB, 2),
         "dense_gib_a_head": round(3 * 4 * rows**2 / GIB, 1),
         "seconds": round(seconds, 1),
     }
-    print_table(list(found), [list(found.values())])
-    if args.json:
-        write_json([{**found, **provenance(torch.device("cpu"))}], args.json)
+    print_table(list(figures), [list(figures.values())])
+    write(args, [{**figures, **provenance(torch.device("cpu"))}])
     return 0
 
 

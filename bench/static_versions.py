@@ -11,7 +11,6 @@ passed over. Exits with 1 if the table of some version has a fault.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
@@ -24,9 +23,8 @@ from pathlib import Path
 import torch
 
 from benchlib import static
-from benchlib.options import number
-from benchlib.page import Row, read
-from benchlib.report import provenance, write_rows
+from benchlib.options import command, number
+from benchlib.report import Row, provenance, read, write_rows
 from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, max_registers
 
 COMMON = ("sm_80", "sm_90", "sm_100")
@@ -42,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--triton", nargs="+", choices=VERSIONS, default=list(VERSIONS), help="default: all")
     parser.add_argument("--results", type=Path, default=Path("bench/results/static.jsonl"), help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path("build/triton"), help="of versions; default: %(default)s")

@@ -10,7 +10,6 @@ scans per study, 12.5 on average.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import multiprocessing
@@ -27,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchlib.options import number
-from benchlib.report import print_table
+from benchlib.options import command, number
+from benchlib.tables import print_table
 from hlip.prepare.discover import Found
 from hlip.prepare.job import prepare
 from hlip.prepare.recipe import load_recipe
@@ -73,8 +72,8 @@ def make_studies(first: int, end: int) -> Iterator[StudyRecord[PreparedScan]]:
 
 
 def write_part(folder: Path, studies: int, k: int) -> None:
-    part = make_studies(k * PER_SHARD, min(studies, (k + 1) * PER_SHARD))
-    write_shard(shard_file(folder, k), part, {"kind": "bench"}, "bench", folder / "work")
+    made = make_studies(k * PER_SHARD, min(studies, (k + 1) * PER_SHARD))
+    write_shard(shard_file(folder, k), made, {"kind": "bench"}, "bench", folder / "work")
 
 
 def large(folder: Path, studies: int) -> None:
@@ -112,12 +111,12 @@ def throughput(folder: Path, studies: int) -> None:
 
     file = Path(nilearn.datasets.__file__).parent / "data" / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
     scans = tuple(ScanSource(f"{m}", "nifti", (file,)) for m in range(4))
-    found = Found([StudyRecord(f"{i:04d}", scans) for i in range(studies)], [])
+    sources = Found([StudyRecord(f"{i:04d}", scans) for i in range(studies)], [])
     rows: list[list[float]] = []
     for workers in (1, 2, 1, 2):
         loops = busy_loops(workers)
         start, used = time.perf_counter(), cpu_seconds()
-        prepare(found, load_recipe("brain-mri"), folder / str(len(rows)), workers=workers, shard_scans=8)
+        prepare(sources, load_recipe("brain-mri"), folder / str(len(rows)), workers=workers, shard_scans=8)
         seconds, used = time.perf_counter() - start, cpu_seconds() - used
         rows.append([workers, round(seconds, 1), round(4 * studies / seconds, 2), round(used / seconds, 2), loops])
     print_table(["workers", "s", "scans/s", "CPUs used", "busy loops, 10^6/s"], rows)
@@ -130,7 +129,7 @@ def throughput(folder: Path, studies: int) -> None:
 def cpu_seconds() -> float:
     """Of this process and the workers that it has waited for."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in usage)
+    return sum(used.ru_utime + used.ru_stime for used in usage)
 
 
 def busy_loops(processes: int) -> float:
@@ -147,7 +146,7 @@ def count(seconds: float) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--studies", type=number, help="of the store (default: 250000, with --throughput 96)")
     parser.add_argument("--throughput", action="store_true", help="measure how fast scans are read and written")
     parser.add_argument(

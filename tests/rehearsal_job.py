@@ -26,7 +26,7 @@ if ASKED.get("stub"):
     stub_driver.install("sm_90")
 
 import check
-from benchlib import ceilings, launches, steps
+from benchlib import launches, steps, timing
 from benchlib.peers import PEERS
 from hlip_kernels.backends import BACKENDS
 from hlip_kernels.backends.native import Native
@@ -69,7 +69,7 @@ def ends(setup: steps.Setup) -> Iterator[steps.Row]:
     os._exit(3)
 
 
-ceilings.SIDE["cpu"], ceilings.COPIED["cpu"] = 256, 2**20
+timing.SIDE["cpu"], timing.COPIED["cpu"] = 256, 2**20
 attention_jobs, norm_jobs = launches.attention_jobs, launches.norm_jobs
 launches.attention_jobs = lambda *given: [job for job in attention_jobs(*given) if job.dtype == "bf16"]
 launches.norm_jobs = lambda *given: norm_jobs(*given)[:1]  # a kernel takes seconds to compile

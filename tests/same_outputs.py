@@ -3,8 +3,8 @@
     python tests/same_outputs.py --base 26ff414 --out /tmp/same
 
 Files are compared byte for byte; of those that differ, it names the fields that do and the reason, where `REASONS` has
-one. Messages of failures are compared by the path and the field that they name. Ends with 1 if something differs without
-a reason. Both sides run in the environment of this Python; what is there already of an earlier run is not run again.
+one. Messages of failures are compared by the path and the field that they name. Ends with 1 if something differs
+without a reason. Both sides run in the environment of this Python; what an earlier run has left is not run again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ classes:
 templates: {plain: "This MRI study shows: {}.", short: "{}."}
 """
 TRAINING = (
-    "--data train --model demo --text TEXT --steps 4 --batch_size 4 --warmup 2 --precision fp32 --workers 0 --log_every 1 "
-    "--save_every 2 --eval_every 2 --val test --labels data/labels.csv --prompts data/prompts.yaml --keep 5"
+    "--data train --model demo --text TEXT --steps 4 --batch_size 4 --warmup 2 --precision fp32 --workers 0 "
+    "--log_every 1 --save_every 2 --eval_every 2 --val test --labels data/labels.csv "
+    "--prompts data/prompts.yaml --keep 5"
 )
 MODEL = "--model run/model --workers 0"
+LABELLED = "--data test --labels data/labels.csv --draws 50 --allow_unmatched"
 SCAN = "data/studies/test-0000"
 # What runs on both sides, in this order: a name, and the words after `python`. `hlip` is the command line.
 COMMANDS = {
@@ -44,7 +46,8 @@ COMMANDS = {
     "prepare": "hlip prepare data/train.json --out train --recipe recipe.yaml --labels data/labels.csv",
     "prepare held-out": "hlip prepare data/test.json --out test --recipe recipe.yaml --labels data/labels.csv",
     "prepare again": "hlip prepare data/test.json --out test --recipe recipe.yaml --labels data/labels.csv",
-    "prepare files": "hlip prepare data/studies --out all --recipe brain-mri --reports data/test.json --hash_ids salt.txt",
+    "prepare files": "hlip prepare data/studies --out all --recipe brain-mri --reports data/test.json "
+    "--hash_ids salt.txt",
     "store info": "hlip store info train",
     "store verify": "hlip store verify train",
     "store split": "hlip store split train --out half other --fractions 0.5 0.5 --seed 1",
@@ -62,10 +65,10 @@ COMMANDS = {
     "embed one scan": f"hlip embed test --one_scan 3 {MODEL} --out one.npz",
     "zeroshot": f"hlip zeroshot {SCAN} --prompts data/prompts.yaml --model run/model --out zeroshot.json",
     "zeroshot table": f"hlip zeroshot {SCAN} --prompts data/prompts.yaml --model run/model --out zeroshot.csv",
-    "eval": f"hlip eval data/prompts.yaml --data test --labels data/labels.csv {MODEL} --out eval --draws 50 --allow_unmatched",
-    "eval pairs": f"hlip eval task.yaml --data test --labels data/labels.csv {MODEL} --out pairs --draws 50 --allow_unmatched",
-    "eval embeddings": "hlip eval task.yaml --embeddings test.npz --labels data/labels.csv --model run/model --out read "
-    "--draws 50 --templates short --allow_unmatched",
+    "eval": f"hlip eval data/prompts.yaml {LABELLED} {MODEL} --out eval",
+    "eval pairs": f"hlip eval task.yaml {LABELLED} {MODEL} --out pairs",
+    "eval embeddings": "hlip eval task.yaml --embeddings test.npz --labels data/labels.csv --model run/model "
+    "--out read --draws 50 --templates short --allow_unmatched",
     "probe": "hlip probe both.parquet --labels data/labels.csv --out probe --minimum 1 --draws 50",
     "probe apply": "hlip probe test.npz --labels data/labels.csv --out applied --apply probe/both.probe.npz --draws 50",
     "retrieve": f"hlip retrieve test {MODEL} --out found --query glioma --top 3",
@@ -159,7 +162,9 @@ def run_all(tree: Path, folder: Path) -> None:
     for command in MISTAKES:
         said = folder / "said" / f"{command.replace('/', '_')}.json"
         if not said.exists():
-            done = run(tree, folder, f"train/pretrain.py {command[6:]}" if command[:6] == "train " else f"hlip {command}")
+            done = run(
+                tree, folder, f"train/pretrain.py {command[6:]}" if command[:6] == "train " else f"hlip {command}"
+            )
             said.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
 
@@ -232,7 +237,8 @@ def differences(file: str, old: Path, new: Path) -> Iterator[str]:
         yield f"same    {file}: in all fields"
     for reason, names in reasons.items():
         start = "DIFFERS" if reason.startswith("was ") else "differs"
-        yield f"{start} {file}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {reason}"
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"{start} {file}: {', '.join(names[:4])}{more}: {reason}"
 
 
 def why(file: str, field: str, old: Any, new: Any) -> str | None:
@@ -253,7 +259,7 @@ def why(file: str, field: str, old: Any, new: Any) -> str | None:
 
 
 def content_of(path: Path) -> Any:
-    if path.suffix in (".json", ".html") and path.suffix == ".json":
+    if path.suffix == ".json":
         return json.loads(path.read_text())
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -265,7 +271,10 @@ def content_of(path: Path) -> Any:
         import pyarrow.parquet
 
         table = pyarrow.parquet.read_table(path)
-        return {**{name: np.array(table[name].to_pylist()) for name in table.column_names}, "metadata": table.schema.metadata}
+        return {
+            **{name: np.array(table[name].to_pylist()) for name in table.column_names},
+            "metadata": table.schema.metadata,
+        }
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

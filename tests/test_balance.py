@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchlib.cases import SCANS, draw_scans
+from benchlib.problems import SCANS, draw_scans
 from hlip.model.config import preset
 from hlip.train.sampler import Cost, StepSampler
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import encoder as bench
+from benchlib import encoders as bench
 from benchlib.baselines import flash, published, regroup, unfused
+from benchlib.tables import named
 from benchlib.timing import in_turns, ratio
 from conftest import random_study, tiny_vision
 from hlip.model.encoder import StudyEncoder
@@ -83,7 +84,7 @@ def test_the_reference_is_the_published_way_in_float32(mode: str) -> None:
     expected = bench.reference(SMALL, SETTING._replace(dtype="bf16"), mode)
     for model in ("hlip", "published"):
         job = bench.build(bench.Kind(model, True), SMALL, SETTING)
-        out = bench.training_step(job, SETTING) if mode == "training" else bench.inference(job)
+        out = bench.training_step(job, "fp32") if mode == "training" else bench.inference(job)
         found = {"out": out} | (bench.gradients(job.module) if mode == "training" else {})
         assert bench.compare(bench.Kind(model, True), found, expected, "fp32") < 1e-4
     if mode == "training":  # every layer's gradients count, those of biases too
@@ -103,7 +104,7 @@ def test_without_a_gpu_there_are_no_graphs() -> None:
     assert [(row["model"], row["graph"], row["reason"]) for row in rows] == [
         (model, True, "CUDA graphs need a GPU, got cpu") for model in ("hlip", "vit")
     ]
-    assert bench.named(rows[0]) == "hlip, CUDA graph"
+    assert named(rows[0]) == "hlip, inference, CUDA graph: "
 
 
 @pytest.mark.slow
@@ -160,5 +161,4 @@ def test_operations_are_those_that_pytorch_counts(model: str) -> None:
     # Of oneDNN's own ops it knows nothing.
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
         bench.inference(plain)
-    ours = bench.operations(SMALL, SETTING, model)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert plain.flops == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -39,8 +39,7 @@ def test_files_need_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_device_is_one_that_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    options.add_device(parser)
+    parser = options.command(None, "--device")
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert parser.parse_args([]).device == ("cuda" if there else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -68,11 +69,11 @@ def test_standard_attention_moves_its_scores() -> None:
     """Forward: q is scaled; scores are written, softmax reads and writes them, and the last product reads them."""
     length, head_dim = 50, 8
     rows, scores = length * head_dim, length**2
-    forward = io.standard_counts("forward", length, head_dim)
+    forward = io.standard_counts(length, head_dim)["forward"]
     assert forward.loaded == 2 * (rows + 2 * rows + scores + scores + rows)
     assert forward.stored == 2 * (rows + scores + scores + rows)
     assert forward.flops == 4 * length**2 * head_dim
-    backward = io.standard_counts("backward", length, head_dim)
+    backward = io.standard_counts(length, head_dim)["backward"]
     assert backward.flops == 8 * length**2 * head_dim
     assert backward.bytes > forward.bytes
 
@@ -81,7 +82,7 @@ def test_meta_tensors_are_counted_like_real_ones() -> None:
     q, k, v = (torch.randn(1, 1, 50, 8).half() for _ in range(3))
     with OpTraffic() as traffic:
         unfused(q, k, v)
-    forward = io.standard_counts("forward", 50, 8)
+    forward = io.standard_counts(50, 8)["forward"]
     assert (traffic.counts.loaded, traffic.counts.stored) == (forward.loaded, forward.stored)
 
 
@@ -126,7 +127,7 @@ def test_the_published_way_copies_all_tokens(src: int, dst: int) -> None:
     and it fills what the slices leave out, and adds the two halves."""
     tokens, width = 60, 8
     whole = 4 * tokens * width
-    forward, backward = io.published_change(src, dst, tokens, width)
+    forward, backward = io.published_change(src, dst, tokens, width).values()
     prefix = 4 * (src + dst) * width
     assert 2 * whole < forward.bytes < 4 * whole + 4 * prefix
     assert 6 * whole < backward.bytes < 8 * whole + 8 * prefix
@@ -141,7 +142,7 @@ def test_our_change_of_level_moves_prefix_rows_only(src: Level, dst: Level) -> N
     width = 16
     found = [io.prefix_change(StudyLayout.from_grids([[(3, *grid)] * 2]), src, dst, width) for grid in ((1, 1), (2, 3))]
     assert found[0] == found[1]
-    forward, backward = found[0]
+    forward, backward = found[0].values()
     fine = 2 if src == "scan" else 6
     rows = {"scan": 2, "slice": 6, "study": 1}
     row = 4 * width
@@ -186,9 +187,9 @@ def test_claims_are_held_against_counts(
     monkeypatch.setattr(io, "PUBLISHED", (33,))
     monkeypatch.setattr(io, "ENCODERS", {"clip_vit_base_scan_study_token1176": 2})
     path, results = tmp_path / "io.json", tmp_path / "io.jsonl"
-    assert io.main(path, results) == int(claimed == 1)
+    assert io.main(argparse.Namespace(json=path, results=results)) == int(claimed == 1)
     output = capsys.readouterr()
-    assert ("ours, forward, study, scans: 1.97" in output.err) == (claimed == 1)
+    assert ("ours, forward, scans: at level study 1.97" in output.err) == (claimed == 1)
     rows = json.loads(path.read_text())
     assert rows == [json.loads(line) for line in results.read_text().splitlines()]
     exponents = [row for row in rows if row["kind"] == "exponent"]

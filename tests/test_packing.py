@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import packing
-from benchlib.cases import SCANS, draw_scans
 from benchlib.op_traffic import OpTraffic
+from benchlib.problems import SCANS, draw_scans
 from benchlib.timing import RESET_PEAK
 from conftest import random_study
 from hlip.model.config import VisionConfig, level_pattern
@@ -105,9 +105,9 @@ def test_floating_point_operations_are_those_that_run(encoder: StudyEncoder, stu
         plain = torch.backends.mkldnn.flags(enabled=False)
         with plain, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             job.encode()
-        assert packing.flops(encoder.config, job) == counter.get_total_flops()
+        assert job.flops == counter.get_total_flops()
     packed = packing.packed(encoder, studies, CPU)
-    assert packing.flops(encoder.config, packed) == sum(packing.flops(encoder.config, job) for job in alone)
+    assert packed.flops == sum(job.flops or 0 for job in alone)
 
 
 def test_results_that_differ_stop_the_run(encoder: StudyEncoder, studies: list[list[torch.Tensor]]) -> None:
@@ -115,11 +115,11 @@ def test_results_that_differ_stop_the_run(encoder: StudyEncoder, studies: list[l
     other = jobs["packed"]._replace(encode=lambda: jobs["packed"].encode().roll(1, 0))
 
     def step(job: packing.Job) -> list[torch.Tensor]:
-        return packing.forward(encoder, job, "fp32")
+        return packing.forward(job, "fp32")
 
     with pytest.raises(SystemExit, match="other: results are"):
         packing.measure({"packed": jobs["packed"], "other": other}, step, 1, 1e-4)
-    full, _ = packing.train_step(encoder, jobs["packed"], "fp32"), packing.train_step(encoder, other, "fp32")
+    full, _ = packing.train_step(jobs["packed"], "fp32"), packing.train_step(other, "fp32")
     assert len(full) == 2
     assert full[1].numel() == sum(p.numel() for p in encoder.parameters())
 
@@ -130,8 +130,8 @@ def test_padding_takes_memory_and_moves_bytes(encoder: StudyEncoder) -> None:
     jobs = {"packed": packing.packed(encoder, many, CPU), "pad_max": packing.dense(encoder, many, CPU)}
     with OpTraffic():
         for job in jobs.values():
-            packing.train_step(encoder, job, "fp32")
-    packed, padded = packing.measure(jobs, lambda job: packing.train_step(encoder, job, "fp32"), 1, 1e-4)
+            packing.train_step(job, "fp32")
+    packed, padded = packing.measure(jobs, lambda job: packing.train_step(job, "fp32"), 1, 1e-4)
     release_memory()
     saved = 4 * 3690 * 64 * len(encoder.blocks) * 10  # rows of attention and MLP that autograd keeps, of a block
     assert saved < packed["peak_bytes"] < 0.6 * padded["peak_bytes"]

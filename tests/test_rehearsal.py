@@ -15,7 +15,7 @@ import torch
 
 import check
 import plot
-from benchlib.page import PROVENANCE
+from benchlib.report import PROVENANCE
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -166,27 +166,27 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_only_a_report_of_the_same_device_is_continued(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no report to continue"):
+    with pytest.raises(ValueError, match=r"not a report of check\.py"):
         check.continued(tmp_path / "check.json", {})
-    facts = {"device": "a card", "size": "full", "commit": "1234567"}
+    facts = {"device": "a card", "size": "full", "commit": "1234567", "versions": {}, "utc": "2026-01-01T00:00:00"}
     (tmp_path / "check.json").write_text(json.dumps({"facts": facts, "steps": []}))
     assert check.continued(tmp_path / "check.json", facts)["steps"] == []
-    for key in facts:
+    for key in check.ALIKE:
         with pytest.raises(ValueError, match=rf"check.json: cannot be continued \(expected {key} another, got"):
             check.continued(tmp_path / "check.json", facts | {key: "another"})
     step = {"name": "of another version", "stage": "norm", "verdict": "right", "rows": [], "note": "", "foreign": False}
     step |= {"estimate_s": 1.0, "seconds": None}
     for damage, wrong in (
         ({}, "steps of another version"),
-        ({"rows": None}, "check.json: no report to continue"),
-        ({"verdict": 1}, "check.json: no report to continue"),
-        ({"name": ["x"]}, "check.json: no report to continue"),
+        ({"rows": None}, "check.json: not a report of check.py"),
+        ({"verdict": 1}, "check.json: not a report of check.py"),
+        ({"name": ["x"]}, "check.json: not a report of check.py"),
     ):
         (tmp_path / "check.json").write_text(json.dumps({"facts": facts, "steps": [step | damage]}))
         with pytest.raises(ValueError, match=wrong):
             check.continued(tmp_path / "check.json", facts)
     (tmp_path / "check.json").write_text("[" * 50_000)
-    with pytest.raises(ValueError, match=r"check.json: no report to continue"):
+    with pytest.raises(ValueError, match=r"check.json: not a report of check.py"):
         check.continued(tmp_path / "check.json", facts)
 
 

@@ -16,7 +16,8 @@ from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, KINDS, SAME_TILES, Row, b
 
 pytest.importorskip("triton")
 import static_versions
-from benchlib import machine_code, plot_static, static
+from benchlib import machine_code, static
+from benchlib import page as pages
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -129,14 +130,14 @@ def test_rows_of_a_version_are_told_apart() -> None:
     assert static_versions.split(rows, "3.6.0") == ([rows[1]], [rows[0], rows[2]])
 
 
-def test_the_page_counts_spills_and_shows_loops_beside_dense_ones() -> None:
+def test_the_page_counts_spills_and_shows_loops_beside_dense_ones(tmp_path: Path) -> None:
     rows = [
         rows_of("3.6.0"),
         rows_of("3.6.0", kernel="forward", loop_instructions=300, dense_loop_instructions=250),
         rows_of("3.6.0", arch="sm_80", stack_bytes=8),
         rows_of("3.10.0", serialised=True, dense_serialised=True),
     ]
-    page = plot_static.static(rows)
+    page = pages.render({"static": rows}, tmp_path)
     for line in (
         "| 3.6.0 | sm_90 | 2 | 0 | 0 | 0 |",
         "| 3.6.0 | sm_80 | 1 | 1 | 0 | 0 |",
@@ -146,4 +147,3 @@ def test_the_page_counts_spills_and_shows_loops_beside_dense_ones() -> None:
     ):
         assert line in page
     assert page.index("| 3.10.0 |") < page.index("| 3.6.0 |")
-    assert plot_static.static([]) == ""

@@ -91,12 +91,14 @@ def test_a_model_gives_the_same_embeddings(old: Path) -> None:
     with torch.no_grad():
         encoded = model.encode_image(hlip.pack([store.study(s) for s in range(6)], (4, 8, 8)))
     assert written.study.tolist() == list(store.uids)
-    torch.testing.assert_close(encoded, torch.from_numpy(written.embedding), rtol=0, atol=1e-2)  # bf16, where it is fast
+    torch.testing.assert_close(
+        encoded, torch.from_numpy(written.embedding), rtol=0, atol=1e-2
+    )  # bf16, where it is fast
 
 
 def test_embeddings_are_evaluated_as_they_were(old: Path) -> None:
-    run("eval", "prompts.yaml", "--embeddings", "store.npz", "--labels", "labels.csv", "--model", "model", "--out", "eval",
-        "--draws", 20)  # fmt: skip
+    run("eval", "prompts.yaml", "--embeddings", "store.npz", "--labels", "labels.csv", "--model", "model", "--out",
+        "eval", "--draws", 20)  # fmt: skip
     then, now = json.loads(Path("expected.json").read_text())["eval"], json.loads(Path("eval/metrics.json").read_text())
     facts = {"data", "left_out_scans"}
     assert {key: now[key] for key in now.keys() - facts} == {key: then[key] for key in then.keys() - facts}
@@ -117,7 +119,19 @@ def test_a_model_is_written_as_it_was(old: Path) -> None:
 def test_a_run_goes_on(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the losses that it had, had it not been killed."""
     settings = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
-    flags = ["data", "init", "steps", "batch_size", "warmup", "precision", "workers", "log_every", "save_every", "lr", "keep"]
+    flags = [
+        "data",
+        "init",
+        "steps",
+        "batch_size",
+        "warmup",
+        "precision",
+        "workers",
+        "log_every",
+        "save_every",
+        "lr",
+        "keep",
+    ]
     arguments = [f"--{name}={settings[name]}" for name in flags]
     monkeypatch.setattr("sys.argv", ["pretrain.py", *arguments, "--out=run", "--resume=auto"])
     assert pretrain.main() == 0

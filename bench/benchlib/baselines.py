@@ -23,8 +23,10 @@ from torch.nn import functional as F
 
 from hlip.model.encoder import StudyEncoder
 from hlip.model.plan import TokenBatch
+from hlip_kernels import Level
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Pass = Callable[[Tensor], Tensor]  # from (B * M, 1, D, H, W) to (B * M, C)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -56,8 +58,13 @@ def positions(encoder: StudyEncoder, tokens: TokenBatch) -> Tensor:
     return F.embedding_bag(tokens.places, tables, mode="sum", per_sample_weights=tokens.weights.to(tables.dtype))
 
 
-def published(encoder: StudyEncoder, tokens: TokenBatch, attend: Attend = flash) -> Tensor:
+def published(
+    encoder: StudyEncoder, tokens: TokenBatch, attend: Attend = flash, present: Tensor | None = None
+) -> Tensor:
     """(B, C) embeddings of studies that all have as many scans of one grid, in the released encoder's way.
+
+    Args:
+        present: (B, M) bool - False for scans that are padding, which no study attends to. Levels are scan and study.
 
     Source: HLIP (arXiv 2505.21862), section 3.1.
     """
@@ -67,51 +74,49 @@ def published(encoder: StudyEncoder, tokens: TokenBatch, attend: Attend = flash)
     level = encoder.config.levels[0]
     x = x.unflatten(0, (groups[level], -1))
     x = torch.cat([encoder.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+    masks: dict[Level, Tensor] = {}
+    if present is not None:
+        rows = present.repeat_interleave(x.shape[1] - 1, 1)
+        masks["study"] = torch.cat([present[:, :1], rows], 1)[:, None, None]
     for block, target in zip(encoder.blocks, encoder.config.levels, strict=True):
-        x = regroup(x, groups[target]) if target != level else x
+        x = regroup(x, groups[target], present) if target != level else x
         level = target
-        x = plain_block(block, x, None, attend)
+        x = plain_block(block, x, masks.get(level), attend)
     cls = x[:, 0].unflatten(0, (groups["study"], -1)).mean(1)
     return encoder.norm(cls)
 
 
-def regroup(x: Tensor, groups: int) -> Tensor:
-    """(G, 1 + n, C) to as many groups as wanted: cls rows are averaged or repeated, patches reshaped."""
+def regroup(x: Tensor, groups: int, present: Tensor | None = None) -> Tensor:
+    """(G, 1 + n, C) to as many groups as wanted: cls rows are averaged, over those that are present, or repeated;
+    patches are reshaped."""
     cls, patches = x[:, :1], x[:, 1:]
-    coarser = groups < len(x)
-    cls = cls.unflatten(0, (groups, -1)).mean(1) if coarser else cls.repeat_interleave(groups // len(x), 0)
+    if groups > len(x):
+        cls = cls.repeat_interleave(groups // len(x), 0)
+    elif present is None:
+        cls = cls.unflatten(0, (groups, -1)).mean(1)
+    else:
+        weights = (present / present.sum(1, keepdim=True)).to(x.dtype)
+        cls = (cls.unflatten(0, present.shape) * weights[..., None, None]).sum(1)
     return torch.cat([cls, patches.reshape(groups, -1, x.shape[-1])], dim=1)
 
 
-class Swin(nn.Module):
+def swin(fused: bool) -> tuple[nn.Module, Pass]:
     """MONAI's 3D Swin transformer with the widths and depths of Swin-B, windows of 7 and patches of 4 voxels."""
+    from monai.networks.nets.swin_unetr import SwinTransformer
 
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        from monai.networks.nets.swin_unetr import SwinTransformer
-
-        self.swin = SwinTransformer(
-            in_chans=1, embed_dim=128, window_size=(7, 7, 7), patch_size=(4, 4, 4), depths=(2, 2, 18, 2),
-            num_heads=(4, 8, 16, 32), spatial_dims=3, use_flash_attention=fused,
-        )  # fmt: skip
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """(B * M, 1, D, H, W) to (B * M, C)."""
-        return self.swin(volumes)[-1].mean((2, 3, 4))
+    model = SwinTransformer(
+        in_chans=1, embed_dim=128, window_size=(7, 7, 7), patch_size=(4, 4, 4), depths=(2, 2, 18, 2),
+        num_heads=(4, 8, 16, 32), spatial_dims=3, use_flash_attention=fused,
+    )  # fmt: skip
+    return model, lambda volumes: model(volumes)[-1].mean((2, 3, 4))
 
 
-class NaViT(nn.Module):
+def navit(shape: tuple[int, ...], patch: int, width: int, depth: int) -> tuple[nn.Module, Pass]:
     """MONAI's 3D NaViT: volumes of any size in one sequence, kept apart by a mask. Its attention is not fused."""
+    from monai.networks.nets import NaViT
 
-    def __init__(self, shape: tuple[int, ...], patch: int, width: int, depth: int) -> None:
-        super().__init__()
-        from monai.networks.nets import NaViT as Model
-
-        self.navit = Model(
-            image_size=shape, patch_size=patch, num_classes=width, hidden_size=width, mlp_dim=4 * width,
-            num_layers=depth, num_heads=width // 64, in_channels=1, spatial_dims=3, qkv_bias=True,
-        )  # fmt: skip
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """(B * M, 1, D, H, W) to (B * M, C)."""
-        return self.navit([list(volumes)])
+    model = NaViT(
+        image_size=shape, patch_size=patch, num_classes=width, hidden_size=width, mlp_dim=4 * width,
+        num_layers=depth, num_heads=width // 64, in_channels=1, spatial_dims=3, qkv_bias=True,
+    )  # fmt: skip
+    return model, lambda volumes: model([list(volumes)])

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .columns import COLUMNS, cell, heading, legend
-from .report import table
+from .tables import COLUMNS, cell, columns, legend, named, table
 
 Report = dict[str, Any]
 HIDDEN = {  # in the JSON only
@@ -17,6 +16,7 @@ HIDDEN = {  # in the JSON only
     "studies_per_s", "wrong", "mistake", "a40_vol_per_s", "a40_memory_gb",
 }  # fmt: skip
 SHOWN_ALONE = {"ceilings": ("matmul_flop_per_s", "copy_bytes_per_s"), "kernels": ("bytes_per_s",)}  # by stage
+ENTRY = {"estimate_s", "seconds", "foreign"}  # of a step, beside texts and rows
 FAULTS = ("wrong", "mistake")
 FAILED = ("failed", "too long", "ended")
 SKIPPED, NOTHING = "skipped", "nothing to run"
@@ -25,13 +25,17 @@ SKIPPED, NOTHING = "skipped", "nothing to run"
 def read_check(path: Path) -> Report:
     """
     Raises:
-        ValueError: the file is not a check's report.
+        ValueError: the file is not a check's report, or cannot be read.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        for step in report["steps"]:
+            texts = all(isinstance(step[key], str) for key in ("name", "stage", "verdict", "note"))
+            if not texts or not all(isinstance(row, dict) for row in step["rows"]) or not step.keys() >= ENTRY:
+                raise ValueError(f"step {step['name']!r:.50} is not whole")
         markdown(report)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a report of check.py ({error!r:.100}). Delete it, or make it again.") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a report of check.py ({error!r:.200}). Delete it, or make it again.") from error
     return report
 
 
@@ -83,8 +87,7 @@ def body(step: Report) -> Iterator[str]:
     keys = [key for key in keys if any(cell(row, key) for row in figures)]
     keys.sort(key=lambda key: key in COLUMNS)  # names first
     if keys:
-        lines = ([cell(row, key) for key in keys] for row in figures)
-        yield table(list(map(heading, keys)), lines)
+        yield table(*columns(figures, keys))
         yield f"*{legend(keys)}*"
     reasons = [f"- {named(row)}{row['reason']}" for row in rows if "reason" in row]
     reasons += [f"- **{kind}**: {named(row)}{row[kind]}" for row in rows for kind in FAULTS if kind in row]
@@ -92,10 +95,3 @@ def body(step: Report) -> Iterator[str]:
         yield "\n".join(reasons)
     if step.get("clocks"):
         yield f"After it: {', '.join(f'{name} {value}' for name, value in step['clocks'].items())}."
-
-
-def named(row: Report) -> str:
-    """Whose row it is."""
-    keys = ("backend", "model", "kernel", "case", "mode", "dtype", "head_dim", "residual")
-    words = ", ".join(str(row[key]) for key in keys if row.get(key) not in (None, ""))
-    return f"{words}: " if words else ""

@@ -34,15 +34,17 @@ included. Both for one study.
 
 from __future__ import annotations
 
+import argparse
 import functools
-import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise, product
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from itertools import chain, pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -55,7 +57,8 @@ from hlip_kernels.tiles import Tile, built_in_config, row_of
 
 from .baselines import regroup, unfused
 from .op_traffic import Counts, OpTraffic
-from .report import append_rows, print_table, provenance, write_json
+from .report import Row, provenance, run_cases
+from .tables import columns, power, print_table
 from .traffic import watched
 from .trial import Problem
 
@@ -121,26 +124,14 @@ SWEEPS = (
 )  # fmt: skip
 
 
-def main(json: Path | None = None, results: Path | None = None) -> int:
-    """Counts, shows, and writes rows to files; of the second, what is there is kept."""
+def main(args: argparse.Namespace) -> int:
+    """Count, show, and write rows to the files of `run_cases`."""
     facts = provenance(torch.device("cpu"))
-    exponents = list(fitted())
-    lengths = list(at_published_lengths())
-    changes = list(regroup_traffic())
-    show(exponents, lengths, changes)
-    rows = [row | facts for row in (*exponents, *lengths, *changes)]
-    if json:
-        write_json(rows, json)
-    if results:
-        append_rows(rows, results)
-    wrong = [row for row in exponents if not abs(row["exponent"] - row["claimed"]) <= TOLERANCE]
-    for row in wrong:
-        print(f"{row['way']}, {row['pass']}, {row['level']}, {row['sweep']}: {row['exponent']:.3f} is not "
-              f"{row['claimed']}", file=sys.stderr)  # fmt: skip
-    return int(bool(wrong))
+    rows = (row | facts for row in chain(fitted(), at_published_lengths(), regroup_traffic()))
+    return run_cases([rows], show, args)
 
 
-def fitted() -> Iterator[dict[str, Any]]:
+def fitted() -> Iterator[Row]:
     """A row for every way, pass, level, sweep, and for bytes and operations."""
     for sweep in tqdm(SWEEPS, "counting", unit="sweep", disable=None):
         for way, count in WAYS.items():
@@ -151,13 +142,16 @@ def fitted() -> Iterator[dict[str, Any]]:
                     counts = [count(direction, point, level) for point in sweep.points]
                     x = [sweep.of(point) for point in sweep.points]
                     for quantity, claimed in (("bytes", sweep.bytes[at]), ("flops", sweep.flops[at])):
-                        y = [getattr(each, quantity) for each in counts]
+                        y = [getattr(counted, quantity) for counted in counts]
+                        slope = exponent(x, y)
+                        off = not abs(slope - claimed) <= TOLERANCE
                         yield {
                             "kind": "exponent", "way": way, "pass": direction, "level": level, "sweep": sweep.name,
-                            "quantity": quantity, "claimed": claimed, "exponent": exponent(x, y),
+                            "quantity": quantity, "claimed": claimed, "exponent": slope,
                             "points": [point._asdict() for point in sweep.points], "x": x, "counted": y,
                             "times_longer": LONGER if way == "standard" else 1,
                             "kinds": {"counted": KINDS[way], "exponent": KINDS[way]},
+                            **({"wrong": f"at level {level} {slope:.3f} is not {claimed}"} if off else {}),
                         }  # fmt: skip
 
 
@@ -181,29 +175,33 @@ def kernel_counts(kernel: str, length: int, head_dim: int, rows: int, streamed: 
 
 
 def standard(direction: str, point: Point, level: Level) -> Counts:
-    return standard_counts(direction, LONGER * point.length(level), point.head_dim) * point.groups(level)
+    return standard_counts(LONGER * point.length(level), point.head_dim)[direction] * point.groups(level)
 
 
 @functools.cache
-def standard_counts(direction: str, length: int, head_dim: int) -> Counts:
+def standard_counts(length: int, head_dim: int) -> dict[str, Counts]:
     """Of attention of one head that writes its weights to memory."""
-    q, k, v = (
-        torch.empty(1, 1, length, head_dim, dtype=torch.float16, device="meta", requires_grad=True) for _ in range(3)
+    shape = 1, 1, length, head_dim
+    return op_counts(
+        unfused, *(torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=True) for _ in "qkv")
     )
-    grad = torch.empty_like(q)
+
+
+def op_counts(run: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Counts]:
+    """Of the ops of a call, forward and backward."""
     with OpTraffic() as forward, FlopCounterMode(display=False) as forward_flops:
-        out = unfused(q, k, v)
-    if direction == "forward":
-        return Counts(forward.counts.loaded, forward.counts.stored, forward_flops.get_total_flops())
+        out = run(*inputs)
+    grad = torch.empty_like(out)
     with OpTraffic() as backward, FlopCounterMode(display=False) as backward_flops:
-        torch.autograd.grad(out, (q, k, v), grad)
-    return Counts(backward.counts.loaded, backward.counts.stored, backward_flops.get_total_flops())
+        torch.autograd.grad(out, inputs, grad)
+    ways = zip(PASSES, (forward, backward), (forward_flops, backward_flops), strict=True)
+    return {way: replace(traffic.counts, flops=flops.get_total_flops()) for way, traffic, flops in ways}
 
 
 WAYS: dict[str, Callable[[str, Point, Level], Counts]] = {"ours": ours, "standard": standard}
 
 
-def at_published_lengths() -> Iterator[dict[str, Any]]:
+def at_published_lengths() -> Iterator[Row]:
     """Groups of the released models, with the tiles that the table has for sm_90: what is asked for, beside standard
     attention and beside the least, which is every row once."""
     head_dim = 64
@@ -215,7 +213,7 @@ def at_published_lengths() -> Iterator[dict[str, Any]]:
                 (kernel_counts(kernel, length, head_dim, tile.rows, tile.streamed)
                  for kernel, tile in zip(kernels, used, strict=True)), Counts(),
             )  # fmt: skip
-            plain = standard_counts(direction, length, head_dim)
+            plain = standard_counts(length, head_dim)[direction]
             least = 4 * 2 * head_dim + 4 if direction == "forward" else 8 * 2 * head_dim + 4
             yield {
                 "kind": "length", "pass": direction, "rows": length, "head_dim": head_dim,
@@ -227,7 +225,7 @@ def at_published_lengths() -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def regroup_traffic() -> Iterator[dict[str, Any]]:
+def regroup_traffic() -> Iterator[Row]:
     """A row for every encoder: bytes of all its changes of level."""
     for name, scans in ENCODERS.items():
         config = preset(name).vision
@@ -244,33 +242,27 @@ def regroup_traffic() -> Iterator[dict[str, Any]]:
             }
             for src, dst in set(changes)
         }
-        row: dict[str, Any] = {"kind": "regroup", "model": name, "scans": scans, "tokens": tokens, "kinds": {}}
+        row: Row = {"kind": "regroup", "model": name, "scans": scans, "tokens": tokens, "kinds": {}}
         row["changes"] = len(changes)
-        for way, (i, direction) in product(("published", "ours"), enumerate(PASSES)):
-            row[f"{way}_{direction}_bytes"] = sum(moved[change][way][i].bytes for change in changes)
+        for way, direction in product(("published", "ours"), PASSES):
+            row[f"{way}_{direction}_bytes"] = sum(moved[change][way][direction].bytes for change in changes)
             row["kinds"][f"{way}_{direction}_bytes"] = KINDS[way]
         yield row
 
 
-def published_change(src: int, dst: int, tokens: int, width: int) -> tuple[Counts, Counts]:
+def published_change(src: int, dst: int, tokens: int, width: int) -> dict[str, Counts]:
     """Forward and backward of the change from `src` groups to `dst`."""
     x = torch.empty(src, 1 + tokens // src, width, device="meta", requires_grad=True)
-    with OpTraffic() as forward:
-        y = regroup(x, dst)
-    grad = torch.empty_like(y)
-    with OpTraffic() as backward:
-        torch.autograd.grad(y, x, grad)
-    return forward.counts, backward.counts
+    return op_counts(functools.partial(regroup, groups=dst), x)
 
 
-def prefix_change(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
+def prefix_change(layout: StudyLayout, src: Level, dst: Level, width: int) -> dict[str, Counts]:
     """Count the bytes that prefix rows add, forward and backward, to those of our kernels of the norm."""
     with_prefix, without = (norm_traffic(layout.with_num_prefix(p), src, dst, width) for p in (layout.num_prefix, 0))
-    forward, backward = (a + b * -1 for a, b in zip(with_prefix, without, strict=True))
-    return forward, backward
+    return {direction: counts + without[direction] * -1 for direction, counts in with_prefix.items()}
 
 
-def norm_traffic(layout: StudyLayout, src: Level, dst: Level, width: int) -> tuple[Counts, Counts]:
+def norm_traffic(layout: StudyLayout, src: Level, dst: Level, width: int) -> dict[str, Counts]:
     fine, coarse = sorted((src, dst), key=LEVELS.index)
     change = Regroup(
         layout.cu_seqlens(src), layout.cu_seqlens(dst), layout.tiles(fine)[0], layout.children(fine, coarse),
@@ -280,41 +272,29 @@ def norm_traffic(layout: StudyLayout, src: Level, dst: Level, width: int) -> tup
     with watched() as traffic:
         x, y, mean, rstd = triton_norm.forward(residual, residual, None, None, vector, vector, change, 1e-6)
         triton_norm.backward(x, y, x, mean, rstd, None, None, None, vector, change)
-    kernels = traffic.kernels
-    return (
-        kernels["norm_forward"] + kernels["prefix_forward"],
-        kernels["norm_backward"] + kernels["prefix_backward"],
-    )
+    return {way: traffic.kernels[f"norm_{way}"] + traffic.kernels[f"prefix_{way}"] for way in PASSES}
 
 
-def show(exponents: Sequence[Any], lengths: Sequence[Any], changes: Sequence[Any]) -> None:
+def show(rows: Sequence[Row]) -> None:
+    exponents, lengths, changes = ([r for r in rows if r["kind"] == kind] for kind in ("exponent", "length", "regroup"))
     print("Exponents, counted (claimed): of bytes, then of operations\n")
-    header = ["sweep", "", "way", "pass", *(f"{level} {x}" for x in ("bytes", "flops") for level in LEVELS)]
-    found = {(r["sweep"], r["way"], r["pass"], r["quantity"], r["level"]): r for r in exponents}
-    lines: list[list[object]] = []
-    for sweep in SWEEPS:
-        for way, direction in dict.fromkeys((r["way"], r["pass"]) for r in exponents if r["sweep"] == sweep.name):
-            cells = [found[sweep.name, way, direction, x, level] for x in ("bytes", "flops") for level in LEVELS]
-            lines.append([sweep.name, sweep.what, way, direction,
-                          *(f"{round(r['exponent'], 3) + 0:.3f} ({r['claimed']})" for r in cells)])  # fmt: skip
-    print_table(header, lines)
+    figures = [f"{level} {quantity}" for quantity in ("bytes", "flops") for level in LEVELS]
+    cells: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for row in exponents:
+        cells[row["sweep"], row["way"], row["pass"]][f"{row['level']} {row['quantity']}"] = power(row)
+    what = {sweep.name: sweep.what for sweep in SWEEPS}
+    lines = [[sweep, what[sweep], *line, *map(of.__getitem__, figures)] for (sweep, *line), of in cells.items()]
+    print_table(["sweep", "", "way", "pass", *figures], lines)
     print(
         "\nOne group of the released models, one head of 64, fp16, with the tiles of sm_90. Operations beyond those"
         "\nneeded are those of padded tiles, and in backward seven products for five, as both kernels need scores.\n"
     )
-    lines = [
-        [r["rows"], r["pass"], " ".join(r["tiles"]), f"{r['bytes'] / 1e6:.3f}", f"{r['standard_bytes'] / 1e6:.3f}",
-         f"{r['least_bytes'] / 1e6:.3f}", f"{r['flops'] / r['least_flops']:.3f}"] for r in lengths
-    ]  # fmt: skip
-    print_table(["rows", "pass", "tiles", "MB ours", "MB standard", "MB least", "operations over needed"], lines)
+    over = [{**row, "operations over needed": f"{row['flops'] / row['least_flops']:.3f}"} for row in lengths]
+    keys = ("rows", "pass", "tiles", "bytes", "standard_bytes", "least_bytes", "operations over needed")
+    print_table(*columns(over, keys))
     print("\nChanges of level in a whole encoder: MB of one study\n")
-    lines = [
-        [r["model"], r["scans"], r["tokens"], r["changes"],
-         *(f"{r[f'{way}_{direction}_bytes'] / 1e6:.4g}" for direction in PASSES for way in ("published", "ours"))]
-        for r in changes
-    ]  # fmt: skip
-    ways = [f"{way} {direction}" for direction in PASSES for way in ("published", "ours")]
-    print_table(["model", "scans", "tokens", "changes", *ways], lines)
+    ways = [f"{way}_{direction}_bytes" for direction in PASSES for way in ("published", "ours")]
+    print_table(*columns(changes, ["model", "scans", "tokens", "changes", *ways]))
     print(
         "\nNothing is measured here. counted: ours, request by request; estimated: standard, published and least, from"
         "\nthe shapes of what they read and write; claimed, in brackets: theory."

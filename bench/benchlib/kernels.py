@@ -1,13 +1,5 @@
-"""Time and memory of attention within groups, ours and others' (`peers.py`), on the groups that studies make.
-
-Cases have the names of levels and lengths (patches and prefix rows of a group), or of a mix of studies:
-
-    slice-197, slice-198, slice-99       slices of 14 x 14 tokens; with two prefix rows; at half the patches
-    scan-1177, scan-1569, scan-2745      scans of 6, 8 and 14 slices
-    scan-883                             at a patch dropout of 0.25
-    study-4705                           4 scans; the tokens of slice-197 and scan-1177 as one study
-    study-16465, -36457, -254017         14, 31 and 162 scans; not tried without a GPU unless named
-    MIX-LEVEL, MIX-LEVEL-drop25, -drop50 studies with the scan counts of `cases.py`, in a mix drawn by its distribution
+"""Time and memory of attention within groups, ours and others' (`peers.py`), on the groups that studies make
+(`problems.py`).
 
 Every result is compared with the formula in float64 before anything is timed, on the groups and heads that the row
 names; one that is off is not timed, and the run ends with 1.
@@ -15,11 +7,10 @@ names; one that is off is not timed, and the run ends with 1.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,18 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hlip.model.memory import keep_memory, release_memory
-from hlip.study import Draws, patch_dropout
-from hlip_kernels import Grid, Level, StudyLayout
 from hlip_kernels.backends import choose_backend
 
-from . import ceilings, columns
-from .cases import SCANS, draw_scans
-from .ceilings import Ceilings
-from .peers import OWN, PEERS, Peer, Problem
-from .report import append_rows, print_table, provenance, write_json
-from .timing import Peak, clock, in_turns, percentiles, ratio, synchronise
+from .options import DTYPES
+from .peers import OWN, PEERS, Peer
+from .problems import Case, Problem
+from .report import Row, provenance, run_cases, show
+from .tables import kinds
+from .timing import Ceilings, Kept, Peak, ceilings, clock, failures, in_turns, synchronise, timed
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # of norms; gradients twice
 MODES = ("forward", "training")  # training is forward and backward
 QUICK_ROUNDS, ROUNDS = 3, 5
@@ -55,80 +43,6 @@ SHOWN = (
     "backend", "mode", "p50_s", "times_ours", "flop_per_s", "of_matmul", "of_copy", "tokens_per_s", "peak_bytes",
     "prepare_s", "first_s", "error",
 )  # fmt: skip
-BEFORE: dict[Level, Level] = {"slice": "scan", "scan": "study", "study": "scan"}
-
-
-class Case(NamedTuple):
-    """grids: of the scans of each study. dropout: of patches, in every group of `dropped`."""
-
-    name: str
-    level: Level
-    grids: list[list[Grid]]
-    num_prefix: int = 1
-    dropout: float = 0.0
-    dropped: Level = "scan"
-    before: Level | None = None
-
-    def problem(self, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> Problem:
-        full = StudyLayout.from_grids(self.grids, self.num_prefix)
-        keep = patch_dropout(full, self.dropout, self.dropped, Draws(range(len(self.grids))))
-
-        def make() -> StudyLayout:
-            layout = StudyLayout.from_grids(self.grids, self.num_prefix)
-            return layout.select(keep) if self.dropout else layout
-
-        return Problem(make, self.level, self.before or BEFORE[self.level], heads, head_dim, dtype, device)
-
-
-def all_cases(device: str, batch: int, seed: int = 0) -> list[Case]:
-    """
-    Args:
-        batch: studies of the cases of one length, the longest excepted; four times as many of the ragged ones.
-    """
-    scan: Grid = (6, 14, 14)
-    four: list[list[Grid]] = [[scan] * 4] * batch
-    chest: Grid = (14, 14, 14)
-    found = [
-        Case("slice-197", "slice", four),
-        Case("slice-198", "slice", [[(8, 14, 14)] * 3] * batch, num_prefix=2),
-        Case("slice-99", "slice", four, dropout=0.5, dropped="slice"),
-        Case("scan-1177", "scan", four),
-        Case("scan-1569", "scan", [[(8, 14, 14)] * 3] * batch),
-        Case("scan-2745", "scan", [[chest]] * 2 * batch, before="slice"),
-        Case("scan-883", "scan", four, dropout=0.25),
-        Case("study-4705", "study", four),
-        Case("study-16465", "study", [[scan] * 14]),
-        Case("study-36457", "study", [[scan] * 31]),
-        Case("study-254017", "study", [[(8, 14, 14)] * 162]),
-    ]
-    for mix in SCANS:
-        scans = draw_scans(mix, 4 * batch, seed, most=None if device == "cuda" else 10)
-        grids = [[scan] * int(count) for count in scans]
-        levels: tuple[Level, ...] = ("slice", "scan", "study")
-        for level in levels:
-            for dropout in (0.0, 0.25, 0.5):
-                suffix = f"-drop{100 * dropout:.0f}" if dropout else ""
-                found.append(Case(f"{mix}-{level}{suffix}", level, grids, dropout=dropout))
-    return found
-
-
-def chosen(cases: Sequence[Case], patterns: Sequence[str] | None, device: str) -> list[Case]:
-    """The cases that a pattern names; without patterns all, but without a GPU not the longest studies.
-
-    Raises:
-        ValueError: a pattern that no case fits.
-    """
-    if patterns is None:
-        return [case for case in cases if device == "cuda" or longest(case) < 10**4 or len(case.grids) > 1]
-    for pattern in patterns:
-        if not any(fnmatchcase(case.name, pattern) for case in cases):
-            raise ValueError(f"no case {pattern!r}; there are {', '.join(case.name for case in cases)}")
-    return [case for case in cases if any(fnmatchcase(case.name, pattern) for pattern in patterns)]
-
-
-def longest(case: Case) -> int:
-    """Patches of the longest study, before dropout."""
-    return max(sum(d * h * w for d, h, w in study) for study in case.grids)
 
 
 class Settings(NamedTuple):
@@ -172,31 +86,18 @@ class Way:
             Seconds of the call. Bytes of memory at most, and on a CPU those that autograd kept for backward beyond the
             inputs.
         """
-        own = {x.untyped_storage().data_ptr() for x in self.inputs}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = (tensor.values() if tensor.layout == torch.jagged else tensor).untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        hooks: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.peer.problem.device == "cpu":  # elsewhere compilers would see them; and peak memory says more
-            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with Peak() as peak, hooks:
+        kept = Kept(self.inputs)
+        counts = self.peer.problem.device == "cpu"  # elsewhere compilers would see them; and peak memory says more
+        with Peak() as peak, kept if counts else contextlib.nullcontext():
             begin = time.perf_counter()
-            found = self.run(mode)()
+            returned = self.run(mode)()
             synchronise()
             seconds = time.perf_counter() - begin
-        out, grads = (found, None) if mode == "forward" else found
+        out, grads = (returned, None) if mode == "forward" else returned
         results = {"out": self.peer.take([x.detach() for x in out])}
         if grads is not None:
             results["grad"] = self.peer.grads(grads)
-        memory = {"peak_bytes": peak.bytes}
-        if self.peer.problem.device == "cpu":
-            memory["saved_bytes"] = sum(kept.values())
-        return results, seconds, memory
+        return results, seconds, {"peak_bytes": peak.bytes} | ({"saved_bytes": kept.bytes} if counts else {})
 
 
 class Oracle:
@@ -238,64 +139,34 @@ class Oracle:
 def exact(qkv: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
     """softmax(q k^T / sqrt(D)) v and the gradient of qkv, (L, 3, H, D), a few queries at a time."""
     length, _, heads, head_dim = qkv.shape
-    q, k, v = qkv.permute(1, 2, 0, 3)
-    grad = grad_out.transpose(0, 1)
-    out, grads = torch.empty_like(q), torch.zeros_like(qkv)
-    dq, dk, dv = grads.permute(1, 2, 0, 3)
+    leaf = qkv.detach().requires_grad_()
+    q, k, v = leaf.permute(1, 2, 0, 3)
+    out, grad = torch.empty_like(grad_out), torch.zeros_like(qkv)
     step = max(1, ORACLE_ELEMENTS // (length * heads))
-    for at in range(0, length, step):
-        part = slice(at, at + step)
-        weights = (q[:, part] @ k.mT * head_dim**-0.5).softmax(-1)
-        out[:, part] = weights @ v
-        d_weights = grad[:, part] @ v.mT
-        delta = (grad[:, part] * out[:, part]).sum(-1, keepdim=True)
-        d_scores = weights * (d_weights - delta) * head_dim**-0.5
-        dq[:, part] = d_scores @ k
-        dk += d_scores.mT @ q[:, part]
-        dv += weights.mT @ grad[:, part]
-    return {"out": out.transpose(0, 1), "grad": grads}
+    for rows in (slice(at, at + step) for at in range(0, length, step)):
+        of_rows = ((q[:, rows] @ k.mT * head_dim**-0.5).softmax(-1) @ v).transpose(0, 1)
+        out[rows] = of_rows.detach()
+        grad += torch.autograd.grad(of_rows, leaf, grad_out[rows], retain_graph=True)[0]
+    return {"out": out, "grad": grad}
 
 
-def main(
-    cases: Sequence[Case],
-    settings: Sequence[Settings],
-    json: Path | None = None,
-    results: Path | None = None,
-    profile: Path | None = None,
-) -> int:
-    """Times every case in every setting, and writes what is found after each case.
+def main(cases: Sequence[Case], settings: Sequence[Settings], args: argparse.Namespace) -> int:
+    """Time every case in every setting; args: of `run_cases`, with `profile`, a folder for traces of one more call."""
 
-    Args:
-        json, results: files for the rows; of the second, what is there is kept.
-        profile: a folder for traces of one more call of every way.
-    """
-    found: list[dict[str, Any]] = []
-    try:
+    def rows() -> Iterator[Iterator[Row]]:
         for setting in settings:
-            limit = ceilings.measure(setting.device, DTYPES[setting.dtype])
+            limits = ceilings(setting.device, DTYPES[setting.dtype])
             print(
                 f"{setting.dtype}, {setting.heads} heads of {setting.head_dim}, "
                 f"{provenance(torch.device(setting.device))['device']}, {torch.get_num_threads()} threads. A matrix "
-                f"product does {limit.flops / 1e9:.4g} GFLOP/s here, a copy {limit.bytes / 1e9:.3g} GB/s."
+                f"product does {limits.flops / 1e9:.4g} GFLOP/s here, a copy {limits.bytes / 1e9:.3g} GB/s."
             )
-            for case in cases:
-                rows = list(run(case, setting, limit, profile))
-                show(case, rows)
-                found += rows
-                if results:
-                    append_rows(rows, results)
-                if json:
-                    write_json(found, json)
-    except KeyboardInterrupt:
-        print("interrupted: the cases before are written", file=sys.stderr)
-        return 130
-    wrong = [f"{row['backend']}, {row['case']}, {row['mode']}: {row['reason']}" for row in found if row.get("wrong")]
-    for line in wrong:
-        print(line, file=sys.stderr)
-    return int(bool(wrong))
+            yield from (run(case, setting, limits, args.profile) for case in cases)
+
+    return run_cases(rows(), show_case, args)
 
 
-def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None = None) -> Iterator[dict[str, Any]]:
+def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None = None) -> Iterator[Row]:
     """A row for every backend and mode; one with a `reason` for one that cannot run."""
     problem = case.problem(settings.heads, settings.head_dim, DTYPES[settings.dtype], settings.device)
     lengths = problem.lengths
@@ -306,107 +177,87 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
         "rounds": settings.rounds, "calls": settings.calls, **provenance(torch.device(settings.device)),
         "matmul_flop_per_s": limits.flops, "copy_bytes_per_s": limits.bytes,
     }  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    shape = problem.num_rows, 3, settings.heads, settings.head_dim
-    qkv = torch.randn(shape, generator=generator).to(settings.device, problem.dtype)
-    grad_out = torch.randn(shape[0], *shape[2:], generator=generator).to(settings.device, problem.dtype)
-    oracle = Oracle(problem, qkv, grad_out)
+    tensors = problem.draw()
+    oracle = Oracle(problem, *tensors)
     ways: dict[str, Way] = {}
-    reasons: dict[str, str] = {}
-    failed: set[str] = set()  # of ours, which must run
     prepare: dict[str, float] = {}
     for name in settings.backends:
-        try:
+        with told(name) as row:
             peer = PEERS[name](problem)
-            why = peer.reasons()
-            if why:
-                reasons[name] = "; ".join(why)
-            elif peer.scratch(False) > settings.memory:
-                reasons[name] = _too_much(peer, False, settings)
+            reasons = peer.reasons() or too_much(peer, False, settings)
+            if reasons:
+                row["reason"] = "; ".join(reasons)
             else:
                 peer.prepare()
                 prepare[name] = clock(peer.prepare)
-                ways[name] = Way(peer, qkv, grad_out)
-        except Exception as error:  # whatever a library says of itself: it cannot run here, and others can
-            reasons[name] = _said(error)
-            failed |= {name} if own(name) else set()
-    for name, reason in reasons.items():
-        yield facts | {"backend": name, "mode": None, "reason": reason} | ({"wrong": True} if name in failed else {})
+                ways[name] = Way(peer, *tensors)
+        if row:
+            yield facts | {"backend": name, "mode": None} | row
     ours = f"hlip-{choose_backend('auto', settings.device, problem.dtype, settings.head_dim)}"
     for mode in settings.modes:
-        checked, refused = first_calls(ways, mode, oracle, settings)
-        yield from (facts | row for row in refused)
-        runs = {name: ways[name].run(mode) for name in checked}
+        progress = tqdm(ways.items(), f"{mode}: first calls", unit="way", disable=None, leave=False)
+        calls = {name: first_call(name, way, mode, oracle, settings) for name, way in progress}
+        yield from (facts | row for row in calls.values() if "reason" in row)
+        runs = {name: ways[name].run(mode) for name, row in calls.items() if "reason" not in row}
         keep_memory()
         in_turns(runs, 1)  # from now on the process has the pages that calls write
-        seconds = in_turns(runs, settings.rounds, settings.calls)
+        times = timed(runs, settings.rounds, settings.calls, ours)
         release_memory()
-        for name, mine in seconds.items():
-            times = ratio(mine, seconds[ours]) if ours in seconds else None
-            row = {"backend": name, "mode": mode, "times_ours": times, "prepare_s": prepare[name]}
-            spread = percentiles(mine)
-            row |= spread | rates(problem, mode, spread["p50_s"], limits) | checked[name]
-            row = facts | row
-            yield row | {"kinds": columns.kinds(row)}
+        for name, row in times.items():
+            training = mode == "training"
+            row |= limits.rates(row["p50_s"], problem.flops(training), problem.least_bytes(training))
+            row |= {"tokens_per_s": problem.layout.num_tokens / row["p50_s"], "prepare_s": prepare[name]}
+            row = facts | calls[name] | row
+            yield row | {"kinds": kinds(row)}
         if profile:
             trace(runs, profile / f"{case.name}-{settings.dtype}-{mode}.json")
 
 
-def first_calls(
-    ways: dict[str, Way], mode: str, oracle: Oracle, settings: Settings
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Calls every way, which warms it up, and checks its results.
-
-    Returns:
-        What is known of each then, and rows of those that are not to be timed.
-    """
-    checked: dict[str, dict[str, Any]] = {}
-    refused: list[dict[str, Any]] = []
-    for name, way in tqdm(ways.items(), f"{mode}: first calls", unit="way", disable=None, leave=False):
-        row: dict[str, Any] = {"backend": name, "mode": mode}
-        if mode == "training" and way.peer.scratch(True) > settings.memory:
-            refused.append(row | {"reason": _too_much(way.peer, True, settings)})
-            continue
-        try:
-            results, first, memory = way.first_call(mode)
-            if settings.device == "cuda" or way.peer.compiles:
-                with Peak() as peak:  # now that nothing is compiled or tried any more
-                    way.run(mode)()
-                memory["peak_bytes"] = peak.bytes
-        except Exception as error:  # as in `run`; but ours must run
-            refused.append(row | {"reason": _said(error)} | ({"wrong": True} if own(name) else {}))
-            synchronise()  # raises if the GPU is lost to this process
-            continue
+def first_call(name: str, way: Way, mode: str, oracle: Oracle, settings: Settings) -> Row:
+    """Call a way, which warms it up, and check its results; a row with a `reason` of one that is not to be timed."""
+    row: Row = {"backend": name, "mode": mode}
+    if mode == "training" and (reasons := too_much(way.peer, True, settings)):
+        return row | {"reason": reasons[0]}
+    with told(name) as failed:
+        results, first, memory = way.first_call(mode)
+        if settings.device == "cuda" or way.peer.compiles:
+            with Peak() as peak:  # now that nothing is compiled or tried any more
+                way.run(mode)()
+            memory["peak_bytes"] = peak.bytes
         errors = oracle.errors(results)
         off = [
-            f"{part} is {error:.2g} of its norm away from float64"
-            for part, error in errors.items()
-            if not error <= TOLERANCE[settings.dtype] * (1 if part == "out" else 2)
+            f"{result} is {error:.2g} of its norm away from float64"
+            for result, error in errors.items()
+            if not error <= TOLERANCE[settings.dtype] * (1 if result == "out" else 2)
         ]
         if off:
-            refused.append(row | {"reason": "wrong: " + ", ".join(off), "wrong": True})
+            failed["reason"] = failed["wrong"] = f"wrong: {', '.join(off)}"
         else:
-            checked[name] = {"error": max(errors.values()), "checked": oracle.checked, "first_s": first, **memory}
-    return checked, refused
+            row |= {"error": max(errors.values()), "checked": oracle.checked, "first_s": first, **memory}
+    return row | failed
+
+
+@contextlib.contextmanager
+def told(name: str) -> Iterator[Row]:
+    """A row that gets the reason where something fails inside: a library that does cannot run here, and others can;
+    ours must run."""
+    row: Row = {}
+    with failures() as reasons:
+        yield row
+    for reason in reasons:
+        row |= {"reason": reason} | ({"wrong": reason} if own(name) else {})
+
+
+def too_much(peer: Peer, backward: bool, settings: Settings) -> list[str]:
+    needed = peer.scratch(backward)
+    if needed <= settings.memory:
+        return []
+    return [f"would need about {needed / 2**30:.3g} GiB, more than the limit of {settings.memory / 2**30:.3g}"]
 
 
 def own(backend: str) -> bool:
     """Tell whether a row's kernels are this library's."""
     return backend.removeprefix("hlip-") in OWN
-
-
-def rates(problem: Problem, mode: str, seconds: float, limits: Ceilings) -> dict[str, float]:
-    """Operations and bytes that the work takes at least, a second, and as parts of what the machine can do."""
-    flops, moved = (count(mode == "training") for count in (problem.flops, problem.least_bytes))
-    return {
-        "flops": flops,
-        "flop_per_s": flops / seconds,
-        "of_matmul": flops / seconds / limits.flops,
-        "bytes_modelled": moved,
-        "bytes_per_s": moved / seconds,
-        "of_copy": moved / seconds / limits.bytes,
-        "tokens_per_s": problem.layout.num_tokens / seconds,
-    }
 
 
 def trace(runs: Mapping[str, Callable[[], Any]], path: Path) -> None:
@@ -423,28 +274,8 @@ def trace(runs: Mapping[str, Callable[[], Any]], path: Path) -> None:
     print(f"{path}: for ui.perfetto.dev or chrome://tracing")
 
 
-def show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
-    first = rows[0]
-    dropped = f", patch dropout {case.dropout}" if case.dropout else ""
-    print(
-        f"\n{case.name}: {first['groups']} groups of {first['shortest']} to {first['longest']} rows, "
-        f"{first['rows']} in all{dropped}"
-    )
-    print_table(
-        list(map(columns.heading, SHOWN)),
-        [[columns.cell(row, key) for key in SHOWN] for row in rows if "reason" not in row],
-    )
-    print(columns.legend(SHOWN))
-    for row in rows:
-        if "reason" in row:
-            print(f"  {row['backend']}{'' if row['mode'] is None else ', ' + row['mode']}: not run: {row['reason']}")
-
-
-def _too_much(peer: Peer, backward: bool, settings: Settings) -> str:
-    needed = peer.scratch(backward)
-    return f"would need about {needed / 2**30:.3g} GiB, more than the limit of {settings.memory / 2**30:.3g}"
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+def show_case(rows: Sequence[Row]) -> None:
+    row = rows[0]
+    dropped = f", patch dropout {row['dropout']}" if row["dropout"] else ""
+    groups = f"{row['groups']} groups of {row['shortest']} to {row['longest']} rows, {row['rows']} in all{dropped}"
+    show(f"{row['case']}: {groups}", rows, SHOWN)

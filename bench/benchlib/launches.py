@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-import encoder
 from hlip_kernels import Level, StudyLayout
-from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, choose_backend
+from hlip_kernels.backends import NORM_BACKENDS, choose_backend
 from hlip_kernels.layout import LEVELS
 from hlip_kernels.norm import _regroup
 from hlip_kernels.tiles import architecture, attention_config
 
-from . import ceilings, machine_code, right
-from .kernels import DTYPES, Case
-from .timing import clock, synchronise
+from . import encoders, machine_code, right
+from .options import DTYPES
+from .problems import Case
+from .report import Row
+from .timing import ceilings, seconds_of, synchronise
 from .trial import Problem
 
 
@@ -48,12 +49,10 @@ class Alone(NamedTuple):
 
 
 Job = right.Case | right.Change | Pass | Alone
-ROUNDS = 5  # of a CPU's clock
 KERNELS = ("forward", "dq", "dkdv")
 PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4, "backward": 7}  # of L x L x D a head
 PASSES = {"forward": 4, "dq": 6, "dkdv": 6, "backward": 8}  # tensors of (R, H, D) read and written
 NO_DRIVER = "Triton has no driver here: no GPU"
-Row = dict[str, Any]
 
 
 def has_driver() -> bool:
@@ -132,13 +131,12 @@ def compile_job(job: Job, device: str) -> list[Row]:
     elif isinstance(job, Alone):
         layout = StudyLayout.from_grids([[(2, 2, 2)] * 2], device=device)
         for src, dst in CHANGES:
-            for run in _norm_runs("triton", layout, src, dst, job.width).values():
+            for run in norm_runs("triton", layout, src, dst, job.width).values():
                 run()
         facts = {"dtype": job.dtype, "width": job.width, "case": "a norm without scales"}
     else:
-        small = encoder.table9(1)._replace(shape=(32, 32, 32))
-        setting = encoder.Setting(job.dtype, device, job.width, job.depth)
-        encoder.ready(encoder.build(encoder.Kind("hlip", True), small, setting), job.mode, setting)()
+        setting = encoders.Setting(job.dtype, device, job.width, job.depth)
+        encoders.ready(encoders.build(encoders.OURS, encoders.table9(1, 32), setting), job.mode, job.dtype)()
         facts = {"dtype": job.dtype, "width": job.width, "case": f"an encoder's {job.mode}"}
     return [facts | code_facts(*kernel) for key, kernel in launched().items() if key not in before]
 
@@ -180,20 +178,10 @@ def code_facts(name: str, kernel: Any) -> Row:
     return facts | ({"mistake": f"{spilled} bytes spill"} if spilled else {})
 
 
-def seconds_of(run: Any, device: str) -> float:
-    """Time one call: on a GPU the median by its events, with an empty L2 cache; on a CPU by the wall."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, return_mode="median") / 1000
-    run()
-    return sorted(clock(run) for _ in range(ROUNDS))[ROUNDS // 2]
-
-
 def attention_alone(cases: Sequence[Case], dtype: str, heads: int, head_dim: int, device: str) -> Iterator[Row]:
     """Each of our kernels on its own, on the groups of a case; beside a product and a copy of this run. Operations are
     those that a kernel does: both of backward make the scores again."""
-    limits = ceilings.measure(device, DTYPES[dtype])
+    limits = ceilings(device, DTYPES[dtype])
     name = "triton" if device == "cuda" else choose_backend("auto", device, DTYPES[dtype], head_dim)
     for case in cases:
         layout = case.problem(heads, head_dim, DTYPES[dtype], device).layout
@@ -208,11 +196,8 @@ def attention_alone(cases: Sequence[Case], dtype: str, heads: int, head_dim: int
             seconds = seconds_of(run, device)
             flops = 2 * PRODUCTS[kernel] * pairs * heads * head_dim
             moved = rows * heads * (PASSES[kernel] * head_dim * problem.qkv.element_size() + 8)
-            yield facts | {
-                "backend": name, "kernel": kernel, "p50_s": seconds,
-                "flops": flops, "flop_per_s": flops / seconds, "of_matmul": flops / seconds / limits.flops,
-                "bytes_modelled": moved, "bytes_per_s": moved / seconds, "of_copy": moved / seconds / limits.bytes,
-            }  # fmt: skip
+            rates = limits.rates(seconds, flops, moved)
+            yield facts | {"backend": name, "kernel": kernel, "p50_s": seconds, **rates}
 
 
 def _launched_only(problem: Problem, dtype: str, head_dim: int) -> Iterator[Row]:
@@ -231,19 +216,7 @@ def _runs(problem: Problem, name: str, dtype: str, head_dim: int) -> dict[str, A
     if name == "triton":
         config = attention_config(architecture(), DTYPES[dtype], head_dim)
         return {kernel: partial(problem.launch, kernel, getattr(config, kernel)) for kernel in KERNELS}
-    backend, spans = BACKENDS[name], problem.spans
-    q, k, v = problem.qkv.unbind(1)
-    grads = problem.grad_qkv[:, 0], problem.grad_qkv[:, 1], problem.grad_qkv[:, 2]
-
-    def forward() -> None:
-        problem.out, problem.lse = backend.forward(q, k, v, spans, spans, problem.scale)
-
-    def backward() -> None:
-        backend.backward(
-            grads, problem.grad_out, q, k, v, problem.out, problem.lse, spans, spans, problem.scale, False
-        )  # fmt: skip
-
-    return {"forward": forward, "backward": backward}
+    return problem.runs(name)
 
 
 CHANGES: tuple[tuple[Level, Level], ...] = (("scan", "scan"), ("scan", "study"), ("study", "scan"))
@@ -251,7 +224,7 @@ CHANGES: tuple[tuple[Level, Level], ...] = (("scan", "scan"), ("scan", "study"),
 
 def norm_alone(layout: StudyLayout, width: int, device: str) -> Iterator[Row]:
     """The norm of both directions on its own, residuals in float32 and updates in bf16; beside a copy of this run."""
-    limits = ceilings.measure(device, torch.bfloat16)
+    limits = ceilings(device, torch.bfloat16)
     layout = layout.to(device)
     name = "triton" if device == "cuda" else "native"
     reasons = NORM_BACKENDS[name].not_supported_reasons(device, torch.float32, torch.bfloat16)
@@ -259,19 +232,18 @@ def norm_alone(layout: StudyLayout, width: int, device: str) -> Iterator[Row]:
         name = "torch"
     for src, dst in CHANGES:
         rows = [layout.num_rows(level) for level in (src, dst)]
-        runs = _norm_runs(name, layout, src, dst, width)
+        runs = norm_runs(name, layout, src, dst, width)
         for kernel, run in runs.items():
             seconds = seconds_of(run, device)
             # Forward reads and writes residual and update; backward reads both gradients and x, and writes two.
             moved = (rows[0] + rows[1]) * width * 6 if kernel == "forward" else (rows[1] * 10 + rows[0] * 6) * width
             yield {
                 "case": f"{src} to {dst}", "backend": name, "kernel": f"norm {kernel}", "rows": rows[1], "width": width,
-                "p50_s": seconds, "bytes_modelled": moved, "bytes_per_s": moved / seconds,
-                "of_copy": moved / seconds / limits.bytes,
+                "p50_s": seconds, **limits.rates(seconds, None, moved),
             }  # fmt: skip
 
 
-def _norm_runs(name: str, layout: StudyLayout, src: Level, dst: Level, width: int) -> dict[str, Callable[[], Any]]:
+def norm_runs(name: str, layout: StudyLayout, src: Level, dst: Level, width: int) -> dict[str, Callable[[], Any]]:
     """Both directions, without scales."""
     norm, device = NORM_BACKENDS[name], layout.device
     before, after = (layout.num_rows(level) for level in (src, dst))

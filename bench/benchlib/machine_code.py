@@ -88,10 +88,10 @@ def read_amdgcn(text: str) -> dict[str, Any]:
 
 
 def _number(before: str, text: str) -> int:
-    found = re.search(rf"{before}(\d+)", text)
-    if found is None:
+    number = re.search(rf"{before}(\d+)", text)
+    if number is None:
         raise ValueError(f"no number after {before!r} in the compiler's report")
-    return int(found[1])
+    return int(number[1])
 
 
 def _read_code(
@@ -111,11 +111,11 @@ def _read_code(
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in code.splitlines():
-        if found := label.match(line):
-            labels[found[1]] = len(instructions)
+        if match := label.match(line):
+            labels[match[1]] = len(instructions)
         elif instruction.match(line):
             instructions.append(line)
-    jumps = [(i, labels[found[1]]) for i, line in enumerate(instructions) if (found := jump.match(line))]
+    jumps = [(i, labels[match[1]]) for i, line in enumerate(instructions) if (match := jump.match(line))]
     loops = [instructions[start : i + 1] for i, start in jumps if start <= i]
     count = sum(bool(matrix.search(line)) for line in instructions)
     wanted = matrix if count else multiply

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+FREE = ("_unsafe_view", "empty", "new_empty", "detach", "alias")  # ops, by the beginnings of their names
+
 
 @dataclass
 class Counts:
@@ -41,21 +43,23 @@ class OpTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with self:  # in inference mode ops arrive that consist of others, views among them
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
-        out = func(*args, **kwargs)
-        if not self.is_free(func):
-            said = zip(args, func._schema.arguments, strict=False)
-            changed = [x for x, of in said if of.alias_info is not None and of.alias_info.is_write]
-            self.counts.loaded += tensor_bytes((args, kwargs))
-            self.counts.stored += tensor_bytes((out, changed))
+            out = self.decompose(func, args, kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+            # A view, or memory that is not written, moves nothing.
+            if not (func.is_view or func.__name__.startswith(FREE)):
+                self.count(func, args, kwargs, out)
         return out
 
-    @staticmethod
-    def is_free(func: Any) -> bool:
-        """Tell whether an op moves nothing: it makes a view, or memory that is not written."""
-        return bool(func.is_view) or func.__name__.startswith(("_unsafe_view", "empty", "new_empty", "detach", "alias"))
+    def decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that consists of others; NotImplemented for others."""
+        return func.decompose(*args, **kwargs)
+
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        said = zip(args, func._schema.arguments, strict=False)
+        changed = [x for x, of in said if of.alias_info is not None and of.alias_info.is_write]
+        self.counts.loaded += tensor_bytes((args, kwargs))
+        self.counts.stored += tensor_bytes((out, changed))
 
 
 def tensor_bytes(tree: Any) -> int:

@@ -26,9 +26,9 @@ Shapes: R rows, those of prefixes among them, G groups, L rows of a group, H hea
 
 from __future__ import annotations
 
-import functools
+import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,69 +36,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hlip_kernels import Level, StudyLayout, hier_attention
+from hlip_kernels import Level, hier_attention
 from hlip_kernels.backends import BACKENDS, not_supported_reasons
 
 from .baselines import regroup
-
-
-@dataclass
-class Problem:
-    """What is computed: attention over the groups of one level.
-
-    make: builds the layout, as a data loader does for every batch.
-    before: the level of the layer before, from which residual rows come.
-    """
-
-    make: Callable[[], StudyLayout]
-    level: Level
-    before: Level
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: str
-    layout: StudyLayout = field(init=False)
-    rows: list[slice] = field(init=False)  # of the groups
-    lengths: np.ndarray = field(init=False)  # (G), prefix rows counted
-
-    def __post_init__(self) -> None:
-        self.layout = layout = self.make().to(self.device)
-        bounds = layout.cu_seqlens(self.level).tolist()
-        self.rows = list(map(slice, bounds[:-1], bounds[1:]))
-        self.lengths = np.diff(bounds)
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.lengths.sum())
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-    def flops(self, backward: bool) -> int:
-        """Of the products of attention: two of 2 L^2 D a head forward, five backward (the scores once more)."""
-        return (14 if backward else 4) * int((self.lengths**2).sum()) * self.heads * self.head_dim
-
-    def least_bytes(self, backward: bool) -> int:
-        """What must cross the memory at least: q, k, v and out; backward those, their four gradients, and twice the
-        log-sum-exp, which is four bytes a row and head."""
-        row = self.heads * self.head_dim * self.itemsize
-        return self.num_rows * ((4 + 8) * row + 8 * self.heads if backward else 4 * row + 4 * self.heads)
+from .problems import Problem
 
 
 class Peer:
     """A way of attention. Tensors of rows, (R, H, D) in the order of the level's tensor, go in by `put` and come back
-    by `take`; neither is timed."""
+    by `take`; neither is timed. This one takes rows as they lie."""
 
-    name: ClassVar[str] = ""
+    backend: str = ""  # ours that calls the same library, and knows why it would not run
     compiles: ClassVar[bool] = False  # in its first call, also without a GPU
+    mask: Any = None
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
     def reasons(self) -> list[str]:
         """Why it cannot do this problem, as far as that is known before it is tried."""
-        return []
+        problem = self.problem
+        given = problem.device, problem.dtype, problem.head_dim
+        return not_supported_reasons(self.backend, *given) if self.backend else []
 
     def scratch(self, backward: bool) -> int:
         """An estimate of the bytes that it needs, those beyond a few copies of its inputs."""
@@ -108,17 +68,18 @@ class Peer:
         """What depends on the groups only, and is done once a batch: masks, bounds, maps."""
 
     def put(self, x: Tensor) -> list[Tensor]:
-        raise NotImplementedError
+        return [x.contiguous()]
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        raise NotImplementedError
+        return parts[0]
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        raise NotImplementedError
+        q, k, v = inputs
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
 
     def inputs(self, qkv: Tensor) -> list[Tensor]:
         """From (R, 3, H, D)."""
-        return [part for x in qkv.unbind(1) for part in self.put(x)]
+        return [tensor for x in qkv.unbind(1) for tensor in self.put(x)]
 
     def grads(self, parts: Sequence[Tensor]) -> Tensor:
         """The gradients of `inputs`, as (R, 3, H, D)."""
@@ -130,16 +91,23 @@ class Peer:
         return self.put(grad_out)
 
 
-OWN = ("native", "cpu", "triton", "reference")  # of the backends; the others call other libraries
+class Whole(Peer):
+    """(R, 3, H, D): q, k and v in one tensor, which saves the joining of gradients."""
+
+    def inputs(self, qkv: Tensor) -> list[Tensor]:
+        return self.put(qkv)
+
+    def grads(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.take(parts)
 
 
-class Ours(Peer):
+OWN = ("native", "cpu", "triton", "reference", "torch")  # of attention and norm; others call other libraries
+
+
+class Ours(Whole):
     def __init__(self, problem: Problem, backend: str, deterministic: bool = False) -> None:
         super().__init__(problem)
         self.backend, self.deterministic = backend, deterministic
-
-    def reasons(self) -> list[str]:
-        return not_supported_reasons(self.backend, self.problem.device, self.problem.dtype, self.problem.head_dim)
 
     def scratch(self, backward: bool) -> int:
         if self.backend != "reference":
@@ -150,31 +118,17 @@ class Ours(Peer):
         """One layout serves all levels, so this is more than the one level needs."""
         self.layout = self.problem.make().to(self.problem.device)
 
-    def put(self, x: Tensor) -> list[Tensor]:
-        return [x]
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
-    def inputs(self, qkv: Tensor) -> list[Tensor]:
-        return [qkv]
-
-    def grads(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         options: dict[str, Any] = {"backend": self.backend, "deterministic": self.deterministic}
         return [hier_attention(inputs[0], self.layout, self.problem.level, **options)]
 
 
 class PerGroup(Peer):
-    name = "sdpa"
-
     def put(self, x: Tensor) -> list[Tensor]:
         return [x[rows].transpose(0, 1).contiguous()[None] for rows in self.problem.rows]  # (1, H, L, D)
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part[0].transpose(0, 1) for part in parts])
+        return torch.cat([group[0].transpose(0, 1) for group in parts])
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         count = len(inputs) // 3
@@ -184,8 +138,6 @@ class PerGroup(Peer):
 
 class Dense(Peer):
     """(G, H, L, D)."""
-
-    name = "sdpa-dense"
 
     def reasons(self) -> list[str]:
         lengths = self.problem.lengths
@@ -197,15 +149,17 @@ class Dense(Peer):
     def take(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0].transpose(1, 2).flatten(0, 1)
 
-    def attend(self, *inputs: Tensor) -> list[Tensor]:
-        q, k, v = inputs
-        return [F.scaled_dot_product_attention(q, k, v)]
-
 
 class Forced(Dense):
-    """Through one of the kernels that PyTorch chooses from."""
+    """Through one of the kernels that PyTorch chooses from, by its name in `SDPBackend`."""
 
-    kernel: ClassVar[str]
+    def __init__(self, problem: Problem, kernel: str) -> None:
+        super().__init__(problem)
+        self.kernel = kernel
+
+    def reasons(self) -> list[str]:
+        device = self.problem.device
+        return [*([] if device == "cuda" else [f"needs CUDA tensors, got {device}"]), *super().reasons()]
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -214,31 +168,15 @@ class Forced(Dense):
             return super().attend(*inputs)
 
 
-class Cudnn(Forced):
-    name, kernel = "sdpa-cudnn", "CUDNN_ATTENTION"
-
-    def reasons(self) -> list[str]:
-        return [*_gpu_only(self.problem), *super().reasons()]
-
-
-class SdpaFlash(Forced):
-    name, kernel = "sdpa-flash", "FLASH_ATTENTION"
-
-    def reasons(self) -> list[str]:
-        return [*_gpu_only(self.problem), *super().reasons()]
-
-
 class Published(Dense):
     """Beside q, k and v, the residual rows of the level before, (groups of that level, 1 + n, C), in the type of the
     products."""
 
-    name = "published"
-
     def reasons(self) -> list[str]:
         problem = self.problem
         before = problem.layout.seqlens(problem.before)
-        found = super().reasons() + ["one prefix row only"] * (problem.layout.num_prefix != 1)
-        return found or (["groups of the level before differ"] if len(set(before.tolist())) > 1 else [])
+        reasons = super().reasons() + ["one prefix row only"] * (problem.layout.num_prefix != 1)
+        return reasons or (["groups of the level before differ"] if len(set(before.tolist())) > 1 else [])
 
     def inputs(self, qkv: Tensor) -> list[Tensor]:
         return [*super().inputs(qkv), self._residual(self.problem.before)]
@@ -263,18 +201,15 @@ class Published(Dense):
 class Padded(Peer):
     """(G, H, L of the longest, D)."""
 
-    name = "padded"
-
     def scratch(self, backward: bool) -> int:
         problem = self.problem
         elements = len(problem.rows) * int(problem.lengths.max()) * problem.heads * problem.head_dim
-        return (12 if backward else 4) * elements * problem.itemsize
+        return (12 if backward else 4) * elements * problem.dtype.itemsize
 
     def prepare(self) -> None:
         lengths = torch.from_numpy(self.problem.lengths).to(self.problem.device)
-        self.mask = (torch.arange(int(self.problem.lengths.max()), device=lengths.device) < lengths[:, None])[
-            :, None, None
-        ]
+        columns = torch.arange(int(self.problem.lengths.max()), device=lengths.device)
+        self.mask = (columns < lengths[:, None])[:, None, None]
 
     def put(self, x: Tensor) -> list[Tensor]:
         padded = x.new_zeros(len(self.problem.rows), int(self.problem.lengths.max()), *x.shape[1:])
@@ -285,10 +220,6 @@ class Padded(Peer):
     def take(self, parts: Sequence[Tensor]) -> Tensor:
         kept = [group[:, :length].transpose(0, 1) for group, length in zip(parts[0], self.problem.lengths, strict=True)]
         return torch.cat(kept)
-
-    def attend(self, *inputs: Tensor) -> list[Tensor]:
-        q, k, v = inputs
-        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
 
 
 class Packed(Peer):
@@ -309,24 +240,17 @@ class Packed(Peer):
 
 
 class BlockMask(Packed):
-    name = "block-mask"
-
     def scratch(self, backward: bool) -> int:
-        return self.problem.num_rows**2 * (1 + self.problem.itemsize)  # as bool, and as what is added to the scores
+        return self.problem.num_rows**2 * (1 + self.problem.dtype.itemsize)  # a bool, and what is added to scores
 
     def prepare(self) -> None:
         group = self.groups()
         self.mask = group[:, None] == group
 
-    def attend(self, *inputs: Tensor) -> list[Tensor]:
-        q, k, v = inputs
-        return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
-
 
 class Flex(Packed):
     """On a CPU the block mask is made without compiling, which would take longer than it saves."""
 
-    name = "flex"
     compiles = True
 
     def __init__(self, problem: Problem) -> None:
@@ -353,12 +277,6 @@ class Flex(Packed):
 class Jagged(Peer):
     """(R, H, D), group by group."""
 
-    def put(self, x: Tensor) -> list[Tensor]:
-        return [x.contiguous()]
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
     def prepare(self) -> None:
         bounds = np.concatenate([[0], np.cumsum(self.problem.lengths)])
         self.bounds = torch.from_numpy(bounds).to(self.problem.device, torch.int32)
@@ -366,12 +284,10 @@ class Jagged(Peer):
 
 
 class Nested(Jagged):
-    name = "nested"
-
     def scratch(self, backward: bool) -> int:
         if self.problem.device != "cpu":
             return 0
-        scores = self.problem.heads * int((self.problem.lengths**2).sum()) * max(self.problem.itemsize, 4)
+        scores = self.problem.heads * int((self.problem.lengths**2).sum()) * max(self.problem.dtype.itemsize, 4)
         return (3 if backward else 2) * scores  # on a CPU it keeps the weights of attention
 
     def prepare(self) -> None:
@@ -390,10 +306,7 @@ class Nested(Jagged):
 
 
 class Varlen(Jagged):
-    name = "varlen"
-
-    def reasons(self) -> list[str]:
-        return not_supported_reasons("varlen", self.problem.device, self.problem.dtype, self.problem.head_dim)
+    backend = "varlen"
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from torch.nn.attention.varlen import varlen_attn
@@ -406,19 +319,8 @@ class Varlen(Jagged):
         return [out]
 
 
-class FlashAttn(Jagged):
-    """(R, 3, H, D): its packed form, which saves it the joining of gradients."""
-
-    name = "flash-attn"
-
-    def reasons(self) -> list[str]:
-        return not_supported_reasons("flash", self.problem.device, self.problem.dtype, self.problem.head_dim)
-
-    def inputs(self, qkv: Tensor) -> list[Tensor]:
-        return self.put(qkv)
-
-    def grads(self, parts: Sequence[Tensor]) -> Tensor:
-        return self.take(parts)
+class FlashAttn(Whole, Jagged):
+    backend = "flash"
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from flash_attn import flash_attn_varlen_qkvpacked_func
@@ -427,45 +329,30 @@ class FlashAttn(Jagged):
 
 
 class FlashAttn3(Jagged):
-    name, backend = "flash-attn-3", "flash3"
-
-    def reasons(self) -> list[str]:
-        return not_supported_reasons(self.backend, self.problem.device, self.problem.dtype, self.problem.head_dim)
+    backend, module = "flash3", "flash_attn_interface"
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        from flash_attn_interface import flash_attn_varlen_func
-
-        return self._call(flash_attn_varlen_func, *inputs)
-
-    def _call(self, function: Any, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         bounds = {"cu_seqlens_q": self.bounds, "cu_seqlens_k": self.bounds}
-        out = function(q, k, v, **bounds, max_seqlen_q=self.longest, max_seqlen_k=self.longest)
+        function = importlib.import_module(self.module).flash_attn_varlen_func
+        out = function(*inputs, **bounds, max_seqlen_q=self.longest, max_seqlen_k=self.longest)
         return [out[0] if isinstance(out, tuple) else out]  # some releases return the log-sum-exp, too
 
 
 class FlashAttn4(FlashAttn3):
-    name, backend = "flash-attn-4", "flash4"
+    backend, module = "flash4", "flash_attn.cute"
     compiles = True
 
-    def attend(self, *inputs: Tensor) -> list[Tensor]:
-        from flash_attn.cute import flash_attn_varlen_func
 
-        return self._call(flash_attn_varlen_func, *inputs)
-
-
-class Xformers(Jagged):
+class Xformers(Peer):
     """(1, R, H, D)."""
 
-    name = "xformers"
-
-    def reasons(self) -> list[str]:
-        return not_supported_reasons("xformers", self.problem.device, self.problem.dtype, self.problem.head_dim)
+    backend = "xformers"
 
     def put(self, x: Tensor) -> list[Tensor]:
-        return [part[None] for part in super().put(x)]
+        return [x.contiguous()[None]]
 
     def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return super().take([parts[0][0]])
+        return parts[0][0]
 
     def prepare(self) -> None:
         from xformers.ops.fmha import BlockDiagonalMask
@@ -480,17 +367,20 @@ class Xformers(Jagged):
         return [out]
 
 
-def _gpu_only(problem: Problem) -> list[str]:
-    return [] if problem.device == "cuda" else [f"needs CUDA tensors, got {problem.device}"]
-
-
 PEERS: dict[str, Callable[[Problem], Peer]] = {
-    **{f"hlip-{backend}": functools.partial(Ours, backend=backend) for backend in BACKENDS},
-    **{
-        peer.name: peer
-        for peer in (
-            PerGroup, Dense, Cudnn, SdpaFlash, Published, Padded, BlockMask, Flex, Nested, Varlen, FlashAttn,
-            FlashAttn3, FlashAttn4, Xformers,
-        )
-    },
-}  # fmt: skip
+    **{f"hlip-{backend}": partial(Ours, backend=backend) for backend in BACKENDS},
+    "sdpa": PerGroup,
+    "sdpa-dense": Dense,
+    "sdpa-cudnn": partial(Forced, kernel="CUDNN_ATTENTION"),
+    "sdpa-flash": partial(Forced, kernel="FLASH_ATTENTION"),
+    "published": Published,
+    "padded": Padded,
+    "block-mask": BlockMask,
+    "flex": Flex,
+    "nested": Nested,
+    "varlen": Varlen,
+    "flash-attn": FlashAttn,
+    "flash-attn-3": FlashAttn3,
+    "flash-attn-4": FlashAttn4,
+    "xformers": Xformers,
+}

@@ -73,45 +73,14 @@ def _compiled(future: Future[dict[str, Any]]) -> bool:
     return not future.cancelled() and future.exception() is None
 
 
-class CompilerOnly:
-    """A driver of Triton for an architecture that need not be here. A launch compiles the kernel and does no more."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-        self.utils = self
-        self.binary = b""  # the last one that was made ready for a launch
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *_: None
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """Return handles, registers and spills, which nobody reads, and a limit of threads that no kernel exceeds."""
-        self.binary = binary
-        return 0, 0, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        pass
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Set no limit to memory: the GPU says whether there is enough."""
-        return {"max_shared_mem": 2**31 - 1}
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def _start(target: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     torch.set_num_threads(1)
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
     warnings.simplefilter("ignore")  # the process that launches has them, too
     import triton
+
+    from .stub_driver import CompilerOnly
 
     triton.runtime.driver.set_active(CompilerOnly(target))
 

@@ -1,7 +1,8 @@
-"""How results leave a benchmark: a table on the screen, rows in a file."""
+"""How a benchmark goes through its cases, the files of rows that it writes, and where and when they were measured."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -9,50 +10,98 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hlip_kernels
-from hlip.terminal import visible
+from hlip.output import write_whole
 
+from .tables import columns, legend, named, print_table
+
+Row = dict[str, Any]
+PROVENANCE = ("device", "threads", "versions", "commit", "utc")
 WRITTEN = ("bench/results", "docs/benchmarks.md", "docs/figures")
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    lines = [list(header), *([("-" if cell is None else visible(str(cell))) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+def read(path: Path) -> list[Row]:
+    """The rows of a file of one JSON object a line; none where there is no file.
+
+    Raises:
+        ValueError: a line is not a benchmark's row; names file and line.
+    """
+    rows: list[Row] = []
+    for at, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {at}: no JSON ({error})") from error
+        missing = [key for key in PROVENANCE if key not in row] if isinstance(row, dict) else list(PROVENANCE)
+        if missing:
+            raise ValueError(f"{path}: line {at}: not a benchmark's row: {', '.join(missing)} missing")
+        rows.append(row)
+    return rows
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *([("-" if cell is None else cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def append_rows(rows: Sequence[Row], path: Path) -> None:
+    """Add rows to a file of one JSON object a line, whole or not at all."""
+    write_rows(rows, path, path.read_text(encoding="utf-8") if path.exists() else "")
 
 
-def short(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+def write_rows(rows: Sequence[Row], path: Path, before: str = "") -> None:
+    """Write rows as `append_rows` does, behind a text."""
+    write_text(path, before + "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def megabytes(row: Mapping[str, Any], key: str) -> str | None:
-    """Of a number of bytes that a row may have."""
-    return None if row.get(key) is None else short(row[key] / 1e6)
+def write_json(rows: Any, path: Path) -> None:
+    write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
-def gigabytes(row: Mapping[str, Any], key: str) -> str | None:
-    """As `megabytes`."""
-    return None if row.get(key) is None else short(row[key] / 1e9)
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
-def write_json(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    partial.replace(path)
+def run_cases(cases: Iterable[Iterable[Row]], show: Callable[[list[Row]], None], args: argparse.Namespace) -> int:
+    """Measure, show and write the rows of each case, which are measured as they are asked for.
+
+    Returns:
+        The exit status: 1 if some row has `wrong`, 130 after an interruption.
+    """
+    rows: list[Row] = []
+    try:
+        for case in cases:
+            measured = list(case)
+            rows += measured
+            show(measured)
+            write(args, measured, rows)
+    except KeyboardInterrupt:
+        print("interrupted: the cases before are written", file=sys.stderr)
+        return 130
+    wrong = [f"{named(row)}{row['wrong']}" for row in rows if row.get("wrong")]
+    print(*wrong, sep="\n", end="\n" * bool(wrong), file=sys.stderr)
+    return int(bool(wrong))
+
+
+def write(args: argparse.Namespace, new: Sequence[Row], rows: Sequence[Row] | None = None) -> None:
+    """Write all rows of a run to the file of `--json`, and add the new ones to that of `--results`, where given."""
+    if getattr(args, "json", None):
+        write_json(new if rows is None else rows, args.json)
+    if getattr(args, "results", None):
+        append_rows(new, args.results)
+
+
+def show(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
+    """Print what was measured as a table of columns, and what was not run with its reason."""
+    print(f"\n{title}")
+    print_table(*columns([row for row in rows if "reason" not in row], keys))
+    print(legend(keys))
+    for row in rows:
+        if "reason" in row:
+            print(f"  {named(row)}not run: {row['reason']}")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -78,19 +127,19 @@ def cpu_name() -> str:
 
 def commit() -> str | None:
     """Of this checkout; -dirty if something is changed beside what benchmarks write."""
-
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(
-                ["git", *words], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-            )
-        except OSError:  # a machine without git
-            return ""
-        return done.stdout.strip()
-
-    name = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
+    git = "git", "-C", str(Path(__file__).parents[2])
+    name = output(*git, "rev-parse", "--short", "HEAD")
+    changed = output(*git, "status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
     return f"{name}{'-dirty' * bool(changed)}" if name else None
+
+
+def output(*command: str) -> str:
+    """What a program prints; nothing if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def versions() -> dict[str, str]:
@@ -100,24 +149,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
     return installed
-
-
-def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Add rows to a file of one JSON object a line, whole or not at all."""
-    _write(path, (path.read_text() if path.exists() else "") + _lines(rows))
-
-
-def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows as `append_rows` does, in place of all that the file has."""
-    _write(path, _lines(rows))
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
-    partial.replace(path)

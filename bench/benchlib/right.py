@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import encoder
-from hlip.study import Draws, patch_dropout
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
-from hlip_kernels.backends import NORM_BACKENDS, choose_backend, not_supported_reasons
+from hlip_kernels.backends import BACKENDS, NORM_BACKENDS, choose_backend, not_supported_reasons
 from hlip_kernels.layout import LEVELS
 
-from .kernels import BEFORE, DTYPES, TOLERANCE, Oracle, Way, own
-from .peers import Ours, Problem
-from .timing import Peak, synchronise
+from . import encoders, problems
+from .kernels import TOLERANCE, Oracle, Way, own
+from .options import DTYPES
+from .peers import Ours
+from .problems import Problem
+from .report import Row
+from .timing import distance, failures
 
 DROPOUTS = 0.0, 0.5
 MEMORY_GROWTH = 1.1  # times as many bytes as a row may come to need
@@ -31,7 +32,6 @@ STEP_TOLERANCE = 5e-2  # of the norm of all gradients
 RESULTS = 2  # of the norm: new residual, normalised rows; gradients follow
 SHOWN = 3  # faults of a row
 ON_A_CPU = "its kernels are for GPUs: on a CPU they are compiled and launched, not compared"
-Row = dict[str, Any]
 
 
 class Groups(NamedTuple):
@@ -44,36 +44,64 @@ class Groups(NamedTuple):
 class Case(NamedTuple):
     """A layer's attention in small."""
 
-    grids: Sequence[Sequence[Grid]]
+    groups: problems.Case
     dtype: str
     head_dim: int
     heads: int
-    level: Level
-    prefix: int
-    dropout: float
 
     def __str__(self) -> str:
-        return f"{self.level}, {self.prefix} prefix rows, dropout {self.dropout}"
+        return self.groups.name
 
 
 def attention_cases(groups: Groups, dtype: str, head_dim: int, heads: int) -> list[Case]:
-    every = product(LEVELS, groups.prefixes, DROPOUTS)
-    return [Case(groups.grids, dtype, head_dim, heads, *rest) for rest in every]
+    return [
+        Case(
+            problems.Case(f"{level}, {prefix} prefix rows, dropout {dropout}", level, groups.grids, prefix, dropout),
+            dtype, head_dim, heads,
+        )
+        for level, prefix, dropout in product(LEVELS, groups.prefixes, DROPOUTS)
+    ]  # fmt: skip
 
 
-def attention(
-    groups: Groups, backends: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int], heads: int, device: str
-) -> Iterator[Row]:
-    """A row for each backend, dtype and head dim."""
-    for dtype, head_dim, name in product(dtypes, head_dims, backends):
-        row: Row = {"backend": name, "dtype": dtype, "head_dim": head_dim}
+class Size(NamedTuple):
+    """How much of everything. groups: of checks. head_dims: beside the main one. batch: studies of 4 scans.
+    lengths: cases of `problems.py`. table9: a volume and its patches. trained: studies of a training step."""
+
+    groups: Groups
+    heads: int
+    head_dim: int
+    head_dims: tuple[int, ...]
+    width: int
+    batch: int
+    lengths: tuple[str, ...]
+    rounds: int
+    table9: encoders.Case
+    table9_width: int
+    table9_depth: int
+    trained: encoders.Case
+    memory_scans: tuple[int, ...]
+
+
+class Setup(NamedTuple):
+    device: str
+    size: Size
+
+
+def attention(setup: Setup, dtypes: Sequence[str], others: bool = False, ours: bool = True) -> Iterator[Row]:
+    """A row for each backend, dtype and head dim.
+
+    Args:
+        others: check the other head dims.
+        ours: False checks other libraries behind our interface: their mistakes are reported, as they are not ours to
+            mend.
+    """
+    size, device = setup.size, setup.device
+    names = [name for name in BACKENDS if own(name) == ours]
+    for dtype, head_dim, name in product(dtypes, size.head_dims if others else (size.head_dim,), names):
         reasons = not_supported_reasons(name, device, DTYPES[dtype], head_dim)
-        reasons += [ON_A_CPU] * (device == "cpu" and name == "triton")
-        if reasons:
-            yield row | {"reason": "; ".join(reasons)}
-            continue
-        cases = attention_cases(groups, dtype, head_dim, heads)
-        yield row | worst(own(name), cases, partial(check_attention, name, device))
+        cases = attention_cases(size.groups, dtype, head_dim, size.heads)
+        row: Row = {"backend": name, "dtype": dtype, "head_dim": head_dim}
+        yield row | worst(name, device, reasons, cases, check_attention)
 
 
 class Checked(NamedTuple):
@@ -84,41 +112,44 @@ class Checked(NamedTuple):
     faults: list[str]
 
 
-def worst(ours: bool, cases: Iterable[Any], check: Callable[[Any], Checked]) -> Row:
-    """The largest errors of all cases, whether all gave the same bits twice, and what is wrong."""
+def worst(
+    backend: str, device: str, reasons: list[str], cases: Iterable[Any], check: Callable[[str, str, Any], Checked]
+) -> Row:
+    """The largest errors of all cases, whether all gave the same bits twice, and what is wrong.
+
+    Args:
+        reasons: against running it at all.
+    """
+    reasons = reasons + [ON_A_CPU] * (device == "cpu" and backend == "triton")
+    if reasons:
+        return {"reason": "; ".join(reasons)}
     row: Row = {"cases": 0, "error": 0.0, "grad_error": 0.0, "repeats": True}
     faults = []
     for case in cases:
         row["cases"] += 1
-        try:
-            checked = check(case)
-        except Exception as error:  # whatever it is belongs into the report; other cases may be right
-            synchronise()  # raises if the GPU is lost to this process
-            faults.append(f"{type(error).__name__}: {str(error)[:200]} ({case})")
+        with failures() as reasons:
+            checked = check(backend, device, case)
+        if reasons:
+            faults.append(f"{reasons[0]} ({case})")
             continue
         row["repeats"] &= checked.repeats
-        for key, distance in zip(("error", "grad_error"), checked.errors.values(), strict=True):
-            row[key] = distance if math.isnan(distance) else max(row[key], distance)
+        for key, off in zip(("error", "grad_error"), checked.errors.values(), strict=True):
+            row[key] = off if math.isnan(off) else max(row[key], off)
         again = ["not the same bits twice"] * (not checked.repeats)
         faults += [f"{fault} ({case})" for fault in (*checked.faults, *again)]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        row["wrong" if ours else "mistake"] = f"{'; '.join(faults[:SHOWN])}{more}"
+        row["wrong" if own(backend) else "mistake"] = f"{'; '.join(faults[:SHOWN])}{more}"
     return row
 
 
 def attention_way(backend: str, case: Case, device: str) -> tuple[Way, Problem, Tensor, Tensor]:
     """Ready to be called, with what it is given."""
-    make = partial(layout_of, case.grids, case.prefix, case.dropout)
-    dtype = DTYPES[case.dtype]
-    problem = Problem(make, case.level, BEFORE[case.level], case.heads, case.head_dim, dtype, device)
-    generator = torch.Generator().manual_seed(0)
-    shape = problem.num_rows, 3, case.heads, case.head_dim
-    qkv = torch.randn(shape, generator=generator).to(device, problem.dtype)
-    grad_out = torch.randn(shape[0], *shape[2:], generator=generator).to(device, problem.dtype)
+    problem = case.groups.problem(case.heads, case.head_dim, DTYPES[case.dtype], device)
     peer = Ours(problem, backend, deterministic=True)
     peer.prepare()
-    return Way(peer, qkv, grad_out), problem, qkv, grad_out
+    tensors = problem.draw()
+    return Way(peer, *tensors), problem, *tensors
 
 
 def check_attention(backend: str, device: str, case: Case) -> Checked:
@@ -129,13 +160,6 @@ def check_attention(backend: str, device: str, case: Case) -> Checked:
     allowed = {"out": TOLERANCE[case.dtype], "grad": 2 * TOLERANCE[case.dtype]}
     faults = [f"{name} off by {errors[name]:.2g}" for name in allowed if not errors[name] <= allowed[name]]
     return Checked(errors, all(torch.equal(first[name], second[name]) for name in first), faults)
-
-
-def layout_of(grids: Sequence[Sequence[Grid]], prefix: int, dropout: float) -> StudyLayout:
-    layout = StudyLayout.from_grids(grids, prefix)
-    if not dropout:
-        return layout
-    return layout.select(patch_dropout(layout, dropout, "scan", Draws(range(len(grids)))))
 
 
 class Change(NamedTuple):
@@ -163,18 +187,16 @@ def changes(groups: Groups, dtype: str, wide: bool, width: int) -> list[Change]:
     return [Change(groups.grids, dtype, wide, width, *rest) for rest in every]
 
 
-def norm(groups: Groups, dtypes: Sequence[str], width: int, device: str) -> Iterator[Row]:
+def norm(setup: Setup, dtypes: Sequence[str]) -> Iterator[Row]:
     """A row for each backend and dtype, with residuals in float32 and in the dtype of the update."""
+    width = setup.size.width
     for dtype, name in product(dtypes, NORM_BACKENDS):
         for wide in residuals(dtype):
-            residual = torch.float32 if wide else DTYPES[dtype]
-            row: Row = {"backend": name, "dtype": dtype, "residual": "fp32" if wide else dtype, "width": width}
-            reasons = NORM_BACKENDS[name].not_supported_reasons(device, residual, DTYPES[dtype])
-            reasons += [ON_A_CPU] * (device == "cpu" and name == "triton")
-            if reasons:
-                yield row | {"reason": "; ".join(reasons)}
-                continue
-            yield row | worst(True, changes(groups, dtype, wide, width), partial(check_norm, name, device))
+            residual = "fp32" if wide else dtype
+            reasons = NORM_BACKENDS[name].not_supported_reasons(setup.device, DTYPES[residual], DTYPES[dtype])
+            cases = changes(setup.size.groups, dtype, wide, width)
+            row: Row = {"backend": name, "dtype": dtype, "residual": residual, "width": width}
+            yield row | worst(name, setup.device, reasons, cases, check_norm)
 
 
 def check_norm(backend: str, device: str, change: Change) -> Checked:
@@ -185,7 +207,7 @@ def check_norm(backend: str, device: str, change: Change) -> Checked:
     eager = norm_results(inputs, layout, change, "torch")
     errors, faults = {"out": 0.0, "grad": 0.0}, []
     for at, (mine, theirs, wanted) in enumerate(zip(first, eager, exact, strict=True)):
-        error, usual = (float((x.double() - wanted).norm() / wanted.norm()) for x in (mine, theirs))
+        error, usual = (distance(x, wanted) for x in (mine, theirs))
         name = "out" if at < RESULTS else "grad"
         errors[name] = error if math.isnan(error) else max(errors[name], error)
         if not error <= max(2 * TOLERANCE[change.dtype], 3 * usual):
@@ -195,7 +217,7 @@ def check_norm(backend: str, device: str, change: Change) -> Checked:
 
 def norm_inputs(change: Change, device: str) -> tuple[StudyLayout, list[Tensor]]:
     """Residual, update, weight, bias, layer scale, and the gradients of both results; parameters in float32."""
-    layout = layout_of(change.grids, change.prefix, 0.5).to(device)
+    layout = problems.Case("", change.src, change.grids, change.prefix, 0.5).layout()().to(device)
     before, after = (layout.num_rows(level) for level in (change.src, change.dst))
     generator = torch.Generator().manual_seed(0)
     shapes = [(before, change.width)] * 2 + [(change.width,)] * 3 + [(after, change.width)] * 2
@@ -216,45 +238,37 @@ def norm_results(inputs: list[Tensor], layout: StudyLayout, change: Change, back
     return [*(x.detach() for x in moved), *torch.autograd.grad(moved, leaves, inputs[5:])]
 
 
-def memory(scans: Sequence[int], heads: int, device: str) -> Iterator[Row]:
+def memory(setup: Setup) -> Iterator[Row]:
     """Bytes that a training call of attention needs, of ever longer studies: they must grow with the rows."""
-    least = math.inf
-    for count in scans:
-        make = partial(StudyLayout.from_grids, [[(6, 14, 14)] * count])
-        problem = Problem(make, "study", "scan", heads, 64, torch.bfloat16, device)
-        shape = problem.num_rows, heads, 64
-        qkv = torch.randn(shape[0], 3, *shape[1:]).to(device, problem.dtype)
+    least, device = math.inf, setup.device
+    for count in setup.size.memory_scans:
+        case = problems.Case("", "study", [[(6, 14, 14)] * count])
+        problem = case.problem(setup.size.heads, 64, torch.bfloat16, device)
         peer = Ours(problem, choose_backend("auto", device, problem.dtype, 64))
         peer.prepare()
-        way = Way(peer, qkv, torch.randn(shape).to(device, problem.dtype))
-        with Peak() as peak:
-            way.training()
-        # Of a CPU what autograd keeps, which is counted.
-        key, used = "peak_bytes", peak.bytes
-        if device == "cpu":
-            key, used = "saved_bytes", way.first_call("training")[2]["saved_bytes"]
+        way = Way(peer, *problem.draw())
+        way.training()  # what the first call loads is no part of it
+        key = "saved_bytes" if device == "cpu" else "peak_bytes"  # of a CPU what autograd keeps, which is counted
+        used = way.first_call("training")[2][key]
         assert used is not None
-        row = {"backend": peer.backend, "rows": shape[0], key: used, f"{key}_per_row": used / shape[0]}
-        least = min(least, used / shape[0])
-        grown = used / shape[0] / least
-        yield row | ({"wrong": f"{grown:.2f} times as many bytes a row"} if grown > MEMORY_GROWTH else {})
+        a_row = used / problem.num_rows
+        row = {"backend": peer.backend, "rows": problem.num_rows, key: used, f"{key}_per_row": a_row}
+        least = min(least, a_row)
+        yield row | (
+            {"wrong": f"{a_row / least:.2f} times as many bytes a row"} if a_row > MEMORY_GROWTH * least else {}
+        )
 
 
-def training(case: encoder.Case, width: int, depth: int, device: str) -> Iterator[Row]:
+def training(setup: Setup) -> Iterator[Row]:
     """The gradients of a step of an encoder in bf16, against those of the same step in float32 on the CPU."""
-    gradients = []
-    for dtype, where in (("bf16", device), ("fp32", "cpu")):
-        setting = encoder.Setting(dtype, where, width, depth)
-        job = encoder.build(encoder.Kind("hlip", True), case, setting)
-        encoder.training_step(job, setting)
-        parameters = job.module.parameters()
-        gradients.append(torch.cat([p.grad.flatten().float().cpu() for p in parameters if p.grad is not None]))
-    error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    gradients, case = [], setup.size.trained
+    width, depth = (768, 12) if setup.device == "cuda" else (128, 3)
+    for dtype, where in (("bf16", setup.device), ("fp32", "cpu")):
+        job = encoders.build(encoders.OURS, case, encoders.Setting(dtype, where, width, depth))
+        encoders.training_step(job, dtype)
+        gradients.append(torch.cat([x.flatten().cpu() for x in encoders.gradients(job.module).values()]))
+    error = distance(gradients[0], gradients[1])
     row = {
-        "gradients": gradients[0].numel(),
-        "tokens": case.tokens,
-        "width": width,
-        "depth": depth,
-        "grad_error": error,
-    }
+        "gradients": gradients[0].numel(), "tokens": case.tokens, "width": width, "depth": depth, "grad_error": error,
+    }  # fmt: skip
     yield row | ({} if error <= STEP_TOLERANCE else {"wrong": f"more than {STEP_TOLERANCE:g} of their norm"})

@@ -44,35 +44,27 @@ class Attention(NamedTuple):
     tile: Tile
 
 
-class Norm(NamedTuple):
-    """change: from one level to the next; same, coarser or finer."""
-
-    arch: str
-    dtype: str
-    width: int
-    name: str
-    change: str
-
-
-class Again(NamedTuple):
-    """A kernel that computes something once more in backward.
+class Rows(NamedTuple):
+    """A kernel of whole rows: the norm, or what computes something once more in backward.
 
     width: of the norm; None for GELU, which takes rows of any.
+    change: of the norm, from one level to the next: same, coarser or finer.
     """
 
     arch: str
     dtype: str
     width: int | None
     name: str
+    change: str = ""
 
 
-Case = Attention | Norm | Again
+Case = Attention | Rows
 
 
 def run(cases: Sequence[Case], workers: int) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = pool.map(compile_case, cases)
-        return list(tqdm(found, "compiling", total=len(cases), unit="kernel"))
+        rows = pool.map(compile_case, cases)
+        return list(tqdm(rows, "compiling", total=len(cases), unit="kernel"))
 
 
 def faults(rows: list[dict[str, Any]], triton: str) -> list[str]:
@@ -81,19 +73,19 @@ def faults(rows: list[dict[str, Any]], triton: str) -> list[str]:
     The assembler of 3.2 and 3.3 serialises plain dense attention with any tile: there ours may be no worse.
     """
     serialises_all = tuple(map(int, triton.split(".")[:2])) < (3, 4)
-    found = []
+    lines = []
     for row in rows:
         what = " ".join(str(row[name]) for name in ("arch", "dtype", "head_dim", "width", "kernel") if row[name])
         if row["stack_bytes"]:
-            found.append(f"{what}: {row['stack_bytes']} bytes spill")
+            lines.append(f"{what}: {row['stack_bytes']} bytes spill")
         if row["occupancy"] == 0:
-            found.append(f"{what}: {row['shared_bytes']} bytes of shared memory are more than there is")
+            lines.append(f"{what}: {row['shared_bytes']} bytes of shared memory are more than there is")
         if row["head_dim"] and row["dtype"] != "fp32" and not row["matrix_instructions"]:
-            found.append(f"{what}: the matrix units are idle")
+            lines.append(f"{what}: the matrix units are idle")
         if (row["serialised"] or row["warning"]) and not (serialises_all and row["dense_serialised"]):
             why = f" ({row['warning']})" if row["warning"] else ""
-            found.append(f"{what}: every matrix instruction waits for the one before{why}")
-    return found
+            lines.append(f"{what}: every matrix instruction waits for the one before{why}")
+    return lines
 
 
 def attention_cases(archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequence[int]) -> list[Case]:
@@ -105,31 +97,27 @@ def attention_cases(archs: Sequence[str], dtypes: Sequence[str], head_dims: Sequ
     ]
 
 
-def norm_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
-    return [
-        Norm(arch, dtype, width, name, change)
+def row_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
+    """The norm's kernels; those of GELU with them."""
+    changes = (
+        ("same", ("norm_forward", "norm_backward")),
+        ("coarser", ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
+        ("finer", ("norm_forward", "norm_backward", "prefix_backward")),
+        ("", ("norm_rows",)),
+    )
+    cases: list[Case] = [
+        Rows(arch, dtype, width, name, change)
         for arch, dtype, width in product(archs, NORM_DTYPES, widths)
-        for change, names in (
-            ("same", ("norm_forward", "norm_backward")),
-            ("coarser", ("norm_forward", "norm_backward", "prefix_forward", "prefix_backward")),
-            ("finer", ("norm_forward", "norm_backward", "prefix_backward")),
-        )
+        for change, names in changes
         for name in names
     ]
-
-
-def again_cases(archs: Sequence[str], widths: Sequence[int]) -> list[Case]:
-    cases: list[Case] = []
-    if widths:
-        cases += [Again(arch, dtype, None, "gelu_backward") for arch, dtype in product(archs, ("bf16", "fp32"))]
-    return cases + [Again(arch, dtype, w, "norm_rows") for arch, dtype, w in product(archs, NORM_DTYPES, widths)]
+    gelu = (Rows(arch, dtype, None, "gelu_backward") for arch, dtype in product(archs, ("bf16", "fp32")))
+    return [*cases, *(gelu if widths else ())]
 
 
 def compile_case(case: Case) -> dict[str, Any]:
     facts = dict.fromkeys(COLUMNS) | {"arch": case.arch, "dtype": case.dtype}
-    if isinstance(case, Attention):
-        return facts | _attention_facts(case)
-    return facts | (_norm_facts(case) if isinstance(case, Norm) else _again_facts(case))
+    return facts | (_attention_facts(case) if isinstance(case, Attention) else _row_facts(case))
 
 
 def _attention_facts(case: Attention) -> dict[str, Any]:
@@ -172,37 +160,27 @@ def compile_attention(
     return compile_kernel(kernel, arch, types, constants, options)
 
 
-def _norm_facts(case: Norm) -> dict[str, Any]:
-    """With a scale per path; without one per layer, and with the residual's own gradient."""
-    from hlip_kernels.backends import triton_norm
+def _row_facts(case: Rows) -> dict[str, Any]:
+    """The norm with a scale per path; without one per layer, and with the residual's own gradient."""
+    from hlip_kernels.backends import triton_norm, triton_rows
 
-    settings = triton_norm._constants(case.width, case.name.startswith("prefix"))
-    options = {"num_warps": settings["num_warps"]}
-    residual, update = NORM_DTYPES[case.dtype]
+    facts: dict[str, Any] = {"width": case.width, "kernel": f"{case.name} {case.change}".strip()}
+    residual, update = NORM_DTYPES.get(case.dtype, (case.dtype, case.dtype))
     types = dict.fromkeys(("Residual", "X", "GradX", "GradResidual"), f"*{residual}")
-    types |= dict.fromkeys(("Update", "Y", "GradY", "GradUpdate"), f"*{update}")
+    types |= dict.fromkeys(("Update", "Y", "GradY", "GradUpdate", "Grad", "Active"), f"*{update}")
     types |= dict.fromkeys(("PathScale", "Weight", "Bias", "Mean", "Rstd", "Partials"), "*fp32")
     types |= dict.fromkeys(triton_norm.MAPS, "*i32")
-    constants = settings | {"LayerScale": None, "COARSER": case.change == "coarser"}
-    if case.change == "same":
-        constants["Parents"] = None
-    facts = compile_kernel(getattr(triton_norm, case.name), case.arch, types, constants, options)
-    known = {"width": case.width, "kernel": f"{case.name} {case.change}"}
-    return known | {"rows": triton_norm.ROWS, "streamed": settings.get("SUB", 1), "warps": options["num_warps"]} | facts
-
-
-def _again_facts(case: Again) -> dict[str, Any]:
-    from hlip_kernels.backends import triton_rows
-
-    kernel = getattr(triton_rows, case.name)
-    if case.width is None:
-        settings, types = triton_rows.GELU, dict.fromkeys(("Grad", "X", "Active"), f"*{case.dtype}")
+    if case.width is None or not case.change:
+        kernel = getattr(triton_rows, case.name)
+        settings = triton_rows.GELU if case.width is None else triton_rows.norm_constants(case.width)
     else:
-        settings = triton_rows.norm_constants(case.width)
-        residual, update = NORM_DTYPES[case.dtype]
-        types = {"X": f"*{residual}", "Y": f"*{update}", "Weight": "*fp32", "Bias": "*fp32"}
-    facts = compile_kernel(kernel, case.arch, types, settings, {"num_warps": settings["num_warps"]})
-    return {"width": case.width, "kernel": case.name, "warps": settings["num_warps"]} | facts
+        kernel = getattr(triton_norm, case.name)
+        settings = triton_norm._constants(case.width, case.name.startswith("prefix"))
+        facts |= {"rows": triton_norm.ROWS, "streamed": settings.get("SUB", 1)}
+        settings = settings | {"LayerScale": None, "COARSER": case.change == "coarser"}
+        settings |= {"Parents": None} if case.change == "same" else {}
+    options = {"num_warps": settings["num_warps"]}
+    return facts | {"warps": options["num_warps"]} | compile_kernel(kernel, case.arch, types, settings, options)
 
 
 def compile_kernel(

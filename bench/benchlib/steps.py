@@ -13,24 +13,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-import encoder
 from hlip_kernels import StudyLayout, hold_weights
-from hlip_kernels.backends import BACKENDS, choose_backend
+from hlip_kernels.backends import choose_backend
 from hlip_kernels.env import report as environment_report
 from hlip_kernels.tiles import BLOCK_D
 
-from . import ceilings, kernels, launches, right
-from .kernels import DTYPES, own
+from . import encoders, kernels, launches, problems, right
+from .kernels import own
+from .options import DTYPES
 from .peers import PEERS
+from .report import Row, output
+from .right import Setup, Size
+from .timing import CALLS, ceilings
 
-Row = dict[str, Any]
 STAGES = (
     "environment", "compile", "attention", "norm", "ceilings", "kernels", "peers", "encoder", "training", "memory",
     "tune", "sanitizer",
@@ -40,6 +42,8 @@ LIBRARIES = (
     "hlip-flash", "hlip-flash3", "hlip-flash4", "hlip-xformers", "flash-attn", "flash-attn-3", "flash-attn-4",
     "xformers",
 )  # fmt: skip
+FLEX = ("flex",)  # compiles for tens of seconds, so it comes later
+OTHERS = tuple(name for name in PEERS if name not in (*LIBRARIES, *FLEX))
 PACKAGES = ("flash_attn", "flash_attn_interface", "xformers")  # that these import
 SLOW = ("hlip-reference", "hlip-cpu", "sdpa", "padded", "block-mask")  # left out on a GPU
 TUNED_MINUTES = 0.75
@@ -47,31 +51,8 @@ BENCH = Path(__file__).parents[1]
 QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
 
 
-class Size(NamedTuple):
-    """How much of everything. groups: of checks. head_dims: beside the main one. batch: studies of 4 scans.
-    lengths: cases of `kernels.py`. table9: a volume and its patches. trained: studies of a training step."""
-
-    groups: right.Groups
-    heads: int
-    head_dim: int
-    head_dims: tuple[int, ...]
-    width: int
-    batch: int
-    lengths: tuple[str, ...]
-    rounds: int
-    table9: encoder.Case
-    table9_width: int
-    table9_depth: int
-    trained: encoder.Case
-    memory_scans: tuple[int, ...]
-
-
-def _table9(side: int) -> encoder.Case:
-    return encoder.table9(1)._replace(shape=(side, side, side))
-
-
-def _trained(studies: int, shape: tuple[int, int, int]) -> encoder.Case:
-    return encoder.Case("check", studies, 3, shape, (8, 16, 16), "scan+study")
+def _trained(studies: int, shape: tuple[int, int, int]) -> encoders.Case:
+    return encoders.Case("check", studies, 3, shape, (8, 16, 16), "scan+study")
 
 
 FULL = right.Groups([[(4, 7, 9)], [(2, 14, 14), (1, 3, 5), (6, 8, 8)], [(1, 3, 4)]], (0, 1, 3))
@@ -79,21 +60,16 @@ SMALL = right.Groups([[(2, 5, 7)], [(2, 5, 5), (1, 3, 5), (3, 6, 6)], [(1, 3, 4)
 TINY = right.Groups([[(2, 3, 3)], [(1, 3, 4), (2, 2, 4)]], (1,))
 SIZES = {
     "full": Size(
-        FULL, 12, 64, tuple(d for d in BLOCK_D if d != 64), 768, 8, LENGTHS, 5, _table9(224), 768, 12,
+        FULL, 12, 64, tuple(d for d in BLOCK_D if d != 64), 768, 8, LENGTHS, 5, encoders.table9(1, 224), 768, 12,
         _trained(2, (48, 224, 224)), (2, 4, 8),
     ),
     "small": Size(
-        SMALL, 4, 64, (32,), 192, 1, LENGTHS, 3, _table9(112), 384, 6, _trained(2, (16, 64, 64)), (2, 4, 8),
+        SMALL, 4, 64, (32,), 192, 1, LENGTHS, 3, encoders.table9(1, 112), 384, 6, _trained(2, (16, 64, 64)), (2, 4, 8),
     ),
     "tiny": Size(
-        TINY, 2, 16, (32,), 64, 1, ("slice-99",), 2, _table9(32), 64, 3, _trained(2, (16, 32, 32)), (1, 2),
+        TINY, 2, 16, (32,), 64, 1, ("slice-99",), 2, encoders.table9(1, 32), 64, 3, _trained(2, (16, 32, 32)), (1, 2),
     ),
 }  # fmt: skip
-
-
-class Setup(NamedTuple):
-    device: str
-    size: Size
 
 
 class Step(NamedTuple):
@@ -111,50 +87,30 @@ class Step(NamedTuple):
 
 def environment(setup: Setup) -> Iterator[Row]:
     yield {"text": environment_report()}
-    yield {"text": subprocess_text("nvidia-smi") or "nvidia-smi is not there"}
+    yield {"text": output("nvidia-smi") or "nvidia-smi is not there"}
 
 
 def clocks() -> Row:
     """The card's clocks, power and temperature, as nvidia-smi tells them; nothing where it is not."""
-    line = subprocess_text("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader").partition("\n")[0]
+    line = output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader").partition("\n")[0]
     values = [value.strip() for value in line.split(",")]
     names = QUERY.split(",")
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
 
 
-def subprocess_text(*command: str) -> str:
-    """Return the output of a program; nothing if it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def compiled(setup: Setup, dtypes: Sequence[str], others: bool) -> Iterator[Row]:
+def compiled(setup: Setup, dtypes: Sequence[str], others: bool = False) -> Iterator[Row]:
     size = setup.size
     jobs = launches.attention_jobs(size.groups, dtypes, size.head_dims if others else (size.head_dim,), size.heads)
     if not others:
         jobs += launches.norm_jobs(size.groups, dtypes, size.width)
     if "bf16" in dtypes and not others:
         jobs.append(launches.Alone(size.width))
-        jobs += [launches.Pass(mode, size.table9_width, size.table9_depth) for mode in encoder.BOTH]
+        jobs += [launches.Pass(mode, size.table9_width, size.table9_depth) for mode in encoders.MODES]
     yield from launches.compiled(jobs, setup.device)
 
 
-def attention(setup: Setup, dtypes: Sequence[str], others: bool) -> Iterator[Row]:
-    size = setup.size
-    head_dims = size.head_dims if others else (size.head_dim,)
-    backends = [name for name in BACKENDS if own(name)]
-    yield from right.attention(size.groups, backends, dtypes, head_dims, size.heads, setup.device)
-
-
-def norm(setup: Setup, dtypes: Sequence[str]) -> Iterator[Row]:
-    yield from right.norm(setup.size.groups, dtypes, setup.size.width, setup.device)
-
-
 def measured_ceilings(setup: Setup) -> Iterator[Row]:
-    limits = ceilings.measure(setup.device, torch.bfloat16)
+    limits = ceilings(setup.device, torch.bfloat16)
     yield {"dtype": "bf16", "matmul_flop_per_s": limits.flops, "copy_bytes_per_s": limits.bytes}
 
 
@@ -167,42 +123,26 @@ def kernels_alone(setup: Setup, others: bool = False) -> Iterator[Row]:
         yield from launches.norm_alone(layout, size.width, device)
 
 
-def peers(setup: Setup, at: int, choose: Callable[[str], bool]) -> Iterator[Row]:
+def peers(setup: Setup, at: int, chosen: Collection[str]) -> Iterator[Row]:
     """One case of `attention.py`; ours is always in it, as what the others are compared with."""
     size, device = setup.size, setup.device
     if at >= len(size.lengths):
         return
     ours = f"hlip-{choose_backend('auto', device, torch.bfloat16, size.head_dim)}"
-    names = [name for name in PEERS if name == ours or choose(name)]
+    names = [name for name in PEERS if name == ours or name in chosen]
     left_out = SLOW if device == "cuda" else ("hlip-triton",)  # which could only run on a driver that is none
     names = [name for name in names if name not in left_out]
     memory = 0.8 * torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0.4 * 2**30
-    calls = 10 if device == "cuda" else 1
     settings = kernels.Settings(
-        "bf16", size.heads, size.head_dim, device, size.rounds, calls, memory, names, kernels.MODES
+        "bf16", size.heads, size.head_dim, device, size.rounds, CALLS[device], memory, names, kernels.MODES
     )  # fmt: skip
-    for row in kernels.run(_cases(setup)[at], settings, ceilings.measure(device, torch.bfloat16)):
-        if row.pop("wrong", False) and own(row["backend"]):
-            row["wrong"] = row["reason"]
-        yield row
+    for row in kernels.run(_cases(setup)[at], settings, ceilings(device, torch.bfloat16)):
+        yield row if own(row["backend"]) else {key: value for key, value in row.items() if key != "wrong"}
 
 
-def _cases(setup: Setup) -> list[kernels.Case]:
-    by_name = {case.name: case for case in kernels.all_cases(setup.device, setup.size.batch)}
+def _cases(setup: Setup) -> list[problems.Case]:
+    by_name = {case.name: case for case in problems.all_cases(setup.device, setup.size.batch)}
     return [by_name[name] for name in setup.size.lengths]
-
-
-def is_torch(name: str) -> bool:
-    """FlexAttention, which compiles for tens of seconds, comes later."""
-    return not is_flex(name) and not is_library(name)
-
-
-def is_flex(name: str) -> bool:
-    return name == "flex"
-
-
-def is_library(name: str) -> bool:
-    return name in LIBRARIES
 
 
 def any_library() -> bool:
@@ -212,30 +152,13 @@ def any_library() -> bool:
 def table9(setup: Setup, mode: str, graphs: bool = False) -> Iterator[Row]:
     """Ours, the published way and a plain transformer; MONAI's models are left to `encoder.py`."""
     size, case = setup.size, setup.size.table9
-    setting = encoder.Setting("bf16", setup.device, size.table9_width, size.table9_depth)
-    kinds = (encoder.Kind(model, True) for model in ("hlip", "published", "vit"))
-    jobs = {kind: encoder.build(kind, case, setting) for kind in kinds}
+    setting = encoders.Setting("bf16", setup.device, size.table9_width, size.table9_depth)
+    kinds = (encoders.Kind(model, True) for model in ("hlip", "published", "vit"))
+    jobs = {kind: encoders.build(kind, case, setting) for kind in kinds}
     with hold_weights() if mode == "inference" else contextlib.nullcontext():
-        rows = encoder.replayed if graphs else encoder.measure
+        rows = encoders.replayed if graphs else encoders.measure
         for row in rows(jobs, mode, case, setting, size.rounds):
             yield {"case": case.name, "shape": "x".join(map(str, case.shape)), **row}
-
-
-def training(setup: Setup) -> Iterator[Row]:
-    size = setup.size
-    width, depth = (768, 12) if setup.device == "cuda" else (128, 3)
-    yield from right.training(size.trained, width, depth, setup.device)
-
-
-def memory(setup: Setup) -> Iterator[Row]:
-    yield from right.memory(setup.size.memory_scans, setup.size.heads, setup.device)
-
-
-def libraries(setup: Setup) -> Iterator[Row]:
-    """Check other libraries behind our interface: their mistakes are reported, as they are not ours to mend."""
-    backends = [name for name in BACKENDS if not own(name)]
-    size = setup.size
-    yield from right.attention(size.groups, backends, ("bf16", "fp16"), (size.head_dim,), size.heads, setup.device)
 
 
 def tuned(setup: Setup) -> Iterator[Row]:
@@ -258,7 +181,7 @@ def sanitized(setup: Setup) -> Iterator[Row]:
         return
     size = setup.size
     given = f"steps.TINY, {size.heads}, {size.head_dim}, {size.width}"
-    script = f"import launches, steps; launches.run_once({given})"
+    script = f"from benchlib import launches, steps; launches.run_once({given})"
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else it takes PyTorch's pool for one piece of memory
     yield from program([tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", script], **variables)
 
@@ -280,45 +203,48 @@ def program(command: Sequence[str], **variables: str) -> Iterator[Row]:
 
 
 def _peers(
-    name: str,
-    seconds: tuple[float, float],
-    at: int,
-    choose: Callable[[str], bool],
-    there: Callable[[], bool] = lambda: True,
+    name: str, seconds: tuple[float, float], at: int, chosen: Collection[str], there: Callable[[], bool] = lambda: True
 ) -> Step:
-    return Step(name, "peers", seconds, partial(peers, at=at, choose=choose), there=there, foreign=True)
+    return Step(name, "peers", seconds, partial(peers, at=at, chosen=chosen), there=there, foreign=True)
 
 
 ALL = tuple(DTYPES)
 STEPS = (
     Step("environment", "environment", (6, 5), environment),
-    Step("compile bf16", "compile", (35, 60), partial(compiled, dtypes=("bf16",), others=False)),
-    Step("attention bf16", "attention", (6, 10), partial(attention, dtypes=("bf16",), others=False), True),
-    Step("norm bf16", "norm", (8, 5), partial(norm, dtypes=("bf16",)), True),
+    Step("compile bf16", "compile", (35, 60), partial(compiled, dtypes=("bf16",))),
+    Step("attention bf16", "attention", (6, 10), partial(right.attention, dtypes=("bf16",)), True),
+    Step("norm bf16", "norm", (8, 5), partial(right.norm, dtypes=("bf16",)), True),
     Step("ceilings", "ceilings", (3, 6), measured_ceilings),
     Step("kernels alone", "kernels", (12, 25), kernels_alone),
-    Step("compile fp16, fp32", "compile", (35, 120), partial(compiled, dtypes=("fp16", "fp32"), others=False)),
-    Step("attention fp16, fp32", "attention", (8, 15), partial(attention, dtypes=("fp16", "fp32"), others=False), True),
-    Step("norm fp16, fp32", "norm", (10, 5), partial(norm, dtypes=("fp16", "fp32")), True),
-    _peers("peers slice", (20, 30), 0, is_torch),
-    _peers("peers scan", (20, 30), 1, is_torch),
-    _peers("peers study", (20, 60), 2, is_torch),
+    Step("compile fp16, fp32", "compile", (35, 120), partial(compiled, dtypes=("fp16", "fp32"))),
+    Step("attention fp16, fp32", "attention", (8, 15), partial(right.attention, dtypes=("fp16", "fp32")), True),
+    Step("norm fp16, fp32", "norm", (10, 5), partial(right.norm, dtypes=("fp16", "fp32")), True),
+    _peers("peers slice", (20, 30), 0, OTHERS),
+    _peers("peers scan", (20, 30), 1, OTHERS),
+    _peers("peers study", (20, 60), 2, OTHERS),
     Step("Table 9, inference", "encoder", (20, 10), partial(table9, mode="inference")),
     Step("Table 9, training", "encoder", (25, 10), partial(table9, mode="training")),
     Step("Table 9, inference, CUDA graphs", "encoder", (12, 2), partial(table9, mode="inference", graphs=True)),
     Step("Table 9, training, CUDA graphs", "encoder", (15, 2), partial(table9, mode="training", graphs=True)),
-    Step("a training step", "training", (20, 5), training, True),
-    Step("memory", "memory", (5, 10), memory, True),
-    Step("libraries: right", "attention", (40, 2), libraries, there=any_library, foreign=True),
-    _peers("libraries: slice", (30, 20), 0, is_library, any_library),
-    _peers("libraries: scan", (30, 20), 1, is_library, any_library),
-    _peers("libraries: study", (30, 20), 2, is_library, any_library),
-    _peers("FlexAttention: slice", (45, 60), 0, is_flex),
+    Step("a training step", "training", (20, 5), right.training, True),
+    Step("memory", "memory", (5, 10), right.memory, True),
+    Step(
+        "libraries: right",
+        "attention",
+        (40, 2),
+        partial(right.attention, dtypes=("bf16", "fp16"), ours=False),
+        there=any_library,
+        foreign=True,
+    ),
+    _peers("libraries: slice", (30, 20), 0, LIBRARIES, any_library),
+    _peers("libraries: scan", (30, 20), 1, LIBRARIES, any_library),
+    _peers("libraries: study", (30, 20), 2, LIBRARIES, any_library),
+    _peers("FlexAttention: slice", (45, 60), 0, FLEX),
     Step("tune bf16, head dim 64", "tune", (60 * TUNED_MINUTES + 15, 1), tuned),
     Step("compile other head dims", "compile", (60, 90), partial(compiled, dtypes=ALL, others=True)),
-    Step("attention other head dims", "attention", (45, 60), partial(attention, dtypes=ALL, others=True), True),
+    Step("attention other head dims", "attention", (45, 60), partial(right.attention, dtypes=ALL, others=True), True),
     Step("kernels alone, largest head dim", "kernels", (10, 20), partial(kernels_alone, others=True)),
-    _peers("FlexAttention: scan", (45, 60), 1, is_flex),
-    _peers("FlexAttention: study", (45, 60), 2, is_flex),
+    _peers("FlexAttention: scan", (45, 60), 1, FLEX),
+    _peers("FlexAttention: study", (45, 60), 2, FLEX),
     Step("compute-sanitizer", "sanitizer", (90, 1), sanitized, True, lambda: sanitizer() is not None),
 )

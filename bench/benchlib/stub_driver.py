@@ -16,7 +16,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from hlip_kernels import tiles
 from hlip_kernels.backends import triton as backend
@@ -113,11 +112,46 @@ def install(architecture: str = "sm_90") -> Launches:
     return launches
 
 
-class _Driver(DriverBase):
+class CompilerOnly:
+    """A driver of Triton for an architecture that need not be here. A launch compiles the kernel and does no more."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.utils = self
+        self.binary = b""  # the last one that was made ready for a launch
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *_: None
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """Return handles, registers and spills, which nobody reads, and a limit of threads that no kernel exceeds."""
+        self.binary = binary
+        return 0, 0, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Set no limit to memory: the GPU says whether there is enough."""
+        return {"max_shared_mem": 2**31 - 1}
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Driver(CompilerOnly):
+    """Records the launches, too."""
+
     def __init__(self, launches: Launches, architecture: str) -> None:
+        super().__init__(GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32))
         self.launches = launches
-        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-        self.utils = _Utils(launches, SHARED_BYTES[architecture])
+        self.properties = {"max_shared_mem": SHARED_BYTES[architecture], "max_num_regs": 65536, "warpSize": 32}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Make the launcher of one kernel, with the arguments that Triton gives its own."""
@@ -143,42 +177,17 @@ class _Driver(DriverBase):
 
         return launch
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """As the base, with handles of its own."""
+        handle = len(self.launches.binaries) + 1
+        self.launches.binaries[handle] = binary
+        return handle, handle, 0, 0, 1024
 
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return self.properties
 
     def get_current_device(self) -> int:
         return self.launches.device
 
     def get_current_stream(self, device: int) -> int:
         return self.launches.stream(device)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("C++ is written for Triton's own launcher")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing runs that could be timed")
-
-
-class _Utils:
-    def __init__(self, launches: Launches, shared_bytes: int) -> None:
-        self.launches = launches
-        self.properties = {"max_shared_mem": shared_bytes, "max_num_regs": 65536, "warpSize": 32}
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return self.properties
-
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """Its handles as module and function; registers, spills, and how many threads a program may have."""
-        handle = len(self.launches.binaries) + 1
-        self.launches.binaries[handle] = cubin
-        return handle, handle, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        """Do nothing: the process ends."""

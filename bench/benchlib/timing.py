@@ -1,14 +1,19 @@
-"""How the benchmarks time: several ways of the same work, in turns within one run, compared as paired ratios."""
+"""How the benchmarks time: several ways of the same work, in turns within one run, compared as paired ratios, and
+beside what the machine can do at most."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from hlip.model.memory import return_memory
 from hlip_kernels.native import release_scratch
@@ -16,6 +21,10 @@ from hlip_kernels.native import release_scratch
 Way = TypeVar("Way", bound=Hashable)
 Result = TypeVar("Result")
 DRAWS = 2000  # of the bootstrap
+CALLS = {"cuda": 10, "cpu": 1}  # in a row, so that on a GPU the host's time for a call does not show
+ROUNDS = 5  # of a kernel, a product or a copy by itself
+SIDE = {"cuda": 8192, "cpu": 4096}  # of the matrices
+COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, beyond the caches
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: 5 sets VmHWM to what is resident
 
 
@@ -39,10 +48,27 @@ def in_turns(ways: Mapping[Way, Callable[[], Any]], rounds: int, calls: int = 1)
         calls: of a way in a row, whose mean is taken. With several, a GPU does not wait for the host between them.
     """
     seconds: dict[Way, list[float]] = {name: [] for name in ways}
-    for i in range(rounds):
-        for name in list(ways) if i % 2 else reversed(list(ways)):
-            seconds[name].append(clock(ways[name], calls))
+    for name in turns(ways, rounds):
+        seconds[name].append(clock(ways[name], calls))
     return seconds
+
+
+def turns(ways: Mapping[Way, object], rounds: int) -> Iterator[Way]:
+    """Names in the order in which they have their turns."""
+    for i in range(rounds):
+        yield from ways if i % 2 else reversed(list(ways))
+
+
+def timed(
+    ways: Mapping[Way, Callable[[], Any]], rounds: int, calls: int = 1, ours: Way | None = None
+) -> dict[Way, dict[str, Any]]:
+    """Time every way in turns: percentiles of its seconds, and how many times as long as ours it takes, if that is one
+    of them."""
+    seconds = in_turns(ways, rounds, calls)
+    return {
+        name: percentiles(mine) | {"times_ours": ratio(mine, seconds[ours]) if ours in seconds else None}
+        for name, mine in seconds.items()
+    }
 
 
 def clock(run: Callable[[], Any], calls: int = 1) -> float:
@@ -62,8 +88,19 @@ def clock(run: Callable[[], Any], calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def host_seconds(run: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each call until all of its work is enqueued on an idle GPU, which the host does not wait for."""
+def seconds_of(run: Callable[[], Any], device: str = "cuda") -> float:
+    """Time one call: on a GPU the median by its events, with an empty L2 cache; on a CPU by the wall."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, return_mode="median") / 1000
+    run()
+    return float(np.median([clock(run) for _ in range(ROUNDS)]))
+
+
+def host_seconds(run: Callable[[], Any], rounds: int) -> float:
+    """Seconds of a call, the median, until all of its work is enqueued on an idle GPU, which the host does not wait
+    for."""
     seconds = []
     for _ in range(rounds):
         synchronise()
@@ -71,7 +108,7 @@ def host_seconds(run: Callable[[], Any], rounds: int) -> list[float]:
         run()
         seconds.append(time.perf_counter() - start)
     synchronise()
-    return seconds
+    return float(np.median(seconds))
 
 
 def captured(run: Callable[[], Result]) -> Callable[[], Result]:
@@ -109,6 +146,50 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_s": float(np.percentile(seconds, p)) for p in (20, 50, 80)}
 
 
+class Unfit(Exception):
+    """Why something is not to be timed, in its own words."""
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[list[str]]:
+    """A list that gets the reason where something fails inside, whatever a compiler, a driver or a library says: what
+    comes after it may run."""
+    reasons: list[str] = []
+    try:
+        yield reasons
+    except Unfit as error:
+        reasons.append(str(error))
+    except Exception as error:
+        synchronise()  # raises if the GPU is lost to this process
+        lines = str(error).strip().splitlines() or ["no message"]
+        reasons.append(f"{type(error).__name__}: {lines[0][:200]}")
+
+
+def distance(result: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """How far a result lies from another one, relative to the norm of that one, or to `least`."""
+    wanted = expected.double()
+    return float((result.double() - wanted).norm() / max(float(wanted.norm()), least))
+
+
+class Kept(saved_tensors_hooks):
+    """What autograd keeps for backward while this is entered, beyond the memory of some tensors: `bytes`."""
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        self.own = {x.untyped_storage().data_ptr() for x in own}
+        self.storages: dict[int, int] = {}
+        super().__init__(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = (tensor.values() if tensor.layout == torch.jagged else tensor).untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
 class Peak:
     """What memory holds at most while this is entered, beyond what it held before: `bytes`. Of a GPU as its allocator
     counts; of a CPU in resident pages of the process, None where the system does not say.
@@ -138,10 +219,45 @@ class Peak:
 def process_bytes(line: str) -> int:
     """Of this process: VmRSS, what is resident; VmHWM, the most so far; VmSize, all its addresses."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(each for each in lines if each.startswith(line)).split()[1])
+    return 1024 * int(next(entry for entry in lines if entry.startswith(line)).split()[1])
 
 
 def synchronise() -> None:
     """Wait for the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class Ceilings(NamedTuple):
+    """What the machine can do at most: the fastest round of this run, not a data sheet's figure.
+
+    flops: a second, of a matrix product.
+    bytes: a second, read and written by a copy.
+    """
+
+    flops: float
+    bytes: float
+
+    def rates(self, seconds: float, flops: float | None, moved: float) -> dict[str, float]:
+        """Operations and bytes of some work, a second, and as parts of what the machine can do."""
+        bytes_per_s = moved / seconds
+        row = {"bytes_modelled": moved, "bytes_per_s": bytes_per_s, "of_copy": bytes_per_s / self.bytes}
+        if flops is None:
+            return row
+        return {"flops": flops, "flop_per_s": flops / seconds, "of_matmul": flops / seconds / self.flops, **row}
+
+
+@functools.cache  # of a run
+def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Of a large matrix product and a large copy; operands are random: products of zeros run faster, as they take less
+    power."""
+    side = SIDE[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.randint(0, 256, (COPIED[device],), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    runs = functools.partial(torch.mm, a, b, out=product), functools.partial(target.copy_, source)
+    for run in runs:
+        run()
+    multiply, copy = (min(clock(run, CALLS[device]) for _ in range(ROUNDS)) for run in runs)
+    return Ceilings(2 * side**3 / multiply, 2 * source.nbytes / copy)

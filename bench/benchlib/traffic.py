@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -100,15 +101,11 @@ def watched(compute: bool = True) -> Iterator[Traffic]:
         traffic.kernels[traffic._kernel].flops += 2 * rows * inner * columns
         return dot(self, a, b, added, *rest) if compute else TensorHandle(added.data, added.dtype)
 
-    replaced: list[tuple[Any, str, Any]] = [
-        (InterpreterBuilder, "create_masked_load", watched_load),
-        (InterpreterBuilder, "create_masked_store", watched_store),
-        (InterpreterBuilder, "create_dot", watched_dot),
-    ]
+    watch = {"create_masked_load": watched_load, "create_masked_store": watched_store, "create_dot": watched_dot}
+    replaced: dict[Any, dict[str, Any]] = {InterpreterBuilder: watch}
     for module, names in KERNELS.items():
-        replaced += [(module, name, _Launch(name, getattr(module, name), traffic)) for name in names]
+        replaced[module] = {name: _Launch(name, getattr(module, name), traffic) for name in names}
     with ExitStack() as stack:
-        for owner, name, value in replaced:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+        for owner, values in replaced.items():
+            stack.enter_context(patch.multiple(owner, **values))
         yield traffic

@@ -19,6 +19,8 @@ from hlip_kernels.backends.base import Spans
 from hlip_kernels.backends.external import LibraryBackend
 from hlip_kernels.tiles import MODES, AttentionConfig, Row, Tile
 
+from .timing import Unfit, failures
+
 OURS = "triton"
 WIDTH = 768  # of the model whose attention is timed: heads times head dim
 CHECKED = (1, 5, 17, 63, 64, 65, 129, 197, 300)  # patch tokens of the groups that results are checked on
@@ -67,14 +69,28 @@ class Problem:
             if mode != "forward" or kernel == "forward":
                 self.launch(kernel, tile)
 
+    def forward(self, backend: str) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv.unbind(1)
+        return BACKENDS[backend].forward(q, k, v, self.spans, self.spans, self.scale)
+
+    def backward(self, backend: str, out: Tensor, lse: Tensor, deterministic: bool = False) -> None:
+        """Write gradients into `grad_qkv`."""
+        (q, k, v), (grad_q, grad_k, grad_v) = self.qkv.unbind(1), self.grad_qkv.unbind(1)
+        inputs = q, k, v, out, lse, self.spans, self.spans, self.scale
+        BACKENDS[backend].backward((grad_q, grad_k, grad_v), self.grad_out, *inputs, deterministic=deterministic)
+
+    def runs(self, backend: str) -> dict[str, Callable[[], object]]:
+        """Both directions of a backend, each by itself."""
+        return {
+            "forward": partial(self.forward, backend),
+            "backward": partial(self.backward, backend, *self.forward(backend)),
+        }
+
     def run(self, backend: str, mode: str) -> tuple[Tensor, Tensor]:
-        """Run a backend, which writes gradients into `grad_qkv`; its out and lse."""
-        runner, (q, k, v), spans = BACKENDS[backend], self.qkv.unbind(1), self.spans
-        out, lse = runner.forward(q, k, v, spans, spans, self.scale)
+        """Run a backend in one of `configs.MODES`; its out and lse."""
+        out, lse = self.forward(backend)
         if mode != "forward":
-            grad_q, grad_k, grad_v = self.grad_qkv.unbind(1)
-            inputs, repeats = (q, k, v, out, lse, spans, spans, self.scale), mode == "deterministic"
-            runner.backward((grad_q, grad_k, grad_v), self.grad_out, *inputs, deterministic=repeats)
+            self.backward(backend, out, lse, mode == "deterministic")
         return out, lse
 
     def dependence(self, backend: str, groups: Iterable[int]) -> Iterator[str]:
@@ -161,10 +177,6 @@ class Oracle:
         ]
 
 
-class Unfit(Exception):
-    """Results are not those of the oracle, or there can be none."""
-
-
 class Trials:
     """Trials of a row of the table. One that fails is reported and passed over.
 
@@ -196,12 +208,9 @@ class Trials:
 
     def add_tile(self, kernel: str, tile: Tile) -> None:
         """Check and time one of our kernels."""
-
-        def run() -> None:
+        with self._trying(f"{kernel} {tile_name(tile)}"):
             self._confirm(fault for oracle in self._oracles for fault in oracle.kernel_faults(kernel, tile))
             self.seconds[kernel, tile] = self._measure(partial(self._problem.launch, kernel, tile))
-
-        self._try(f"{kernel} {tile_name(tile)}", run)
         self._progress.update()
 
     def add_libraries(self) -> None:
@@ -209,11 +218,14 @@ class Trials:
         for name, backend in BACKENDS.items():
             if not isinstance(backend, LibraryBackend) or not backend.is_installed():
                 continue
-            if why := self._try(name, partial(self._check, name, "training")):
-                self.refused[name] = why
+            with self._trying(name) as reasons:
+                self._check(name, "training")
+                self.libraries[name] = ["training", "forward"]
+            if reasons:
+                self.refused[name] = reasons[0]
                 continue
-            self.libraries[name] = ["training", "forward"]
-            if not self._try(f"{name}, deterministic", partial(self._check, name, "deterministic")):
+            with self._trying(f"{name}, deterministic"):
+                self._check(name, "deterministic")
                 self.libraries[name].append("deterministic")
 
     def levels(self, tiles: AttentionConfig) -> Seconds:
@@ -221,7 +233,8 @@ class Trials:
         seconds: Seconds = {}
         if self.seconds.keys() >= vars(tiles).items():
             for level in self._of_level:
-                self._try(level, partial(self._time_level, level, tiles, seconds))
+                with self._trying(level):
+                    self._time_level(level, tiles, seconds)
         return seconds
 
     def _time_level(self, level: Level, tiles: AttentionConfig, seconds: Seconds) -> None:
@@ -230,11 +243,11 @@ class Trials:
         ours["deterministic"] = ours["training"]  # the same kernels
         seconds[level] = {mode: {OURS: ours[mode]} for mode in MODES}
         for name, modes in self.libraries.items():
-            if self._try(f"{level}, {name}", partial(self._confirm_alone, problem, name)):
-                continue
-            for mode in modes:
-                into, run = seconds[level][mode], partial(problem.run, name, mode)
-                self._try(f"{level}, {name}, {mode}", partial(self._time, into, name, run))
+            with self._trying(f"{level}, {name}") as reasons:  # the first group's result does not depend on the others
+                self._confirm(problem.dependence(name, [0]))
+            for mode in () if reasons else modes:
+                with self._trying(f"{level}, {name}, {mode}"):
+                    seconds[level][mode][name] = self._measure(partial(problem.run, name, mode))
 
     def _check(self, backend: str, mode: str) -> None:
         for dtype in self._dtypes:
@@ -242,32 +255,18 @@ class Trials:
             self._confirm(not_supported_reasons(backend, self._device, dtype, self.row.head_dim, deterministic))
         self._confirm(fault for oracle in self._oracles for fault in oracle.backend_faults(backend, mode))
 
-    def _confirm_alone(self, problem: Problem, library: str) -> None:
-        """Confirm that the first group's result does not depend on the others."""
-        self._confirm(problem.dependence(library, [0]))
-
     def _confirm(self, faults: Iterable[str]) -> None:
         if why := "; ".join(faults):
             raise Unfit(why)
 
-    def _time(self, into: dict[str, float], name: str, run: Callable[[], object]) -> None:
-        into[name] = self._measure(run)
-
-    def _try(self, name: str, run: Callable[[], None]) -> str:
-        """Run it, and return the reason if it fails; else an empty string."""
+    @contextmanager
+    def _trying(self, name: str) -> Iterator[list[str]]:
+        """Report what fails inside, and pass it over."""
         self._progress.set_postfix_str(name)
-        try:
-            run()
-        except Unfit as error:
-            why = str(error)
-        except Exception as error:  # whatever a compiler, a driver or a library says: not for this GPU
-            why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            if self._device == "cuda":
-                torch.cuda.synchronize()  # raises if the GPU is lost to this process: then all others would fail too
-        else:
-            return ""
-        self._progress.write(f"skipped {self.row}, {name}: {why}", file=sys.stderr)
-        return why
+        with failures() as reasons:
+            yield reasons
+        for why in reasons:
+            self._progress.write(f"skipped {self.row}, {name}: {why}", file=sys.stderr)
 
 
 def tile_name(tile: Tile) -> str:

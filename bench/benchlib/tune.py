@@ -41,8 +41,10 @@ from hlip_kernels.tiles import (
 )
 
 from .precompile import Job, compile_ahead
-from .report import print_table, provenance
+from .report import provenance
 from .static import DTYPES
+from .tables import print_table
+from .timing import seconds_of
 from .trial import OURS, WIDTH, Measure, Seconds, Trials, tf32_products, tile_name
 
 GAIN = 0.97  # a tile or our kernels give way to what takes at most this part of their time; less may be noise
@@ -52,12 +54,6 @@ TIMED: dict[Level, tuple[int, ...]] = {  # patch tokens of the groups that are t
 SUMS = {"forward": (1, 1), "dq": (2, 1), "dkdv": (2, 2)}  # tiles of scores, and of results, that a program holds
 
 Candidates = Callable[[str, str, int], Iterable[Tile]]  # of a kind of arithmetic, a kernel and a head dim
-
-
-def gpu_seconds(run: Callable[[], object]) -> float:
-    from triton.testing import do_bench
-
-    return do_bench(run, return_mode="median") / 1000
 
 
 class Budget:
@@ -145,7 +141,7 @@ def tune(
     dtypes: Sequence[str],
     head_dims: Sequence[int],
     budget: Budget,
-    measure: Measure = gpu_seconds,
+    measure: Measure = seconds_of,
     device: str = "cuda",
     candidates: Candidates | None = None,
     timed: Mapping[Level, Sequence[int]] = TIMED,
@@ -160,7 +156,7 @@ def tune_row(
     row: Row,
     dtypes: Sequence[torch.dtype],
     budget: Budget,
-    measure: Measure = gpu_seconds,
+    measure: Measure = seconds_of,
     device: str = "cuda",
     candidates: Candidates | None = None,
     timed: Mapping[Level, Sequence[int]] = TIMED,

@@ -1,4 +1,7 @@
-"""The kernels that a block in training would launch on a GPU, and their bytes, counted on a CPU; see `host.py`."""
+"""What calls of the Triton backend launch and cost on the host, on the stub driver; see `host.py`.
+
+The groups whose calls are timed are the slices of two small studies, in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
 from hlip.model.config import VisionConfig
 from hlip.model.encoder import Block, Stream
@@ -19,8 +22,12 @@ from hlip_kernels import Level, StudyLayout, attention, hold_weights, norm
 from hlip_kernels import products as forms
 
 from . import stub_driver
+from .host_calls import thread_seconds
+from .launches import norm_runs
 from .op_traffic import OpTraffic, tensor_bytes
-from .report import print_table, short
+from .report import Row
+from .tables import MEGA, columns, print_table
+from .trial import Problem
 
 ARCHITECTURE = "sm_90"
 WIDTH, HEADS = 768, 12
@@ -32,7 +39,7 @@ WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "weights held": hold_weights,
 }
 
-Row = dict[str, Any]
+BEST_OF = 15
 
 
 def count() -> list[Row]:
@@ -49,6 +56,7 @@ def count() -> list[Row]:
                 block.zero_grad()
                 step(block, counter)
             rows += [{"way": way, **row} for row in counter.rows]
+    show(rows)
     return rows
 
 
@@ -67,24 +75,22 @@ def step(block: Block, counter: Launches) -> None:
         torch.autograd.backward([out.x, out.update], grads)
 
 
-class Launches(TorchDispatchMode):
+class Launches(OpTraffic):
     """Writes down every op that would launch a kernel, and what Triton launches."""
 
     def __init__(self, launched: stub_driver.Launches) -> None:
         super().__init__()
         self.launched, self.rows, self.direction = launched, list[Row](), ""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the bodies of our ops, too."""
         body = BODIES.get(func)
-        with self:  # ops that consist of others
-            out = body(*args, **kwargs) if body else func.decompose(*args, **kwargs)
+        out = body(*args, **kwargs) if body else super().decompose(func, args, kwargs)
         self.add_launched()
-        if body is None and out is NotImplemented:
-            out = func(*args, **kwargs)
-            if not OpTraffic.is_free(func):
-                self.add(str(func), tensor_bytes((args, kwargs, out)))
         return out
+
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        self.add(str(func), tensor_bytes((args, kwargs, out)))
 
     def add(self, kernel: str, size: int) -> None:
         self.rows.append({"pass": self.direction, "kernel": kernel, "bytes": size})
@@ -135,12 +141,54 @@ def forms_for_gpus(launched: stub_driver.Launches) -> Iterator[Launches]:
 def show(rows: list[Row]) -> None:
     print(f"A block of width {WIDTH} in training, {LAYOUT.num_rows(DST)} rows, {SRC} to {DST}. Counted, not run.")
     for way in WAYS:
-        totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-        for row in rows:
-            if row["way"] == way:
-                for key in ((row["pass"], row["kernel"]), (row["pass"], "all")):
-                    totals[key][0] += 1
-                    totals[key][1] += row["bytes"]
-        print(f"\n{way}: {sum(count for (_, kernel), (count, _) in totals.items() if kernel == 'all')} launches")
-        lines = [[*key, count, short(size / 1e6)] for key, (count, size) in totals.items()]
+        totals: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for row in (row for row in rows if row["way"] == way):
+            for kernel in (row["kernel"], "all"):
+                totals[row["pass"], kernel].append(row["bytes"])
+        print(f"\n{way}: {sum(len(sizes) for (_, kernel), sizes in totals.items() if kernel == 'all')} launches")
+        lines = [[*key, len(sizes), MEGA(sum(sizes))] for key, sizes in totals.items()]
         print_table(["pass", "kernel", "launches", "MB"], lines)
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """A call's CPU time in the best round."""
+    return 1e6 * min(thread_seconds(call) for _ in range(BEST_OF))
+
+
+def launches_of(call: Callable[[], Any]) -> Callable[[], None]:
+    """Keep the part of a call that is Triton's alone."""
+    run, calls = JITFunction.run, []
+
+    def note(kernel: JITFunction, *args: Any, **options: Any) -> Any:
+        calls.append((kernel, args, dict(options)))
+        return run(kernel, *args, **options)
+
+    with patch.object(JITFunction, "run", note):
+        call()
+
+    def launch() -> None:
+        for kernel, args, options in calls:
+            kernel.run(*args, **options)
+
+    return launch
+
+
+def times() -> list[Row]:
+    """A row of microseconds for each call."""
+    torch.set_num_threads(1)
+    stub_driver.install(ARCHITECTURE).recording = False
+    layout = StudyLayout.from_grids([[(6, 14, 14)] * 2, [(2, 5, 7)]])
+    lengths = layout.seqlens("slice").tolist()
+    calls = {
+        f"attention, {way}": run for way, run in Problem(lengths, 12, torch.bfloat16, 64, "cpu").runs("triton").items()
+    }
+    changes: tuple[Level, ...] = ("slice", "scan")
+    for dst in changes:
+        runs = norm_runs("triton", layout, "slice", dst, 768)
+        calls |= {f"norm, slice to {dst}, {way}": run for way, run in runs.items()}
+    timed: list[Row] = [
+        {"call": name, "us": microseconds(call), "launches_us": microseconds(launches_of(call))}
+        for name, call in calls.items()
+    ]
+    print_table(*columns(timed, timed[0]))
+    return timed
