@@ -77,10 +77,11 @@ NATIVE = Extension(
 )
 
 EXTRAS = {
+    "hub": ["huggingface-hub>=0.34"],
     "io": ["nibabel>=5.2", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
     "scale": ["ray>=2.9", "submitit>=1.5"],
     "text": ["transformers>=4.56"],  # run: 4.56.0, 4.57.6, 5.0.0, 5.24.0; see docs/install.md on hostile folders
-    "train": ["tensorboard>=2.14", "jsonargparse[signatures]>=4.30"],
+    "train": ["tensorboard>=2.14"],
     "eval": ["scikit-learn>=1.4"],
     "viz": ["matplotlib>=3.7", "pillow>=9", "pandas>=2.2", "jinja2>=3.1"],
     "baselines": ["open_clip_torch>=3"],  # with timm, and the torchvision that fits your torch
@@ -131,9 +132,10 @@ setup(
         "torch>=2.6",
         "numpy>=1.26",
         "safetensors>=0.4.3",
-        "huggingface-hub>=0.34",
         "tqdm>=4.66",
         "pyyaml>=6",
+        "filelock>=3.12",
+        "cattrs>=25.1",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hlip=hlip.cli.main:main"]},

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
 MISSING = (
     "nibabel", "matplotlib", "pydicom", "sklearn", "monai", "scipy", "SimpleITK", "pyarrow", "ray", "submitit", "PIL",
-    "tensorboard", "jsonargparse", "nilearn", "pandas", "timm", "transformers", "xformers", "torchvision",
+    "tensorboard", "nilearn", "pandas", "timm", "transformers", "xformers", "torchvision",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 from hlip.cli import main as cli
+from hlip.train import pretrain
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("bash", "json", "python", "text", "yaml")
@@ -197,8 +198,6 @@ def _parsed(parse: Any, rest: Sequence[str], words: Sequence[str]) -> Any:
 
 def _check_script(name: str, arguments: Sequence[str]) -> None:
     """`name` is a module, or the path of a script."""
-    import jsonargparse
-
     script = Path(name).suffix == ".py"
     if script and not Path(name).exists():
         raise ValueError(f"{name}: no such script")
@@ -207,8 +206,8 @@ def _check_script(name: str, arguments: Sequence[str]) -> None:
         stack.callback(os.chdir, Path.cwd())
         os.chdir(ROOT)  # where recipes and scripts are named from
         stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments]))
-        for parser in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
-            stack.enter_context(mock.patch.object(parser, "parse_args", _parse_then_stop(parser.parse_args)))
+        for home, parse in ((argparse.ArgumentParser, "parse_args"), (pretrain, "read_arguments")):
+            stack.enter_context(mock.patch.object(home, parse, _parse_then_stop(getattr(home, parse))))
         try:
             if name == "hlip.cli":
                 cli.main(list(arguments))

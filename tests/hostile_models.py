@@ -170,8 +170,8 @@ class Job:
                 raise ValueError(f"{folder} was not converted")
             model = HLIPModel.from_pretrained(folder.with_name("converted"))
         elif way == "init":
+            from hlip.train.checkpoints import make_model
             from hlip.train.config import TrainConfig
-            from hlip.train.pretrain import make_model
 
             model = make_model(TrainConfig(folder, init=str(folder)))
         else:

@@ -21,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hlip
 from conftest import random_study, tiny_vision
-from hlip.model.encoder import StudyEncoder
-from hlip.model.layers import Mlp
+from hlip.model.encoder import Mlp, StudyEncoder
 from hlip_kernels import (
     HierarchicalAttention,
     StudyLayout,

@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 import hlip
 from conftest import TINY_RECIPE, random_study, tiny_vision
 from hlip.cli import main as cli
-from hlip.model import checkpoint, released
+from hlip.model import released
 from hlip.model.config import ALIASES, TextConfig, preset
-from hlip.train.checkpoints import Checkpoints
+from hlip.processes import Processes
+from hlip.train.checkpoints import Checkpoints, make_model
 from hlip.train.config import TrainConfig
-from hlip.train.pretrain import make_model
-from hlip.train.step import World
 from hostile_models import put
 from released_files import (
     MULTISCAN,
@@ -131,7 +130,7 @@ def test_every_layout_is_read(layout: str, tmp_path: Path) -> None:
 def test_hub_folder_is_read_from_its_json_and_no_code_of_it_runs(bert_folder: str, tmp_path: Path) -> None:
     name = "clip_vit_base_scan_study_token1176"
     folder = hub_folder(tmp_path / "hub", seeded(name), name, context_length=77, hf_tokenizer_name="some/tokenizer")
-    loaded = checkpoint.load(str(folder))
+    loaded = hlip.HLIPModel.load(str(folder))
     assert str(folder / "hlip" / "model_configs" / f"{name}.json") in loaded.how
     assert loaded.model.config == replace(
         preset(name), text=replace(preset(name).text, name="some/tokenizer", context_length=77)
@@ -199,13 +198,13 @@ def test_what_shapes_tell(name: str, tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_the_name_of_the_training_run_says_which_model(called: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "epoch_5.pt"
     torch.save({"name": f"DATE_2025_05_01-MODEL_{called}", "state_dict": seeded(name)}, path)
-    loaded = checkpoint.load(str(path))
+    loaded = hlip.HLIPModel.load(str(path))
     assert loaded.model.config == preset(name)
     assert "as the training run was called" in loaded.how
     path = tmp_path / "more.pt"  # a part of another name says nothing
     torch.save({"name": f"x{called}8", "state_dict": seeded(name)}, path)
     with pytest.raises(ValueError, match="differ in what weights do not tell"):
-        checkpoint.load(str(path))
+        hlip.HLIPModel.load(str(path))
 
 
 def test_one_scan_position_is_added_to_every_token(tmp_path: Path) -> None:
@@ -213,7 +212,7 @@ def test_one_scan_position_is_added_to_every_token(tmp_path: Path) -> None:
     state = seeded(name)
     row = torch.randn(1, 1, 48, generator=torch.Generator().manual_seed(1))
     save_file({**state, "visual.trunk.sequential_posemb": row}, tmp_path / "old.safetensors")
-    loaded = checkpoint.load(str(tmp_path / "old.safetensors"))
+    loaded = hlip.HLIPModel.load(str(tmp_path / "old.safetensors"))
     assert "its one scan position is added" in loaded.how
     assert loaded.model.config.vision.max_scans == 1
     state["visual.trunk.spatial_posemb"] = state["visual.trunk.spatial_posemb"] + row[:, :, None, None]
@@ -235,7 +234,7 @@ def test_absent_logit_bias_begins_anew(name: str, value: float, tmp_path: Path) 
     state = seeded(name)
     del state["logit_bias"]
     save_file(state, tmp_path / "weights.safetensors")
-    model, how, _ = checkpoint.load(str(tmp_path / "weights.safetensors"))
+    model, how, _ = hlip.HLIPModel.load(str(tmp_path / "weights.safetensors"))
     assert float(model.logit_bias.detach()) == pytest.approx(value, abs=1e-5)
     assert "no logit_bias" in how
 
@@ -255,14 +254,14 @@ def test_another_width_of_the_embedding_is_the_same_model(tmp_path: Path) -> Non
 def test_a_checkpoint_of_our_trainer_says_which_model(tmp_path: Path) -> None:
     name = "vit_base_multiscan_h3_token1176"
     torch.save({"config": {"model": name}, "step": 3, "model": seeded(name)}, tmp_path / "checkpoint.pt")
-    loaded = checkpoint.load(str(tmp_path / "checkpoint.pt"))
+    loaded = hlip.HLIPModel.load(str(tmp_path / "checkpoint.pt"))
     assert loaded.model.config == preset(name)
     assert not loaded.guessed
 
 
 def trained(model: hlip.HLIPModel, out: Path) -> Path:
     """A checkpoint as a run leaves it."""
-    checkpoints = Checkpoints(TrainConfig(Path("store"), out), World())
+    checkpoints = Checkpoints(TrainConfig(Path("store"), out), Processes())
     checkpoints.save(model, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu"), 3)
     checkpoints.wait()
     return checkpoints.all()[-1]
@@ -302,7 +301,7 @@ def test_a_checkpoint_of_a_model_of_its_own_is_read_without_flags(own: str, bert
     expected = model.encode_text(texts)
     path = trained(model, tmp_path / "run")
     shutil.rmtree(tmp_path / "bert")
-    loaded = checkpoint.load(str(path))
+    loaded = hlip.HLIPModel.load(str(path))
     assert not loaded.guessed
     assert str(path) in loaded.how
     assert run("convert", path, tmp_path / "converted") == 0
@@ -325,11 +324,11 @@ def test_a_checkpoint_from_before_says_no_more_than_its_shapes(bert_folder: str,
     del content["hlip_files"]
     torch.save(content, path)
     with pytest.raises(ValueError, match="differ in what weights do not tell"):
-        checkpoint.load(str(path))
-    loaded = checkpoint.load(str(path), name, tmp_path / "bert")
+        hlip.HLIPModel.load(str(path))
+    loaded = hlip.HLIPModel.load(str(path), name, tmp_path / "bert")
     assert loaded.model.config == model.config
     assert_same(loaded.model.state_dict(), model.state_dict())
-    checkpoints = Checkpoints(TrainConfig(Path("store"), tmp_path / "run"), World())
+    checkpoints = Checkpoints(TrainConfig(Path("store"), tmp_path / "run"), Processes())
     again = hlip.create_model(name, text=text)
     assert checkpoints.load(again, torch.optim.AdamW(again.parameters()), torch.amp.GradScaler("cpu")) == 3
     assert_same(again.state_dict(), model.state_dict())
@@ -377,7 +376,7 @@ def test_a_configuration_that_is_not_the_checkpoints_is_named(
     change(content["hlip_files"])
     torch.save(content, path)
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.load(str(path))
+        hlip.HLIPModel.load(str(path))
     assert str(path) in str(error.value)
 
 

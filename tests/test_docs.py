@@ -27,8 +27,7 @@ from hlip.evaluate.tasks import load_task
 from hlip.evaluate.zeroshot import Prompts
 from hlip.prepare.discover import find_studies
 from hlip.prepare.reports import SectionRules
-from hlip.train.config import TrainConfig
-from hlip.train.settings import RECIPES
+from hlip.train.config import RECIPES, TrainConfig
 from released_files import seeded
 from tiny_store import make_store
 

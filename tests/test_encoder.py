@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.config import VisionConfig, level_pattern, place_levels
-from hlip.model.encoder import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, add_norm, sincos, spatial_table
+from hlip.model.encoder import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, add_norm
+from hlip.model.positions import POSITIONS, sincos
 from hlip.study import PackedBatch
 
 PATTERNS = ["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
@@ -229,9 +230,9 @@ def test_position_tables() -> None:
             angle = place / 10000 ** (i / 4)
             assert table[place, i] == pytest.approx(np.sin(angle), abs=1e-6)
             assert table[place, 4 + i] == pytest.approx(np.cos(angle), abs=1e-6)
-    cube = spatial_table("sincos3d", (2, 3, 4), 12)
+    cube = POSITIONS["sincos3d"].table((2, 3, 4), 12)
     assert torch.equal(cube[1, 2, 3], torch.cat([sincos(np.array([n]), 4)[0] for n in (3, 2, 1)]))
-    tiled = spatial_table("tiled", (2, 3, 4), 8)
+    tiled = POSITIONS["tiled"].table((2, 3, 4), 8)
     in_plane = torch.cat([sincos(np.array([n]), 4)[0] for n in (3, 2)])
     assert torch.equal(tiled[1, 2, 3], in_plane + sincos(np.array([1]), 8)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import nn
 import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.config import ModelConfig, TextConfig
-from hlip.train.step import MicroBatch, backward, start
+from hlip.processes import join_on
+from hlip.train.step import MicroBatch, backward
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("clip", "siglip", "dual")
@@ -56,9 +58,9 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_pieces_have_the_loss_and_gradient_of_the_whole(objective: str, bert_folder: str) -> None:
     whole, cut = (make_model(objective, bert_folder) for _ in range(2))
-    loss, outputs = backward(whole, [micro_batch(whole, range(8))], CPU)
+    loss, outputs = backward(whole, whole.objective.loss, [micro_batch(whole, range(8))], CPU)
     pieces = [micro_batch(cut, studies) for studies in ([1], [0, 2, 3], [4, 5, 6, 7])]
-    loss_cut, _ = backward(cut, [pieces[1], pieces[0], pieces[2]], CPU)
+    loss_cut, _ = backward(cut, cut.objective.loss, [pieces[1], pieces[0], pieces[2]], CPU)
     assert abs(loss - loss_cut) <= 1e-9
     assert {"logit_scale", "visual.trunk.cls_token", "text.proj.weight"} <= gradients(whole).keys()
     assert_close(gradients(cut), gradients(whole))
@@ -69,13 +71,13 @@ def test_both_passes_drop_the_same(bert_folder: str) -> None:
     """With stochastic depth the gradient is that of the loss which was reported: against finite differences."""
     model = make_model("clip", bert_folder, drop_path=0.5)
     pieces = [micro_batch(model, studies, seed=7 + i) for i, studies in enumerate(([0, 1], [2, 3], [4]))]
-    loss, _ = backward(model, pieces, CPU)
-    again, _ = backward(model, pieces, CPU)
+    loss, _ = backward(model, model.objective.loss, pieces, CPU)
+    again, _ = backward(model, model.objective.loss, pieces, CPU)
     assert torch.equal(loss, again)
-    other, _ = backward(model, [replace(piece, seed=piece.seed + 9) for piece in pieces], CPU)
+    other, _ = backward(model, model.objective.loss, [replace(piece, seed=piece.seed + 9) for piece in pieces], CPU)
     assert not torch.equal(loss, other)
     model.zero_grad()
-    backward(model, pieces, CPU)
+    backward(model, model.objective.loss, pieces, CPU)
     bias = model.visual.trunk.blocks[1].mlp.fc1.bias
     assert bias.grad is not None
     place = int(bias.grad.abs().argmax())
@@ -83,11 +85,11 @@ def test_both_passes_drop_the_same(bert_folder: str) -> None:
     for step in (1e-5, -1e-5):
         with torch.no_grad():
             bias[place] += step
-        ends.append(backward(model, pieces, CPU)[0])
+        ends.append(backward(model, model.objective.loss, pieces, CPU)[0])
         with torch.no_grad():
             bias[place] -= step
     model.zero_grad()
-    backward(model, pieces, CPU)
+    backward(model, model.objective.loss, pieces, CPU)
     assert float(bias.grad[place]) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4)
 
 
@@ -111,7 +113,7 @@ def test_only_one_piece_is_kept_for_backward(bert_folder: str) -> None:
                 alive -= self.tensor.numel()
 
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            backward(model, pieces, CPU)
+            backward(model, model.objective.loss, pieces, CPU)
         most[count] = peak
     assert most[8] <= 1.1 * most[2]
 
@@ -129,7 +131,10 @@ def one_rank(rank: int, world: int, folder: str, bert_folder: str) -> None:
             model.text.transformer.requires_grad_(False)
             wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
             loss, _ = backward(
-                wrapped, [micro_batch(model, cut) for cut in cuts], CPU, local_loss=local_loss, counts=counts
+                wrapped,
+                functools.partial(model.objective.loss, local_loss=local_loss, counts=counts),
+                [micro_batch(model, cut) for cut in cuts],
+                CPU,
             )
             dist.all_reduce(loss)
             found[f"{objective} {local_loss}"] = gradients(model) | {"loss": loss / world}
@@ -147,7 +152,7 @@ def test_pieces_of_processes_have_the_gradient_of_the_whole(world: int, tmp_path
     found = torch.load(tmp_path / "found", weights_only=True)
     for objective in OBJECTIVES:
         whole = make_model(objective, bert_folder)
-        loss, _ = backward(whole, [micro_batch(whole, range(8))], CPU)
+        loss, _ = backward(whole, whole.objective.loss, [micro_batch(whole, range(8))], CPU)
         for local_loss in (False, True):
             shared = found[f"{objective} {local_loss}"]
             assert abs(shared.pop("loss") - loss) <= 1e-9
@@ -157,4 +162,4 @@ def test_pieces_of_processes_have_the_gradient_of_the_whole(world: int, tmp_path
 def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "100")
     with pytest.raises(ValueError, match="'cuda': this process wants cuda:100, and PyTorch sees"):
-        start("cuda")
+        join_on("cuda")

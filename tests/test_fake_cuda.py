@@ -21,8 +21,8 @@ from conftest import random_study, tiny_vision
 from fake_cuda import fake_mode
 from hlip.model.config import Head, ModelConfig, TextConfig
 from hlip.model.encoder import StudyEncoder
-from hlip.model.losses import Outputs, contrastive_loss
 from hlip.model.plan import TokenBatch
+from hlip.objective import Clip, Outputs
 from hlip.train.step import MicroBatch
 from hlip_kernels import Level, StudyLayout, add_regroup_norm, hier_attention
 
@@ -146,7 +146,7 @@ def encoder_and_loss(dtype: torch.dtype) -> tuple[Facts, Facts, list[str]]:
         out = encoder.to("cuda", dtype)(tokens.to("cuda"))
         embedding = F.normalize(out[:, 0].float(), dim=-1)
         embedding, scale = embedding[:, None], torch.ones(1, device="cuda")
-        loss = contrastive_loss(Outputs(embedding, embedding.roll(1, 0), scale))
+        loss = Clip().loss(Outputs(embedding, embedding.roll(1, 0), scale))
         return facts(out), facts(loss), seen.names
 
 
@@ -211,7 +211,7 @@ def step_of_the_trainer(objective: str, bert: str) -> list[Facts]:
         outputs = model(moved.tokens, moved.texts)
         assert isinstance(moved.texts, Tensor)
         found = [moved.tokens.patches, moved.texts, outputs.image, outputs.text, outputs.scale]
-        return [facts(each) for each in [*found, contrastive_loss(outputs)]]
+        return [facts(each) for each in [*found, model.objective.loss(outputs)]]
 
 
 @pytest.mark.parametrize("objective", ["clip", "siglip", "dual"])

@@ -28,7 +28,7 @@ from hlip.evaluate.labels import read_label_table
 from hlip.evaluate.probe import Probe
 from hlip.evaluate.tasks import load_task
 from hlip.evaluate.zeroshot import Prompts
-from hlip.model.checkpoint import load
+from hlip.model.clip import HLIPModel
 from hlip.model.weights import read_weights
 from hlip.prepare.discover import find_study
 from hlip.prepare.recipe import load_recipe
@@ -371,7 +371,7 @@ TEXTS: dict[str, Read] = {
     **{name: read for name, read in READERS.items() if name.endswith((".json", ".yaml", ".txt", ".csv", ".jsonl"))},
     "report.txt": lambda path: read_reports(path.parent),
     "config.json": lambda path: load_recipe(str(path.parent)),
-    "text/config.json": lambda path: load(str(path.parents[1])),
+    "text/config.json": lambda path: HLIPModel.load(str(path.parents[1])),
     "store.json": lambda path: read_info(path.parent),
     "rejected.jsonl": lambda path: read_rejections(path, path.parent),
 }
@@ -462,7 +462,7 @@ def test_a_model_is_no_larger_than_its_weights(
     (folder / file).unlink()
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=str(folder)):
-        load(str(folder))
+        HLIPModel.load(str(folder))
 
 
 def test_compressed_pixels_are_no_larger_than_the_slice(tmp_path: Path) -> None:

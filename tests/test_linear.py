@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from conftest import use_native
-from hlip.model.layers import Mlp
+from hlip.model.encoder import Mlp
 from hlip_kernels import StudyLayout, add_regroup_norm, linear_of_norm, linear_of_pixels, mlp_of_norm
 from hlip_kernels import products as kernels
 from hlip_kernels.backends import native_norm_gelu

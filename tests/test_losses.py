@@ -17,9 +17,7 @@ import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.config import ModelConfig, TextConfig
 from hlip.model.encoder import StudyEncoder
-from hlip.model.losses import Outputs, contrastive_loss
-
-OBJECTIVES = ("clip", "siglip", "dual")
+from hlip.objective import OBJECTIVES, Clip, Dual, Outputs, SigLip
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -31,13 +29,13 @@ def test_clip_loss_by_hand() -> None:
     image, text = unit(5, 1, 8, seed=0), unit(5, 1, 8, seed=1)
     logits = 7.0 * image[:, 0] @ text[:, 0].T
     by_hand = -(logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean()) / 2
-    torch.testing.assert_close(contrastive_loss(Outputs(image, text, torch.tensor([7.0]).double())), by_hand)
+    torch.testing.assert_close(Clip().loss(Outputs(image, text, torch.tensor([7.0]).double())), by_hand)
 
 
 def test_dual_loss_is_the_mean_of_two_at_their_own_temperatures() -> None:
     image, text, scale = unit(5, 2, 8, seed=0), unit(5, 2, 8, seed=1), torch.tensor([7.0, 3.0]).double()
-    parts = [contrastive_loss(Outputs(image[:, [p]], text[:, [p]], scale[[p]])) for p in range(2)]
-    torch.testing.assert_close(contrastive_loss(Outputs(image, text, scale)), (parts[0] + parts[1]) / 2)
+    parts = [Clip().loss(Outputs(image[:, [p]], text[:, [p]], scale[[p]])) for p in range(2)]
+    torch.testing.assert_close(Dual().loss(Outputs(image, text, scale)), (parts[0] + parts[1]) / 2)
     assert not torch.allclose(parts[0], parts[1])
 
 
@@ -48,15 +46,15 @@ def test_siglip_loss_by_hand() -> None:
         for j in range(4):
             logit = 5.0 * float(image[i, 0] @ text[j, 0]) - 2.0
             total += math.log(1 + math.exp(-logit if i == j else logit))
-    loss = contrastive_loss(Outputs(image, text, torch.tensor([5.0]).double(), bias))
+    loss = SigLip().loss(Outputs(image, text, torch.tensor([5.0]).double(), bias))
     assert float(loss) == pytest.approx(total / 4, rel=1e-12)
 
 
 def test_half_precision_embeddings_are_compared_in_float32() -> None:
     image, text, scale = unit(5, 1, 8, seed=0).bfloat16(), unit(5, 1, 8, seed=1).bfloat16(), torch.tensor([50.0])
-    loss = contrastive_loss(Outputs(image, text, scale))
+    loss = Clip().loss(Outputs(image, text, scale))
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, contrastive_loss(Outputs(image.float(), text.float(), scale)))
+    torch.testing.assert_close(loss, Clip().loss(Outputs(image.float(), text.float(), scale)))
 
 
 class Towers(nn.Module):
@@ -93,7 +91,7 @@ def one_rank(rank: int, world: int, folder: str) -> None:
     for objective in OBJECTIVES:
         for local_loss in (False, True):
             model = nn.parallel.DistributedDataParallel(Towers(objective), find_unused_parameters=True)
-            loss = contrastive_loss(model(hlip.pack(studies[mine], (4, 8, 8)), words[mine]), local_loss)
+            loss = OBJECTIVES[objective].loss(model(hlip.pack(studies[mine], (4, 8, 8)), words[mine]), local_loss)
             loss.backward()
             mean = loss.detach().clone()
             dist.all_reduce(mean)
@@ -112,7 +110,7 @@ def test_processes_have_the_loss_and_gradient_of_one(world: int, tmp_path: Path)
     studies, words = studies_and_words()
     for objective in OBJECTIVES:
         model = Towers(objective)
-        loss = contrastive_loss(model(hlip.pack(studies, (4, 8, 8)), words))
+        loss = OBJECTIVES[objective].loss(model(hlip.pack(studies, (4, 8, 8)), words))
         loss.backward()
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert {"trunk.cls_token", "text.weight", "scale"} <= expected.keys()
@@ -146,7 +144,7 @@ def batch() -> hlip.PackedBatch:
 def test_a_model_compares_what_its_objective_says(objective: str, bert_folder: str) -> None:
     model = small(objective, bert_folder)
     packed = batch()
-    outputs = model(packed, model.config.texts(packed.impressions, packed.findings))
+    outputs = model(packed, model.objective.texts(packed.impressions, packed.findings))
     reports = ["a mass. edema around it.", "clear.", "normal."]
     impressions, findings = ["a mass.", "clear.", "normal."], ["edema around it.", "clear.", "normal."]
     expected = [impressions, findings] if objective == "dual" else [reports]
@@ -158,7 +156,7 @@ def test_a_model_compares_what_its_objective_says(objective: str, bert_folder: s
         {"clip": [1 / 0.07], "siglip": [10.0], "dual": [1 / 0.07, 1 / 0.07]}[objective]
     )
     assert (outputs.bias is None) == (objective != "siglip")
-    contrastive_loss(outputs).backward()
+    model.objective.loss(outputs).backward()
     assert model.logit_scale.grad is not None
     if objective != "clip":
         assert model.logit_bias.grad is not None
@@ -170,5 +168,5 @@ def test_clamping_leaves_the_bias_of_siglip_alone(bert_folder: str) -> None:
         with torch.no_grad():
             model.logit_scale.fill_(9.0)
             model.logit_bias.fill_(-10.0)
-        model.clamp_logit_scale()
+        model.objective.clamp(model)
         assert (model.logit_scale.item(), model.logit_bias.item()) == (pytest.approx(math.log(100)), bias)

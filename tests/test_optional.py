@@ -22,8 +22,8 @@ from hlip.embed.table import Embeddings
 from test_store import STUDIES, make_store
 
 TESTS = Path(__file__).parent
-ADVICE = {extra: rf"pip install 'hlip-kernels\[{extra}\]'" for extra in ("io", "scale", "text", "train", "eval", "viz",
-                                                                        "baselines", "demo")}  # fmt: skip
+EXTRAS = ("hub", "io", "scale", "text", "train", "eval", "viz", "baselines", "demo")
+ADVICE = {extra: rf"pip install 'hlip-kernels\[{extra}\]'" for extra in EXTRAS}
 # The package, what is asked of which program (names in braces are of `files`), and what it says.
 CASES: dict[str, tuple[str, str, str]] = {
     "nibabel": ("nibabel", "hlip prepare {nifti} --out {out} --recipe brain-mri --workers 1", ADVICE["io"]),
@@ -34,11 +34,11 @@ CASES: dict[str, tuple[str, str, str]] = {
     "pyarrow, Parquet": ("pyarrow", "hlip embed {scan} --model {model} --out {out}.parquet", ADVICE["io"]),
     "ray": ("ray", "hlip prepare {nifti} --out {out} --recipe brain-mri --engine ray", ADVICE["scale"]),
     "submitit": ("submitit", "hlip prepare {nifti} --out {out} --recipe brain-mri --engine slurm", ADVICE["scale"]),
+    "huggingface-hub": ("huggingface_hub", "hlip convert no/such {out}", ADVICE["hub"]),
     "transformers": ("transformers", "hlip embed {scan} --model {model} --out {out}.npz", ADVICE["text"]),
     "scikit-learn": ("sklearn", "hlip probe {embeddings} --labels {labels} --out {out}", ADVICE["eval"]),
     "matplotlib": ("matplotlib", "hlip store stats {store} --out {out}.png", ADVICE["viz"]),
     "open_clip": ("open_clip", "hlip embed {store} --model open_clip:{released} --out {out}.npz", ADVICE["baselines"]),
-    "jsonargparse": ("jsonargparse", "pretrain.py --data {store} --out {out}", ADVICE["train"]),
     "tensorboard": ("tensorboard", "pretrain.py --data {store} --out {out}", ADVICE["train"]),
     "wandb": ("wandb", "pretrain.py --data {store} --out {out} --wandb true", "pip install wandb"),
     "nilearn": ("nilearn", "demo.py --data {out}/data --out {out}", ADVICE["demo"]),

@@ -193,9 +193,9 @@ def test_a_checkpoint_that_is_a_link_is_passed_over(
     tiny_model: HLIPModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run's folder of checkpoints may lie on another disk, but none of them elsewhere."""
+    from hlip.processes import Processes
     from hlip.train.checkpoints import Checkpoints
     from hlip.train.config import TrainConfig
-    from hlip.train.step import World
 
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_is_a_link_is_passed_over(
     optimizer = torch.optim.AdamW(model.parameters())
     sum(weight.sum() for weight in model.parameters()).backward()
     optimizer.step()
-    kept = Checkpoints(TrainConfig(tmp_path / "data", tmp_path / "run", steps=2), World())
+    kept = Checkpoints(TrainConfig(tmp_path / "data", tmp_path / "run", steps=2), Processes())
     kept.save(model, optimizer, scaler, 1)
     kept.wait()
     shutil.copy(tmp_path / "disk" / "step_00000001.pt", tmp_path / "mine.pt")

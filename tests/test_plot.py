@@ -10,10 +10,10 @@ import pytest
 from matplotlib import image
 
 from hlip.cli import main as cli
+from hlip.processes import Processes
 from hlip.train.config import TrainConfig
 from hlip.train.log import Log
 from hlip.train.plot import PANELS, read_run
-from hlip.train.step import World
 
 
 def run(*args: object) -> int:
@@ -23,7 +23,7 @@ def run(*args: object) -> int:
 def train_log(folder: Path, steps: int = 40, slope: float = 0.05) -> Path:
     """A run's log as the trainer writes it."""
     folder.mkdir(parents=True)
-    log = Log(TrainConfig(Path("store"), folder), World(), 0)
+    log = Log(TrainConfig(Path("store"), folder), Processes(), 0)
     for step in range(1, steps + 1):
         log.scalars(
             step, loss=3 - slope * step, lr=1e-4 * step, grad_norm=1 + slope, temperature=0.07, studies_per_second=8.5,

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 import hlip
 from hlip.model import weights
 from hlip.model.config import preset
-from hlip.model.text import TextTower, read_tokenizer
+from hlip.model.text import TextTower
+from hlip.model.tokenizer import read_tokenizer
 from hostile_models import KERNEL, WAYS, put, run_job
 from released_files import MULTISCAN, Evil, State, assert_same, cut, hub_folder, seeded, vit
 

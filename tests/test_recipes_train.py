@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from hlip.cli import main as cli
 from hlip.model.config import ModelConfig, list_models, preset
-from hlip.train import pretrain, settings
-from hlip.train.config import TrainConfig, from_published_flags
-from hlip.train.settings import RECIPES
+from hlip.train import config as settings
+from hlip.train import pretrain
+from hlip.train.checkpoints import with_changes
+from hlip.train.config import RECIPES, TrainConfig, from_published_flags
+from hlip.train.step import peak_lr
 
 TRAIN = Path(__file__).parents[1] / "train"
 
@@ -70,13 +73,13 @@ def test_a_recipe_has_the_published_settings(
     assert config.model is not None
     model: ModelConfig = preset(config.model)
     assert model.objective == objective
-    changed = pretrain.with_changes(model, config)
+    changed = with_changes(model, config)
     assert changed == model  # what the recipe says of the model is what the model says of itself
     scans = model.vision.levels[-1] == "study"
     assert scans == (config.max_scans == 10)
     assert config.texts == ("sentence" if objective == "dual" else "report")
     assert config.vision == f"timm/vit_{'large' if model.vision.width == 1024 else 'base'}_patch16_224.mae"
-    assert pretrain.peak_lr(config) == pytest.approx(2e-4 if scans else 8e-5)
+    assert peak_lr(config) == pytest.approx(2e-4 if scans else 8e-5)
     assert config.precision == "bf16"
 
 
@@ -101,17 +104,16 @@ def test_a_recipe_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     command = [sys.executable, TRAIN / "pretrain.py", "--config", recipe, "--data", "STORE", "--out", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "weight_decoy" in done.stderr and "did you mean weight_decay?" in done.stderr
+    assert "weight_decoy" in done.stderr and "did you mean weight_decay" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_found_by_its_name() -> None:
     there = str(RECIPES / "brain_mri.yaml")
     for given in ("brain_mri", "brain_mri.yaml", "recipes/brain_mri.yaml", "train/recipes/brain_mri.yaml", there):
-        assert settings.with_recipes(["--config", given, "--lr=1"]) == ["--config", there, "--lr=1"]
-        assert settings.with_recipes([f"--config={given}"]) == [f"--config={there}"]
+        assert str(settings.find_settings(given)) == there
     with pytest.raises(ValueError, match="--config brain_mir: no such file or recipe; did you mean brain_mri"):
-        settings.with_recipes(["--config", "brain_mir"])
+        settings.find_settings("brain_mir")
 
 
 def test_steps_on_the_command_line_go_before_the_recipes_epochs(
@@ -130,6 +132,37 @@ def test_steps_on_the_command_line_go_before_the_recipes_epochs(
 def test_published_flags_that_mean_something_else_are_refused(flag: str) -> None:
     with pytest.raises(ValueError, match=f"--{flag}: "):
         from_published_flags([f"--{flag}", "1"])
+
+
+def test_hyphens_are_taken_for_underscores() -> None:
+    given = [
+        "--data",
+        "STORE",
+        "--lr-batch=64",
+        "--save-minutes",
+        "2.5",
+        "--lock-text",
+        "false",
+        "--grad-checkpointing",
+    ]
+    config = settings.read_arguments(given, "hlip train", "")
+    assert (config.lr_batch, config.save_minutes, config.lock_text, config.grad_checkpointing) == (64, 2.5, False, True)
+
+
+def test_hlip_train_is_the_same_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--config", "head_ct", "--data", "STORE", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (stopped.value.code, shown["data"], shown["warmup"], shown["resume"]) == (0, "STORE", 2000, "false")
+    assert cli.main(["train", "--data", "STORE", "--lr", "nan"]) == 2
+    assert capsys.readouterr().err == "hlip train: error: lr: expected a finite number, got 'nan'\n"
+
+
+def test_what_is_missing_or_unknown_is_named() -> None:
+    with pytest.raises(ValueError, match="data: is missing; give --data"):
+        settings.read_arguments(["--lr=1"], "hlip train", "")
+    with pytest.raises(ValueError, match="--weight_decoy 1; did you mean weight_decay"):
+        settings.read_arguments(["--weight-decoy", "1"], "hlip train", "")
 
 
 def test_published_flags_that_mean_the_same_are_taken() -> None:
@@ -186,7 +219,7 @@ def test_a_hostile_file_is_refused_by_name(
     path = tmp_path / "hostile.yaml"
     path.write_text(HOSTILE[name])
     assert refused(["--config", str(path)], monkeypatch, capsys).startswith(
-        (f"pretrain.py: error: --config {path}: not readable settings", f"pretrain.py: error: {path}: ")
+        (f"hlip train: error: --config {path}: not readable settings", f"hlip train: error: {path}: ")
     )
 
 
@@ -242,7 +275,7 @@ def test_a_file_is_as_its_flags(
     )
     config = settings_of(path, "--lr", "2e-4", monkeypatch=monkeypatch, capsys=capsys)
     assert (config.lr, config.lock_text, config.max_scans, config.betas) == (2e-4, True, None, (0.9, 0.99))
-    flags = settings.with_settings(["--lr=1", "--config", str(path), "--seed", "3"], {})
-    assert flags[0] == "--lr=1" and flags[1] == "--lr=1e-4" and flags[-2:] == ["--seed", "3"]
-    assert {"--labels=a b", "--wandb=2024-01-01", "--model=1e5"} <= set(flags)
-    assert not [flag for flag in flags if "config" in flag]
+    given = ["--data=STORE", "--lr=1", "--seed", "4", f"--config={path}", "--seed", "3"]
+    config = settings.read_arguments(given, "hlip train", "")
+    assert (config.lr, config.seed) == (1e-4, 3)
+    assert (str(config.labels), config.wandb, config.model) == ("a b", "2024-01-01", "1e5")

@@ -106,7 +106,7 @@ def test_two_processes_train_evaluate_and_leave_a_model(demo: Path, tmp_path: Pa
 def test_of_two_processes_one_says_what_is_wrong(tmp_path: Path) -> None:
     done = pretrain(["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--batch_sise", "4"], processes=2)
     assert done.returncode == 1  # torchrun's
-    assert done.stderr.count("did you mean batch_size?") == 1, done.stderr
+    assert done.stderr.count("did you mean batch_size") == 1, done.stderr
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -327,7 +327,7 @@ def test_help_names_every_setting() -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    from hlip.train.pretrain import learning_rate
+    from hlip.train.step import learning_rate
 
     config = TrainConfig(Path("a"), Path("b"), steps=100, warmup=10, lr=1.0)
     rates = np.array([learning_rate(config, step, 100) for step in range(100)])
@@ -337,7 +337,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_decay_spares_biases_norms_and_temperature(tiny_model: hlip.HLIPModel) -> None:
-    from hlip.train.pretrain import make_optimizer
+    from hlip.train.step import make_optimizer
 
     decayed, spared, scalars = make_optimizer(tiny_model, TrainConfig(Path("a"), Path("b"))).param_groups
     names = {id(p): name for name, p in tiny_model.named_parameters()}

@@ -23,11 +23,11 @@ from hlip.demo import make_demo
 from hlip.model.config import preset
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
+from hlip.processes import Processes, first_host
 from hlip.store.store import Store
 from hlip.train.checkpoints import Checkpoints
 from hlip.train.config import TrainConfig
 from hlip.train.log import STALLED, Log, Watch
-from hlip.train.step import World, first_host
 
 TRAIN = Path(__file__).parents[1] / "train"
 
@@ -155,10 +155,10 @@ def test_a_resumed_run_wants_its_studies_wherever_they_are(store: Path, init: Pa
 def test_gradients_that_stay_not_finite_end_an_fp16_run(
     store: Path, init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hlip.train import pretrain
+    from hlip.train import pretrain, step
 
-    monkeypatch.setattr(pretrain, "clip_gradient", lambda model, most: math.nan)
-    monkeypatch.setattr(pretrain, "MOST_NOT_FINITE", 3)
+    monkeypatch.setattr(step, "clip_gradient", lambda model, most: math.nan)
+    monkeypatch.setattr(step, "MOST_NOT_FINITE", 3)
     config = TrainConfig(
         store, tmp_path / "run", init=str(init), batch_size=4, steps=9, warmup=1, precision="fp16", workers=0
     )
@@ -167,7 +167,7 @@ def test_gradients_that_stay_not_finite_end_an_fp16_run(
 
 
 def test_a_full_disk_costs_lines_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    log = Log(TrainConfig(Path("store"), tmp_path, steps=1), World(), 0)
+    log = Log(TrainConfig(Path("store"), tmp_path, steps=1), Processes(), 0)
     log.scalars(1, loss=1.0)
     log.file.close()
     log.file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
@@ -179,7 +179,7 @@ def test_a_full_disk_costs_lines_of_the_log(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_evaluating_and_saving_are_no_stall(tmp_path: Path) -> None:
-    watch = Watch(World(), 0, tmp_path)
+    watch = Watch(Processes(), 0, tmp_path)
     watch.seconds = 0.01
     for doing, late in (("computing", True), ("evaluating", False), ("reading data", True), ("saving", False)):
         watch.at(3, doing, [])
@@ -192,26 +192,27 @@ def test_evaluating_and_saving_are_no_stall(tmp_path: Path) -> None:
 
 
 def test_processes_that_see_different_things_are_refused(tmp_path: Path) -> None:
-    from hlip.train.pretrain import check_agreement
+    from hlip.train.checkpoints import check_agreement
 
-    class Apart(World):
+    class Apart(Processes):
         def gather(self, value: Any) -> list[Any]:
             return [value, value | {"first_step": 0}]
 
-    checkpoints = Checkpoints(TrainConfig(Path("a"), tmp_path), World())
+    checkpoints = Checkpoints(TrainConfig(Path("a"), tmp_path), Processes())
     check_agreement(Apart(), 0, checkpoints)
     with pytest.raises(ValueError, match="data and out must be shared by all"):
         check_agreement(Apart(), 5, checkpoints)
 
 
 def test_text_features_are_kept_without_dropout(store: Path, init: Path, tmp_path: Path) -> None:
-    from hlip.train import pretrain
+    from hlip.train.checkpoints import make_model
+    from hlip.train.loader import locked_features
 
     config = TrainConfig(store, tmp_path, init=str(init), lock_text=True)
-    model = pretrain.make_model(config)
+    model = make_model(config)
     impressions, findings = (Store(store).manifest.column(name).to_pylist()[:2] for name in ("impression", "findings"))
-    texts = model.config.texts(impressions, findings)
-    found = [pretrain.locked_features(model.train(), Store(store), World())(texts) for _ in range(2)]
+    texts = model.objective.texts(impressions, findings)
+    found = [locked_features(model.train(), Store(store), Processes())(texts) for _ in range(2)]
     assert found[0].equal(found[1])
     with torch.no_grad():
         torch.testing.assert_close(found[0], model.eval().text.features(texts), rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from hlip.prepare.job import prepare
 from hlip.store.store import Store
 from hlip.study import Study
 from hlip.terminal import guarded_streams, say
+from hlip.train.plot import draw, read_run
 
 try:
     import matplotlib
@@ -44,11 +46,12 @@ try:
 
     import matplotlib.pyplot as plt
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import auc, roc_curve
+    from sklearn.metrics import RocCurveDisplay
 except ImportError as error:
     sys.exit(f"demo.py: error: the demo needs more packages: pip install 'hlip-kernels[all]' ({error})")
 
 MODEL = "demo"
+PACKAGES = ("hlip-kernels", "torch", "transformers", "numpy")  # whose versions are told
 
 
 def main() -> int:
@@ -107,27 +110,36 @@ def run(args: argparse.Namespace) -> None:
     train, test = stores["train"], stores["test"]
     labels = np.stack([table[uid] for uid in test.uids])
     studies = [test.study(i) for i in range(len(test))]
+    one_each = one_scan_each(studies, args.seed)
     shares = zeroshot(model, studies, prompts)[1].numpy()
-    results = {
-        "auc_untrained": macro_auc(labels, zeroshot(untrained, studies, prompts)[1].numpy()),
+
+    def area(model: HLIPModel, shown: list[Study] = studies) -> float:
+        return macro_auc(labels, zeroshot(model, shown, prompts)[1].numpy())
+
+    results: dict[str, Any] = {
+        "auc_untrained": area(untrained),
         "auc_trained": macro_auc(labels, shares),
-        "auc_shuffled_reports": macro_auc(labels, zeroshot(control, studies, prompts)[1].numpy()),
-        "auc_one_scan": macro_auc(labels, zeroshot(model, one_scan_each(studies, args.seed), prompts)[1].numpy()),
+        "auc_shuffled_reports": area(control),
+        "auc_one_scan": area(model, one_each),
         "auc_scan_types": scan_types_auc(train, test, np.stack([table[uid] for uid in train.uids]), labels, args.seed),
-        **(one_scan_results(args.out / "one_scan", studies, labels, prompts, args.seed) if args.one_scan else {}),
+    }
+    if args.one_scan:  # HLIP, figure 4b
+        single = HLIPModel.from_pretrained(args.out / "one_scan" / "model")
+        results |= {
+            "auc_trained_on_one_scan": area(single),
+            "auc_trained_on_one_scan_shown_one": area(single, one_each),
+        }
+    results |= {
         "studies": {"train": len(train), "test": len(test)},
         "scans": {"train": len(train.shapes), "test": len(test.shapes)},
         "seed": args.seed,
         "seconds": round(time.perf_counter() - started, 1),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("hlip-kernels", "torch", "transformers", "numpy")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    plot_loss(args.out)
+    write_whole(args.out / "loss.png", lambda file: draw([read_run(args.out)], file, "png"))
     plot_roc(args.out, labels, shares, list(prompts.classes))
     plot_study(args.out, studies, labels, shares, list(prompts.classes))
-    content = json.dumps(results, indent=1) + "\n"
-    write_text(args.out / "results.json", content)
+    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     print_table(results, args.out)
 
 
@@ -170,7 +182,7 @@ def pretrain(
     if data and held_out:
         settings |= {"val": held_out, "labels": data / "labels.csv", "prompts": data / "prompts.yaml"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // args.processes)
     script = Path(__file__).with_name("pretrain.py")
@@ -194,19 +206,6 @@ def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
     return target
 
 
-def one_scan_results(
-    run: Path, studies: Sequence[Study], labels: np.ndarray, prompts: Prompts, seed: int
-) -> dict[str, float]:
-    """A model trained on one random scan of a study at a time, shown all scans and one (HLIP, figure 4b)."""
-    model = HLIPModel.from_pretrained(run / "model")
-    return {
-        "auc_trained_on_one_scan": macro_auc(labels, zeroshot(model, studies, prompts)[1].numpy()),
-        "auc_trained_on_one_scan_shown_one": macro_auc(
-            labels, zeroshot(model, one_scan_each(studies, seed), prompts)[1].numpy()
-        ),
-    }
-
-
 def one_scan_each(studies: Sequence[Study], seed: int) -> list[Study]:
     """Every study with a single one of its scans, drawn at random."""
     rng = np.random.default_rng(seed)
@@ -214,7 +213,7 @@ def one_scan_each(studies: Sequence[Study], seed: int) -> list[Study]:
 
 
 def scan_types_auc(train: Store, test: Store, train_labels: np.ndarray, test_labels: np.ndarray, seed: int) -> float:
-    """What a classifier gets that knows only which contrasts and planes a study holds, and how many scans."""
+    """The AUC of a classifier that knows only which contrasts and planes a study holds, and how many scans."""
     x_train, x_test = (
         [_scan_types(names) for names in store.manifest.column("name").to_pylist()] for store in (train, test)
     )
@@ -228,28 +227,13 @@ def _scan_types(names: list[str]) -> list[int]:
     return [len(names), *(words[word] for word in (*PLANE, "axial", "coronal", "sagittal"))]
 
 
-def plot_loss(out: Path) -> None:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    loss = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    areas = [(line["step"], line["auc"]) for line in lines if "auc" in line]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(*zip(*loss, strict=True), label="training loss")
-    axes.set(xlabel="step", ylabel="contrastive loss", title="Pre-training on the demo studies")
-    right = axes.twinx()
-    right.plot(*zip(*areas, strict=True), "o--", color="tab:orange", label="zero-shot AUC, held-out studies")
-    right.set(ylabel="macro AUC", ylim=(0, 1.02))
-    figure.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 0.0))
-    _save(figure, out / "loss.png")
-
-
 def plot_roc(out: Path, labels: np.ndarray, shares: np.ndarray, classes: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(5, 5))
     for k, name in enumerate(classes):
-        false, true, _ = roc_curve(labels[:, k], shares[:, k])
-        axes.plot(false, true, label=f"{name} ({auc(false, true):.3f})")
+        RocCurveDisplay.from_predictions(labels[:, k], shares[:, k], name=name, ax=axes)
     axes.plot([0, 1], [0, 1], ":", color="grey")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="Zero-shot, one class against the rest")
-    axes.legend(title="AUC")
+    axes.legend()
     _save(figure, out / "roc.png")
 
 

@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from ..processes import say_error
 from ..terminal import guarded_streams, say
-from . import embed, evaluate, interpret, models, probe, retrieve, stores, zeroshot
+from . import embed, evaluate, interpret, models, probe, retrieve, stores, train, zeroshot
 
-COMMANDS = (stores, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
+COMMANDS = (stores, train, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,15 +23,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return train.run(argv[1:])
     with guarded_streams():
         return _main(argv)
 
 
-def _main(argv: list[str] | None) -> int:
+def _main(argv: list[str]) -> int:
     parser = _Parser(
         prog="hlip",
         usage="hlip [-h] COMMAND ...",
-        description="Prepare, embed, classify, find and look into 3D medical imaging studies, of many scans each.",
+        description="Prepare, learn from, embed, classify, find and look into 3D medical studies of many scans.",
         epilog="hlip COMMAND --help says more of each.",
     )
     # With the dots it is as wide as the longest command, which argparse would give a line of its own.

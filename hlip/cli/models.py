@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from ..model.checkpoint import Layout, load
+from ..model.checkpoint import Layout
+from ..model.clip import HLIPModel
 from ..model.released import describe
 from ..output import write_whole
 from ..terminal import say
@@ -57,7 +58,7 @@ def add(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    model, how, _ = load(args.source, args.model, args.text)
+    model, how, _ = HLIPModel.load(args.source, args.model, args.text)
     say(f"{args.source}: {how}", *describe(model.config))
     if args.layout == "hlip":
         model.save_pretrained(args.target)

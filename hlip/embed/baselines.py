@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..model.text import TOKENIZER_FILES, check_number, read_bert_config, read_tokenizer
+from ..model.text import check_number, read_bert_config
+from ..model.tokenizer import TOKENIZER_FILES, read_tokenizer
 from ..model.weights import local_folder, weights_digest
 from ..read.paths import check_within
 from ..read.safe import as_texts, read_json

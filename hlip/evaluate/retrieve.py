@@ -18,9 +18,9 @@ from ..embed.baselines import Encoder
 from ..embed.table import Embeddings
 from ..embed.texts import Progress, embed_texts
 from ..model.clip import HLIPModel
+from ..objective import Clip
 from ..output import new_figure
 from ..store.store import Store
-from ..study import join_report
 
 DIRECTIONS = ("image to report", "report to image")
 KS = (1, 5, 10, 50, 100)
@@ -68,17 +68,15 @@ class Pairs:
             ValueError: no study with a report and embeddings, embeddings of too few heads, or of another width.
         """
         reports = reports_of(store)
-        pairs = 2 if isinstance(model, HLIPModel) and model.config.objective == "dual" else 1
+        objective = model.objective if isinstance(model, HLIPModel) else Clip()
+        pairs = objective.pairs
         tables = [dict(zip(*embeddings.of_studies(head), strict=True)) for head in range(pairs)]
         embedded = [uid for uid in store.uids.tolist() if all(uid in table for table in tables)]
         uids = [uid for uid in embedded if uid in reports]
         if not uids:
             raise ValueError(f"{store.path}: none of the {len(embedded)} studies with embeddings has a report")
         impressions, findings = map(list, zip(*(reports[uid] for uid in uids), strict=True))
-        if isinstance(model, HLIPModel):
-            joined = model.config.texts(impressions, findings)
-        else:
-            joined = [join_report(*pair) for pair in zip(impressions, findings, strict=True)]
+        joined = objective.texts(impressions, findings)
         texts = [joined[p * len(uids) : (p + 1) * len(uids)] for p in range(pairs)]
         image = torch.from_numpy(np.stack([[table[uid] for uid in uids] for table in tables]))
         text = embed_texts(model, [each for part in texts for each in part], batch, progress)

@@ -30,7 +30,7 @@ from hlip_kernels import Level, StudyLayout, regroup
 from ..embed.texts import check_lengths
 from ..model.clip import HLIPModel
 from ..model.encoder import Block, Stream
-from ..model.losses import at_least_float32
+from ..objective import at_least_float32
 from ..study import PackedBatch, Study, pack
 
 Layers = Literal["last", "all"]

@@ -12,18 +12,19 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from ..objective import OBJECTIVES
 from ..output import replacing_folder
 from ..read.paths import usual_permissions
 from ..read.safe import MOST_SETTINGS, parse_json, read_text
-from .clip import HLIPModel
 from .config import BERT_BASE, ModelConfig
 from .released import (
     CONFIGS,
@@ -35,8 +36,19 @@ from .released import (
     open_clip_json,
     published_name,
 )
-from .text import TOKENIZER_FILES, Source, TextFiles, has_tokenizer
-from .weights import WEIGHT_FILES, Weights, check_fit, find_weights, load_strict, local_folder, read_json, read_weights
+from .text import TextTower
+from .tokenizer import TOKENIZER_FILES, Source, TextFiles, has_tokenizer
+from .weights import (
+    WEIGHT_FILES,
+    Weights,
+    check_fit,
+    find_weights,
+    hub_library,
+    load_strict,
+    local_folder,
+    read_json,
+    read_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,103 +59,156 @@ OURS = ("text/*.json", "text/vocab.txt")
 class Loaded(NamedTuple):
     """A model in evaluation mode, and how its configuration is known. See `Identity`."""
 
-    model: HLIPModel
+    model: Any
     how: str
     guessed: bool
 
 
-def save_pretrained(model: HLIPModel, folder: Path) -> None:
-    """Write `folder` whole: it is complete or, if anything fails, as it was.
+class Saved(nn.Module):
+    """A model that is written to folders and read from them: the base of `HLIPModel`."""
 
-    Where the tokenizer is not to be had, the folder is written without it, and a line of the log says so.
+    config: ModelConfig
+    text: TextTower
 
-    Raises:
-        ValueError: `folder` exists and holds something else than a saved model.
-    """
+    def files(self) -> dict[str, str]:
+        """The texts of a saved model's folder: a checkpoint keeps them beside the weights, to be read without flags."""
+        text = {f"text/{name}": content for name, content in self.text.files().items()}
+        return {"config.json": json.dumps(self.config.to_dict()), **text}
 
-    def fill(partial: Path) -> None:
-        _save_weights(model, partial / "model.safetensors")
-        model.text.transformer.config.save_pretrained(partial / "text")
-        whole = _save_tokenizer(model, partial / "text")
-        content = model.config.to_dict()
-        if whole and Path(content["text"]["name"]).is_dir():  # of where the text tower came from, nobody need know more
-            content["text"]["name"] = Path(content["text"]["name"]).resolve().name
-        (partial / "config.json").write_text(json.dumps(content, indent=1))
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model, its configuration and its tokenizer to `folder`, whole or not at all.
 
-    own = ("config.json", "model.safetensors", "text/config.json", *(f"text/{name}" for name in TOKENIZER_FILES))
+        Where the tokenizer is not to be had, the folder is written without it, and a line of the log says so.
 
-    def is_older(path: Path) -> bool:
+        Raises:
+            ValueError: `folder` exists and holds something else than a saved model.
+        """
+
+        def fill(partial: Path) -> None:
+            _save_weights(self, partial / "model.safetensors")
+            self.text.transformer.config.save_pretrained(partial / "text")
+            whole = _save_tokenizer(self, partial / "text")
+            content = self.config.to_dict()
+            name = Path(content["text"]["name"])
+            if whole and name.is_dir():  # of where the text tower came from, nobody need know more
+                content["text"]["name"] = name.resolve().name
+            (partial / "config.json").write_text(json.dumps(content, indent=1))
+
+        own = ("config.json", "model.safetensors", "text/config.json", *(f"text/{name}" for name in TOKENIZER_FILES))
+
+        def is_older(path: Path) -> bool:
+            try:
+                return _only(path, own) and "vision" in read_json(path / "config.json")
+            except ValueError:
+                return False
+
+        _write(Path(folder), fill, is_older)
+
+    def save_open_clip(self, folder: Path | str, name: str | None = None) -> str:
+        """Write the model to `folder`, whole or not at all, in the layout of the released models: flat weights, and
+        JSON files with which open_clip builds the model where HLIP's released code is installed. Returns the name of
+        the model in there.
+
+        Args:
+            name: of the released model that this is; found by its architecture if None.
+
+        Raises:
+            ValueError: it has the architecture of no released model, or `folder` holds something else.
+        """
+        name, content = open_clip_json(self.config, published_name(self.config, name))
+        bert = self.text.transformer.config
+        wrong = [
+            f"{key} {getattr(bert, key, None)}, not {v}" for key, v in BERT_BASE.items() if getattr(bert, key, 0) != v
+        ]
+        if wrong:
+            raise ValueError(f"the layout holds a text tower of BERT's base size; this one has {', '.join(wrong)}")
+
+        def fill(partial: Path) -> None:
+            _save_weights(self, partial / "model.safetensors")
+            (partial / CONFIGS).mkdir(parents=True)
+            (partial / CONFIGS / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
+            whole = {"model_cfg": content, "preprocess_cfg": {"mean": [0.449] * 3, "std": [0.226] * 3}}
+            (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(whole, indent=4) + "\n")
+            _save_tokenizer(self, partial)
+
+        own = ("model.safetensors", OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", *TOKENIZER_FILES)
+        _write(Path(folder), fill, lambda path: (path / OPEN_CLIP_CONFIG).is_file() and _only(path, own))
+        return name
+
+    def push_to_hub(self, repo_id: str, layout: Layout = "hlip", private: bool = False) -> None:
+        """Upload what `save_pretrained` or `save_open_clip` writes to the Hugging Face hub.
+
+        Raises:
+            ValueError: the hub refuses; says why.
+        """
+        hub, errors = hub_library(repo_id)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            if layout == "hlip":
+                self.save_pretrained(folder)
+            else:
+                self.save_open_clip(folder)
+            api = hub.HfApi()
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model of hlip-kernels")
+            except errors as error:
+                raise ValueError(f"{repo_id}: could not be uploaded ({str(error).splitlines()[0]})") from error
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model], name: Path | str, model: str | None = None, text: Path | str | None = None
+    ) -> Model:
+        """Read a model, in evaluation mode: what `save_pretrained` wrote, a released one, or a training checkpoint.
+
+        Every weight must be used and be finite; a released model's `logit_bias` may be absent. A configuration that had
+        to be guessed is told on the log.
+
+        Args:
+            name: a file of weights, a folder, or a name on the Hugging Face hub.
+            model: which of `hlip.list_models()` it is, where neither files beside the weights nor shapes can say.
+            text: folder or hub name of the text tower's configuration and tokenizer, in place of the model's own.
+
+        Raises:
+            ValueError: nothing usable there; names the file and the reason.
+        """
+        loaded = cls.load(name, model, text)
+        if loaded.guessed:
+            lines = describe(loaded.model.config)
+            log.warning("%s: %s" + "\n%s" * len(lines), name, loaded.how, *lines)
+        return loaded.model
+
+    @classmethod
+    def load(cls, name: Path | str, model: str | None = None, text: Path | str | None = None) -> Loaded:
+        """As `from_pretrained`; says how the configuration is known, too."""
+        path = _find(str(name))
+        weights, own, (config, how, guessed) = _identify(path, model)
+        if text is not None:
+            config = replace(config, text=replace(config.text, name=str(text)))
+        source, optional = own if text is None else text, () if own else OBJECTIVES[config.objective].late
+        _check_size(config, weights)
         try:
-            return _only(path, own) and "vision" in read_json(path / "config.json")
-        except ValueError:
-            return False
-
-    _write(folder, fill, is_older)
-
-
-def save_open_clip(model: HLIPModel, folder: Path, name: str | None = None) -> str:
-    """Write `folder` whole, in the layout of the released models: flat weights, and JSON files with which open_clip
-    builds the model where HLIP's released code is installed. Returns the name of the model in there.
-
-    Args:
-        name: of the released model that this is; found by its architecture if None.
-
-    Raises:
-        ValueError: the model has no released one's architecture, or `folder` exists and is not of this layout.
-    """
-    name, content = open_clip_json(model.config, published_name(model.config, name))
-    bert = model.text.transformer.config
-    wrong = [f"{key} {getattr(bert, key, None)}, not {v}" for key, v in BERT_BASE.items() if getattr(bert, key, 0) != v]
-    if wrong:
-        raise ValueError(f"the layout holds a text tower of BERT's base size; this one has {', '.join(wrong)}")
-
-    def fill(partial: Path) -> None:
-        _save_weights(model, partial / "model.safetensors")
-        (partial / CONFIGS).mkdir(parents=True)
-        (partial / CONFIGS / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
-        whole = {"model_cfg": content, "preprocess_cfg": {"mean": [0.449] * 3, "std": [0.226] * 3}}
-        (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(whole, indent=4) + "\n")
-        _save_tokenizer(model, partial)
-
-    own = ("model.safetensors", OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", *TOKENIZER_FILES)
-
-    def is_older(path: Path) -> bool:
-        return (path / OPEN_CLIP_CONFIG).is_file() and _only(path, own)
-
-    _write(folder, fill, is_older)
-    return name
-
-
-def push_to_hub(model: HLIPModel, repo_id: str, layout: Layout = "hlip", private: bool = False) -> None:
-    """Upload what a save writes. Raises ValueError if the hub refuses."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "model"
-        if layout == "hlip":
-            save_pretrained(model, folder)
-        else:
-            save_open_clip(model, folder)
-        api = HfApi()
+            with torch.device("meta"):
+                planned = cls(config, source)
+        except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(f"{weights.path}: no model can be built for it ({error})") from error
+        check_fit(planned, weights.state, weights.path, optional)
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model of hlip-kernels")
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ValueError(f"{repo_id}: could not be uploaded ({str(error).splitlines()[0]})") from error
+            built = cls(config, source)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"{weights.path}: no memory for its model ({str(error).splitlines()[0]})") from error
+        if source is None and path.is_dir() and has_tokenizer(path):
+            built.text.tokenizer_source = str(path)
+        how += "".join(f"; no {key}, so it begins anew" for key in optional if key not in weights.state)
+        load_strict(built, weights.state, weights.path, optional)
+        return Loaded(built.eval(), how, guessed)
 
 
-def from_pretrained(name: str, model: str | None = None, text: Path | str | None = None) -> HLIPModel:
-    """See `HLIPModel.from_pretrained`. A configuration that had to be guessed is told on the log."""
-    loaded = load(name, model, text)
-    if loaded.guessed:
-        lines = describe(loaded.model.config)
-        log.warning("%s: %s" + "\n%s" * len(lines), name, loaded.how, *lines)
-    return loaded.model
+Model = TypeVar("Model", bound=Saved)
 
 
-def load(name: str, model: str | None = None, text: Path | str | None = None) -> Loaded:
-    """Read a model in any layout. See `HLIPModel.from_pretrained`."""
+def _find(name: str) -> Path:
+    """The file of weights, or the folder of a model, that is called so; from the hub if there is none here."""
     try:
         path = Path(name)
         if not path.is_file():
@@ -151,40 +216,27 @@ def load(name: str, model: str | None = None, text: Path | str | None = None) ->
     except ValueError as error:
         hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in names() else ""
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
-    if path.is_file() and path.name in WEIGHT_FILES and _is_described(path.parent):
-        path = path.parent if find_weights(path.parent) == path else path
-    folder = path if path.is_dir() and _is_ours(path) else None
-    own: Source | None = folder / "text" if folder else None
-    if folder:
-        found = _own_config(str(folder / "config.json"), _read_config(folder / "config.json"), model)
-        weights = read_weights(folder / "model.safetensors")
-    else:
-        weights = read_weights(path if path.is_file() else find_weights(path))
-        if weights.files:
-            found = _own_config(f"{weights.path}, config.json", weights.files.get("config.json", ""), model)
-            own = TextFiles(f"{weights.path}, text", _below(weights.files, "text/"))
-        else:
-            found = identify(weights, path if path.is_dir() else None, model)
-    config, how, guessed = found
-    if text is not None:
-        config = replace(config, text=replace(config.text, name=str(text)))
-    source, optional = own if text is None else text, () if own else ("logit_bias",)
-    _check_size(config, source, weights, optional)
-    try:
-        built = HLIPModel(config, source)
-    except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"{weights.path}: no memory for its model ({str(error).splitlines()[0]})") from error
-    if source is None and path.is_dir() and has_tokenizer(path):
-        built.text.tokenizer_source = str(path)
-    if "logit_bias" not in weights.state and not own and config.objective != "clip":
-        how += "; no logit_bias, so it begins anew"
-    load_strict(built, weights.state, weights.path, optional)
-    return Loaded(built.eval(), how, guessed)
+    described = path.is_file() and path.name in WEIGHT_FILES and _is_described(path.parent)
+    return path.parent if described and find_weights(path.parent) == path else path
 
 
-def _check_size(config: ModelConfig, text: Source | None, weights: Weights, optional: tuple[str, ...]) -> None:
-    """Raises ValueError where a configuration asks for more, or other, than there are weights: a model of any size is
-    quickly written down. Nothing is allocated but the tables of positions, whose size is looked at before."""
+def _identify(path: Path, model: str | None) -> tuple[Weights, Source | None, Identity]:
+    """The weights of a file or folder, the text tower's files where it is ours, and its configuration."""
+    if path.is_dir() and _is_ours(path):
+        own = path / "config.json"
+        identity = _own_config(str(own), lambda: read_text(own, MOST_SETTINGS), model)
+        return read_weights(path / "model.safetensors"), path / "text", identity
+    weights = read_weights(path if path.is_file() else find_weights(path))
+    if weights.files:
+        identity = _own_config(f"{weights.path}, config.json", lambda: weights.files.get("config.json", ""), model)
+        texts = {name.removeprefix("text/"): text for name, text in weights.files.items() if name.startswith("text/")}
+        return weights, TextFiles(f"{weights.path}, text", texts), identity
+    return weights, None, identify(weights, path if path.is_dir() else None, model)
+
+
+def _check_size(config: ModelConfig, weights: Weights) -> None:
+    """Raises ValueError where a configuration asks for more than there are weights: a model of any size is quickly
+    written down. The tables of positions are the only ones that are allocated before weights are compared."""
     vision, held = config.vision, sum(value.numel() for value in weights.state.values())
     tables = (math.prod(vision.grid) + vision.max_scans) * vision.width
     if tables > held or len(vision.levels) > len(weights.state):
@@ -192,12 +244,6 @@ def _check_size(config: ModelConfig, text: Source | None, weights: Weights, opti
             f"{weights.path}: its configuration asks for {len(vision.levels)} layers and {tables} positions; "
             f"there are {len(weights.state)} weights of {held} numbers"
         )
-    try:
-        with torch.device("meta"):
-            planned = HLIPModel(config, text)
-    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"{weights.path}: no model can be built for it ({error})") from error
-    check_fit(planned, weights.state, weights.path, optional)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -214,11 +260,11 @@ def _is_described(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("text", OPEN_CLIP_CONFIG, CONFIGS))
 
 
-def _own_config(where: str, text: str, model: str | None) -> Identity:
-    """The configuration in `text`. Raises ValueError, naming `where`, if it is none, or not that of `model`."""
+def _own_config(where: str, read: Callable[[], str], model: str | None) -> Identity:
+    """The configuration in a text. Raises ValueError, naming `where`, if it is none, or not that of `model`."""
     try:
-        config = ModelConfig.from_dict(parse_json(text, finite=True))
-    except ValueError as error:
+        config = ModelConfig.from_dict(parse_json(read(), finite=True))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{where}: not a readable model configuration ({error})") from error
     if model is not None:
         try:
@@ -228,29 +274,12 @@ def _own_config(where: str, text: str, model: str | None) -> Identity:
     return Identity(config, f"as {where} says")
 
 
-def _read_config(path: Path) -> str:
-    try:
-        return read_text(path, MOST_SETTINGS)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable model configuration ({error})") from error
-
-
-def _below(files: Mapping[str, str], folder: str) -> dict[str, str]:
-    return {name.removeprefix(folder): text for name, text in files.items() if name.startswith(folder)}
-
-
-def model_files(model: HLIPModel) -> dict[str, str]:
-    """What a checkpoint keeps beside the weights, to be read without flags: the texts of a saved model's folder."""
-    text = {f"text/{name}": content for name, content in model.text.files().items()}
-    return {"config.json": json.dumps(model.config.to_dict()), **text}
-
-
-def _save_weights(model: HLIPModel, path: Path) -> None:
+def _save_weights(model: Saved, path: Path) -> None:
     with usual_permissions(path):
         save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
 
 
-def _save_tokenizer(model: HLIPModel, folder: Path) -> bool:
+def _save_tokenizer(model: Saved, folder: Path) -> bool:
     """Whether there was one to write."""
     try:
         model.text.tokenizer.save_pretrained(folder)
@@ -264,7 +293,7 @@ def _save_tokenizer(model: HLIPModel, folder: Path) -> bool:
 
 def _only(folder: Path, own: tuple[str, ...]) -> bool:
     """Whether every file in `folder` is one of those."""
-    files = [str(each.relative_to(folder)) for each in folder.rglob("*") if not each.is_dir()]
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()]
     return all(any(fnmatch.fnmatch(file, one) for one in own) for file in files)
 
 

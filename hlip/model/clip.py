@@ -1,26 +1,41 @@
-"""The two towers.
+"""The two towers, and how they begin: new, or with the weights of a 2D vision transformer.
 
-Shapes: B studies (of one process), E embedding.
+Shapes: B studies (of one process), E embedding, C width, (h, w) patches of an image, (d, h, w) those of a scan.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hlip_kernels import Grid
+
+from ..objective import OBJECTIVES, Outputs, at_least_float32
 from ..study import PackedBatch
+from .checkpoint import Saved
 from .config import ModelConfig, preset
 from .encoder import StudyEncoder
-from .losses import Outputs, at_least_float32
 from .plan import TokenBatch
-from .text import Source, TextTower
+from .positions import sincos
+from .text import TextTower
+from .tokenizer import Source
+from .weights import find_weights, load_strict, local_folder, read_weights, shorten
+
+log = logging.getLogger(__name__)
+
+# Left aside: the classifier of a timm ViT and what comes right before it, and the decoder of a whole MAE.
+ASIDE = ("head.", "fc_norm.", "decoder", "mask_token")
+# What a 2D transformer has not; these stay as they are.
+OWN = ("reg_token", "sequential_posemb", "attn_pool.", "weighted_average.")
 
 
 class VisualHead(nn.Module):
@@ -49,23 +64,23 @@ class VisualTower(nn.Module):
         return self.head(outputs if self.per_prefix else outputs[:, 0])
 
 
-class HLIPModel(nn.Module):
+class HLIPModel(Saved):
     """Study encoder and text tower with a shared embedding.
 
     Args:
         text_source, pretrained_text: see `TextTower`.
     """
 
+    logit_scale: nn.Parameter
+
     def __init__(self, config: ModelConfig, text_source: Source | None = None, pretrained_text: bool = False) -> None:
         super().__init__()
         self.config = config
         self.visual = VisualTower(config)
         self.text = TextTower(config.text, config.embed_dim, text_source, pretrained_text)
-        siglip = config.objective == "siglip"
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if siglip else 1 / 0.07)))
-        if config.objective != "clip":
-            # The published key has two meanings: SigLIP's bias, or the logarithm of the reports' inverse temperature.
-            self.logit_bias = nn.Parameter(torch.tensor(-10.0 if siglip else math.log(1 / 0.07)))
+        self.objective = OBJECTIVES[config.objective]
+        for name, value in self.objective.begin.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
 
     @property
     def device(self) -> torch.device:
@@ -82,76 +97,15 @@ class HLIPModel(nn.Module):
         return F.normalize(at_least_float32(self.text(texts)), dim=-1)
 
     def forward(self, batch: PackedBatch | TokenBatch, texts: Sequence[str] | Tensor) -> Outputs:
-        """What `contrastive_loss` reads. Of several image embeddings of a study, those that the objective compares.
+        """The embeddings that the objective compares, for its loss.
 
         Args:
-            texts: of the batch's studies, as `ModelConfig.texts` gives them; or their (N, W) `TextTower.features`.
+            texts: of the batch's studies, as the objective's `texts` gives them; or their (N, W) `TextTower.features`.
         """
-        pairs = 2 if self.config.objective == "dual" else 1
         image = self.encode_image(batch)
-        image = image[:, :pairs] if self.config.per_prefix else image[:, None]
+        image = image[:, : self.objective.pairs] if self.config.per_prefix else image[:, None]
         text = self.text.proj(texts) if isinstance(texts, Tensor) else self.text(texts)
-        text = F.normalize(at_least_float32(text), dim=-1)
-        text = text.unflatten(0, (pairs, len(image))).transpose(0, 1)
-        scale = self.logit_scale[None]
-        if self.config.objective == "dual":
-            scale = torch.stack([self.logit_scale, self.logit_bias])
-        bias = self.logit_bias.clone() if self.config.objective == "siglip" else None
-        return Outputs(image, text, scale.exp(), bias)
-
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Keep temperatures from 0.01 to 1, as CLIP does; call after every step. SigLIP's bias is left alone."""
-        self.logit_scale.clamp_(0, math.log(100))
-        if self.config.objective == "dual":
-            self.logit_bias.clamp_(0, math.log(100))
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the model, its configuration and its tokenizer to `folder`."""
-        from .checkpoint import save_pretrained
-
-        save_pretrained(self, Path(folder))
-
-    def save_open_clip(self, folder: Path | str, name: str | None = None) -> None:
-        """Write the model to `folder` in the layout of the released models, for open_clip with HLIP's released code.
-
-        Args:
-            name: of the released model that this is; found by its architecture if None.
-
-        Raises:
-            ValueError: it has the architecture of no released model, or `folder` holds something else.
-        """
-        from .checkpoint import save_open_clip
-
-        save_open_clip(self, Path(folder), name)
-
-    def push_to_hub(self, repo_id: str, layout: Literal["hlip", "open_clip"] = "hlip", private: bool = False) -> None:
-        """Upload what `save_pretrained` or `save_open_clip` writes to the Hugging Face hub.
-
-        Raises:
-            ValueError: the hub refuses; says why.
-        """
-        from .checkpoint import push_to_hub
-
-        push_to_hub(self, repo_id, layout, private)
-
-    @classmethod
-    def from_pretrained(cls, name: Path | str, model: str | None = None, text: Path | str | None = None) -> HLIPModel:
-        """Read a model, in evaluation mode: what `save_pretrained` wrote, a released one, or a training checkpoint.
-
-        Every weight must be used and be finite; a released model's `logit_bias` may be absent.
-
-        Args:
-            name: a file of weights, a folder, or a name on the Hugging Face hub.
-            model: which of `hlip.list_models()` it is, where neither files beside the weights nor shapes can say.
-            text: folder or hub name of the text tower's configuration and tokenizer, in place of the model's own.
-
-        Raises:
-            ValueError: nothing usable there; names the file and the reason.
-        """
-        from .checkpoint import from_pretrained
-
-        return from_pretrained(str(name), model, text)
+        return self.objective.outputs(self, image, F.normalize(at_least_float32(text), dim=-1))
 
 
 def create_model(
@@ -168,7 +122,7 @@ def create_model(
         pretrained_text: True reads the text tower's weights from where its configuration says; a folder or hub name
             reads another BERT.
         pretrained_vision: a 2D ViT of MAE or timm, as a file, folder or hub name ("timm/vit_base_patch16_224.mae"),
-            for the encoder to begin with. See `hlip.model.inflate.load_vision`.
+            for the encoder to begin with. See `load_vision`.
         changes: fields of `ModelConfig` to replace.
 
     Raises:
@@ -179,7 +133,71 @@ def create_model(
         config = replace(config, text=replace(config.text, name=str(pretrained_text)))
     model = HLIPModel(config, pretrained_text=bool(pretrained_text))
     if pretrained_vision is not None:
-        from .inflate import load_vision
-
         load_vision(model.visual.trunk, pretrained_vision)
     return model
+
+
+def load_vision(encoder: StudyEncoder, source: Path | str) -> None:
+    """Give `encoder` the weights of a 2D ViT: a MAE or timm checkpoint, a folder of one, or a hub name.
+
+    The patch projection is inflated by averaging, positions in the plane are repeated over depth and added to the
+    1D ones of depth, and a cls token takes its own position with it. Register tokens stay as they are.
+
+    Raises:
+        ValueError: not such weights, or of another width or depth; names file and keys.
+
+    Source: HLIP (arXiv 2505.21862), section 3.2 and appendix B; MAE (arXiv 2111.06377).
+    """
+    path = Path(source)
+    try:
+        path = path if path.is_file() else find_weights(local_folder(str(source), weights=True))
+    except ValueError as error:
+        raise ValueError(f"pretrained vision {str(source)!r}: {error}") from error
+    flat = read_weights(path).state
+    aside = sorted(key for key in flat if key.startswith(ASIDE))
+    if aside:
+        log.warning("%s: %d weights of a classifier or decoder left aside: %s", path, len(aside), shorten(aside, 3))
+    state = {key: value for key, value in flat.items() if key not in aside}
+    config = encoder.config
+    patch, positions = state.pop("patch_embed.proj.weight", None), state.pop("pos_embed", None)
+    if patch is None or positions is None or patch.ndim != 4 or positions.ndim != 3 or len(positions) != 1:
+        wrong = "patch_embed.proj.weight" if patch is None or patch.ndim != 4 else "pos_embed"
+        raise ValueError(f"{path}: not a 2D vision transformer: no {wrong} of its shape")
+    if {patch.shape[0], positions.shape[2]} != {config.width}:
+        raise ValueError(f"{path}: its width is {patch.shape[0]}, the encoder's {config.width}")
+    for key, value in {"patch_embed.proj.weight": patch, "pos_embed": positions}.items():
+        if not (value.is_floating_point() and value.isfinite().all()):
+            raise ValueError(f"{path}: {key} is not of finite numbers")
+    count = positions.shape[1]
+    if math.isqrt(count) ** 2 != count:
+        if math.isqrt(count - 1) ** 2 != count - 1:
+            raise ValueError(
+                f"{path}: pos_embed has {count} rows: neither a square of patches, nor that and a cls token"
+            )
+        if "cls_token" in state and state["cls_token"].shape == (1, 1, config.width):
+            state["cls_token"] = state["cls_token"] + positions[:, :1]
+        positions = positions[:, 1:]
+    if config.num_prefix == 0:
+        state.pop("cls_token", None)
+    state["patch_embed.proj.weight"] = inflate_patches(patch, config.patch_size)
+    state["spatial_posemb"] = inflate_positions(positions, config.grid)
+    load_strict(encoder, state, path, OWN)
+
+
+def inflate_patches(weight: Tensor, patch_size: Grid) -> Tensor:
+    """(C, 3, p, p) to (C, 1, pd, ph, pw): resized, summed over colours, and shared out evenly over pd slices."""
+    pd, ph, pw = patch_size
+    weight = weight.float()
+    if weight.shape[2:] != (ph, pw):
+        weight = F.interpolate(weight, size=(ph, pw), mode="bicubic")
+    return weight.sum(1, keepdim=True)[:, :, None].repeat(1, 1, pd, 1, 1) / pd
+
+
+def inflate_positions(positions: Tensor, grid: Grid) -> Tensor:
+    """(1, n * n, C) to (1, d, h, w, C): resized as timm resizes them, plus sines and cosines over depth."""
+    side, width = math.isqrt(positions.shape[1]), positions.shape[2]
+    plane = positions.float().reshape(1, side, side, width).permute(0, 3, 1, 2)
+    if (side, side) != tuple(grid[1:]):
+        plane = F.interpolate(plane, size=grid[1:], mode="bicubic", antialias=True)
+    depth = sincos(np.arange(grid[0]), width)[None, :, None, None]
+    return torch.add(plane.permute(0, 2, 3, 1)[:, None], depth)

@@ -1,21 +1,19 @@
-"""What a model is made of: dataclasses, level patterns, named presets."""
+"""The configuration of a model: dataclasses, level patterns, named presets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from hlip_kernels import Grid, Level
 
+from ..objective import OBJECTIVES, ObjectiveName
 from ..prepare.recipe import RECIPES, Recipe
 from ..read.safe import hint
-from ..read.schema import check_types, structure
-from ..study import join_report
+from ..read.schema import check_ranges, check_types, structure
+from .positions import POSITIONS, PositionsName
 
-POSITIONS = {"tiled": 4, "sincos3d": 6}  # and what the width must be a multiple of
 Head = Literal["token", "average", "weighted_average", "dinotxt", "attention_pool"]
 Pattern = Literal["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
 
@@ -82,8 +80,7 @@ class VisionConfig:
         the same, weighted by a learned score; "attention_pool": what a learned query attends to among them. The
         latter three need no prefix.
     max_scans: positions for the scans of a study; 0 for none.
-    positions: "tiled" is a 2D sin-cos table over (h, w) plus a 1D one over d (MAE's, tiled over depth);
-        "sincos3d" gives each of w, h and d a third of the width.
+    positions: of a scan's patches, a name in `hlip.model.positions.POSITIONS`.
     patch_dropout, scan_dropout, drop_path: rates, in training only.
     """
 
@@ -96,7 +93,7 @@ class VisionConfig:
     num_prefix: int = 1
     head: Head = "token"
     max_scans: int = 40
-    positions: Literal["tiled", "sincos3d"] = "tiled"
+    positions: PositionsName = "tiled"
     patch_dropout: float = 0.0
     scan_dropout: float = 0.0
     drop_path: float = 0.0
@@ -104,24 +101,24 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("width", "heads", "patch_size", "grid", "mlp_ratio", "init_std"):
-            if np.min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_ranges(
+            self,
+            {
+                "above 0": ("width", "heads", "patch_size", "grid", "mlp_ratio", "init_std"),
+                "0 or more": ("max_scans",),
+                "in [0, 1)": ("patch_dropout", "scan_dropout", "drop_path"),
+            },
+        )
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         if not self.levels:
             raise ValueError("levels must name the level of one layer at least")
-        divisor = POSITIONS[self.positions]
+        divisor = POSITIONS[self.positions].divisor
         if self.width % divisor:
             raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")
-        if self.max_scans < 0:
-            raise ValueError(f"max_scans must be 0 or more, got {self.max_scans}")
         least = 1 if self.head in ("token", "dinotxt") else 0
         if self.num_prefix < least:
             raise ValueError(f"num_prefix must be at least {least} with head {self.head!r}, got {self.num_prefix}")
-        for name in ("patch_dropout", "scan_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     @property
     def num_outputs(self) -> int:
@@ -166,11 +163,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.context_length < 1 or self.unlocked_layers < 0:
-            raise ValueError(
-                f"context_length must be above 0 and unlocked_layers at least 0, got {self.context_length} and "
-                f"{self.unlocked_layers}"
-            )
+        check_ranges(self, {"above 0": ("context_length",), "0 or more": ("unlocked_layers",)})
 
 
 @dataclass(frozen=True)
@@ -181,8 +174,7 @@ class ModelConfig:
     embed_dim: E, width of the shared embedding.
     projection: project the encoder's output to it; without, the encoder's width is E.
     per_prefix: image embeddings are (B, P, E), one for each of the encoder's outputs; else (B, E), of the first.
-    objective: "clip"; "siglip", with a bias on the logits; "dual", in which the first output is compared with an
-        impression's sentence and the second with the whole report, each at a temperature of its own.
+    objective: what it learns by, a name in `hlip.objective.OBJECTIVES`.
 
     Source: HLIP (arXiv 2505.21862) and its released models.
     """
@@ -193,14 +185,14 @@ class ModelConfig:
     embed_dim: int = 512
     projection: bool = True
     per_prefix: bool = False
-    objective: Literal["clip", "siglip", "dual"] = "clip"
+    objective: ObjectiveName = "clip"
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.embed_dim < 1:
-            raise ValueError(f"embed_dim must be above 0, got {self.embed_dim}")
-        if self.objective == "dual" and (self.vision.num_outputs < 2 or not self.per_prefix):
-            raise ValueError("objective 'dual' needs per_prefix and an encoder with two outputs")
+        check_ranges(self, {"above 0": ("embed_dim",)})
+        pairs = OBJECTIVES[self.objective].pairs
+        if pairs > 1 and (self.vision.num_outputs < pairs or not self.per_prefix):
+            raise ValueError(f"objective {self.objective!r} needs per_prefix and an encoder with {pairs} outputs")
         if not self.projection and self.vision.num_features != self.embed_dim:
             raise ValueError(
                 f"without a projection embed_dim must be the encoder's {self.vision.num_features}, got {self.embed_dim}"
@@ -219,15 +211,6 @@ class ModelConfig:
                 "files yet: give such scans to hlip.pack"
             )
         return self.recipe
-
-    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
-        """What N studies are compared with: N reports; or, with objective "dual", N impressions and after them N
-        findings, where either stands in for the other if that is empty.
-        """
-        pairs = list(zip(impressions, findings, strict=True))
-        if self.objective != "dual":
-            return [join_report(*pair) for pair in pairs]
-        return [first or second for first, second in pairs] + [second or first for first, second in pairs]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -250,11 +233,11 @@ def _published(
     text: TextConfig | None = None,
     embed_dim: int = 512,
     patch_dropout: float = 0.25,
+    objective: str = "clip",
     **vision: Any,
 ) -> tuple[ModelConfig, str]:
     """A released model. Later ones give an embedding for each prefix row; `ALIASES` undoes that for older names."""
     width, heads, depth = {"base": (768, 12, 12), "large": (1024, 16, 24)}[size]
-    dual = vision.get("num_prefix", 1) == 2
     return ModelConfig(
         VisionConfig(
             width, heads, patch_size=patch_size, grid=grid, levels=level_pattern(pattern, depth),
@@ -264,7 +247,7 @@ def _published(
         _recipe(tuple(g * p for g, p in zip(grid, patch_size, strict=True))),
         embed_dim=embed_dim,
         per_prefix=True,
-        objective="dual" if dual else "clip",
+        objective=objective,
     ), advice  # fmt: skip
 
 
@@ -279,7 +262,7 @@ _HEAD: dict[str, Any] = {
     "patch_size": (6, 16, 16), "grid": (8, 14, 14), "head": "dinotxt", "max_scans": 0, "embed_dim": 768,
     "patch_dropout": 0.5,
 }  # fmt: skip
-_DUAL: dict[str, Any] = {**_HEAD, "num_prefix": 2}
+_DUAL: dict[str, Any] = {**_HEAD, "num_prefix": 2, "objective": "dual"}
 
 _TWO_HEADS = "brain MRI and head CT, any number of scans, impression and findings apart; PubMedBERT"
 
@@ -317,7 +300,7 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
     ),
     "clip_vit_base_slice_scan_dualdinotxt2744": _published(
         "slice+scan", max_scans=0, advice="chest CT, one scan a study, impression and findings apart; CXR-BERT, locked",
-        head="dinotxt", num_prefix=2, embed_dim=768, **_CHEST,
+        head="dinotxt", num_prefix=2, embed_dim=768, objective="dual", **_CHEST,
     ),
     # Small enough to train on two CPU cores in minutes; the initial weights are about Xavier's.
     "demo": (

@@ -1,6 +1,7 @@
 """The study encoder: a plain vision transformer over a packed batch.
 
-Shapes: T patch tokens, G groups of the current level, P prefix rows a group, B studies, C width, V voxels a patch.
+Shapes: T patch tokens, G groups of the current level, P prefix rows a group, B studies, C width, V voxels a patch,
+H heads, D head dim.
 The token stream is (R, C), R = G * P + T: group after group, in each its prefix rows and then its patches. Parameter
 names are those of the published weights.
 """
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hlip_kernels import (
-    Grid,
     HierarchicalAttention,
     Level,
     StudyLayout,
@@ -30,9 +30,8 @@ from hlip_kernels import (
 
 from ..study import PackedBatch
 from .config import VisionConfig
-from .heads import AttentionPool, WeightedAverage, patch_mean, prefix_mean
-from .layers import Mlp
 from .plan import TokenBatch, plan
+from .positions import POSITIONS, sincos
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
@@ -94,6 +93,16 @@ def add_norm(
     return x, norm(x).to(update.dtype)
 
 
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block that attends within the groups of one level.
 
@@ -133,6 +142,42 @@ class Block(nn.Module):
         return (torch.rand(layout.num_groups(level), device=x.device) < keep).float() / keep
 
 
+class AttentionPool(nn.Module):
+    """A learned query that attends to a study's patch rows. Parameter names are those of timm's AttentionPoolLatent;
+    timm 1.0.31's ViTs leave prefix rows out by default, too."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.latent = nn.Parameter(torch.zeros(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+
+    def forward(self, rows: Tensor, layout: StudyLayout) -> Tensor:
+        """rows (R, C). Returns (B, 1, C)."""
+        query = self.q(self.latent[0, 0]).unflatten(0, (self.heads, -1))
+        k, v = self.kv(rows).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        scores = (k * query).sum(-1) * query.shape[-1] ** -0.5
+        x = self.proj(softmax_mean(scores, v, layout).flatten(1).to(rows.dtype))
+        return (x + self.mlp(self.norm(x)))[:, None]
+
+
+class WeightedAverage(nn.Module):
+    """The mean of a study's patch rows, weighted by the softmax of a learned score."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1)
+
+    def forward(self, rows: Tensor, layout: StudyLayout) -> Tensor:
+        """rows (R, C). Returns (B, 1, C)."""
+        return softmax_mean(self.score(rows), rows[:, None], layout).to(rows.dtype)
+
+
 class StudyEncoder(nn.Module):
     """Encode every study of a packed batch."""
 
@@ -148,7 +193,7 @@ class StudyEncoder(nn.Module):
         if config.num_prefix > 1:
             self.reg_token = nn.Parameter(torch.zeros(1, config.num_prefix - 1, width))
         self.patch_embed = PatchEmbed(config)
-        self.register_buffer("spatial_posemb", spatial_table(config.positions, config.grid, width)[None])
+        self.register_buffer("spatial_posemb", POSITIONS[config.positions].table(config.grid, width)[None])
         if config.max_scans:
             self.register_buffer("sequential_posemb", sincos(np.arange(config.max_scans), width)[None])
         rates = np.linspace(0, config.drop_path, len(config.levels))
@@ -201,7 +246,7 @@ class StudyEncoder(nn.Module):
         return self.outputs(stream, layout)
 
     def embed(self, tokens: TokenBatch) -> Stream:
-        """What the first block reads, at its own level: cls and register rows, and the patches with their positions."""
+        """The first block's stream, at its own level: cls and register rows, and the patches with their positions."""
         patches = self.patch_embed(tokens.patches) + self._positions(tokens)  # fp32 under autocast
         if not self.config.num_prefix:
             return Stream(patches, None, None)
@@ -214,7 +259,7 @@ class StudyEncoder(nn.Module):
         return Stream(x.index_copy_(0, layout.patch_rows(level), patches).index_add_(0, rows, prefix), None, None)
 
     def outputs(self, stream: Stream, layout: StudyLayout) -> Tensor:
-        """What the head gives of the last block's stream, as `forward` returns it."""
+        """The head's output on the last block's stream, as `forward` returns it."""
         level = self.config.levels[-1]
         return self._prefix(stream, layout, level) if self.config.head == "token" else self._pool(stream, layout, level)
 
@@ -231,7 +276,7 @@ class StudyEncoder(nn.Module):
         return self.norm(prefix).unflatten(0, (layout.num_studies, layout.num_prefix))
 
     def _pool(self, stream: Stream, layout: StudyLayout, level: Level) -> Tensor:
-        """What heads that look at patch rows give."""
+        """The output of heads that look at patch rows."""
         x, update, path_scale = stream
         assert update is not None
         norm, last = self.norm, self.blocks[-1]
@@ -263,21 +308,40 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     return F.embedding(rows, x)
 
 
-def sincos(places: np.ndarray, width: int) -> Tensor:
-    """(N) places to (N, width) float32: sines, then cosines, of wavelengths from 2 pi to 10000 * 2 pi."""
-    frequencies = 10000.0 ** (-np.arange(width // 2) / (width / 2))
-    angles = places[:, None] * frequencies
-    return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()
+def patch_mean(rows: Tensor, layout: StudyLayout) -> Tensor:
+    """The mean of each study's patch rows: (R, C) to (B, C)."""
+    return _reduce("mean", rows, _runs(layout))
 
 
-def spatial_table(kind: str, grid: Grid, width: int) -> Tensor:
-    """(d, h, w, width) positions of the patches of a scan. Source: HLIP (arXiv 2505.21862), section 3.2."""
-    d, h, w = (np.arange(n) for n in grid)
-    if kind == "sincos3d":
-        third = width // 3
-        parts = [sincos(w, third)[None, None], sincos(h, third)[None, :, None], sincos(d, third)[:, None, None]]
-        return torch.cat([part.expand(*grid, third) for part in parts], dim=-1).contiguous()
-    half = width // 2
-    plane = [sincos(w, half)[None], sincos(h, half)[:, None]]
-    in_plane = torch.cat([part.expand(*grid[1:], half) for part in plane], dim=-1)
-    return in_plane + sincos(d, width)[:, None, None]
+def prefix_mean(prefix: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+    """Prefix rows of the groups of `level`, (G * P, C), to their means over each study, (B * P, C)."""
+    if level == "study":
+        return prefix
+    sets = prefix.to(torch.promote_types(prefix.dtype, torch.float32)).view(layout.num_groups(level), -1)
+    means: Tensor = torch.segment_reduce(sets, "mean", offsets=layout.children(level, "study").long(), axis=0)
+    return means.to(prefix.dtype).view(-1, prefix.shape[1])
+
+
+def softmax_mean(scores: Tensor, values: Tensor, layout: StudyLayout) -> Tensor:
+    """For each study and head, the mean of its patches' values (R, H, D), weighted by the softmax of their scores
+    (R, H).
+
+    Returns (B, H, D), in float32 for 16-bit values.
+    """
+    scores = scores.to(torch.promote_types(values.dtype, torch.float32))
+    runs = _runs(layout)
+    highest: Tensor = torch.segment_reduce(scores.detach(), "max", offsets=runs, axis=0)
+    p = (scores - highest.repeat_interleave(runs.diff(), dim=0, output_size=len(scores))).exp()
+    return _reduce("sum", p[..., None] * values, runs) / _reduce("sum", p, runs)[..., None]
+
+
+def _runs(layout: StudyLayout) -> Tensor:
+    """Bounds of each study's prefix rows and of its patches, in turns: (2 B + 1) int64."""
+    bounds = layout.cu_seqlens("study").long()
+    starts = torch.stack([bounds[:-1], bounds[:-1] + layout.num_prefix], dim=1)
+    return torch.cat([starts.flatten(), bounds[-1:]])
+
+
+def _reduce(reduce: str, rows: Tensor, runs: Tensor) -> Tensor:
+    reduced: Tensor = torch.segment_reduce(rows, reduce, offsets=runs, axis=0)
+    return reduced[1::2]  # of the patches

@@ -1,4 +1,4 @@
-"""What the allocator does with memory that tensors on the host leave."""
+"""Settings of the allocator for memory that tensors on the host leave."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""What is decided on the host before the encoder runs: dropout, and the position of every token.
+"""Decisions made on the host before the encoder runs: dropout, and the position of every token.
 
 Shapes: T patch tokens, V voxels of a patch, K rows of the position tables that make up one position.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hlip_kernels import Grid, StudyLayout
+from hlip_kernels import StudyLayout
 
 from ..study import Draws, PackedBatch, patch_dropout, scan_dropout
 from .config import VisionConfig
+from .positions import sequential_rows, spatial_rows
 
 
 @dataclass
 class TokenBatch:
-    """What the encoder reads of a packed batch: tensors and a layout, nothing left to decide.
+    """The encoder's input for a packed batch: tensors and a layout, nothing left to decide.
 
     patches: (T, V) uint8
     places: (T, K) int32 - a token's position is the sum of these rows of the position tables, spatial rows before
@@ -81,65 +81,11 @@ def plan(batch: PackedBatch, config: VisionConfig, training: bool, seeds: Sequen
         raise RuntimeError(
             "a batch is planned on the host, before a transform of torch.func: give the model encoder.plan(batch)"
         ) from error
-    columns = [_spatial(place, layout, config.grid)]
+    columns = [spatial_rows(place, layout, config.grid)]
     if config.max_scans:
-        numbers, factors = _sequential(scan, layout, config.max_scans, draws if training else None)
+        numbers, factors = sequential_rows(scan, layout, config.max_scans, draws if training else None)
         columns.append((numbers + int(np.prod(config.grid)), factors))
     places = torch.from_numpy(np.concatenate([rows for rows, _ in columns], axis=1).astype(np.int32))
     weights = torch.from_numpy(np.concatenate([factors for _, factors in columns], axis=1).astype(np.float32))
     tokens = TokenBatch(batch.patches, places, weights, layout.with_num_prefix(config.num_prefix).build())
     return tokens.to(batch.patches.device)
-
-
-def _spatial(place: np.ndarray, layout: StudyLayout, table: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (T, 1 or 8) of the spatial table, and their weights."""
-    scans = [grid for study in layout.grids for grid in study]
-    grids = sorted(set(scans))
-    if grids == [tuple(table)]:
-        return place[:, None], np.ones((len(place), 1))
-    corners = [_corners(grid, tuple(table)) for grid in grids]
-    first = np.cumsum([0] + [len(rows) for rows, _ in corners[:-1]])
-    which = {grid: i for i, grid in enumerate(grids)}
-    token = np.repeat(first[[which[grid] for grid in scans]], layout.seqlens("scan")) + place
-    return np.concatenate([rows for rows, _ in corners])[token], np.concatenate([w for _, w in corners])[token]
-
-
-def _sequential(
-    scan: np.ndarray, layout: StudyLayout, max_scans: int, draws: Draws | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (T, 1 or 2) of the sequential table, and their weights."""
-    lengths = layout.seqlens("study")
-    study = np.repeat(np.arange(len(lengths)), lengths)
-    if draws:  # scans are numbered anew, and every study draws their positions without replacement
-        num_scans = np.array([len(scans) for scans in layout.grids])
-        scan = np.repeat(np.concatenate([np.arange(n) for n in num_scans]), layout.seqlens("scan"))
-        drawn = draws(np.full(len(lengths), max_scans)).reshape(-1, max_scans).argsort(1)
-        fits = num_scans[study] <= max_scans
-        scan = np.where(fits, drawn[study, np.minimum(scan, max_scans - 1)], scan)
-    else:
-        num_scans = np.maximum.reduceat(scan, np.cumsum(lengths) - lengths) + 1
-    if num_scans.max() <= max_scans:
-        return scan[:, None], np.ones((len(scan), 1))
-    below, above, weight = _between(scan, np.maximum(num_scans, max_scans)[study], max_scans)
-    return np.stack([below, above], axis=1), np.stack([1 - weight, weight], axis=1)
-
-
-def _between(place: np.ndarray, size: np.ndarray | int, table: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where places of an axis of `size` fall on one of `table`, ends aligned as image resizing aligns them:
-    the places below and above, and the weight of the latter."""
-    at = np.clip((place + 0.5) * table / size - 0.5, 0, table - 1)
-    below = np.floor(at).astype(np.int64)
-    return below, np.minimum(below + 1, table - 1), at - below
-
-
-@functools.lru_cache(maxsize=1024)
-def _corners(grid: Grid, table: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Trilinear resampling of a table to a grid: (d * h * w, 8) rows of the table, and their weights."""
-    rows, weights = np.zeros((*grid, 8), dtype=np.int64), np.ones((*grid, 8))
-    for axis in range(3):
-        below, above, weight = _between(np.arange(grid[axis]), grid[axis], table[axis])
-        upper = np.arange(8) >> axis & 1
-        shape = tuple(grid[axis] if i == axis else 1 for i in range(3))
-        rows = rows * table[axis] + np.where(upper, above[:, None], below[:, None]).reshape(*shape, 8)
-        weights = weights * np.where(upper, weight[:, None], 1 - weight[:, None]).reshape(*shape, 8)
-    return rows.reshape(-1, 8), weights.reshape(-1, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hlip_kernels import Grid
 
+from ..objective import OBJECTIVES, Clip
 from ..read.safe import hint
 from .config import ALIASES, MODELS, PUBMED_BERT, ModelConfig, preset
 from .weights import Weights, read_json
@@ -23,7 +23,7 @@ REGISTERED = {"hlip-2025_10_08": "ablate_seqposemb_clip_vit_base_multiscan_h2_di
 
 
 class Shapes(NamedTuple):
-    """What the shapes of a model's weights say. max_scans of 1 counts as 0: one row is added to every token."""
+    """The architecture that shapes of weights tell. max_scans of 1 counts as 0: one row is added to every token."""
 
     width: int
     depth: int
@@ -45,9 +45,9 @@ class Shapes(NamedTuple):
         """Raises ValueError, naming the file and a key, where they are of another architecture."""
         trunk = {k.removeprefix("visual.trunk."): v for k, v in weights.state.items() if k.startswith("visual.trunk.")}
         for key, ndim in {"patch_embed.proj.weight": 5, "spatial_posemb": 5, "norm.weight": 1}.items():
-            found = trunk.get(key)
-            if found is None or found.ndim != ndim:
-                what = f"no visual.trunk.{key}" if found is None else f"visual.trunk.{key} is {tuple(found.shape)}"
+            table = trunk.get(key)
+            if table is None or table.ndim != ndim:
+                what = f"no visual.trunk.{key}" if table is None else f"visual.trunk.{key} is {tuple(table.shape)}"
                 hint = "; a 2D ViT is for create_model's pretrained_vision" * ("pos_embed" in weights.state)
                 raise ValueError(f"{weights.path}: weights of another architecture: {what}{hint}")
         width = len(trunk["norm.weight"])
@@ -146,9 +146,9 @@ def describe(config: ModelConfig) -> list[str]:
     ]
 
 
-def _families(found: list[str]) -> set[tuple[Any, ...]]:
+def _families(models: list[str]) -> set[tuple[Any, ...]]:
     """Models apart from what only a caller notices: the number of embeddings that they give."""
-    return {(preset(name).vision.levels, preset(name).objective) for name in found}
+    return {(preset(name).vision.levels, preset(name).objective) for name in models}
 
 
 def _json_files(folder: Path) -> dict[str, Path]:
@@ -177,13 +177,13 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
     try:
         content = content.get("model_cfg", content)
         vision, text = content["vision_cfg"], content["text_cfg"]
-        trunk, siglip = str(vision["timm_model_name"]), vision.get("timm_pool") == "map"
+        trunk, pooled = str(vision["timm_model_name"]), vision.get("timm_pool") == "map"
         embed_dim, context = int(content["embed_dim"]), int(text["context_length"])
         pooling: Any = {label: key for key, label in POOLERS.items()}[text.get("hf_pooler_type", POOLERS["cls"])]
         tokenizer = str(text.get("hf_tokenizer_name") or text["hf_model_name"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a configuration of open_clip ({type(error).__name__} {error})") from error
-    config = preset(path.stem if path.stem in names() else _of_trunk(path, trunk, siglip))
+    config = preset(path.stem if path.stem in names() else _of_trunk(path, trunk, pooled))
     try:
         texts = replace(config.text, name=tokenizer, context_length=context, pooling=pooling)
         return replace(config, embed_dim=embed_dim, text=texts)
@@ -195,14 +195,14 @@ def _in_run_name(run: str, fitting: list[str]) -> str | None:
     """The model that a training run is called after, in any spelling."""
     for spelled in (str, _spelling):
         called = [(name, rf"(?<![a-z0-9]){re.escape(spelled(name))}(?![a-z0-9])") for name in fitting]
-        found = [name for name, pattern in called if re.search(pattern, spelled(run))]
-        if found:
-            return max(found, key=len)
+        likely = [name for name, pattern in called if re.search(pattern, spelled(run))]
+        if likely:
+            return max(likely, key=len)
     return None
 
 
-def _of_trunk(path: Path, trunk: str, siglip: bool) -> str:
-    known = [name for name in names() if (preset(name).objective == "siglip") == siglip]
+def _of_trunk(path: Path, trunk: str, pooled: bool) -> str:
+    known = [name for name in names() if (preset(name).vision.head == "attention_pool") == pooled]
     same = [name for name in known if trunk in (name, name.replace("clip_", "", 1))]
     same += [name for name in known if _spelling(name) == _spelling(trunk)]
     if not same:
@@ -217,12 +217,12 @@ def published_name(config: ModelConfig, name: str | None = None) -> str:
         ValueError: none, or not the one named; says what differs.
     """
 
-    def architecture(each: ModelConfig) -> dict[str, Any]:
-        vision = each.vision
+    def architecture(model: ModelConfig) -> dict[str, Any]:
+        vision = model.vision
         return {
-            **Shapes.of_config(each)._asdict(),
+            **Shapes.of_config(model)._asdict(),
             "levels": vision.levels, "heads": vision.heads, "mlp_ratio": vision.mlp_ratio,
-            "objective": each.objective, "projection": each.projection,
+            "objective": model.objective, "projection": model.projection,
         }  # fmt: skip
 
     own = architecture(config)
@@ -231,29 +231,26 @@ def published_name(config: ModelConfig, name: str | None = None) -> str:
         if wrong:
             raise ValueError(f"the model is no {name}: {'; '.join(wrong)}")
         return name
-    same = [each for each in names() if architecture(preset(each)) == own]
+    same = [other for other in names() if architecture(preset(other)) == own]
     if not same:
         raise ValueError("the model has the architecture of no released one, so others could not load it")
-    return next((each for each in same if preset(each).per_prefix == config.per_prefix), same[0])
+    return next((other for other in same if preset(other).per_prefix == config.per_prefix), same[0])
 
 
 def open_clip_json(config: ModelConfig, name: str) -> tuple[str, dict[str, Any]]:
     """The name that the release registers, and the JSON with which open_clip builds the model."""
     name = REGISTERED.get(name, name)
-    siglip = config.objective == "siglip"
     tokenizer = config.text.name if not Path(config.text.name).is_dir() else preset(name).text.name
     trunk = name.replace("ablate_seqposemb_clip_", "ablate_seqposemb_").removeprefix("siglip_").removeprefix("clip_")
     content: dict[str, Any] = {"embed_dim": config.embed_dim}
-    if siglip:
-        content |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-    elif config.objective == "dual":
-        content["init_logit_bias"] = math.log(1 / 0.07)
+    begin = OBJECTIVES[config.objective].begin
+    content |= {f"init_{key}": value for key, value in begin.items() if value != Clip.begin.get(key)}
     content["vision_cfg"] = {
         "timm_model_name": trunk,
         "timm_model_pretrained": False,
         "timm_drop_path": config.vision.drop_path,
-        "timm_pool": "map" if siglip else "token",
-        "timm_proj": "none" if siglip else "linear",
+        "timm_pool": "map" if config.vision.head == "attention_pool" else "token",
+        "timm_proj": "linear" if config.projection else "none",
     }
     content["text_cfg"] = {
         "hf_model_name": PUBMED_BERT,  # the architecture: CXR-BERT's is the same, but its own class is remote code

@@ -40,7 +40,7 @@ UNUSED = re.compile(r"text\.transformer\.pooler\..*|(.*\.)?embeddings\.position_
 
 
 class Weights(NamedTuple):
-    """What a file holds.
+    """The content of a file of weights.
 
     state: tensors by key.
     name: what the training run was called, if the file says.
@@ -94,8 +94,8 @@ def read_weights(path: Path) -> Weights:
             raise ValueError(f"{path}: not readable weights ({key!r} is {type(value).__name__}, not a tensor)")
         if value.dim() > 8 or (value.dtype.itemsize < 2 and value.is_floating_point()):
             raise ValueError(f"{path}: not readable weights ({key} is {value.dtype}, of {value.dim()} dimensions)")
-        parts = [part for part in key.split(".") if part not in WRAPPERS]
-        plain = ".".join("sequential_posemb" if part == "series_posemb" else part for part in parts)
+        words = [word for word in key.split(".") if word not in WRAPPERS]
+        plain = ".".join("sequential_posemb" if word == "series_posemb" else word for word in words)
         if plain in state:
             raise ValueError(f"{path}: two keys that both mean {plain}; one is {key}")
         if not UNUSED.fullmatch(plain):
@@ -150,12 +150,12 @@ def find_weights(folder: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None:
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is None:
         inside = folder / "model"  # as a run of the trainer leaves it
         hint = f"; did you mean {inside}?" if inside.is_dir() else ""
         raise ValueError(f"{folder}: no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
-    return found
+    return weights
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,6 +167,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not readable (not a JSON object)")
     return content
+
+
+def hub_library(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """The library of the Hugging Face hub, for a name there, and what it raises where that is not to be had.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError as error:
+        raise ImportError(
+            f"{name}: names on the Hugging Face hub need huggingface-hub: pip install 'hlip-kernels[hub]'"
+        ) from error
+    return hub, (HFValidationError, HfHubHTTPError, OSError)
 
 
 def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
@@ -183,20 +199,18 @@ def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
         for path in chain.from_iterable(map(folder.glob, wanted)):
             check_within(path, folder)
         return folder
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if Path(name).is_absolute() or Path(name).suffix in SUFFIXES:
         raise ValueError(f"no such file or folder{near(Path(name))}")
+    hub, errors = hub_library(name)
     try:
-        if not constants.HF_HUB_OFFLINE:
+        if not hub.constants.HF_HUB_OFFLINE:
             log.warning("%s is no folder here: asking the Hugging Face hub for it", name)
         for file in WEIGHT_FILES if weights else ("",):
-            folder = Path(snapshot_download(name, allow_patterns=[*patterns, *([file] if file else [])]))
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*patterns, *([file] if file else [])]))
             if not file or (folder / file).is_file():
                 break
         return folder
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except errors as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"no such folder, and not to be had from the hub ({reason}){near(Path(name))}") from error
 
@@ -207,8 +221,8 @@ def shorten(items: list[str], most: int = 8) -> str:
 
 def weights_digest(module: nn.Module, settings: Any) -> str:
     """A hash of a module's weights, and of plain values that go with them."""
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cattrs
@@ -22,6 +22,13 @@ PLAIN: dict[type, tuple[tuple[type, ...], str]] = {  # the types of values that 
     int: ((int,), "a whole number"),
     float: ((int, float), "a finite number"),
     str: ((str,), "a text"),
+}
+
+RANGES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda number: number > 0,
+    "at least 1": lambda number: number >= 1,
+    "0 or more": lambda number: number >= 0,
+    "in [0, 1)": lambda number: 0 <= number < 1,
 }
 
 
@@ -51,6 +58,17 @@ def check_types(settings: Any) -> None:
     kinds = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         structure(kinds[field.name], getattr(settings, field.name), field.name)
+
+
+def check_ranges(settings: Any, fields: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError, which names the field, where one of a dataclass holds a number out of its range, a name in
+    `RANGES`. None is in every range; of a tuple, all numbers must be."""
+    for wanted, names in fields.items():
+        for name in names:
+            value = getattr(settings, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(number is None or RANGES[wanted](number) for number in numbers):
+                raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 @functools.cache

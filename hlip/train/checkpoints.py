@@ -1,4 +1,6 @@
-"""Checkpoints of a run: `checkpoints/step_00001000.pt`, each one whole, written behind the run's back.
+"""The model that a run begins with, its checkpoints, `checkpoints/step_00001000.pt`, and the model that it leaves.
+
+Every checkpoint is whole, and written behind the run's back.
 
 A checkpoint is the same whatever the number of processes and however they share the model, so a run may go on with
 others. Everything random follows from (seed, step), so weights, optimizer and loss scale are all there is to keep. The
@@ -8,13 +10,18 @@ model's configuration and tokenizer lie beside them, so that `HLIPModel.from_pre
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,31 +31,47 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_map
 
-from ..model.checkpoint import model_files
-from ..model.clip import HLIPModel
+from ..model.clip import HLIPModel, create_model
+from ..model.config import ModelConfig, preset
 from ..model.weights import FILES, FORMAT
 from ..output import replacing
+from ..processes import Processes
 from ..read.paths import check_within
 from ..read.safe import check_format
 from ..read.tensors import load_tensors
-from .config import FREE, TrainConfig
-from .log import plain
-from .step import World
+from .config import FREE, TrainConfig, plain
+from .log import Log
+from .step import Optimizer
+
+DEFAULT_MODEL = "clip_vit_base_scan_study_token1176"
 
 
 class Checkpoints:
     """The checkpoints in one folder. The first process writes them, in a thread, one at a time."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
+    def __init__(self, config: TrainConfig, world: Processes) -> None:
         self.folder = config.out / "checkpoints"
         self.config, self.world = config, world
         self.data: dict[str, Any] = {}  # what tells the data set from others
         self.thread: threading.Thread | None = None
         self.failure: OSError | None = None
+        self.saved = time.monotonic()
 
     def all(self) -> list[Path]:
         """Whole checkpoints, the latest last."""
         return sorted(path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{8}\.pt", path.name))
+
+    def are_resumed(self) -> bool:
+        """Raises ValueError where there are some, and the run does not go on from them."""
+        there = bool(self.all())
+        if there and self.config.resume == "false":
+            raise ValueError(
+                f"{self.config.out} holds checkpoints: pass --resume auto to go on, or choose another folder"
+            )
+        return self.config.resume == "true" or there
+
+    def is_overdue(self) -> bool:
+        return self.config.save_minutes is not None and time.monotonic() - self.saved > 60 * self.config.save_minutes
 
     def save(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int) -> None:
         """Copy what there is to keep, and write it while the run goes on.
@@ -68,10 +91,26 @@ class Checkpoints:
             "scaler": scaler.state_dict(),
         }
         if self.world.rank == 0:
-            state[FILES] = model_files(model)
+            state[FILES] = model.files()
             state = tree_map(lambda value: value.cpu().clone() if isinstance(value, torch.Tensor) else value, state)
             self.thread = threading.Thread(target=self._write, args=(state, step))
             self.thread.start()
+
+    def attempt(self, model: HLIPModel, optimizer: Optimizer, step: int, log: Log, last: bool) -> OSError | None:
+        """Save. A failure is reported, and returned if there is no later chance."""
+        failure = None
+        save = functools.partial(self.save, model, optimizer.adamw, optimizer.scaler, step)
+        acts: list[Callable[[], None]] = [self.wait, save, *[self.wait] * last]
+        for act in acts:
+            try:
+                act()
+                failure = None
+            except OSError as error:
+                failure = error
+                log.event("checkpoint_failed", step=step, reason=str(error))
+                logging.warning("%s", error)
+        self.saved = time.monotonic()
+        return failure if last else None
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         path = self.folder / f"step_{step:08d}.pt"
@@ -103,18 +142,18 @@ class Checkpoints:
         Raises:
             ValueError: there is none, or it is of another run; names the settings that differ.
         """
-        found = self.all()
-        if not found:
+        saved = self.all()
+        if not saved:
             raise ValueError(
                 f"{self.folder}: no checkpoint to resume from; with --resume auto a run without any begins"
             )
-        for path in reversed(found):
+        for path in reversed(saved):
             try:
                 check_within(path, self.folder)
                 state = load_tensors(path, checksums=True)
                 break
             except (OSError, ValueError) as error:
-                if path == found[0]:
+                if path == saved[0]:
                     raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
                 logging.warning("%s: not a readable checkpoint (%s); going on from the one before", path, error)
         try:
@@ -140,3 +179,53 @@ def whole_model(model: HLIPModel) -> dict[str, Any]:
 def fixed_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that a continued run must share, as plain values."""
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in FREE}
+
+
+def make_model(config: TrainConfig) -> HLIPModel:
+    """The model to begin with: new by name, or read, with what the run changes of it."""
+    if not config.init:
+        name = config.model or DEFAULT_MODEL
+        changed = with_changes(preset(name), config)
+        return create_model(name, config.text or True, config.vision, vision=changed.vision, text=changed.text)
+    begun = HLIPModel.from_pretrained(config.init, config.model, config.text)
+    return rebuilt(begun, with_changes(begun.config, config), begun.state_dict())
+
+
+def rebuilt(model: HLIPModel, config: ModelConfig, state: dict[str, Any]) -> HLIPModel:
+    """A model of another configuration, and the tower of texts of this one."""
+    other = HLIPModel(config, model.text.source)
+    other.text.tokenizer_source = model.text.tokenizer_source
+    other.load_state_dict(state)
+    return other
+
+
+def with_changes(model: ModelConfig, config: TrainConfig) -> ModelConfig:
+    rates = {name: getattr(config, name) for name in ("patch_dropout", "drop_path")}
+    vision = replace(model.vision, **{name: rate for name, rate in rates.items() if rate is not None})
+    locked = model.text.locked if config.lock_text is None else config.lock_text
+    return replace(
+        model, vision=vision, text=replace(model.text, locked=locked, unlocked_layers=config.unlocked_layers)
+    )
+
+
+def save_model(model: HLIPModel, folder: Path, world: Processes) -> None:
+    """Write the trained model, whole, on the first process."""
+    state = whole_model(model)
+    if world.first:
+        try:
+            rebuilt(model, model.config, state).save_pretrained(folder)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{folder}: the model could not be written ({error})") from error
+
+
+def check_agreement(world: Processes, first_step: int, checkpoints: Checkpoints) -> None:
+    """Processes that see another store or another folder of checkpoints would train apart in silence.
+
+    Raises:
+        ValueError: they do; says what each sees.
+    """
+    seen = world.gather({"first_step": first_step, **checkpoints.data})
+    if any(facts != seen[0] for facts in seen):
+        raise ValueError(
+            f"processes see different things, so data and out must be shared by all of them: {dict(enumerate(seen))}"
+        )

@@ -1,12 +1,19 @@
-"""What a training run is told: every field is a flag of `train/pretrain.py`."""
+"""The settings of a training run, from a command line and the files that it names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ..read.safe import check_finite
+import yaml
+
+from ..read.safe import check_finite, check_keys, hint, parse_yaml, read_yaml
+from ..read.schema import check_ranges, structure
+from ..terminal import say
 
 Texts = Literal["report", "shuffled", "sentence"]
 
@@ -112,7 +119,7 @@ class TrainConfig:
     fsdp: bool = False
     compile: bool = False
     grad_checkpointing: bool = False
-    resume: Literal["auto", "true", "false"] | bool = "false"
+    resume: Literal["auto", "true", "false"] = "false"
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 256
@@ -141,21 +148,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name in ("batch_size", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "epochs", "lr", "lr_batch", "max_scans", "micro_tokens", "save_minutes"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("warmup", "weight_decay", "seed", "unlocked_layers", "eval_every", "save_every", *LIMITS):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("sentence_dropout", "patch_dropout", "drop_path"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        check_ranges(self, FIELDS_IN)
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one of them ends the run")
         if self.init is not None and self.vision is not None:
@@ -168,7 +161,15 @@ class TrainConfig:
             raise ValueError("fsdp needs balance 'studies': its processes must run as many pieces as one another")
 
 
-LIMITS = ("stall_minutes", "grad_clip", "workers")
+FIELDS_IN = {
+    "at least 1": ("batch_size", "log_every", "keep"),
+    "above 0": ("steps", "epochs", "lr", "lr_batch", "max_scans", "micro_tokens", "save_minutes"),
+    "0 or more": (
+        "warmup", "weight_decay", "seed", "unlocked_layers", "eval_every", "save_every", "stall_minutes", "grad_clip",
+        "workers",
+    ),
+    "in [0, 1)": ("sentence_dropout", "patch_dropout", "drop_path", "betas"),
+}  # fmt: skip
 # What may differ between a run and its continuation.
 FREE = frozenset(
     ["data", "out", "device", "compile", "grad_checkpointing", "fsdp", "resume", "init", "vision", "local_loss",
@@ -178,31 +179,32 @@ FREE = frozenset(
 
 
 def from_published_flags(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the released code's spelling put in ours. `--steps` goes before a file's `epochs`,
-    and the other way round.
+    """Put the released code's spelling of command-line arguments in ours, and underscores for hyphens. `--steps` goes
+    before a file's `epochs`, and the other way round.
 
     Raises:
         ValueError: a flag of theirs that has no counterpart here; says what to do.
     """
-    own = {each.name for each in fields(TrainConfig)}
-    found: list[str] = []
+    own = {field.name for field in fields(TrainConfig)}
+    ours: list[str] = []
     flag, given = "", set()
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         if not argument.startswith("--"):
-            found.append(_VALUES.get(flag, {}).get(argument, argument))
+            ours.append(_VALUES.get(flag, {}).get(argument, argument))
             continue
         name, sign, value = argument[2:].partition("=")
         if name in _INSTEAD and name not in own:
             raise ValueError(f"--{name}: {_INSTEAD[name]}")
-        flag = name if name in own else PUBLISHED_FLAGS.get(name, name)
+        flag = name if name in own else PUBLISHED_FLAGS.get(name, name.replace("-", "_"))
         given.add(flag)
-        if not sign and flag != name and flag in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
+        alone = not sign and following.startswith("--")
+        if alone and name in PUBLISHED_FLAGS and flag in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
             sign, value = "=", "true"
-        found.append(f"--{flag}{sign}{_VALUES.get(flag, {}).get(value, value)}")
+        ours.append(f"--{flag}{sign}{_VALUES.get(flag, {}).get(value, value)}")
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in given and other not in given:
-            found.append(f"--{other}=null")
-    return found
+            ours.append(f"--{other}=null")
+    return ours
 
 
 # Values of theirs that have another name here.
@@ -224,3 +226,135 @@ _INSTEAD = {
     "siglip": "a model has its objective; see the recipe siglip_chest_ct.yaml",
     "zeroshot-frequency": "it counts epochs there; --eval_every counts steps",
 }
+
+
+KINDS: dict[str, Any] = get_type_hints(TrainConfig)
+DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+RECIPES = Path(__file__).with_name("recipes")
+RECIPE_FOLDERS = Path(), Path("recipes"), Path("train/recipes")
+MOST_VALUE = 4096  # characters, as a path may have
+
+
+class Parser(argparse.ArgumentParser):
+    """Every field of `TrainConfig` is a flag, and `--config` reads a file of them. All are kept as texts, in the order
+    in which they are given."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self._add(self, "config", "FILE", "YAML file with any of the settings below, or the name of a published recipe")
+        self.add_argument("--print_config", action="store_true", help="print all settings as a file of them, and end")
+        summary, _, rest = (TrainConfig.__doc__ or "").partition("\n")
+        group = self.add_argument_group(summary.rstrip("."))
+        told = dict(re.findall(r"^ {8}(\w+): ((?:.|\n {9})+)", rest, re.MULTILINE))
+        for field in fields(TrainConfig):
+            default = "required" if field.default is MISSING else f"default: {plain(field.default)}"
+            text = f"{told[field.name]} ({field.type}, {default})".replace("None", "null").replace("%", "%%")
+            self._add(group, field.name, _choices(KINDS[field.name]), text)
+
+    def _add(self, group: argparse._ActionsContainer, name: str, metavar: str | None, text: str) -> None:
+        group.add_argument(
+            f"--{name}", dest="given", action="append", type=lambda value: (name, value), default=[],
+            metavar=metavar or name.upper(), help=text,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help explains every setting)")
+
+
+def _choices(kind: Any) -> str | None:
+    """The values that can be chosen from, as help shows them."""
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    if bool in (kind, *get_args(kind)):
+        words = ("true", "false", "null") if kind is not bool else ("true", "false")
+    return f"{{{','.join(words)}}}" if words else None
+
+
+def read_arguments(arguments: list[str], prog: str, description: str) -> TrainConfig:
+    """Read the settings of a command line and of the files that it names. Of a setting given twice the later counts.
+
+    Raises:
+        ValueError: an unknown setting, or a value that it cannot have; names it, and the file that it stands in.
+    """
+    parser = Parser(prog, description)
+    args, unknown = parser.parse_known_args(from_published_flags(arguments))
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint(name, KINDS, ())}")
+    settings: dict[str, Any] = {}
+    files: dict[str, Path] = {}  # the file that a setting stands in
+    for name, text in args.given:
+        if name == "config":
+            path = find_settings(text)
+            content = read_settings(path)
+            files |= dict.fromkeys(content, path)
+        else:
+            content = {name: value_of(name, text)}
+            files.pop(name, None)
+        settings |= content
+    if args.print_config:
+        shown = {name: None if value is MISSING else plain(value) for name, value in (DEFAULTS | settings).items()}
+        say(*yaml.safe_dump(shown, sort_keys=False).splitlines())
+        parser.exit()
+    for name, default in DEFAULTS.items():
+        if default is MISSING and name not in settings:
+            parser.error(f"{name}: is missing; give --{name}")
+    try:
+        return TrainConfig(**settings)
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        raise ValueError(f"{files[name]}: {error}" if name in files else str(error)) from error
+
+
+def find_settings(given: str) -> Path:
+    """The file that is meant: a path, or a published recipe, as NAME, NAME.yaml or train/recipes/NAME.yaml."""
+    path = Path(given)
+    if path.exists():
+        return path
+    recipe = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent in RECIPE_FOLDERS and recipe.is_file():
+        return recipe
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise ValueError(f"--config {given}: no such file or recipe{hint(path.stem, names)}")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, as they would be typed."""
+    try:
+        content = read_yaml(path, texts=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected settings by name, got {type(content).__name__}")
+        check_keys(content, KINDS)
+        return {name: value_of(name, value) for name, value in content.items()}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {path}: not readable settings ({error})") from error
+
+
+def value_of(name: str, given: Any) -> Any:
+    """The value of a setting that is typed as a text, or stands in a file as a text, null, or a list of texts.
+
+    Raises:
+        ValueError: longer than any may be, or not what the setting takes; names it.
+    """
+    kind = KINDS[name]
+    kinds = get_args(kind) or (kind,)
+    try:
+        if len(given or "") > MOST_VALUE:
+            raise ValueError(f"a value of length {len(given)} (at most {MOST_VALUE})")
+        value = given
+        if isinstance(given, list):
+            value = [parse_yaml(item) if isinstance(item, str) else item for item in given]
+        elif isinstance(given, str) and not {str, Path} & set(kinds):
+            value = parse_yaml(given)
+        elif given == "null" and type(None) in kinds:
+            value = None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if get_origin(kind) is Literal:
+        value = str(value).lower() if isinstance(value, bool) else given
+    return structure(kind, value, name)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value

@@ -10,9 +10,10 @@ from ..evaluate.metrics import macro_auc
 from ..evaluate.zeroshot import Prompts, zeroshot
 from ..model.clip import HLIPModel
 from ..model.config import ModelConfig
+from ..processes import Processes
 from ..store.store import Store, StudyDataset
 from .config import TrainConfig
-from .step import World, gathered
+from .step import gathered
 
 
 class HeldOut:
@@ -53,13 +54,13 @@ class HeldOut:
             raise ValueError(f"{source}: {error}") from error
         return cls(StudyDataset(store), labels, prompts)
 
-    def auc(self, model: HLIPModel, world: World) -> float:
+    def auc(self, model: HLIPModel, world: Processes) -> float:
         """Macro AUC of zero-shot classification; every process embeds its share."""
         mine = range(world.rank, len(self.dataset), world.size)
         with gathered(model), torch.no_grad():
             scores = zeroshot(model, (self.dataset[i] for i in mine), self.prompts)[1].numpy() if mine else None
         shares = np.empty(self.labels.shape, dtype=np.float32)
-        for rank, part in enumerate(world.gather(scores)):
-            if part is not None:
-                shares[rank :: world.size] = part
+        for rank, share in enumerate(world.gather(scores)):
+            if share is not None:
+                shares[rank :: world.size] = share
         return macro_auc(self.labels, shares)

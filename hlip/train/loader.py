@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from ..model.clip import HLIPModel
 from ..model.config import ModelConfig
+from ..model.memory import release_memory
 from ..model.plan import plan
-from ..prepare.reports import split_sentences
+from ..objective import OBJECTIVES
+from ..processes import Processes
 from ..store.store import Store
 from ..study import pack
-from .config import Texts
-from .sampler import Item
+from ..terminal import guard_streams
+from .config import Texts, TrainConfig
+from .sampler import Item, StepSampler
 from .step import MicroBatch
+
+Features = Callable[[Sequence[str]], Tensor]  # of texts: (N, W), see `TextTower.features`
 
 
 class MicroBatches(Dataset):
@@ -35,38 +46,58 @@ class MicroBatches(Dataset):
         batch = pack(studies, self.model.vision.patch_size)
         seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0]) >> 1
         tokens = plan(batch, self.model.vision, training=True, seeds=[item.seed for item in items])
-        dual = self.model.objective == "dual"
-        impressions, findings = [], []
+        objective = OBJECTIVES[self.model.objective]
+        drawn = []
         for study, item in zip(studies, items, strict=True):
             random = np.random.default_rng([item.seed, 1])
-            parts = draw_text((study.impression, study.findings), self.texts, self.sentence_dropout, dual, random)
-            impressions.append(parts[0])
-            findings.append(parts[1])
-        return MicroBatch(tokens, self.model.texts(impressions, findings), batch.uids, seed)
+            report = study.impression, study.findings
+            drawn.append(objective.draw_text(report, self.texts, self.sentence_dropout, random))
+        return MicroBatch(tokens, objective.texts(*zip(*drawn, strict=True)), batch.uids, seed)
 
 
-def draw_text(
-    report: tuple[str, str], texts: Texts, dropout: float, dual: bool, random: np.random.Generator
-) -> tuple[str, str]:
-    """An impression and findings, as a step reads them.
+def read_batches(
+    config: TrainConfig, store: Store, model: ModelConfig, sampler: StepSampler, device: torch.device,
+    features: Features | None,
+) -> Iterator[MicroBatch]:  # fmt: skip
+    """The micro-batches of a rank's steps, read ahead; their texts as `features`, if there are any."""
+    loader = DataLoader(
+        MicroBatches(store, model, config.texts, config.sentence_dropout),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=config.workers > 0,
+        worker_init_fn=outlive_sigterm,
+    )
+    for piece in loader:
+        yield replace(piece, texts=features(piece.texts)) if features is not None else piece
 
-    dual: the impression alone is varied; an absent one is made of the findings' sentences.
+
+def outlive_sigterm(worker: int) -> None:
+    """Clusters send SIGTERM to all processes, those that read data too, which are needed until the step is done.
+    A second one ends them."""
+    guard_streams()  # which a new interpreter does not inherit
+    release_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def keeps_features(config: TrainConfig, model: HLIPModel) -> bool:
+    return model.text.fixed and config.texts == "report" and config.sentence_dropout == 0
+
+
+def locked_features(model: HLIPModel, store: Store, world: Processes) -> Features:
+    """States of a fixed text tower for every report of the store, each read once: texts to (N, W).
+
+    Reports are read in the same chunks whatever the number of processes, so that the states are the same bits.
     """
-    if texts == "report" and dropout == 0:
-        return report
-    impression, findings = report
-    sentences = split_sentences(impression)
-    if dual:
-        sentences = sentences or split_sentences(findings)
-    else:
-        sentences, findings = sentences + split_sentences(findings), ""
-    if not sentences:
-        return report
-    keep = random.random(len(sentences)) >= dropout
-    keep[random.integers(len(sentences))] = True
-    sentences = [sentence for sentence, kept in zip(sentences, keep, strict=True) if kept]
-    if texts == "shuffled":
-        random.shuffle(sentences)
-    elif texts == "sentence":
-        sentences = [sentences[int(random.integers(len(sentences)))]]
-    return " ".join(sentences), findings
+    model.eval()  # no dropout; a step sets what it needs
+    impressions, findings = (store.manifest.column(name).to_pylist() for name in ("impression", "findings"))
+    unique = sorted(set(model.objective.texts(impressions, findings)))
+    chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
+    mine = tqdm(chunks[world.rank :: world.size], "reading reports", unit="chunk", disable=not world.first)
+    with torch.no_grad():
+        parts = world.gather([model.text.features(chunk).float().cpu().numpy() for chunk in mine])
+    table = torch.from_numpy(np.concatenate([parts[i % world.size][i // world.size] for i in range(len(chunks))]))
+    rows = {text: i for i, text in enumerate(unique)}
+    return lambda texts: table[[rows[text] for text in texts]]

@@ -1,4 +1,4 @@
-"""What a run says of itself: `log.jsonl`, TensorBoard, Weights & Biases; and a watch over processes that stall."""
+"""The log of a run: `log.jsonl`, TensorBoard, Weights & Biases; and a watch over processes that stall."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from ..output import shown_name, write_text
+from ..processes import Processes
 from ..read.safe import parse_json, read_lines
 from ..terminal import say
-from .config import TrainConfig
-from .step import World
+from .config import TrainConfig, plain
 
 STALLED = 4  # exit status
 
@@ -34,7 +35,7 @@ STALLED = 4  # exit status
 class Log:
     """Written by the first process only. A continued run drops what came after its checkpoint."""
 
-    def __init__(self, config: TrainConfig, world: World, first_step: int) -> None:
+    def __init__(self, config: TrainConfig, world: Processes, first_step: int) -> None:
         self.active = world.rank == 0
         self.wandb: Any = None
         if self.active:
@@ -127,18 +128,75 @@ def start_wandb(config: TrainConfig, settings: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
-
-
 def memory_gb(device: torch.device) -> float:
     """The most that this process has held: of the GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Terminated:
+    """Whether SIGTERM came, which clusters send before they take a machine away."""
+
+    def __init__(self) -> None:
+        self.flag = False
+
+    def __enter__(self) -> Terminated:
+        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "flag", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+class Meter:
+    """Rates since they were last read."""
+
+    def __init__(self) -> None:
+        self.started = self.since = time.perf_counter()
+        self.studies = self.tokens = 0
+        self.waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def count(self, studies: int, tokens: int) -> None:
+        self.studies += studies
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter()
+        span = now - self.since
+        rates = {"studies_per_second": self.studies / span, "tokens_per_second": self.tokens / span}
+        rates["data_wait"] = self.waited / span
+        self.since, self.studies, self.tokens, self.waited = now, 0, 0, 0.0
+        return rates
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def report_not_finite(step: int, loss: float, norm: float, uids: list[str], out: Path, world: Processes) -> NoReturn:
+    """Save which studies the step had, and end the run before its weights are spoilt."""
+    parts = world.gather({"loss": loss, "studies": uids})
+    path = out / "not_finite.json"
+    if world.first:
+        write_text(path, json.dumps({"step": step + 1, "grad_norm": norm, "ranks": parts}, indent=1) + "\n")
+    raise ValueError(
+        f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; its studies are in {path}. Lower lr, or "
+        "look at them; the last checkpoint is from before"
+    )
+
+
+def warn(warnings: list[str], world: Processes) -> list[str]:
+    """The warnings, which the first process prints."""
+    for warning in warnings if world.first else ():
+        logging.warning("%s", warning)
+    return warnings
 
 
 class Watch:
@@ -153,7 +211,7 @@ class Watch:
         folder: where `stalled.json` is written.
     """
 
-    def __init__(self, world: World, minutes: float, folder: Path) -> None:
+    def __init__(self, world: Processes, minutes: float, folder: Path) -> None:
         self.world, self.seconds, self.folder = world, minutes * 60, folder
         self.every = min(10.0, self.seconds / 4)
         self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store()) if world.size > 1 else None
@@ -181,7 +239,7 @@ class Watch:
         return [json.loads(self.store.get(str(rank))) for rank in range(self.world.size)]
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """What the other processes' store answers; None if it does not, as when the process that holds it stands."""
+        """The answer of the processes' store; None if it does not, as when the process that holds it stands."""
         answer: list[Any] = []
         thread = threading.Thread(target=lambda: answer.append(question()), daemon=True)
         thread.start()
@@ -207,23 +265,22 @@ class Watch:
             self._ask(self._tell)
         ranks = self._ask(self._all)
         if before is None or ranks is None:
-            say("pretrain.py: error: process 0 does not answer; waiting for it:", file=sys.stderr)
+            say("hlip train: error: process 0 does not answer; waiting for it:", file=sys.stderr)
             before, ranks = [self.here], [self.here]
         silent = [
             now for was, now in zip(before, ranks, strict=True) if len(ranks) > 1 and was["beats"] == now["beats"]
         ]
-        least = min((each["step"], each["order"]) for each in ranks)
-        behind = silent or [each for each in ranks if (each["step"], each["order"]) == least]
-        for each in behind:
-            minutes = (time.time() - each["since"]) / 60
+        least = min((process["step"], process["order"]) for process in ranks)
+        behind = silent or [process for process in ranks if (process["step"], process["order"]) == least]
+        for process in behind:
+            minutes = (time.time() - process["since"]) / 60
             say(
-                f"pretrain.py: error: process {each['rank']} on {each['host']} (pid {each['pid']}) has been "
-                f"{each['doing']} at step {each['step'] + 1} for {minutes:.1f} minutes; its studies are in "
+                f"hlip train: error: process {process['rank']} on {process['host']} (pid {process['pid']}) has been "
+                f"{process['doing']} at step {process['step'] + 1} for {minutes:.1f} minutes; its studies are in "
                 f"{self.folder / 'stalled.json'}",
                 file=sys.stderr,
             )
-        content = json.dumps(behind, indent=1) + "\n"
-        write_text(self.folder / "stalled.json", content)
+        write_text(self.folder / "stalled.json", json.dumps(behind, indent=1) + "\n")
         os._exit(STALLED)
 
     def close(self) -> None:

@@ -117,15 +117,15 @@ def draw(runs: Sequence[Run], file: IO[bytes], kind: str) -> None:
     figure.savefig(file, format=kind, dpi=120)
 
 
-def draw_stats(found: dict[str, Any], file: IO[bytes], kind: str) -> None:
+def draw_stats(stats: dict[str, Any], file: IO[bytes], kind: str) -> None:
     """Draw the distributions that `hlip.store.tools.stats` gives into an image; `kind` as for `draw`."""
     figure = new_figure(12, 3.4)
     axes = figure.subplots(1, 3)
     for axis, key, unit in zip(axes, ("scans_per_study", "slices_per_scan"), ("studies", "scans"), strict=False):
-        counts = found[key]["counts"]
+        counts = stats[key]["counts"]
         axis.bar([int(value) for value in counts], list(counts.values()), width=1.0)
-        mean = f" (mean {found[key]['mean']:.1f}, median {found[key]['p50']:.0f})" if counts else ""
+        mean = f" (mean {stats[key]['mean']:.1f}, median {stats[key]['p50']:.0f})" if counts else ""
         axis.set(title=key.replace("_", " ") + mean, xlabel=key.split("_")[0], ylabel=unit)
-    axes[2].bar(list(map(label, found["planes"])), list(found["planes"].values()))
+    axes[2].bar(list(map(label, stats["planes"])), list(stats["planes"].values()))
     axes[2].set(title="planes", ylabel="scans")
     figure.savefig(file, format=kind, dpi=150)

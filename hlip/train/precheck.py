@@ -7,7 +7,7 @@ how many that were.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from ..model.text import TextTower
 from ..store.store import Store
 from ..study import join_report
 from .config import TrainConfig
-from .loader import draw_text
 
 TEXTS = 512  # that are tokenised
 SCANS = 64  # that are read
@@ -37,13 +36,7 @@ def check_data(config: TrainConfig, store: Store, steps: int) -> list[str]:
             "batch_size 1: a study is told from the others of its batch, and alone its loss is 0 whatever the model "
             "does. Give 2 or more (--micro_tokens saves memory)"
         )
-    warnings = [*_reports(config, store), *_images(store), *_leaks(config, store)]
-    if 0 < steps <= config.warmup:
-        warnings.append(
-            f"warmup {config.warmup}: the run ends within it, after {steps} steps, at {steps / config.warmup:.0%} of "
-            "the peak learning rate. Lower --warmup"
-        )
-    return warnings
+    return [*_reports(config, store), *_images(store), *_leaks(config, store), *_warmup(config, steps)]
 
 
 def check_texts(config: TrainConfig, store: Store, model: HLIPModel) -> list[str]:
@@ -53,6 +46,14 @@ def check_texts(config: TrainConfig, store: Store, model: HLIPModel) -> list[str
         ValueError: its texts are alike, or unknown words; says why, and what to do.
     """
     return [*_patches(model.config.vision, store), *_tokens(config, store, model)]
+
+
+def _warmup(config: TrainConfig, steps: int) -> Iterator[str]:
+    if 0 < steps <= config.warmup:
+        yield (
+            f"warmup {config.warmup}: the run ends within it, after {steps} steps, at {steps / config.warmup:.0%} of "
+            "the peak learning rate. Lower --warmup"
+        )
 
 
 def _sections(store: Store) -> list[tuple[str, str]]:
@@ -65,8 +66,8 @@ def _single(text: str) -> str:
     return " ".join(text.split())
 
 
-def _reports(config: TrainConfig, store: Store) -> list[str]:
-    warnings, total = [], len(store)
+def _reports(config: TrainConfig, store: Store) -> Iterator[str]:
+    total = len(store)
     counts = Counter(_single(join_report(*sections)) for sections in _sections(store))
     present = total - counts[""]
     distinct = len(counts) - ("" in counts)
@@ -81,28 +82,26 @@ def _reports(config: TrainConfig, store: Store) -> list[str]:
             "hlip prepare --reports was given"
         )
     if present < total:
-        warnings.append(
+        yield (
             f"{store.path}: {total - present} of {total} studies have no report and are paired with an empty text. "
             "hlip store split --list leaves them out"
         )
     same = sum(count * (count - 1) for count in counts.values()) / (total * (total - 1))
     if same >= MANY or distinct <= present / 2:
-        warnings.append(
+        yield (
             f"{store.path}: {distinct} of {present} reports are different. Of the {config.batch_size - 1} studies that "
             f"a study is told from in a batch, {same * (config.batch_size - 1):.1f} on average have the same text, and "
             "count as wrong all the same"
         )
-    return warnings
 
 
-def _images(store: Store) -> list[str]:
+def _images(store: Store) -> Iterator[str]:
     total = len(store)
     distinct = len({checksum for checksum, _ in _checksums(store)})
     if distinct == 1 < total:
         raise ValueError(f"{store.path}: all {total} studies hold the same scans, so none can be told from another")
-    warnings = []
     if distinct <= (1 - MANY) * total:
-        warnings.append(f"{store.path}: {total - distinct} of {total} studies hold the same scans as another study")
+        yield f"{store.path}: {total - distinct} of {total} studies hold the same scans as another study"
     rows = np.unique(np.linspace(0, len(store.shapes) - 1, SCANS).astype(np.int64))
     blank = 0
     for row in rows.tolist():
@@ -115,8 +114,7 @@ def _images(store: Store) -> list[str]:
             "Look at the recipe's window, and at the files"
         )
     if blank >= MANY * len(rows):
-        warnings.append(f"{store.path}: {blank} of {len(rows)} scans looked at hold one value only")
-    return warnings
+        yield f"{store.path}: {blank} of {len(rows)} scans looked at hold one value only"
 
 
 def _checksums(store: Store) -> list[tuple[bytes, bytes]]:
@@ -126,10 +124,10 @@ def _checksums(store: Store) -> list[tuple[bytes, bytes]]:
     return [(checksums[a:b].tobytes(), store.shapes[a:b].tobytes()) for a, b in bounds]
 
 
-def _leaks(config: TrainConfig, store: Store) -> list[str]:
+def _leaks(config: TrainConfig, store: Store) -> Iterator[str]:
     """Studies to evaluate on that are trained on, too: by their ids, or under other ids by their scans."""
     if config.val is None:
-        return []
+        return
     val = Store(config.val)
     uids, trained = set(store.uids.tolist()), {key: i for i, key in enumerate(_checksums(store))}
     leaked = doubtful = 0
@@ -139,36 +137,34 @@ def _leaks(config: TrainConfig, store: Store) -> list[str]:
         elif key in trained:  # checksums of other scans may be equal: the first are compared whole
             doubtful += 1
             leaked += doubtful > SCANS or torch.equal(val.scan(j, 0), store.scan(trained[key], 0))
-    if not leaked:
-        return []
-    return [
-        f"{config.val}: {leaked} of its {len(val)} studies are trained on, too, so its AUC is not that of unseen "
-        f"studies. hlip store split {store.path} makes parts that are apart"
-    ]
+    if leaked:
+        yield (
+            f"{config.val}: {leaked} of its {len(val)} studies are trained on, too, so its AUC is not that of unseen "
+            f"studies. hlip store split {store.path} makes parts that are apart"
+        )
 
 
-def _patches(vision: VisionConfig, store: Store) -> list[str]:
+def _patches(vision: VisionConfig, store: Store) -> Iterator[str]:
     grids = store.shapes // np.array(vision.patch_size)
     level = vision.levels[0]
     sizes = grids[:, 1:].prod(1) if level == "slice" else grids.prod(1)
     if level == "study":
         sizes = np.add.reduceat(sizes, store.first[:-1])
     most = int(sizes.max())
-    if int(most * (1 - vision.patch_dropout)) > 1 or most == 1:
-        return []
-    return [
-        f"patch_dropout {vision.patch_dropout:g} leaves 1 of the {most} patches of a {level}. Lower --patch_dropout"
-    ]
+    if int(most * (1 - vision.patch_dropout)) <= 1 < most:
+        rate = f"{vision.patch_dropout:g}"
+        yield f"patch_dropout {rate} leaves 1 of the {most} patches of a {level}. Lower --patch_dropout"
 
 
-def _tokens(config: TrainConfig, store: Store, model: HLIPModel) -> list[str]:
+def _tokens(config: TrainConfig, store: Store, model: HLIPModel) -> Iterator[str]:
     """Draw texts as steps do, and look at what the text tower reads of them."""
-    dual = model.config.objective == "dual"
+    objective = model.objective
     reports = [sections for sections in dict.fromkeys(_sections(store)) if join_report(*sections).strip()]
-    warnings = []
-    for name, column in zip(("impression", "findings"), zip(*reports, strict=True), strict=True) if dual else ():
+    for name, column in (
+        zip(("impression", "findings"), zip(*reports, strict=True), strict=True) if objective.pairs > 1 else ()
+    ):
         if (lacking := sum(not text.strip() for text in column)) >= MANY * len(reports):
-            warnings.append(
+            yield (
                 f"{store.path}: {lacking} of {len(reports)} different reports have no {name}, so that both embeddings "
                 "of such a study are compared with the same text"
             )
@@ -176,15 +172,14 @@ def _tokens(config: TrainConfig, store: Store, model: HLIPModel) -> list[str]:
     chosen = [reports[i] for i in random.permutation(len(reports))[:TEXTS]]
     if config.texts != "report":  # another text at every draw
         chosen *= -(-TEXTS // len(chosen))
-    drawn = [draw_text(report, config.texts, config.sentence_dropout, dual, random) for report in chosen]
-    texts = model.config.texts(*map(list, zip(*drawn, strict=True)))
-    sides = {"impressions": texts[: len(drawn)], "findings": texts[len(drawn) :]} if dual else {"reports": texts}
-    for side, seen in sides.items():
-        warnings += _read(f"{store.path}: {len(seen)} {side} looked at:", seen, model.text)
-    return warnings
+    drawn = [objective.draw_text(report, config.texts, config.sentence_dropout, random) for report in chosen]
+    texts = objective.texts(*zip(*drawn, strict=True))
+    for i, side in enumerate(objective.sides):
+        seen = texts[i * len(drawn) : (i + 1) * len(drawn)]
+        yield from _read(f"{store.path}: {len(seen)} {side} looked at:", seen, model.text)
 
 
-def _read(name: str, texts: Sequence[str], tower: TextTower) -> list[str]:
+def _read(name: str, texts: Sequence[str], tower: TextTower) -> Iterator[str]:
     """Warnings on what the text tower makes of texts. Raises ValueError where that is nothing to learn from."""
     tokens = tower._tokens(texts)
     ids, mask, unknown = tokens["input_ids"], tokens["attention_mask"].bool(), tower.tokenizer.unk_token_id
@@ -200,7 +195,7 @@ def _read(name: str, texts: Sequence[str], tower: TextTower) -> list[str]:
     what = f"{name} {share:.0%} of their tokens are unknown to the tokenizer of {tower.tokenizer_source}"
     if share >= UNREADABLE:
         raise ValueError(f"{what}, which leaves nothing to learn from. Give the BERT of their language: --text")
-    warnings = [f"{what}. Is --text the BERT of their language?"] if share >= MANY else []
+    if share >= MANY:
+        yield f"{what}. Is --text the BERT of their language?"
     if before - after >= MANY * before:
-        warnings.append(f"{name} {before} are different, and {after} in their first {context} tokens")
-    return warnings
+        yield f"{name} {before} are different, and {after} in their first {context} tokens"

@@ -1,4 +1,4 @@
-"""Which scans of which studies every rank reads at every step, and in which pieces.
+"""Plans of steps: the scans of the studies that every rank reads, and in which pieces.
 
 A step is a function of (seed, step) and the data set alone: its studies and scans do not depend on the number of ranks,
 and there is no state to save but the number of steps done. Ranks only share a step out.
@@ -41,7 +41,7 @@ class StepPlan(NamedTuple):
 
 
 class Cost:
-    """What it costs to encode studies: products of two matrices are linear in their tokens, attention within a scan or
+    """The cost of encoding studies: products of two matrices are linear in their tokens, attention within a scan or
     a study is quadratic. In multiply-adds of a forward pass, relative figures being all that matters.
     """
 
@@ -170,20 +170,20 @@ def share(cost: np.ndarray, parts: int, size: int | None = None) -> list[np.ndar
         The indices of each part, increasing.
     """
     members: list[list[int]] = [[] for _ in range(parts)]
-    heap = [(0.0, 0, part) for part in range(parts)]
+    heap = [(0.0, 0, place) for place in range(parts)]
     order = np.argsort(-cost, kind="stable").tolist()
     for i in order:
-        load, count, part = heapq.heappop(heap)
-        members[part].append(i)
+        load, count, place = heapq.heappop(heap)
+        members[place].append(i)
         if size is None or count + 1 < size:
-            heapq.heappush(heap, (load + float(cost[i]), count + 1, part))
-    found = [np.sort(np.array(part, dtype=np.int64)) for part in members]
-    return _swap(cost, found) if size is not None else found
+            heapq.heappush(heap, (load + float(cost[i]), count + 1, place))
+    shares = [np.sort(np.array(indices, dtype=np.int64)) for indices in members]
+    return _swap(cost, shares) if size is not None else shares
 
 
 def _swap(cost: np.ndarray, parts: list[np.ndarray], most: int = 64) -> list[np.ndarray]:
     """Exchange pairs between the part that has most and that which has least, as long as it helps."""
-    loads = np.array([cost[part].sum() for part in parts])
+    loads = np.array([cost[indices].sum() for indices in parts])
     for _ in range(most):
         high, low = int(loads.argmax()), int(loads.argmin())
         gap = loads[high] - loads[low]
@@ -195,7 +195,7 @@ def _swap(cost: np.ndarray, parts: list[np.ndarray], most: int = 64) -> list[np.
         parts[high][i], parts[low][j] = parts[low][j], parts[high][i]
         loads[high] -= change[i, j]
         loads[low] += change[i, j]
-    return [np.sort(part) for part in parts]
+    return [np.sort(indices) for indices in parts]
 
 
 def pieces_within(tokens: np.ndarray, most: int) -> int:

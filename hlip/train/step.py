@@ -1,12 +1,12 @@
-"""The processes of a run, the model they share, and one step's gradient in as many pieces as memory asks for."""
+"""The model that the processes of a run share, one step's gradient in as many pieces as memory asks for, and the
+optimizer."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import inspect
+import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,20 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hlip_kernels import hold_weights
 
 from ..model.clip import HLIPModel
-from ..model.losses import Outputs, contrastive_loss
+from ..model.memory import keep_memory
 from ..model.plan import TokenBatch
+from ..objective import Outputs
+from ..processes import Processes, join_on
+from .config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_NOT_FINITE = 30  # a scaler that begins at 2**16 has come down to 2**-14 by then
 
 
 @dataclass
 class MicroBatch:
-    """What the model reads at once.
+    """The studies that the model reads at once.
 
-    texts: of its studies, as `ModelConfig.texts` gives them; or their features.
+    texts: of its studies, as the objective's `texts` gives them; or their features.
     uids: one per study.
     seed: of what is drawn in forward.
     """
@@ -48,11 +55,10 @@ class MicroBatch:
 
 def backward(
     model: nn.Module,
+    compare: Callable[[Outputs], Tensor],
     pieces: Sequence[MicroBatch],
     device: torch.device,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    local_loss: bool = False,
-    counts: Sequence[int] | None = None,
     loss_scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> tuple[Tensor, Outputs]:
     """Add the gradient of the loss over all pieces of all processes to the model's parameters.
@@ -63,8 +69,8 @@ def backward(
 
     Args:
         model: an `HLIPModel`, or one wrapped by DDP or FSDP.
+        compare: the loss of its objective.
         autocast: context in which the model runs.
-        local_loss, counts: see `contrastive_loss`.
         loss_scale: of fp16, by which gradients are multiplied.
 
     Returns:
@@ -80,19 +86,19 @@ def backward(
 
     if len(pieces) == 1:
         outputs = forward(pieces[0].to(device))
-        loss = contrastive_loss(outputs, local_loss, counts)
+        loss = compare(outputs)
         loss_scale(loss).backward()
         return loss.detach(), detach(outputs)
 
     sharded = hasattr(model, "set_requires_gradient_sync")  # its weights are whole for one layer at a time
     with contextlib.nullcontext() if sharded else hold_weights():
         with torch.no_grad():
-            parts = [forward(piece.to(device)) for piece in pieces]
-        sizes = [len(part.image) for part in parts]
-        image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
-        whole = Outputs(image, text, parts[0].scale, parts[0].bias)
-        leaves = Outputs(*(each if each is None else each.detach().requires_grad_() for each in whole))  # type: ignore[arg-type]
-        loss = contrastive_loss(leaves, local_loss, counts)
+            encoded = [forward(piece.to(device)) for piece in pieces]
+        sizes = [len(output.image) for output in encoded]
+        image, text = torch.cat([output.image for output in encoded]), torch.cat([output.text for output in encoded])
+        whole = Outputs(image, text, encoded[0].scale, encoded[0].bias)
+        leaves = Outputs(*(rows if rows is None else rows.detach().requires_grad_() for rows in whole))  # type: ignore[arg-type]
+        loss = compare(leaves)
         loss_scale(loss).backward()
         assert leaves.image.grad is not None and leaves.text.grad is not None
         grads = zip(leaves.image.grad.split(sizes), leaves.text.grad.split(sizes), strict=True)
@@ -110,7 +116,7 @@ def backward(
 
 
 def detach(outputs: Outputs) -> Outputs:
-    return Outputs(*(each if each is None else each.detach() for each in outputs))  # type: ignore[arg-type]
+    return Outputs(*(rows if rows is None else rows.detach() for rows in outputs))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -125,61 +131,23 @@ def synchronised(model: Any, last: bool) -> Iterator[None]:
     yield
 
 
-class World:
-    """The processes of the run. What is agreed on goes over a group of its own, whose waits may last for days."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, in order of rank."""
-        values: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def any(self, *values: bool) -> tuple[bool, ...]:
-        """Whether each is so on any process."""
-        if self.size == 1:
-            return values
-        flags = torch.tensor([int(value) for value in values])
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        return tuple(flag > 0 for flag in flags.tolist())
-
-
-def start(device: str) -> tuple[torch.device, World]:
-    """Join the processes that torchrun or Slurm's srun started, with NCCL on GPUs and gloo on CPUs.
+def start(config: TrainConfig) -> tuple[torch.device, Processes]:
+    """Join the processes of the run, on the device of this one.
 
     Raises:
-        ValueError: fewer GPUs than processes on this machine.
+        ValueError: fewer GPUs than processes on this machine, or FSDP without processes.
     """
-    environment = os.environ
-    # Only srun sets a step's variables: a batch script's own process is alone, whatever the job's number of tasks.
-    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
-        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 40000))
-        for name, theirs in {"RANK": "PROCID", "WORLD_SIZE": "STEP_NUM_TASKS", "LOCAL_RANK": "LOCALID"}.items():
-            environment[name] = environment[f"SLURM_{theirs}"]
-    place = torch.device("cpu")
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        place = torch.device("cuda", int(environment.get("LOCAL_RANK", 0)))
-        if place.index >= (found := torch.cuda.device_count()):
-            raise ValueError(f"device {device!r}: this process wants {place}, and PyTorch sees {found} GPUs")
-        torch.cuda.set_device(place)
-    if "RANK" in environment:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return place, World()
+    if config.fsdp and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        raise ValueError("fsdp needs processes: start this with torchrun or srun")
+    if config.fsdp and torch.__version__ < "2.7":  # fully_shard takes no ignored_params before
+        raise ValueError(f"fsdp needs PyTorch 2.7 or newer, this is {torch.__version__}")
+    device, world = join_on(config.device)
+    if device.type == "cpu":
+        keep_memory()
+    return device, world
 
 
-def first_host(nodes: str) -> str:
-    """The first of Slurm's list of hosts: of "gpu[03-05,9],login" it is gpu03."""
-    name, bracket, rest = nodes.partition(",")[0].partition("[")
-    return name + re.split("[],-]", rest)[0] if bracket else name
-
-
-def wrap(model: HLIPModel, world: World, shard: bool) -> nn.Module:
+def wrap(model: HLIPModel, world: Processes, shard: bool) -> nn.Module:
     """The model as the run's processes share it: by DDP, or sharded by FSDP."""
     if shard:
         # A sharded scalar is no scalar: each process keeps temperature and bias whole.
@@ -199,7 +167,7 @@ def wrap(model: HLIPModel, world: World, shard: bool) -> nn.Module:
     return model
 
 
-def reduce_scalars(model: HLIPModel, world: World) -> None:
+def reduce_scalars(model: HLIPModel, world: Processes) -> None:
     """Average the gradients of what FSDP leaves whole."""
     if isinstance(model, FSDPModule) and world.size > 1:
         for parameter in model.parameters():
@@ -221,3 +189,74 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for module in sharded:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+class Optimizer:
+    """AdamW on a schedule, with the loss scale of fp16 and a limit to the gradient's norm."""
+
+    def __init__(self, model: HLIPModel, config: TrainConfig, steps: int, device: torch.device) -> None:
+        self.model, self.config, self.steps = model, config, steps
+        self.adamw = make_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.not_finite = 0  # fp16 steps in a row that the scaler left out
+
+    def begin(self, step: int) -> float:
+        """Forget the gradients of the step before. Returns the learning rate."""
+        rate = learning_rate(self.config, step, self.steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.zero_grad(set_to_none=True)
+        return rate
+
+    def limit(self, world: Processes) -> float:
+        """Limit the gradient's norm. Returns what it was."""
+        reduce_scalars(self.model, world)
+        self.scaler.unscale_(self.adamw)
+        return clip_gradient(self.model, self.config.grad_clip)
+
+    def is_spoilt(self, loss: Tensor, norm: float) -> bool:
+        """Whether a step would spoil the weights. The scaler leaves some out, at which the gradient is not finite."""
+        self.not_finite = 0 if math.isfinite(norm) else self.not_finite + 1
+        return not math.isfinite(loss) or self.not_finite > (MOST_NOT_FINITE if self.scaler.is_enabled() else 0)
+
+    def update(self) -> None:
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.model.objective.clamp(self.model)
+
+
+def peak_lr(config: TrainConfig) -> float:
+    return config.lr * (config.batch_size / config.lr_batch if config.lr_batch else 1)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    peak = peak_lr(config)
+    if step < config.warmup:
+        return peak * (step + 1) / config.warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, steps - config.warmup)))
+
+
+def make_optimizer(model: HLIPModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; biases, norms and the temperature are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0},  # not sharded, so not among the others
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def clip_gradient(model: nn.Module, most: float) -> float:
+    """Scale the gradient down to a norm of `most`, unless that is 0. Returns its norm before."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    kinds = [[p for p in trained if isinstance(p.grad, DTensor) is sharded] for sharded in (False, True)]
+    kinds = [kind for kind in kinds if kind]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.stack(norms).norm()
+    if most:
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, most, total)
+    return float(total)

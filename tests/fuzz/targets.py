@@ -169,9 +169,9 @@ class Checkpoints:
     def __init__(self, home: Path, patch: pytest.MonkeyPatch) -> None:
         from transformers import BertConfig, BertTokenizerFast
 
+        from hlip.processes import Processes
         from hlip.train.checkpoints import Checkpoints as OfRun
         from hlip.train.config import TrainConfig
-        from hlip.train.step import World
 
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -197,7 +197,7 @@ class Checkpoints:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.settings = TrainConfig(home / "store", home / "run", steps=1)
-        self.of_run, self.world = OfRun, World()
+        self.of_run, self.world = OfRun, Processes()
         made = OfRun(self.settings, self.world)
         made.save(self.model, self.optimizer, torch.amp.GradScaler("cpu"), 1)
         made.wait()
