@@ -12,9 +12,7 @@ import pytest
 import bare
 import hlip_kernels
 
-PROGRAMS = sorted(
-    path.name for path in bare.BENCH.glob("*.py") if "ArgumentParser" in path.read_text() and path.stem != "options"
-)
+PROGRAMS = sorted(path.name for path in bare.BENCH.glob("*.py"))
 SMALL = (
     "attention.py --cases slice-99 --dtype fp32 --heads 1 --head-dim 16 --rounds 1 --modes forward --threads 1"
     " --memory-limit 0.1 --json {rows}/attention.json",

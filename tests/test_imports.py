@@ -317,4 +317,4 @@ def test_the_house_was_read() -> None:
     assert ("hlip.model.encoder", "hlip_kernels", True) in found
     assert ("hlip.cli.train", "hlip.train.pretrain", False) in found  # within a function
     assert ("hlip", "hlip.model.clip", False) in found  # for type checkers only
-    assert ("bench.encoder", "bench.benchlib.timing", True) in found  # a neighbour by bare name
+    assert ("bench.encoder", "bench.benchlib.encoders", True) in found  # a neighbour by bare name
