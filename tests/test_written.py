@@ -107,7 +107,7 @@ def test_embeddings_are_evaluated_as_they_were(old: Path) -> None:
 def test_a_probe_is_applied(old: Path) -> None:
     run("probe", "store.npz", "--labels", "labels.csv", "--out", "applied", "--apply", "store.probe.npz", "--draws", 20,
         "--minimum", 1)  # fmt: skip
-    assert [row.split(",")[0] for row in Path("applied/auc.csv").read_text().splitlines()[1:3]] == ["stroke", "tumour"]
+    assert [row.split(",")[1] for row in Path("applied/auc.csv").read_text().splitlines()[1:3]] == ["stroke", "tumour"]
 
 
 def test_a_model_is_written_as_it_was(old: Path) -> None:

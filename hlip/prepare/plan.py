@@ -109,7 +109,8 @@ class Plan:
 
     @classmethod
     def of(cls, found: Found, terms: Mapping[str, Any], out: Path) -> Plan:
-        """The plan of this store: read if there is one on the same terms, else made and written.
+        """Make the plan of this store and write it, also over that of an earlier run: the same files may lie elsewhere
+        today.
 
         Raises:
             ValueError: there is one on other terms; says which.
@@ -117,19 +118,16 @@ class Plan:
         work = out / "work"
         file = work / "plan.json"
         if os.path.lexists(file):
-            content = read_json(file, out, None)  # has a line for each shard
-            compare_terms(out, content["terms"], terms)
-        else:
-            shards, offset = [], 0
-            with replacing(work / "sources.jsonl", work) as temporary, temporary.open("wb") as lines:
-                for studies in cut(found.studies, lambda study: max(1, len(study.scans)), terms["shard_scans"]):
-                    shards.append((len(studies), sum(len(study.scans) for study in studies), offset))
-                    offset += lines.write(json.dumps([_to_json(study) for study in studies]).encode() + b"\n")
-            write_rejections(out / "shards" / FOUND, found.rejected, work)
-            content = {"terms": terms, "shards": shards}
-            with replacing(file, work) as temporary:
-                temporary.write_text(json.dumps(content), encoding="utf-8")
-        return cls(out.absolute(), tuple(map(tuple, content["shards"])), bool(terms["hidden_ids"]))
+            compare_terms(out, read_json(file, out, None)["terms"], terms)  # has a line for each shard
+        shards, offset = [], 0
+        with replacing(work / "sources.jsonl", work) as temporary, temporary.open("wb") as lines:
+            for studies in cut(found.studies, lambda study: max(1, len(study.scans)), terms["shard_scans"]):
+                shards.append((len(studies), sum(len(study.scans) for study in studies), offset))
+                offset += lines.write(json.dumps([_to_json(study) for study in studies]).encode() + b"\n")
+        write_rejections(out / "shards" / FOUND, found.rejected, work)
+        with replacing(file, work) as temporary:
+            temporary.write_text(json.dumps({"terms": terms, "shards": shards}), encoding="utf-8")
+        return cls(out.absolute(), tuple(shards), bool(terms["hidden_ids"]))
 
     def studies(self, k: int) -> list[StudyRecord[ScanSource]]:
         """The studies of shard `k`."""
