@@ -163,7 +163,7 @@ def test_failure_leaves_no_partial_folder(
         out.mkdir()
 
     def fail(*_: object, **__: object) -> str:
-        assert list(tmp_path.glob("demo.*.tmp"))  # the work was under way
+        assert list(tmp_path.glob(".demo.*.tmp"))  # the work was under way
         raise error("disk full")
 
     monkeypatch.setattr(demo.json, "dumps", fail)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,6 +261,16 @@ def test_replaces_voxels_that_are_not_finite(tmp_path: Path) -> None:
         array[x] = value
     expected[:3] = expected[3:].min()
     np.testing.assert_array_equal(read_nifti(save(tmp_path / "scan.nii", array)).array, expected)
+
+
+def test_readers_load_their_libraries_when_they_read() -> None:
+    lines = (
+        "import importlib, pkgutil, sys, hlip.read",
+        "[importlib.import_module(f'hlip.read.{module.name}') for module in pkgutil.iter_modules(hlip.read.__path__)]",
+        "assert not {'nibabel', 'pydicom', 'SimpleITK'} & set(sys.modules), sys.modules.keys()",
+    )
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_error_survives_pickling() -> None:

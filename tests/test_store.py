@@ -110,9 +110,7 @@ def test_a_shard_is_read_by_hand(path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [[], [1], [2, 1002, 3]], ids=["none", "one", "many"])
-def test_a_shard_has_the_bytes_that_safetensors_writes(
-    counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_has_the_bytes_that_safetensors_writes(counts: list[int], tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -127,9 +125,7 @@ def test_a_shard_has_the_bytes_that_safetensors_writes(
     for s, study in enumerate(studies):
         for m, scan in enumerate(study.scans):
             assert np.array_equal(tensors[f"{s:06d}/{m:03d}"], scan.image.numpy())
-    monkeypatch.setattr("hlip.store.format.MOST_HELD", 100)  # voxels wait on disk
-    write_shard(path, studies, RECIPE, "abc", tmp_path)
-    assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_whoever_may_read_the_manifest_may_read_the_shards(path: Path) -> None:

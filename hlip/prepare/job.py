@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,25 +32,15 @@ from ..store.tools import Report, finish
 from ..study import PreparedScan, StudyRecord
 from .discover import Found
 from .plan import Plan, compare_terms, encodable, hash_ids, hash_sources, hashed, in_order
+from .recipe import Recipe
 from .workers import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 
 SHARD_SCANS = 64  # scans of a shard as they are found: 150 MB of brain MRI, and a minute's work to lose
 
 
-class PreparesScans(Protocol):
-    """What is needed of a recipe (see `preprocess.Recipe`)."""
-
-    def prepare(self, source: ScanSource) -> list[PreparedScan]: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-    @property
-    def hash(self) -> str: ...
-
-
 def prepare(
     found: Found,
-    recipe: PreparesScans,
+    recipe: Recipe,
     out: Path | str,
     *,
     engine: Engine = "local",
@@ -112,7 +102,7 @@ def prepare(
 
 def _run(job: PrepareJob, engine: Engine, workers: int, slurm: Mapping[str, Any], progress: bool) -> None:
     pending = [k for k in range(len(job.plan.shards)) if not job.is_done(k)]
-    with _Progress(job.plan, pending, progress) as tick:
+    with _bar(job.plan, pending, progress) as tick:
         if not pending:
             return
         if engine == "local":
@@ -125,7 +115,7 @@ def _run(job: PrepareJob, engine: Engine, workers: int, slurm: Mapping[str, Any]
 
 def prepare_study(
     source: StudyRecord[ScanSource],
-    recipe: PreparesScans,
+    recipe: Recipe,
     left_out: Mapping[int, tuple[str, str]] | None = None,
     begin: Callable[[int], None] = lambda m: None,
     hidden: bool = False,
@@ -185,7 +175,7 @@ class PrepareJob:
     """The job of a plan, a unit of which is a shard (see `engines.Job`)."""
 
     plan: Plan
-    recipe: PreparesScans
+    recipe: Recipe
     step_seconds: float
 
     def run(self, unit: int, notify: Callable[[Event], None]) -> None:
@@ -261,22 +251,18 @@ def _remove_temporary(work: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class _Progress:
+@contextmanager
+def _bar(plan: Plan, pending: Sequence[int], show: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar of studies, which starts at those of earlier runs, with scans a second beside it."""
+    total, left = sum(shard[0] for shard in plan.shards), sum(plan.shards[k][0] for k in pending)
+    start, done = time.monotonic(), 0
+    with tqdm(total=total, initial=total - left, desc="preparing", unit="study", disable=not show) as bar:
 
-    def __init__(self, plan: Plan, pending: Sequence[int], show: bool) -> None:
-        total, left = sum(shard[0] for shard in plan.shards), sum(plan.shards[k][0] for k in pending)
-        self.bar = tqdm(total=total, initial=total - left, desc="preparing", unit="study", disable=not show)
-        self.scans, self.start = 0, time.monotonic()
+        def tick(studies: int, scans: int) -> None:
+            nonlocal done
+            done += scans
+            if studies:
+                bar.set_postfix_str(f"{done / max(1e-9, time.monotonic() - start):.1f} scans/s", False)
+                bar.update(studies)
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self.tick
-
-    def tick(self, studies: int, scans: int) -> None:
-        self.scans += scans
-        if studies:
-            self.bar.set_postfix_str(f"{self.scans / max(1e-9, time.monotonic() - self.start):.1f} scans/s", False)
-            self.bar.update(studies)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        yield tick

@@ -53,7 +53,7 @@ def read_masks(store: Store, folder: Path | str, progress: Progress = iter) -> S
         raise ValueError(f"{folder}: has no masks STUDY/SCAN.nii.gz")
     places = {uid: i for i, uid in enumerate(store.uids.tolist())}
     recipe = Recipe.from_dict(store.info["recipe"])
-    found: Slices = {}
+    shown: Slices = {}
     for path in progress(files):
         check_within(path, folder)
         place = places.get(path.parent.name)
@@ -67,8 +67,8 @@ def read_masks(store: Store, folder: Path | str, progress: Progress = iter) -> S
         for m in scans:
             if depth not in (depths[m], 0):
                 raise ValueError(f"{path}: has {depth} slices, the scan has {depths[m]}")
-            found.setdefault(path.parent.name, {})[names[m]] = slices
-    return found
+            shown.setdefault(path.parent.name, {})[names[m]] = slices
+    return shown
 
 
 def _read(path: Path, recipe: Recipe) -> tuple[list[int], int]:

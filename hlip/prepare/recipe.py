@@ -265,8 +265,8 @@ def _resample(array: np.ndarray, window: Window, axes: Sequence[Axis]) -> Tensor
         slab = torch.from_numpy(np.ascontiguousarray(array[needed], dtype=np.float32))
         slab.clamp_(window.low, window.high).sub_(window.low).div_(window.high - window.low)
         slab = _resize_slices(slab, rows, columns)
-        part = torch.lerp(slab[index[: len(low)]], slab[index[len(low) :]], weight)
-        image[slices[k] : slices[k] + len(low)] = part.mul_(255).round_().to(torch.uint8)
+        between = torch.lerp(slab[index[: len(low)]], slab[index[len(low) :]], weight)
+        image[slices[k] : slices[k] + len(low)] = between.mul_(255).round_().to(torch.uint8)
     return image
 
 

@@ -295,14 +295,14 @@ def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
     for key in entry:
         if (other := keys.setdefault(key.lower().removesuffix("_en"), key)) != key:
             raise ValueError(f"'{other}' and '{key}' are the same section")
-    for part, spellings in _TEXT_KEYS.items():
+    for section, spellings in _TEXT_KEYS.items():
         given = [keys[s] for s in spellings if s in keys and entry[keys[s]] is not None]
-        found = [entry[key] for key in given]
-        for value, key in zip(found, given, strict=True):
+        values = [entry[key] for key in given]
+        for value, key in zip(values, given, strict=True):
             if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 raise ValueError(f"'{key}' must be a text or a list of sentences")
-        joint = "\n" if part == "report" else " "
-        texts[part] = joint.join(v if isinstance(v, str) else joint.join(v) for v in found)
+        joint = "\n" if section == "report" else " "
+        texts[section] = joint.join(v if isinstance(v, str) else joint.join(v) for v in values)
     whole = rules.split(texts["report"])
     return ReportText(
         normalise(texts["impression"]) or whole.impression, normalise(texts["findings"]) or whole.findings

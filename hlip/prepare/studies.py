@@ -48,14 +48,14 @@ def load_study_on_grids(
 ) -> tuple[Study, list[Volume]]:
     """As `load_study`, and for each scan the volume it was made of, without voxels: for `Recipe.on_source`."""
     folder = isinstance(paths, (str, Path)) and Path(paths).is_dir()
-    found = find_study(paths)
+    study = find_study(paths)
     if uid is None:
-        files = [file for scan in found.scans for file in scan.files]
+        files = [file for scan in study.scans for file in scan.files]
         uid = (Path(str(paths)) if folder else called_after(files)).resolve().name
-    rejected = [replace(rejection, study=uid) for rejection in found.rejected]
-    source = replace(found, uid=uid, impression=impression, findings=findings, rejected=rejected)
-    study = read_study(source, recipe or Recipe(), all_scans=not folder)
-    return study.shown(), [scan.grid for scan in study.scans if scan.grid is not None]
+    rejected = [replace(rejection, study=uid) for rejection in study.rejected]
+    source = replace(study, uid=uid, impression=impression, findings=findings, rejected=rejected)
+    prepared = read_study(source, recipe or Recipe(), all_scans=not folder)
+    return prepared.shown(), [scan.grid for scan in prepared.scans if scan.grid is not None]
 
 
 def called_after(files: Sequence[Path]) -> Path:

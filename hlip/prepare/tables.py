@@ -147,17 +147,17 @@ class Table:
 
     def _has_several(self, column: str) -> bool:
         """Whether a study's rows differ."""
-        found: dict[str, str] = {}
-        return any(found.setdefault(uid, row[column].strip()) != row[column].strip() for _, uid, row in self.rows)
+        cells: dict[str, str] = {}
+        return any(cells.setdefault(uid, row[column].strip()) != row[column].strip() for _, uid, row in self.rows)
 
     def by_study(self, read: Callable[[dict[str, str]], Value], what: str) -> dict[str, Value]:
         """What `read` makes of the rows, by study; a study's rows must agree."""
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for line, uid, row in self.rows:
             value = read(row)
-            if found.setdefault(uid, value) != value:
+            if values.setdefault(uid, value) != value:
                 raise ValueError(f"{self.path}: line {line}: another {what} of study {uid} than in a line before")
-        return found
+        return values
 
 
 def volume_study(name: str) -> str:

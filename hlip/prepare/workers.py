@@ -7,6 +7,7 @@ a unit ends its process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -145,10 +146,8 @@ class _Worker:
 
     def give(self, unit: int) -> None:
         self.unit, self.step, self.done, self.seconds = unit, None, (0, 0), 0.0
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the next receive finds out
             self.pipe.send(unit)
-        except BrokenPipeError:
-            return  # it has ended, which the next receive finds out
 
     def receive(self) -> Event | Exception | int | None:
         """What the worker says: an event, what went wrong, the unit that is done; None if it has ended."""
@@ -226,19 +225,19 @@ def run_ray(job: Job, units: Sequence[int], workers: int, tick: Tick) -> None:
     task = ray.remote(num_cpus=1)(_run_alone)
     chunks = deque(units[i : i + size] for i in range(0, len(units), size))
     running: list[Any] = []
-    watch = _Watch(job, units, tick)
+    waiting = list(units)
     try:
         while chunks or running:
             while chunks and len(running) < workers:
                 running.append(task.remote(job, chunks.popleft()))
             ready, running = ray.wait(running, timeout=POLL_SECONDS)
-            watch()
+            waiting = _tell(job, waiting, tick)
             ray.get(ready)
     except ray.exceptions.RayError as error:
         raise OSError(f"a Ray task failed: {error}") from error
     finally:
-        for each in running:
-            ray.cancel(each, force=True)
+        for unfinished in running:
+            ray.cancel(unfinished, force=True)
         if ours:
             ray.shutdown()
 
@@ -267,12 +266,12 @@ def run_slurm(
     executor.update_parameters(**settings)
     chunks = [units[i::workers] for i in range(min(workers, len(units)))]
     tasks = executor.map_array(_run_alone, [job] * len(chunks), chunks)
-    watch = _Watch(job, units, tick)
+    waiting = list(units)
     try:
         while not all(task.done() for task in tasks):
             time.sleep(POLL_SECONDS)
-            watch()
-        watch()
+            waiting = _tell(job, waiting, tick)
+        waiting = _tell(job, waiting, tick)
         for task in tasks:
             if (failure := task.exception()) is not None:
                 raise OSError(f"Slurm task {task.job_id} failed (its log: {task.paths.stderr}): {failure}")
@@ -282,14 +281,9 @@ def run_slurm(
                 task.cancel()
 
 
-class _Watch:
-    """Tells of the units done elsewhere, by their files."""
-
-    def __init__(self, job: Job, units: Sequence[int], tick: Tick) -> None:
-        self.job, self.open, self.tick = job, list(units), tick
-
-    def __call__(self) -> None:
-        done = [unit for unit in self.open if self.job.is_done(unit)]
-        for unit in done:
-            self.tick(*self.job.size(unit))
-        self.open = [unit for unit in self.open if unit not in set(done)]
+def _tell(job: Job, units: Sequence[int], tick: Tick) -> list[int]:
+    """Tell of the units that were done elsewhere, by their files. Returns the others."""
+    done = {unit for unit in units if job.is_done(unit)}
+    for unit in done:
+        tick(*job.size(unit))
+    return [unit for unit in units if unit not in done]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .headers import DEFLATED, HEAD_BYTES, parse, several
-from .pixels import Pixels, damage
+from .pixels import Pixels
 from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite
-from .scan import ScanError, ScanSource, Volume
+from .scan import ScanError, ScanSource, Volume, damage
 from .voxels import check_file, rescale
 
 LPS = np.array([-1.0, -1.0, 1.0])  # DICOM's x runs to the left, its y to the back

@@ -27,6 +27,8 @@ Kind = Literal["nifti", "dicom", "tensor"]
 Progress = Callable[..., Iterable]  # called as tqdm is: (iterable, total=, desc=, unit=)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# False, too, where a name is too long or one may not look
+is_file, is_folder = os.path.isfile, os.path.isdir
 
 
 def silent(items: Iterable[Item], **_: Any) -> Iterable[Item]:
@@ -65,26 +67,10 @@ def why(error: Exception) -> str:
 def near(path: Path) -> str:
     """Names beside a missing path that are close to its own, as words to add to an error."""
     try:
-        names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except OSError:
         return ""
     return hint(path.name, names, ())
-
-
-def is_file(path: Path) -> bool:
-    """Whether it is a regular file; False, too, if its name is too long or lies where one may not look."""
-    return stat.S_ISREG(_mode(path))
-
-
-def is_folder(path: Path) -> bool:
-    return stat.S_ISDIR(_mode(path))
-
-
-def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except OSError:
-        return 0
 
 
 def walk(root: Path) -> tuple[list[str], list[ScanError]]:
@@ -130,7 +116,7 @@ def _link(path: Path, home: Path) -> str | None:
         return "the link leads out of the folder"
     if not stat.S_ISREG(mode):
         return "the link leads to a folder or device"
-    hidden = any(part.startswith(".") for part in target.relative_to(home).parts)
+    hidden = any(name.startswith(".") for name in target.relative_to(home).parts)
     return None if hidden else ""
 
 

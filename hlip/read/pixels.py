@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .scan import ScanError
+from .scan import ScanError, damage
 
 STORED = (
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored",
@@ -19,18 +18,6 @@ STORED = (
 )  # fmt: skip
 MAX_TILES = 2**16  # of a JPEG 2000 image, as the standard has it
 START_OF_FRAME = {bytes([0xFF, k]) for k in (*range(0xC0, 0xD0), 0xF7)} - {b"\xff\xc4", b"\xff\xc8", b"\xff\xcc"}
-
-
-@contextlib.contextmanager
-def damage(path: Path, what: str) -> Iterator[None]:
-    """Whatever is raised becomes a ScanError: a damaged file may fail anywhere within a parser or decoder, and values
-    are parsed when they are asked for."""
-    try:
-        yield
-    except (ScanError, ImportError):
-        raise
-    except Exception as error:
-        raise ScanError(path, f"{what} ({type(error).__name__}: {error})") from error
 
 
 class Pixels:

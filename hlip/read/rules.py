@@ -104,8 +104,8 @@ def check_source(source: ScanSource, rules: Rules) -> None:
     check_modality(path, source.modality, rules)
     for text in (source.name, source.description):
         for pattern in rules.descriptions:
-            if found := re.search(pattern, text, re.IGNORECASE):
-                raise ScanError(path, f"{text!r} names a localiser or the like ({found[0]!r})", "localiser")
+            if match := re.search(pattern, text, re.IGNORECASE):
+                raise ScanError(path, f"{text!r} names a localiser or the like ({match[0]!r})", "localiser")
 
 
 def check_modality(path: object, modality: str, rules: Rules) -> None:
@@ -115,9 +115,9 @@ def check_modality(path: object, modality: str, rules: Rules) -> None:
 
 def check_image_type(path: object, image_type: Iterable[str], rules: Rules) -> None:
     for value in image_type:
-        found = {value.upper(), *re.split(r"[^A-Z0-9]+", value.upper())}.intersection(rules.image_types)
-        if found:
-            raise ScanError(str(path), f"image type {value}", "localiser" if "LOCALIZER" in found else "derived")
+        refused = {value.upper(), *re.split(r"[^A-Z0-9]+", value.upper())}.intersection(rules.image_types)
+        if refused:
+            raise ScanError(str(path), f"image type {value}", "localiser" if "LOCALIZER" in refused else "derived")
 
 
 def check_count(path: object, slices: int, rules: Rules) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -67,6 +69,18 @@ class ScanError(ValueError):
 
     def __reduce__(self) -> tuple[type[ScanError], tuple[str, str, str]]:
         return ScanError, (self.path, self.reason, self.rule)
+
+
+@contextmanager
+def damage(path: Path | str, what: str) -> Iterator[None]:
+    """Whatever is raised becomes a ScanError: a damaged file may fail anywhere within a parser or decoder, and values
+    are parsed when they are asked for."""
+    try:
+        yield
+    except (ScanError, ImportError):
+        raise
+    except Exception as error:
+        raise ScanError(path, f"{what} ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)

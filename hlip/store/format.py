@@ -30,7 +30,7 @@ from ..output import replacing
 from ..read import safe
 from ..read.paths import check_regular
 from ..read.safe import MOST_SETTINGS, parse_json, read_lines, short
-from ..read.scan import Rejection, ScanError
+from ..read.scan import Rejection, ScanError, damage
 from ..read.schema import structure
 from ..read.tensors import check_safetensors
 from ..study import PreparedScan, StudyRecord
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 OTHER = ": update hlip-kernels, or prepare anew"
 FOUND = "found.jsonl"  # beside the shards
-MOST_HELD = 2**28  # bytes of voxels of a shard in memory, which a usual one does not reach
 INFO: dict[str, Any] = {
     "recipe": dict,
     "recipe_hash": str,
@@ -135,7 +134,7 @@ def map_manifest(path: Path) -> RecordBatch:
 def same(one: RecordBatch, other: RecordBatch) -> bool:
     """Whether two manifests say the same. A spacing that is not known is no number, which equals nothing."""
     names = [name for name in schema().names if name != "spacing"]
-    first, second = (each.column("spacing").values.values.to_numpy() for each in (one, other))
+    first, second = (batch.column("spacing").values.values.to_numpy() for batch in (one, other))
     return one.select(names).equals(other.select(names)) and np.array_equal(first, second, equal_nan=True)
 
 
@@ -173,8 +172,10 @@ class Shard:
 def write_shard(
     path: Path, studies: Iterable[StudyRecord[PreparedScan]], recipe: dict[str, Any], recipe_hash: str, work: Path
 ) -> None:
-    """Write studies to one safetensors file, whole or not at all. One study is in memory at a time, and voxels of at
-    most `MOST_HELD` bytes, which wait for the header: it lies before them and is known after them.
+    """Write studies to one safetensors file, whole or not at all. One study is in memory at a time.
+
+    The header lies before the voxels and is known after them: they wait in a file without a name, which seldom gets
+    as far as the disk.
 
     Tensor `000012/003` is scan 3 of study 12, so that the file's order is that of studies and their scans. All else
     is JSON in the header's one piece of metadata, "hlip". The same studies make the same bytes, those that
@@ -192,7 +193,7 @@ def write_shard(
     with (
         replacing(path, work) as partial,
         partial.open("wb") as file,
-        tempfile.SpooledTemporaryFile(MOST_HELD, dir=str(work)) as voxels,
+        tempfile.TemporaryFile(dir=work) as voxels,
     ):
         for study in studies:
             rejected += [asdict(rejection) for rejection in study.rejected]
@@ -266,12 +267,10 @@ def read_rejections(path: Path, home: Path) -> list[Rejection]:
     """
     if not os.path.lexists(path):
         return []
-    try:
+    with damage(path, "damaged"):
         check_regular(path, home)
         with contextlib.closing(read_lines(path)) as lines:
             return [structure(Rejection, parse_json(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
 
 
 def write_rejections(path: Path, rejected: Iterable[Rejection], work: Path) -> None:
@@ -316,11 +315,9 @@ def read_info(path: Path) -> dict[str, Any]:
 def read_json(path: Path, home: Path, most: int | None = MOST_SETTINGS) -> dict[str, Any]:
     """The object in a file of the store `home`, of at most so many bytes. Raises ScanError where it is damaged, or a
     link that leads out."""
-    try:
+    with damage(path, "damaged"):
         check_regular(path, home)
         content = safe.read_json(path, most)
-    except (OSError, ValueError) as error:
-        raise ScanError(path, f"damaged ({type(error).__name__}: {error})") from error
-    if not isinstance(content, dict):
-        raise ScanError(path, "damaged (expected an object)")
-    return content
+        if not isinstance(content, dict):
+            raise ScanError(path, "damaged (expected an object)")
+        return content

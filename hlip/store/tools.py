@@ -182,10 +182,10 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
                 os.link(file.resolve(), target)  # of a link within its store, the file
             except OSError:
                 shutil.copyfile(file, target)
-        found = [
+        rejected = [
             rejection for store in stores for rejection in read_rejections(store.path / "shards" / FOUND, store.path)
         ]
-        write_rejections(folder / "shards" / FOUND, found, folder / "work")
+        write_rejections(folder / "shards" / FOUND, rejected, folder / "work")
         facts = {key: stores[0].info[key] for key in ("shard_scans", "hidden_ids")}
         return finish(folder, folder / "work", source_hash=digest, **facts)
 
@@ -216,7 +216,7 @@ def split_at_random(store: Store, fractions: Sequence[float], seed: int) -> list
     order = np.argsort(store.uids, kind="stable")  # the same studies in another order split the same way
     order = order[np.random.default_rng(seed).permutation(len(store))]
     bounds = np.round(np.cumsum(fractions)[:-1] * len(store)).astype(int)
-    return [np.sort(part).tolist() for part in np.split(order, bounds)]
+    return [np.sort(share).tolist() for share in np.split(order, bounds)]
 
 
 def select(store: Store, indices: Sequence[int], out: Path, progress: Progress = iter) -> Report:
@@ -292,8 +292,8 @@ def stats(store: Store) -> dict[str, Any]:
     """
 
     def counts(column: str) -> dict[str, int]:
-        found = store.manifest.column(column).values.value_counts().to_pylist()
-        return dict(sorted((pair["values"] or "unknown", pair["counts"]) for pair in found))
+        pairs = store.manifest.column(column).values.value_counts().to_pylist()
+        return dict(sorted((pair["values"] or "unknown", pair["counts"]) for pair in pairs))
 
     return {
         "studies": len(store),
