@@ -36,7 +36,8 @@ from benchlib.options import command, number
 from benchlib.report import provenance, write
 from benchlib.tables import print_table
 from hlip import demo
-from hlip.evaluate.zeroshot import Prompts, zeroshot_classifier
+from hlip.evaluate.evaluation import zeroshot_classifier
+from hlip.evaluate.tasks import Task, load_task
 from hlip.explain.relevance import relevance
 from hlip.model.clip import HLIPModel, create_model
 from hlip.prepare.recipe import Recipe, Window
@@ -121,8 +122,8 @@ def score(name: str, every: list[Case], make: Map) -> dict[str, object]:
 COLUMNS = ("hit", "patch", "scan", "first")
 
 
-def maps_of(name: str, model: HLIPModel, prompts: Prompts) -> Iterator[tuple[str, Map]]:
-    texts: Tensor = zeroshot_classifier(model, prompts)
+def maps_of(name: str, model: HLIPModel, task: Task) -> Iterator[tuple[str, Map]]:
+    texts: Tensor = zeroshot_classifier(model, task)
 
     def make(case: Case, layers: str, against: bool, normalize: bool) -> np.ndarray:
         other = texts[demo.CLASSES.index("normal")] if against else None
@@ -156,7 +157,7 @@ def measure(args: argparse.Namespace) -> int:
     Raises:
         FileNotFoundError, ValueError: no demo studies, or no model.
     """
-    prompts = Prompts.read(args.data / "prompts.yaml")
+    task = load_task(args.data / "prompts.yaml")
     trained = HLIPModel.from_pretrained(args.model)
     torch.manual_seed(args.seed)
     untrained = create_model("demo", pretrained_text=trained.config.text.name).eval()
@@ -169,7 +170,7 @@ def measure(args: argparse.Namespace) -> int:
         score("brightest voxel", every, lambda case: case.brightest),
     ]
     for name, model in (("untrained", untrained), ("trained", trained)):
-        rows += [score(label, every, make) for label, make in maps_of(name, model, prompts)]
+        rows += [score(label, every, make) for label, make in maps_of(name, model, task)]
     share = float(np.mean([case.lesion.mean() for case in every]))
     print(f"{len(every)} studies with a lesion; {share:.1%} of their patches hold it")
     print_table(("map", *COLUMNS), [[row[key] for key in ("map", *COLUMNS)] for row in rows])

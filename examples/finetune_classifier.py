@@ -22,8 +22,7 @@ from hlip import HLIPModel, pack
 from hlip.evaluate.metrics import macro_auc
 from hlip.model.encoder import StudyEncoder
 from hlip.read.safe import finite_number
-from hlip.store.store import (StudyDataset)
-from hlip.store.store import Store
+from hlip.store.store import Store, StudyDataset
 
 
 class Classifier(nn.Module):

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluate.zeroshot import zeroshot_classifier
+    from .evaluate.evaluation import zeroshot_classifier
+    from .evaluate.tasks import Task, load_task
     from .model.clip import HLIPModel, create_model
     from .model.config import ModelConfig, list_models
     from .prepare.recipe import Recipe, load_recipe
@@ -21,12 +22,14 @@ _HOMES = {
     "Recipe": "prepare.recipe",
     "ScanError": "read.scan",
     "Study": "study",
+    "Task": "evaluate.tasks",
     "create_model": "model.clip",
     "list_models": "model.config",
     "load_recipe": "prepare.recipe",
     "load_study": "prepare.studies",
+    "load_task": "evaluate.tasks",
     "pack": "study",
-    "zeroshot_classifier": "evaluate.zeroshot",
+    "zeroshot_classifier": "evaluate.evaluation",
 }
 __all__ = [
     "HLIPModel",
@@ -35,10 +38,12 @@ __all__ = [
     "Recipe",
     "ScanError",
     "Study",
+    "Task",
     "create_model",
     "list_models",
     "load_recipe",
     "load_study",
+    "load_task",
     "pack",
     "zeroshot_classifier",
 ]

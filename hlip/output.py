@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -74,6 +75,11 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON to be read by people too, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `folder`, or of what it links to, once it is whole."""
@@ -106,7 +112,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """Raises ValueError where no file could be written at `path`, or into a folder of that name; leaves nothing."""
-    nearest = next(each for each in (path, *path.absolute().parents) if each.is_dir())
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
@@ -140,6 +146,13 @@ def shown_name(given: Path | str) -> str:
         if path and (Path(path).is_absolute() or os.path.lexists(path)):
             return before + Path(os.path.normpath(Path(path).absolute())).name
     return str(given)
+
+
+def table(rows: Iterable[Sequence[object]]) -> list[str]:
+    """Rows of cells as lines of text, in columns."""
+    cells = [[visible(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 
 import hlip
 import rank_job
+from commands import run
 from conftest import random_study
-from hlip.cli import main as cli
-from hlip.embed.baselines import CONFIG, Pool, SliceEncoder, read_slices
+from hlip.embed.baselines import Pool, SliceEncoder, read_slices
+from hlip.embed.open_clip import CONFIG
 from hlip.embed.table import Embeddings
 from hlip.embed.texts import embed_prompts
-from hlip.evaluate.zeroshot import Prompts, class_shares, zeroshot_classifier
+from hlip.evaluate.evaluation import scale_of, similarities_of, zeroshot_classifier
+from hlip.evaluate.tasks import Task
 from hlip.store.format import write_shard
 from hlip.store.store import Store
 from hlip.store.tools import finish
@@ -138,12 +140,14 @@ def test_mean_and_maximum_over_slices(folders: dict[str, Path], encoder: SliceEn
     first, second = by_hand(encoder, studies[1].scans[0]), by_hand(encoder, studies[1].scans[1])
     mean = (first.mean(0) + second.mean(0)) / 2  # 5 and 3 slices, but each scan counts for half
     rows = torch.cat([first, second])
-    embedded, pooled = dict(encoder.encode_studies(studies)), dict(encoder.similarities(studies, text))
+    embedded = {each.uid: encoder.encode_study(each) for each in studies}
+    pooled = {each.uid: encoder.similarities(each, text) for each in studies}
     assert list(embedded) == list(pooled) == ["a", "b"]
     torch.testing.assert_close(embedded["b"], F.normalize(mean, dim=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pooled["b"], mean @ text.T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pooled["b"], mean.norm() * embedded["b"] @ text.T, rtol=1e-4, atol=1e-5)
-    embedded, pooled = dict(largest.encode_studies(studies)), dict(largest.similarities(studies, text))
+    embedded = {each.uid: largest.encode_study(each) for each in studies}
+    pooled = {each.uid: largest.similarities(each, text) for each in studies}
     torch.testing.assert_close(pooled["b"], (rows @ text.T).amax(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(embedded["b"], F.normalize(rows.amax(0), dim=0), rtol=1e-4, atol=1e-5)
 
@@ -163,7 +167,7 @@ def test_only_the_slices_of_a_lesion(folders: dict[str, Path], encoder: SliceEnc
         some.encode_slices(study("d"))
     none = SliceEncoder.from_pretrained(folders["clip"], slices={"a": {"flair": []}})
     with pytest.raises(ValueError, match="a: has no slice to see"):
-        list(none.encode_studies([study("a")]))
+        none.encode_study(study("a"))
 
 
 def test_prompts_that_are_too_long_are_named(folders: dict[str, Path]) -> None:
@@ -178,20 +182,13 @@ def test_prompts_that_are_too_long_are_named(folders: dict[str, Path]) -> None:
 
 
 def test_zero_shot_classification_takes_it_as_it_takes_ours(encoder: SliceEncoder) -> None:
-    prompts = Prompts({"glioma": ["glioma"], "normal": ["normal brain", "no finding"]}, ("{}.",))
-    classifier = zeroshot_classifier(encoder, prompts)
+    task = Task({"glioma": ["glioma"], "normal": ["normal brain", "no finding"]}, ("{}.",))
+    classifier = zeroshot_classifier(encoder, task)
     assert classifier.shape == (2, 16)
-    (uid, embedding), (_, similarity) = (
-        next(encoder.encode_studies([study()])), next(encoder.similarities([study()], classifier))
-    )  # fmt: skip
-    found = class_shares(encoder, embedding[None], classifier)
-    assert uid == "s"
+    embedding, similarity = encoder.encode_study(study()), encoder.similarities(study(), classifier)
+    found = task.scores(similarities_of(embedding[None].numpy(), classifier), scale_of(encoder))
     assert found.sum().item() == pytest.approx(1)
-    assert found.argmax() == similarity.argmax()
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
+    assert found.argmax() == similarity.numpy().argmax()
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +214,7 @@ def test_retrieval_by_a_2d_model(folders: dict[str, Path], encoder: SliceEncoder
     out, model = tmp_path / "out", ["--model", f"open_clip:{folders['clip']}"]
     assert run("retrieve", store.path, *model, "--out", out, "--k", 1) == 0
     text = encoder.encode_text([f"impression {i} findings" for i in range(6)])
-    image = torch.stack([row for _, row in encoder.encode_studies(study(f"s{i}", i) for i in range(6))])
+    image = torch.stack([encoder.encode_study(study(f"s{i}", i)) for i in range(6)])
     similarity = image @ text.T
     expected = [(row >= row[i]).sum().item() for i, row in enumerate(similarity)]
     rows = [line.split(",") for line in (out / "ranks.csv").read_text().splitlines()[1:]]
@@ -348,7 +345,7 @@ def test_embeddings_of_a_2d_model(
         out = tmp_path / f"{pool}.npz"
         assert run("embed", store.path, *model, "--pool", pool, "--out", out, "--dtype", "fp32") == 0
         table = Embeddings.read(out)
-        expected = torch.stack([row for _, row in encoder.encode_studies(study(f"s{i}", i) for i in range(6))])
+        expected = torch.stack([encoder.encode_study(study(f"s{i}", i)) for i in range(6)])
         np.testing.assert_allclose(table.embedding, expected.numpy(), rtol=1e-4, atol=1e-5)
         assert table.facts["job"]["model"] == encoder.digest()
         digests.add(encoder.digest())
@@ -356,9 +353,8 @@ def test_embeddings_of_a_2d_model(
     assert run("embed", store.path, *model, "--scans", "--out", tmp_path / "scans.npz", "--dtype", "fp32") == 0
     table = Embeddings.read(tmp_path / "scans.npz")
     assert table.scan.tolist() == ["", "flair", "t1"] * 6
-    _, alone = next(
-        SliceEncoder.from_pretrained(folders["clip"]).encode_studies([hlip.Study("s", study(seed=2).scans[1:], ["t1"])])
-    )
+    one = hlip.Study("s", study(seed=2).scans[1:], ["t1"])
+    alone = SliceEncoder.from_pretrained(folders["clip"]).encode_study(one)
     np.testing.assert_allclose(table.embedding[8], alone.numpy(), rtol=1e-4, atol=1e-5)
     # Embeddings say by whom they were made.
     args = ["retrieve", store.path, *model, "--embeddings", tmp_path / "max.npz", "--out", tmp_path / "out"]

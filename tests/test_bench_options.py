@@ -61,4 +61,4 @@ def test_no_demo_studies_are_named(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "pointing.py"), "--data", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "prompts.yaml: not a readable prompts file" in done.stderr and "make demo" in done.stderr
+    assert "prompts.yaml: not a readable task" in done.stderr and "make demo" in done.stderr

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hlip
+from commands import run
 from conftest import TINY_RECIPE, random_study, tiny_vision
-from hlip.cli import main as cli
 from hlip.model import released
 from hlip.model.config import ALIASES, TextConfig, preset
 from hlip.processes import Processes
@@ -541,10 +541,6 @@ def test_push_to_hub_uploads_what_a_save_writes(monkeypatch: pytest.MonkeyPatch)
 def test_push_to_hub_offline_is_an_error() -> None:
     with pytest.raises(ValueError, match="me/mine: could not be uploaded"):
         hlip.create_model(MULTISCAN).push_to_hub("me/mine")
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
 
 
 def test_convert_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 import hlip
+from commands import run
 from hlip import processes
-from hlip.cli import main as cli
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
+from hlip.evaluate.evaluation import zeroshot
 
 
 def test_embed_one_study_from_files(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
@@ -98,6 +95,40 @@ def test_zeroshot(
     assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", path, "--out", out) == 0
     same = json.loads(out.read_text())[nifti_study[0].parent.name]["share_among_these_prompts"]
     assert (same["a"], same["b"]) == (table["glioma"], table["no abnormality"])
+
+
+def test_zeroshot_and_interpret_take_benchmarks(
+    nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a task of pairs a finding's share is that beside its negative prompt; one by similarity has no shares."""
+    out, model = tmp_path / "p.json", hlip.HLIPModel.from_pretrained(model_folder)
+    study = hlip.load_study(nifti_study, model.config.recipe)
+    for name, said in (
+        ("rad-chestct", "share beside the negative prompt"),
+        ("rsna", "cosine"),
+        ("pub-brain-5", "share"),
+    ):
+        task = hlip.load_task(name)
+        assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", name, "--out", out) == 0
+        entry = json.loads(out.read_text())[nifti_study[0].parent.name]
+        assert said in capsys.readouterr().out.splitlines()[1]
+        scores = dict(zip(task.names, zeroshot(model, [study], task)[1][0].tolist(), strict=True))
+        key = "cosine" if task.kind == "similarity" else "share_among_these_prompts"
+        assert entry[key] == pytest.approx(scores, abs=1e-5) and list(entry["cosine"]) == list(task.classes)
+    args = ["--model", model_folder, "--prompts", "ct-rate", "--templates", "organ", "--target", "Emphysema"]
+    assert run("interpret", *nifti_study, *args, "--out", tmp_path / "maps") == 0
+    result = json.loads((tmp_path / "maps" / "relevance.json").read_text())
+    assert len(result["cosine"]) == 16 and result["similarity"] == pytest.approx(
+        result["cosine"]["Emphysema"], abs=1e-5
+    )
+
+
+def test_flags_may_have_hyphens(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:
+    args = ["embed", *nifti_study, "--model", model_folder, "--dtype", "fp32", "--out"]
+    assert run(*args, tmp_path / "a.npz", "--one_scan", 1, "--max_tokens=64") == 0
+    assert run(*args, tmp_path / "b.npz", "--one-scan", 1, "--max-tokens=64") == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert run("embed", "--no-such-flag") == 2
 
 
 def test_scans_that_zeroshot_leaves_out_are_told(
@@ -192,11 +223,7 @@ def test_another_process_than_the_first_waits_before_it_complains(
     monkeypatch.setenv("RANK", "1")
     waited: list[str] = []
     monkeypatch.setattr(processes.time, "sleep", lambda seconds: waited.append(capsys.readouterr().err))
-    try:
-        status = run(*wrong)
-    except SystemExit as ended:
-        status = ended.code
-    assert status == 2
+    assert run(*wrong) == 2
     assert waited == [""]
     assert "hlip embed: error: " in capsys.readouterr().err
 

@@ -20,18 +20,14 @@ pytest.importorskip("pyarrow")
 import nibabel as nib
 from nibabel.tests import __file__ as NIBABEL_TESTS
 
+from commands import run
 from dicom_files import write_series
-from hlip.cli.main import main
 from hlip.prepare.recipe import Recipe, load_recipe
 from hlip.store.store import Store
 from store_recipe import digests
 
 RECIPE = "size: [8, 24, 24]\ncrop: null\n"
 ANATOMICAL = Path(NIBABEL_TESTS).parent / "data" / "anatomical.nii"
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 def write_input(folder: Path, studies: int = 6) -> Path:

@@ -24,7 +24,6 @@ from hlip.cli import main as cli
 from hlip.embed.inputs import StoreStudies
 from hlip.embed.loop import embed
 from hlip.evaluate.tasks import load_task
-from hlip.evaluate.zeroshot import Prompts
 from hlip.prepare.discover import find_studies
 from hlip.prepare.reports import SectionRules
 from hlip.train.config import RECIPES, TrainConfig
@@ -218,7 +217,7 @@ def test_files_that_pages_show_can_be_read(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert SectionRules.read(tmp_path / "s.yaml").impression == ("beurteilung",)
     assert load_recipe(str(tmp_path / "r.yaml")).native == (8, 16, 16)
-    assert list(Prompts.read(tmp_path / "p.yaml").classes) == ["stroke", "normal"]
+    assert list(load_task(tmp_path / "p.yaml").classes) == ["stroke", "normal"]
     found = find_studies(tmp_path / "l.json")  # the list is understood; its files are not there
     listed = {each.study for each in found.rejected} | {study.uid for study in found.studies}
     assert listed == {"p7", "p8", "valid_1_a"}

@@ -15,20 +15,17 @@ import pytest
 import torch
 
 import hlip
+from commands import run
 from conftest import random_study, tiny_vision
-from hlip.cli import main as cli
 from hlip.embed.encoders import model_digest
-from hlip.embed.inputs import FileStudies, OneScan, StoreStudies, study_names
-from hlip.embed.loop import Options, embed, parts_of
+from hlip.embed.inputs import FileStudies, OneScan, StoreStudies, drawn_place, study_names
+from hlip.embed.loop import Options, embed
+from hlip.embed.parts import parts_of
 from hlip.embed.table import Embeddings
 from hlip.store.store import Store
 from tiny_store import make_store
 
 PATCH = (4, 8, 8)
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
 
 
 @pytest.mark.parametrize("able", [False, True])
@@ -119,7 +116,7 @@ def test_one_scan_of_each_study(store: Store, tiny_model: hlip.HLIPModel) -> Non
     found = {seed: OneScan(studies, seed) for seed in range(40)}
     assert (found[0].tokens == 8).all()
     counted = list(zip(store.uids.tolist(), store.num_scans.tolist(), strict=True))
-    places = {seed: [each.place(uid, n) for uid, n in counted] for seed, each in found.items()}
+    places = {seed: [drawn_place(uid, n, seed) for uid, n in counted] for seed in found}
     drawn = np.array(list(places.values()))
     assert (drawn >= 0).all()
     assert (drawn < store.num_scans).all()

@@ -15,13 +15,12 @@ from sklearn import metrics as sklearn_metrics
 
 import hlip
 import rank_job
-from hlip.cli import main as cli
+from commands import run
 from hlip.embed.table import Embeddings
-from hlip.embed.texts import TextEncoder, embed_prompts
-from hlip.evaluate.evaluation import check_prompts, class_scores, evaluate, task_prompts
-from hlip.evaluate.metrics import at_threshold, roc_threshold
+from hlip.embed.texts import TextEncoder
+from hlip.evaluate.evaluation import evaluate, zeroshot, zeroshot_classifier
+from hlip.evaluate.metrics import at_threshold, once, roc_threshold
 from hlip.evaluate.tasks import Task, load_task
-from hlip.evaluate.zeroshot import Prompts, zeroshot
 from hlip.store.store import Store
 from rank_job import free_port
 from tiny_store import make_store
@@ -36,10 +35,6 @@ columns: {lesion: LESION}
 published: {source: somewhere, columns: [macro_auc, recall], rows: {other: [70.0, null]}}
 """
 CLASSES = "classes: {a: glioma, b: [stroke, infarct], c: normal brain}\nmetrics: [balanced_accuracy, auc]\n"
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +87,8 @@ class Axes:
 
 
 def scores_of(task: Task, embedding: np.ndarray, model: TextEncoder) -> np.ndarray:
-    texts = embed_prompts(model, task_prompts(task)).numpy()
-    return class_scores(task, embedding @ texts.T, float(model.logit_scale.detach().exp()))
+    texts = zeroshot_classifier(model, task).numpy()
+    return task.scores(embedding @ texts.T, float(model.logit_scale.detach().exp()))
 
 
 def test_scores_by_hand(tmp_path: Path) -> None:
@@ -125,11 +120,11 @@ def test_a_study_that_could_not_be_read_stops_nothing(tmp_path: Path) -> None:
 def test_scores_are_those_of_hlip_zeroshot(store: Store, tiny_model: hlip.HLIPModel, tmp_path: Path) -> None:
     names, templates = {"a": ["glioma"], "b": ["stroke", "infarct"]}, ["It is {}.", "{}"]
     studies = [store.study(i) for i in range(5)]
-    _, expected = zeroshot(tiny_model, studies, Prompts(names, templates))
+    _, expected = zeroshot(tiny_model, studies, Task(names, templates))
     task = task_of(tmp_path, json.dumps({"classes": names, "templates": templates}))
     embedding = torch.cat([tiny_model.encode_image(hlip.pack([study], (4, 8, 8))) for study in studies])
     found = scores_of(task, embedding.detach().numpy(), tiny_model)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_multi_class_by_hand(tmp_path: Path) -> None:
@@ -172,6 +167,24 @@ def test_multi_class_by_hand(tmp_path: Path) -> None:
     assert "no study of class s" in lacking.notes[0]
 
 
+def test_merged_classes_and_a_given_threshold(tmp_path: Path) -> None:
+    task = task_of(
+        tmp_path,
+        "kind: pairs\nclasses: {x: {positive: p, negative: not p}, y: {positive: q, negative: not q}}\n"
+        "merged: {z: [x, y]}\nthreshold: 0.5\nmetrics: [auc, recall, precision]\n",
+    )
+    embedding = np.array([[0.1, -0.3], [-0.2, -0.1], [-0.4, 0.2], [-0.3, -0.2]])
+    labels = {f"u{i}": np.array([label]) for i, label in enumerate([1, 0, 1, 1])}
+    found = evaluate(task, table_of(embedding), labels, Axes(["p", "q"]), draws=10)
+    shares = 1 / (1 + np.exp(-4 * embedding))
+    expected = [shares[0, 0], shares[1].min(), shares[2, 1], shares[3].min()]  # the larger, if any is above a half
+    np.testing.assert_allclose(found.scores[:, 0], expected)
+    assert found.metrics == pytest.approx(
+        {"macro_auc": 2 / 3, "z_auc": 2 / 3, "recall": 2 / 3, "z_recall": 2 / 3, "precision": 1, "z_precision": 1}
+    )
+    assert found.thresholds == {"z": 0.5}
+
+
 def test_the_command_on_a_store(
     store: Store, model_folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +213,9 @@ def test_the_command_on_a_store(
         scores = np.array([float(row[name]) for row in known])
         threshold = roc_threshold(labels, scores)
         assert found["classes"][name]["threshold"] == threshold
-        figures[name] = at_threshold(labels, scores, threshold) | {"auc": sklearn_metrics.roc_auc_score(labels, scores)}
+        at = at_threshold(labels[:, None], scores[:, None], np.array([threshold]), once(len(labels)))
+        figures[name] = {key: value[0, 0] for key, value in at.items()}
+        figures[name]["auc"] = sklearn_metrics.roc_auc_score(labels, scores)
         for key, value in figures[name].items():
             assert found["metrics"][f"{name}_{key}"] == pytest.approx(value)
     assert found["metrics"]["macro_auc"] == pytest.approx(np.mean([each["auc"] for each in figures.values()]))
@@ -340,7 +355,7 @@ def test_bad_input_is_explained(
     out, labels = tmp_path / "out", ["--labels", label_table(store, tmp_path / "labels.csv")]
     for args, message in [
         (["nothing", "--data", store.path], "unknown task 'nothing'"),
-        (["ct-rate", "--data", store.path], "the store has no labels Emphysema, Atelectasis"),
+        (["ct-rate", "--data", store.path], "the store has no labels for Emphysema, Atelectasis"),
         ([pairs, "--data", tmp_path / "folder", *labels], "expected a store, or a study list"),
         ([pairs, "--embeddings", other], "--labels is needed"),
         ([pairs, "--embeddings", other, *labels], "other.npz: made by another model than"),
@@ -352,7 +367,7 @@ def test_bad_input_is_explained(
     assert not out.exists()
     task = task_of(tmp_path, f"classes: {{a: x, b: {'word ' * 40}}}")
     with pytest.raises(ValueError, match=r"prompt 'This study shows: word .* has 47 tokens, the .* reads 32"):
-        check_prompts(task, tiny_model)
+        zeroshot_classifier(tiny_model, task)
     task = task_of(tmp_path, "kind: similarity\nclasses: {x: p}")
     with pytest.raises(ValueError, match="no class has both positive and negative studies"):
         evaluate(task, table_of(np.eye(2)), {"u0": np.array([0]), "u1": np.array([-1])}, Axes(["p", "q"]))
@@ -415,7 +430,7 @@ def test_scans_that_are_left_out_are_told(
     (tmp_path / "task.yaml").write_text("classes: {yes: glioma, no: normal}\nmetrics: auc\n")
     given = ["--data", tmp_path / "list.json", "--labels", tmp_path / "labels.csv", "--model", model_folder]
     rest = ["--draws", 5, "--workers", 0, "--out", tmp_path / "out"]
-    assert cli.main([str(arg) for arg in ("eval", tmp_path / "task.yaml", *given, *rest)]) == 3
+    assert run("eval", tmp_path / "task.yaml", *given, *rest) == 3
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["left_out"] == []
     assert [entry[:3] for entry in metrics["left_out_scans"]] == [["B", "cut.nii.gz", "unreadable"]]

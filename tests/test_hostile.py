@@ -24,7 +24,7 @@ pytest.importorskip("pyarrow")
 import torch
 
 import hostile_files as bad
-from hlip.cli import main as cli
+from commands import run
 from hlip.prepare.recipe import load_recipe
 from hlip.read.scan import ScanSource
 from hlip.store.store import Store
@@ -253,7 +253,7 @@ def prepare_cases(text: str, folder: Path) -> Sandbox:
             patch.setenv(key, box.env[key])
         for out, workers in ((box.out, 1), (box.out.with_name("again"), 2)):
             arguments = [box.root / "input", "--out", out, "--recipe", recipe, "--workers", workers]
-            assert cli.main(["prepare", *map(str, arguments)]) == 3
+            assert run("prepare", *arguments) == 3
     assert box.listing() == before
     assert verify(box.out) == []
     assert files_of(box.out) == files_of(box.out.with_name("again"))
@@ -374,7 +374,7 @@ def test_hostile_input_is_refused(
     monkeypatch.chdir(folder)
     before = box.listing()
     arguments = [folder / given, "--out", box.out, "--recipe", recipe, "--workers", "1", *options]
-    assert cli.main(["prepare", *map(str, arguments)]) == 2
+    assert run("prepare", *arguments) == 2
     errors = capsys.readouterr().err
     assert re.search(f"hlip prepare: error: .*{message}", errors), errors
     assert box.listing() == before
@@ -402,7 +402,7 @@ def test_hostile_entries_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = box.listing()
     monkeypatch.chdir(box.root / "here")
     arguments = [box.root / "input" / "list.json", "--out", box.out, "--recipe", recipe, "--workers", 1]
-    assert cli.main(["prepare", *map(str, arguments)]) == 3
+    assert run("prepare", *arguments) == 3
     assert box.listing() == before
     store = Store(box.out)
     assert store.uids.tolist() == sorted(entries) and store.num_scans.tolist() == [1] * len(entries)
@@ -435,12 +435,12 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
     try:
-        assert cli.main(arguments) == 2
+        assert run(*arguments) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "no space left" in capsys.readouterr().err
     assert not Store(box.out).info and not list((box.out / "work").glob("*.tmp"))
-    assert cli.main(arguments) == 0
+    assert run(*arguments) == 0
     assert len(Store(box.out)) == 3 and box.listing() == before
 
 

@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import hlip
+from commands import run
 from conftest import TINY_RECIPE
 from hlip.cli import interpret
-from hlip.cli import main as cli
-from hlip.evaluate.zeroshot import Prompts, zeroshot
+from hlip.evaluate.evaluation import zeroshot
+from hlip.evaluate.tasks import PROMPT_TEMPLATE, Task
 from hlip.explain.relevance import relevance
 from hlip.store.format import shard_file, write_shard
 from hlip.store.tools import finish
@@ -22,16 +23,12 @@ from hlip.study import PreparedScan, StudyRecord
 FILES = ["montage.png", "overlays", "page.html", "relevance.json", "relevance.npz"]
 
 
-def run(*args: object) -> int:
-    return cli.main(["interpret", *(str(arg) for arg in args)])
-
-
 def test_interpret_files(
     nifti_study: list[Path], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "maps"
     flags = ["--model", model_folder, "--target", "glioma", "--against", "normal", "--prompt", "stroke", "--out", out]
-    assert run(*nifti_study, *flags) == 0
+    assert run("interpret", *nifti_study, *flags) == 0
     assert sorted(each.name for each in out.iterdir()) == FILES
     assert [each.name for each in out.parent.iterdir()] == ["maps"]
     result = json.loads((out / "relevance.json").read_text())
@@ -41,13 +38,13 @@ def test_interpret_files(
 
     model = hlip.HLIPModel.from_pretrained(model_folder)
     study = hlip.load_study(nifti_study, model.config.recipe)
-    classes = Prompts({name: [name] for name in ("glioma", "normal", "stroke")})
+    classes = Task({name: [name] for name in ("glioma", "normal", "stroke")}, PROMPT_TEMPLATE)
     expected = zeroshot(model, [study], classes)[1][0].tolist()
     assert list(result["share_among_these_prompts"]) == list(result["cosine"]) == list(classes.classes)
     assert list(result["share_among_these_prompts"].values()) == pytest.approx(expected, abs=1e-5)
     with torch.no_grad():
         image = model.encode_image(hlip.pack(study, model.config.vision.patch_size))[0]
-        cosines = (model.encode_text([text for (text,) in classes.sentences.values()]) @ image).tolist()
+        cosines = (model.encode_text([text for (text,) in classes.sentences().values()]) @ image).tolist()
     assert list(result["cosine"].values()) == pytest.approx(cosines, abs=1e-5)
     assert result["left_out"] == []
     texts = ["This MRI study shows: glioma.", "This MRI study shows: normal."]
@@ -72,7 +69,7 @@ def test_scans_that_are_left_out_are_told(
 ) -> None:
     folder, out = nifti_study[0].parent, tmp_path / "out"
     (folder / "cut.nii.gz").write_bytes(nifti_study[0].read_bytes()[:500])
-    assert run(folder, "--model", model_folder, "--target", "glioma", "--out", out) == 3
+    assert run("interpret", folder, "--model", model_folder, "--target", "glioma", "--out", out) == 3
     (entry,) = json.loads((out / "relevance.json").read_text())["left_out"]
     assert (entry["scan"], entry["rule"]) == ("cut.nii.gz", "unreadable")
     assert "left out: cut.nii.gz" in capsys.readouterr().out
@@ -88,7 +85,7 @@ def test_a_folder_and_a_prompts_file_again_into_the_same_folder(
     base = [nifti_study[0].parent, "--model", model_folder, "--prompts", prompts, "--out", out]
     shares = {}
     for target, *more in (("tumor",), ("tumor", "--layers", "last"), ("none", "--normalize")):
-        assert run(*base, "--target", target, *more) == 0
+        assert run("interpret", *base, "--target", target, *more) == 0
         result = json.loads((out / "relevance.json").read_text())
         assert sorted(each.name for each in out.iterdir()) == FILES
         shares[tuple(more)] = [entry["share"] for entry in result["scans"]]
@@ -113,14 +110,14 @@ def test_a_study_of_a_store(model_folder: Path, tmp_path: Path, capsys: pytest.C
     write_shard(shard_file(store, 0), studies, TINY_RECIPE.to_dict(), TINY_RECIPE.hash, store / "work")
     finish(store, store / "work", source_hash="", shard_scans=0, hidden_ids=False)
     flags = ["--model", model_folder, "--target", "glioma", "--out", tmp_path / "out"]
-    assert run("p2", "--store", store, *flags) == 0
+    assert run("interpret", "p2", "--store", store, *flags) == 0
     result = json.loads((tmp_path / "out" / "relevance.json").read_text())
     assert result["study"] == "p2" and [entry["overlay"] for entry in result["scans"]] == [None, None]
     assert result["share_among_these_prompts"] == result["cosine"] == {}
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [f for f in FILES if f != "overlays"]
     capsys.readouterr()
     for args, message in ((["p3"], "holds no study p3"), (["p1", "p2"], "the uid of one study, got p1, p2")):
-        assert run(*args, "--store", store, *flags) == 2
+        assert run("interpret", *args, "--store", store, *flags) == 2
         assert message in capsys.readouterr().err
 
 
@@ -155,7 +152,7 @@ def test_bad_input_is_named_and_nothing_is_written(
     ]
     for args, message in cases:
         out = [] if "--out" in args else ["--out", tmp_path / "out"]
-        assert run(*args, "--model", model_folder, *out) == 2
+        assert run("interpret", *args, "--model", model_folder, *out) == 2
         assert message in capsys.readouterr().err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["other", "prompts.yaml", "study", "taken", "thin.nii"]
 
@@ -165,13 +162,13 @@ def test_interrupt_keeps_what_was_there(
 ) -> None:
     out = tmp_path / "out"
     flags = [*nifti_study, "--model", model_folder, "--target", "glioma", "--out", out]
-    assert run(*flags) == 0
+    assert run("interpret", *flags) == 0
     before = {each.name: each.read_bytes() for each in out.iterdir() if each.is_file()}
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(interpret, "write_overlays", interrupt)
-    assert run(*flags, "--layers", "last") == 130
+    assert run("interpret", *flags, "--layers", "last") == 130
     assert {each.name: each.read_bytes() for each in out.iterdir() if each.is_file()} == before
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "study"]

@@ -34,6 +34,8 @@ def test_volumes_of_a_study_agree_on_labels_and_need_not_on_others(path: Path) -
     assert table.words == {"valid_7_a": {"set": "x"}, "o": {"set": "y"}}
     path.write_text("study,a\nu,1\nu,0\n")
     with pytest.raises(ValueError, match="line 3: another row of labels of study u"):
+        read_label_table(path, ["a"])
+    with pytest.raises(ValueError, match=r"no column of labels 0 and 1 \(there are a\)"):  # as `hlip prepare` has none
         read_label_table(path)
 
 

@@ -27,7 +27,6 @@ from hlip.embed.table import Embeddings
 from hlip.evaluate.labels import read_label_table
 from hlip.evaluate.probe import Probe
 from hlip.evaluate.tasks import load_task
-from hlip.evaluate.zeroshot import Prompts
 from hlip.model.clip import HLIPModel
 from hlip.model.weights import read_weights
 from hlip.prepare.discover import find_study
@@ -57,7 +56,6 @@ def studies_of(path: Path) -> object:
 READERS: dict[str, Read] = {
     "list.json": studies_of, "table.csv": Table.read, "labels.csv": read_label_table, "reports.json": read_reports,
     "sections.yaml": SectionRules.read, "slices.json": read_slices, "task.yaml": load_task,
-    "prompts.yaml": Prompts.read,
     "recipe.yaml": lambda path: load_recipe(str(path)), "a.npz": Embeddings.read, "a.parquet": Embeddings.read,
     "probe.npz": Probe.read, "log.jsonl": run_of, "weights.pt": read_weights, "weights.bin": read_weights,
     "weights.safetensors": read_weights, "scan.pt": lambda path: read_scan(find_study(path).scans[0], Rules()),

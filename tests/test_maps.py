@@ -22,7 +22,8 @@ from PIL import Image
 
 import hlip
 from conftest import random_study
-from hlip.explain.maps import as_arrays, best_slice, file_names, montage, order_of, page, paint, write_overlays
+from hlip.explain.maps import as_arrays, best_slice, file_names, montage, order_of, paint, write_overlays
+from hlip.explain.page import page
 from hlip.explain.relevance import Relevance
 from hlip.output import label
 from hlip.prepare.recipe import Recipe

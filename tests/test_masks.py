@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from hlip.cli import main as cli
+from commands import run
 from hlip.prepare.masks import lesion_slices
 from hlip.prepare.recipe import Axis, Recipe, Window
 from hlip.read.rules import Rules
@@ -20,10 +20,6 @@ LESION = slice(4, 6)  # of the twelve
 # Axial, coronal with slices from the back, sagittal: which way the three axes of the file go.
 AXES = {"axial": "RAS", "coronal": "RIP", "sagittal": "ASL"}
 RECIPE = "size: [24, 32, 32]\ncrop: [32, 32]\nrules: {min_slices: 4}\n"
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
 
 
 def affine_of(axes: str) -> np.ndarray:

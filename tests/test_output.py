@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands import run
 from hlip import HLIPModel
-from hlip.cli import main as cli
 from hlip.embed.table import Embeddings
 from hlip.evaluate.labels import read_labels
 from hlip.model.config import MODELS
@@ -80,7 +80,7 @@ def test_the_umask_says_who_may_read(
         ["embed", store, "--model", out / "model", "--out", out / "e.parquet", "--workers", 0],
         ["interpret", study, "--model", out / "model", "--target", "a tumour", "--out", out / "page"],
     ):
-        assert cli.main(list(map(str, arguments))) == 0
+        assert run(*arguments) == 0
     write_csv(out / "table.csv", [["study"], ["a"]])
     paths = sorted(out.rglob("*"))
     modes = {str(path.relative_to(out)): stat.S_IMODE(path.stat().st_mode) for path in paths}
@@ -171,7 +171,7 @@ def test_nothing_that_is_to_be_shared_says_where_it_was_made(
         (["eval", home / "task.yaml", "--data", home / "list.json", "--labels", home / "labels.csv", *model, "--out",
           out / "eval", "--workers", 0], 0),
     ):  # fmt: skip
-        assert cli.main(list(map(str, arguments))) == status
+        assert run(*arguments) == status
     assert config.exists()
     written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {"page.html", "relevance.json", "montage.png", "metrics.json", "e.npz", "z.json"} <= {

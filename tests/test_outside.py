@@ -19,8 +19,8 @@ pytest.importorskip("pyarrow")
 
 import hostile_files as bad
 import test_store
+from commands import run
 from hlip import HLIPModel
-from hlip.cli import main as cli
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
 from hlip.prepare.recipe import Recipe
@@ -55,9 +55,6 @@ def test_no_name_leads_out(
     monkeypatch.chdir(box.root / "here")
     before = box.listing()
     out, given = tmp_path / "out", box.root / "input"
-
-    def run(*arguments: object) -> int:
-        return cli.main(list(map(str, arguments)))
 
     out.mkdir()
     store = out / "store"
@@ -165,7 +162,7 @@ def test_embedding_reads_and_writes_through_no_link(
         link.parent.mkdir()
         link.symlink_to(tmp_path / "mine" / "notes")
     given = [str(nifti_study[0].parent), "--model", str(model_folder), "--out", str(tmp_path / "out" / "e.npz")]
-    assert cli.main(["embed", *given, "--workers", "0"]) == 2
+    assert run("embed", *given, "--workers", 0) == 2
     assert f"{link}: a link leads out" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in (tmp_path / "mine").iterdir()] == [("notes", "dear")]
 

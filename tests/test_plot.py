@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from hlip.cli import main as cli
+from commands import run
 from hlip.processes import Processes
 from hlip.train.config import TrainConfig
 from hlip.train.log import Log
 from hlip.train.plot import PANELS, read_run
-
-
-def run(*args: object) -> int:
-    return cli.main(["plot", *map(str, args)])
 
 
 def train_log(folder: Path, steps: int = 40, slope: float = 0.05) -> Path:
@@ -48,16 +44,16 @@ BLUE, ORANGE, GREEN = (31, 119, 180), (255, 127, 14), (44, 160, 44)  # of the fi
 def test_runs_share_their_axes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = train_log(tmp_path / "first"), train_log(tmp_path / "second", slope=0.02)
     out = tmp_path / "new" / "curves.png"
-    assert run(first, second, "--out", out) == 0
+    assert run("plot", first, second, "--out", out) == 0
     assert capsys.readouterr().out == f"{out}: 2 runs\n"
     assert ink(out, BLUE) > 500
     assert ink(out, ORANGE) > 500
     assert ink(out, GREEN) == 0
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
-    assert run(second) == 0
+    assert run("plot", second) == 0
     assert ink(second / "curves.png", BLUE) > 500
     assert ink(second / "curves.png", ORANGE) == 0
-    assert run(first, "--out", tmp_path / "curves.svg") == 0
+    assert run("plot", first, "--out", tmp_path / "curves.svg") == 0
     drawn = (tmp_path / "curves.svg").read_text()
     assert drawn.count('id="axes_') == len(PANELS)
 
@@ -67,7 +63,7 @@ def test_what_a_run_has_not_logged_has_no_panel(tmp_path: Path) -> None:
     curves = read_run(tmp_path).curves
     assert curves["loss"] == {1: 2.0}
     assert curves["temperature"][1] == pytest.approx(1 / np.exp(2.5))
-    assert run(tmp_path, "--out", tmp_path / "x.svg") == 0
+    assert run("plot", tmp_path, "--out", tmp_path / "x.svg") == 0
     assert (tmp_path / "x.svg").read_text().count('id="axes_') == 2
 
 
@@ -83,7 +79,7 @@ def test_damaged_lines_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_bytes(b"".join(lines[:4] + bad + lines[4:]) + lines[5][:30])  # and one cut short
     again = read_run(folder)
     assert again == whole._replace(damaged=6)
-    assert run(folder) == 0
+    assert run("plot", folder) == 0
     assert f"{folder}: damaged lines of the log left out: 6" in capsys.readouterr().err
 
 
@@ -92,7 +88,7 @@ def test_values_that_are_not_finite_are_drawn_around(tmp_path: Path) -> None:
     entries = [{"step": i, "loss": loss, "grad_norm": 0.0} for i, loss in enumerate(losses)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert read_run(tmp_path).damaged == 0
-    assert run(tmp_path) == 0
+    assert run("plot", tmp_path) == 0
     assert ink(tmp_path / "curves.png", BLUE) > 10
 
 
@@ -116,6 +112,6 @@ def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         ((good, "--out", tmp_path / "x.gif"), "x.gif: expected a name that ends in .png, .pdf, .svg"),
     ]
     for args, message in cases:
-        assert run(*args) == 2
+        assert run("plot", *args) == 2
         assert message in capsys.readouterr().err
     assert list(tmp_path.rglob("*curves*")) + list(tmp_path.rglob("x.*")) == []

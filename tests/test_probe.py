@@ -13,16 +13,22 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from hlip.cli import main as cli
+from commands import run
 from hlip.embed.table import Embeddings
-from hlip.evaluate import bootstrap
+from hlip.evaluate import metrics
 from hlip.evaluate.labels import LabelTable, read_label_table
-from hlip.evaluate.probe import CS, PROTOCOLS, Probe, _strongest, auc_intervals, draw_bars, fit_probe
-from hlip.evaluate.probe_data import ProbeData, read_split, split_at_random
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
+from hlip.evaluate.metrics import auc_intervals
+from hlip.evaluate.probe import (
+    CS,
+    PROTOCOLS,
+    Probe,
+    ProbeData,
+    _strongest,
+    draw_bars,
+    fit_probe,
+    read_split,
+    split_at_random,
+)
 
 
 def embeddings_of(uids: Sequence[str], array: np.ndarray, head: int = 0) -> Embeddings:
@@ -206,7 +212,7 @@ def test_auc_is_scikit_learns_and_so_is_every_draw() -> None:
     labels[:, 2] = np.where(np.arange(80) < 2, np.arange(80), -1)  # one positive, one negative: many draws lack one
     scores = rng.integers(0, 9, (80, 3)) / 8  # many ties
     auc = auc_intervals(labels, scores, 50, seed=4)
-    (counts,) = bootstrap.draw(80, 50, seed=4)
+    (counts,) = metrics.draw(80, 50, seed=4)
     drawn = np.full((50, 3), np.nan)
     for k in range(3):
         known = labels[:, k] >= 0
@@ -386,7 +392,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         ([labels, *good, "--protocol", "rsna"], "has no column Any, Intraparenchymal"),
         ([labels, *good, "--fractions", 0.5, 0.1, 0.1], "fractions must be"),
         ([labels, *good, "--head", 1], "of head 1"),
-        ([labels, *good, "--minimum", 0], "--minimum must be positive"),
+        ([labels, *good, "--minimum", 0], "--minimum: expected 1 or more, got 0"),
         ([labels, *good, "--c", 0], "--c must be positive, got 0"),
         ([labels, labels, *good], "expected 2 different names"),
         ([labels, *good, "--names", "a/b"], "cannot be part of a file's name"),

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 pytest.importorskip("pyarrow")
 
 import hlip
+from commands import run
 from conftest import TINY_RECIPE, random_study, tiny_vision
 from hlip import HLIPModel, ModelConfig
-from hlip.cli import main as cli
 from hlip.embed.table import Embeddings
 from hlip.embed.texts import embed_texts
 from hlip.evaluate import retrieve as module
@@ -37,10 +37,6 @@ REPORTS = [
     ("", "Old blood."),
     ("Meningioma.", "A mass."),
 ]
-
-
-def run(*args: object) -> int:
-    return cli.main([str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +297,7 @@ def test_bad_input_is_named_and_nothing_is_written(
         ([store.path, *model, "--study", "s99"], "holds no study s99"),
         ([store.path, *model, "--study", "s3"], "--study s3: has no report"),
         ([store.path, *model, "--query", " "], "expected words"),
-        ([store.path, *model, "--k", 0], "must be positive, got 0"),
+        ([store.path, *model, "--k", 0], "--k: expected 1 or more, got 0"),
         ([store.path, *model, "--pool", "max"], "are for 2D models"),
         ([store.path, "--model", tmp_path / "no_model"], "no_model: unknown model"),
         ([tmp_path / "one", *model], "got one, of 1 of its 1 studies"),

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from hlip.evaluate.tasks import FOLDER, list_tasks, load_task
+from hlip.evaluate.tasks import FOLDER, Task, list_tasks, load_task
 
 CHEST = ["macro_auc", "balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall"]
 BRAIN = ["stroke_detection", "glioma_detection", "meningioma_detection", "metastasis_detection",
@@ -29,8 +30,8 @@ def test_tasks_of_the_package(name: str, kind: str, classes: int, headline: list
     assert task.headline == headline
     assert len(task.published.rows) == published
     assert set(task.published.columns) <= set(headline)
-    assert set(task.negative) == (set(task.classes) if kind == "pairs" else set())
-    assert set(task.columns) == set(task.classes)
+    assert len(task.prompts()) == len(task.classes) * (2 if kind == "pairs" else 1)
+    assert task.names == list(task.classes) and len(task.label_columns) == len(task.names)
 
 
 def test_all_tasks_are_tested() -> None:
@@ -40,24 +41,24 @@ def test_all_tasks_are_tested() -> None:
 
 def test_prompts_of_the_package() -> None:
     chest = load_task("ct-rate")
-    assert chest.sentences(chest.positive)["Lung nodule"] == ["The volume shows: Nodule."]
-    assert chest.sentences(chest.negative, "organ")["Atelectasis"] == ["The lung shows: Not atelectatic."]
-    assert chest.sentences(chest.positive, "organ")["Hiatal hernia"] == ["The esophagus shows: Hiatal hernia."]
+    assert chest.sentences()["Lung nodule"] == ["The volume shows: Nodule."]
+    assert chest.sentences("organ", "negative")["Atelectasis"] == ["The lung shows: Not atelectatic."]
+    assert chest.sentences("organ")["Hiatal hernia"] == ["The esophagus shows: Hiatal hernia."]
     with pytest.raises(ValueError, match="task ct-rate has no templates 'x': there are volume, organ"):
-        chest.sentences(chest.positive, "x")
+        chest.sentences("x")
     rad = load_task("rad-chestct")
     assert "Mosaic attenuation pattern" not in rad.classes
     assert [each for each, column in rad.columns.items() if column == "calcification"] == [
         "Coronary artery wall calcification",
         "Arterial wall calcification",
     ]
-    assert rad.sentences(rad.positive) == {k: v for k, v in chest.sentences(chest.positive).items() if k in rad.classes}
+    assert rad.sentences() == {k: v for k, v in chest.sentences().items() if k in rad.classes}
     brain = load_task("pub-brain-5")
-    assert brain.sentences(brain.positive)["Normal"] == ["This MRI study shows: No significant abnormalities."]
+    assert brain.sentences()["Normal"] == ["This MRI study shows: No significant abnormalities."]
     assert brain.subtasks["glioma_detection"] == ("Normal", "Glioma")
     assert load_task("pub-brain-5-gt").subtasks == brain.subtasks
     head = load_task("cq500")
-    assert head.sentences(head.positive)["EDH"] == ["This study shows: extradural hemorrhage"]
+    assert head.sentences()["EDH"] == ["This study shows: extradural hemorrhage"]
 
 
 def test_published_figures() -> None:
@@ -77,7 +78,7 @@ def test_a_file_of_classes_and_templates_is_a_task(tmp_path: Path) -> None:
         "mine", "multi-class", ("balanced_accuracy", "auc", "weighted_f1"),
         ["balanced_accuracy", "macro_auc", "weighted_f1"],
     )  # fmt: skip
-    assert task.sentences(task.positive) == {"a": ["It is x.", "x!", "It is y.", "y!"], "b": ["It is z.", "z!"]}
+    assert task.sentences() == {"a": ["It is x.", "x!", "It is y.", "y!"], "b": ["It is z.", "z!"]}
     path.write_text("like: rsna\ncolumns: {Any: any, Subdural: null}\n")
     assert load_task(path).columns["Any"] == "any"
     assert len(load_task(path).classes) == 4
@@ -91,7 +92,7 @@ def test_names_and_texts_of_a_task_are_what_is_written(tmp_path: Path) -> None:
         "published: {source: 2025, columns: [auc], rows: {012: [71.5], no: [null]}}\n"
     )
     task = load_task(path)
-    assert task.sentences(task.positive) == {"yes": ["on."], "1.50": ["1e3!"]}
+    assert task.sentences() == {"yes": ["on."], "1.50": ["1e3!"]}
     assert task.columns == {"yes": "007", "1.50": "off"}
     assert task.published.source == "2025" and task.published.rows == {"012": (71.5,), "no": (None,)}
 
@@ -101,21 +102,21 @@ def test_names_and_texts_of_a_task_are_what_is_written(tmp_path: Path) -> None:
     [
         ("classes: {}", "classes: expected names with values"),
         ("classes: {a: x}", "classes: too few"),
-        ("classes: {a: x, b: ' '}", "classes: b: expected a text"),
-        ("classes: {a: x, b: []}", "classes: b: expected a text"),
+        ("classes: {a: x, b: ' '}", "classes.b: expected a text"),
+        ("classes: {a: x, b: []}", "classes.b.positive: texts: expected a text"),
         ("classes: {a: x, b: y}\ncolumns: {a: null}", "classes: too few"),
         ("classes: {a: x, b: y}\ncolumns: {c: d}", "columns: there is no class 'c'"),
-        ("classes: {a: x, b: y}\ncolumns: {a: [3]}", "columns: expected a name or null for a"),
-        ("classes: {a: x, b: y}\ntemplates: none", "expected exactly one {} in 'none'"),
-        ("classes: {a: x, b: y}\ntemplates: {t: {lung: '{}'}}", "none for the group None of a"),
-        ("classes: {a: x, b: y}\nkind: other", "kind: expected multi-class, pairs, similarity"),
-        ("kind: pairs\nclasses: {a: x}", "classes: a: expected names with values"),
+        ("classes: {a: x, b: y}\ncolumns: {a: [3]}", "columns.a: expected a text, got ['3']"),
+        ("classes: {a: x, b: y}\ntemplates: none", "templates.default: expected exactly one {} in 'none'"),
+        ("classes: {a: x, b: y}\ntemplates: {t: {lung: '{}'}}", "templates.t: none for the group None of a"),
+        ("classes: {a: x, b: y}\nkind: other", "kind: expected one of multi-class, pairs, similarity, got 'other'"),
+        ("kind: pairs\nclasses: {a: x}", "classes.a: expected the prompts `positive` and `negative`"),
         ("kind: pairs\nclasses: {a: {positive: x}}", "the prompts `positive` and `negative`"),
         ("classes: {a: x, b: y}\nmetrics: [recall]", "'recall' is none of kind multi-class"),
-        ("kind: similarity\nclasses: {a: x}\nmetrics: [recall]", "'recall' is none of kind similarity"),
-        ("classes: {a: x, b: y}\nsubtasks: {t: [a]}", "subtasks: t: expected at least two"),
-        ("classes: {a: x, b: y}\nsubtasks: {t: [a, c]}", "subtasks: t: expected at least two"),
-        ("kind: similarity\nclasses: {a: x}\nsubtasks: {t: [a]}", "only a multi-class task"),
+        ("kind: similarity\nclasses: {a: x}\nmetrics: [f2]", "'f2' is none of kind similarity"),
+        ("classes: {a: x, b: y}\nsubtasks: {t: [a]}", "subtasks.t: expected at least two"),
+        ("classes: {a: x, b: y}\nsubtasks: {t: [a, c]}", "subtasks.t: there is no class 'c'"),
+        ("kind: similarity\nclasses: {a: x}\nsubtasks: {t: [a]}", "subtasks: only a task of kind multi-class"),
         ("classes: {a: x, b: y}\npublished: {columns: [m], rows: {r: [1, 2]}}", "published: r: expected 1 numbers"),
         ("classes: {a: x, b: y}\npublished: {columns: [m], rows: {r: [.nan]}}", "published: r: expected 1 numbers"),
         ("classes: {a: x, b: y, a: z}", "line 1: 'a' occurs twice"),
@@ -125,8 +126,14 @@ def test_names_and_texts_of_a_task_are_what_is_written(tmp_path: Path) -> None:
         ("classes: {a: x, b: y}\ntemplates: '{} {name}'", "exactly one {} in '{} {name}', and no other brace"),
         ("classes: {a: x, b: y}\ntemplates: ['{}', '{{}}']", "exactly one {} in '{{}}'"),
         ("classes: {Glioma: x, 'glioma ': y}", "'Glioma' and 'glioma ' are the same but for capitals and spaces"),
-        ("classes: {a: x, b: [null]}", "classes: b: expected a text at place 0 of the list, got None"),
-        ("classes: {a: x, b: null}", "classes: b: expected a text or a list of texts, got None"),
+        ("classes: {a: x, b: [null]}", "classes.b.positive: texts: expected a text at place 0 of the list, got None"),
+        ("classes: {a: x, b: null}", "classes.b.positive: texts: expected a text or a list of texts, got None"),
+        ("classes: {a: x, b: y}\nmerged: {c: [a, b]}", "merged: only a task of kind pairs"),
+        ("classes: {a: x, b: y}\nthreshold: half", "threshold: expected lowest, highest or a number, got 'half'"),
+        ("classes: {a: x, b: y}\nreworded: {t: {a: z}}", "reworded: there are no templates 't'"),
+        ("classes: {a: x, b: y}\nreworded: {default: {c: z}}", "reworded.default: there is no class 'c'"),
+        ("classes: {a: x, b: {positive: y, negative: z}}", "classes.b: expected no negative prompt"),
+        ("kind: pairs", "classes: is missing"),
         ("like: nothing", "no task 'nothing' comes with the package"),
         ("[1]", "expected fields"),
         ("a: [", "while parsing"),
@@ -145,6 +152,43 @@ def test_unknown_tasks() -> None:
         load_task("pub-brain5")
     with pytest.raises(ValueError, match=r"none.yaml: not a readable task"):
         load_task("none.yaml")
+
+
+def test_all_that_published_protocols_hold(tmp_path: Path) -> None:
+    """Prompts by templates, merged classes and thresholds of chest CT; ensembles with exceptions."""
+    path = tmp_path / "chest.yaml"
+    path.write_text("""like: rad-chestct
+templates:
+  volume: "The volume shows: {}."
+  organ: {heart: "The heart shows: {}.", "*": "The lung shows: {}."}
+reworded: {volume: {Lung nodule: {positive: Lung nodule, negative: Not lung nodule}}}
+merged: {Calcification: [Coronary artery wall calcification, Arterial wall calcification]}
+columns: {Mosaic attenuation pattern: null, Calcification: calcification, Lung nodule: nodule}
+threshold: highest
+""")
+    task = load_task(path)
+    assert (len(task.names), task.names[-1], task.columns["Calcification"]) == (14, "Calcification", "calcification")
+    assert not {"Coronary artery wall calcification", "Mosaic attenuation pattern"} & set(task.names)
+    assert task.sentences()["Lung nodule"] == ["The volume shows: Lung nodule."]
+    assert task.sentences("organ", "negative")["Lung nodule"] == ["The lung shows: Not nodule."]
+    assert task.sentences("organ")["Cardiomegaly"] == ["The heart shows: Cardiomegaly."]
+    assert (len(task.classes), len(task.prompts()), task.threshold) == (15, 30, "highest")
+    # Two classes, whose shares of three studies are these, as one: the larger if either is above a half.
+    shares = np.array([[0.9, 0.2], [0.4, 0.3], [0.1, 0.6]])
+    two = {name: {"positive": name, "negative": f"no {name}"} for name in ("a", "b")}
+    merged = Task(two, kind="pairs", merged={"c": ("a", "b")})
+    logits = np.log(shares / (1 - shares))
+    similarities = np.concatenate([logits, np.zeros((3, 2))], axis=1)
+    np.testing.assert_allclose(merged.scores(similarities, 1.0), [[0.9], [0.3], [0.6]])
+    np.testing.assert_allclose(Task(two, kind="pairs").scores(similarities, 1.0), shares)
+
+    path.write_text("""classes: {Normal: no abnormality, Stroke: acute stroke}
+groups: {Normal: plain}
+templates: {ensemble: {plain: "Shows: {}.", "*": ["Shows: {}.", "Shows: {} seen."]}}
+threshold: 0.5
+""")
+    task = load_task(path)
+    assert [len(texts) for texts in task.prompts()] == [1, 2] and task.threshold == 0.5
 
 
 @pytest.mark.parametrize("name", list_tasks())

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from commands import run
 from hlip import HLIPModel
-from hlip.cli import main as cli
 from hlip.embed.table import Embeddings
 from hlip.terminal import guarded_streams, say, visible
 
@@ -117,7 +117,7 @@ def check_streams(captured: pytest.CaptureResult[str]) -> None:
 @pytest.mark.parametrize("action", ["info", "verify", "stats"])
 def test_a_hostile_store_is_looked_at(action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = hostile_store(tmp_path / "store")
-    cli.main(["store", action, str(store)])
+    run("store", action, store)
     captured = capsys.readouterr()
     check_streams(captured)
     if action == "verify":
@@ -148,7 +148,7 @@ def test_hostile_embeddings_classes_and_columns(
     (tmp_path / "labels.csv").write_bytes(csv_text(labels))
     given = ["--embeddings", tmp_path / "e.npz", "--labels", tmp_path / "labels.csv", "--allow_unmatched"]
     arguments = ["eval", tmp_path / "task\x1b$.yaml", *given, "--model", model_folder, "--out", tmp_path / "out"]
-    assert cli.main(list(map(str, arguments))) in (0, 3)
+    assert run(*arguments) in (0, 3)
     check_streams(captured := capsys.readouterr())
     assert "\\x1b]0;x\\x07\\nc" in captured.out
     assert "left out -lost\\x1b: why\\r\\u202e" in captured.err
@@ -163,11 +163,10 @@ def test_hostile_embeddings_classes_and_columns(
 
 
 def test_errors_of_arguments_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["store", "info", "store", "--no\x1b[2Jsuch\nflag"])
+    assert run("store", "info", "store", "--no\x1b[2Jsuch\nflag") == 2
     check_streams(captured := capsys.readouterr())
     assert "--no\\x1b[2Jsuch\\nflag" in captured.err
-    assert cli.main(["store", "info", "no\x1b[2J\nstore"]) == 2
+    assert run("store", "info", "no\x1b[2J\nstore") == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 
 from hlip.demo import PLANE, make_demo
+from hlip.evaluate.evaluation import zeroshot
 from hlip.evaluate.labels import read_labels
 from hlip.evaluate.metrics import macro_auc
-from hlip.evaluate.zeroshot import Prompts, zeroshot
+from hlip.evaluate.tasks import load_task
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
-from hlip.output import write_text, write_whole
+from hlip.output import table, write_json, write_text, write_whole
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
 from hlip.store.store import Store
@@ -105,23 +106,23 @@ def run(args: argparse.Namespace) -> None:
     control = HLIPModel.from_pretrained(shuffled / "model")
     torch.manual_seed(args.seed)
     untrained = create_model(MODEL, pretrained_text=text).eval()
-    prompts = Prompts.read(data / "prompts.yaml")
-    table = read_labels(data / "labels.csv", list(prompts.classes))
+    task = load_task(data / "prompts.yaml")
+    known = read_labels(data / "labels.csv", task.names)
     train, test = stores["train"], stores["test"]
-    labels = np.stack([table[uid] for uid in test.uids])
+    labels = np.stack([known[uid] for uid in test.uids])
     studies = [test.study(i) for i in range(len(test))]
     one_each = one_scan_each(studies, args.seed)
-    shares = zeroshot(model, studies, prompts)[1].numpy()
+    shares = zeroshot(model, studies, task)[1]
 
     def area(model: HLIPModel, shown: list[Study] = studies) -> float:
-        return macro_auc(labels, zeroshot(model, shown, prompts)[1].numpy())
+        return macro_auc(labels, zeroshot(model, shown, task)[1])
 
     results: dict[str, Any] = {
         "auc_untrained": area(untrained),
         "auc_trained": macro_auc(labels, shares),
         "auc_shuffled_reports": area(control),
         "auc_one_scan": area(model, one_each),
-        "auc_scan_types": scan_types_auc(train, test, np.stack([table[uid] for uid in train.uids]), labels, args.seed),
+        "auc_scan_types": scan_types_auc(train, test, np.stack([known[uid] for uid in train.uids]), labels, args.seed),
     }
     if args.one_scan:  # HLIP, figure 4b
         single = HLIPModel.from_pretrained(args.out / "one_scan" / "model")
@@ -137,9 +138,9 @@ def run(args: argparse.Namespace) -> None:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     write_whole(args.out / "loss.png", lambda file: draw([read_run(args.out)], file, "png"))
-    plot_roc(args.out, labels, shares, list(prompts.classes))
-    plot_study(args.out, studies, labels, shares, list(prompts.classes))
-    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    plot_roc(args.out, labels, shares, task.names)
+    plot_study(args.out, studies, labels, shares, task.names)
+    write_json(args.out / "results.json", results)
     print_table(results, args.out)
 
 
@@ -282,9 +283,7 @@ def print_table(results: dict, out: Path) -> None:
         "trained on one random scan, shown one": "auc_trained_on_one_scan_shown_one",
     }
     print(f"\nZero-shot on {results['studies']['test']} held-out studies (synthetic pathology), macro AUC")
-    for name, key in rows.items():
-        if key in results:
-            print(f"  {name:<38}{results[key]:.3f}")
+    say(*table((f"  {name}", f"{results[key]:.3f}") for name, key in rows.items() if key in results))
     print(f"{results['seconds']} s; results, model and plots are in {out}")
 
 

@@ -14,6 +14,7 @@ from ..processes import processes
 from ..terminal import say
 from .shared import (
     FILES_HELP,
+    add_command,
     add_embedding,
     add_model,
     embedding_options,
@@ -46,13 +47,7 @@ exit status:
 
 def add(commands: Any) -> None:
     """Add `embed` to the subparsers of `hlip`."""
-    command = commands.add_parser(
-        "embed",
-        help="write the embeddings of studies to a file",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = add_command(commands, "embed", _embed, "write the embeddings of studies to a file", DESCRIPTION, EPILOG)
     command.add_argument(
         "files",
         nargs="+",
@@ -66,7 +61,6 @@ def add(commands: Any) -> None:
     command.add_argument("--scans", action="store_true", help="embed each scan as a study of its own, too")
     add_model(command, of_slices=True)
     add_embedding(command)
-    command.set_defaults(run=_embed)
 
 
 def _embed(args: argparse.Namespace) -> int:
@@ -81,10 +75,10 @@ def _embed(args: argparse.Namespace) -> int:
         if among.first:
             dtype = options.on(model.device).dtype
             say(f"hlip embed: on {model.device}, products in {dtype}", file=sys.stderr)
-        table = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)
-    if table is None:
+        made = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)
+    if made is None:
         return 0
-    count, width = len(set(table.study.tolist())), table.embedding.shape[1]
-    rows = f" in {len(table)} rows" if len(table) > count else ""
+    count, width = len(set(made.study.tolist())), made.embedding.shape[1]
+    rows = f" in {len(made)} rows" if len(made) > count else ""
     say(f"{args.out}: {count} {'study' if count == 1 else 'studies'} x {width}{rows}")
-    return report_failed(table, "embed")
+    return report_failed(made, "embed")

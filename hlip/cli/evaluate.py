@@ -11,20 +11,11 @@ import numpy as np
 
 from ..embed.baselines import PREFIX, SliceEncoder
 from ..embed.inputs import StoreStudies
-from ..embed.loop import Options, embed, embed_similarities
+from ..embed.loop import Options, embed
 from ..embed.table import Embeddings
-from ..evaluate.bootstrap import DRAWS
-from ..evaluate.evaluation import (
-    check_join,
-    check_prompts,
-    evaluate,
-    rows_of,
-    score,
-    store_labels,
-    task_prompts,
-    unjoined,
-)
-from ..evaluate.labels import read_labels
+from ..embed.texts import check_lengths
+from ..evaluate.evaluation import evaluate
+from ..evaluate.labels import check_join, read_labels, unjoined
 from ..evaluate.metrics import need_sklearn
 from ..evaluate.report import (
     MARKDOWN,
@@ -32,7 +23,6 @@ from ..evaluate.report import (
     PLOT,
     SCORES,
     TABLE,
-    aligned,
     class_rows,
     sizes,
     table_rows,
@@ -40,14 +30,17 @@ from ..evaluate.report import (
 )
 from ..evaluate.tasks import Task, list_tasks, load_task
 from ..model.clip import HLIPModel
-from ..output import check_folder, new_figure, shown_name, write_csv
+from ..output import shown_name, table, write_csv
 from ..processes import Processes, processes
 from ..store.store import Store
 from ..terminal import say
 from .shared import (
     EMBEDDINGS,
+    add_command,
     add_embedding,
+    add_figures,
     add_model,
+    check_results,
     embedding_options,
     keeping_parts,
     load_encoder,
@@ -80,7 +73,8 @@ A task of your own is a YAML file:
     glioma: [glioma, infiltrating glial tumor]
   templates: ["This MRI study shows: {{}}."]
   columns: {{glioma: GLIOMA}}              # in the label table, where it is not the class' name
-and a CSV with a column `study`, and one for each class: 0, 1, or -1 or empty where it is not known.
+and a CSV with a column `study`, and one for each class: 0, 1, or -1 or empty where it is not known. The reference of
+hlip.evaluate.tasks lists all fields. `hlip zeroshot` and `hlip interpret` read the same file.
 
 Baselines: --one_scan SEED shows any model one random scan of each study. A 2D model sees slice after slice of a store;
 its similarity to a prompt is the mean (--pool mean: over a scan's slices, then over scans) or the largest (--pool max)
@@ -91,12 +85,13 @@ Under torchrun processes share the work, and change no figure. Exit status as of
 
 def add(commands: Any) -> None:
     """Add `eval` to the subparsers of `hlip`."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "eval",
-        help="evaluate a model zero-shot on a benchmark or a task of your own",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _eval,
+        "evaluate a model zero-shot on a benchmark or a task of your own",
+        DESCRIPTION,
+        EPILOG,
     )
     command.add_argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml")
     source = command.add_mutually_exclusive_group(required=True)
@@ -110,30 +105,16 @@ def add(commands: Any) -> None:
         action="store_true",
         help="leave out studies without labels and labels without a study, instead of stopping",
     )
-    command.add_argument(
-        "--draws",
-        type=int,
-        default=DRAWS,
-        metavar="N",
-        help="how often studies are drawn anew, for intervals (default: %(default)s)",
-    )
-    command.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    command.add_argument(
-        "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
-    )
+    add_figures(command)
     add_model(command, of_slices=True)
     add_embedding(command)
-    command.set_defaults(run=_eval)
 
 
 def _eval(args: argparse.Namespace) -> int:
     need_sklearn()  # said now, not after hours
-    new_figure(1, 1)
-    check_folder(args.out)
-    if args.draws < 1:
-        raise ValueError(f"--draws: expected 1 or more, got {args.draws}")
+    check_results(args.out)
     task = load_task(args.task)
-    task.sentences(task.positive, args.templates)  # says so if there are no such templates
+    prompts = task.prompts(args.templates)  # says so if there are no such templates
     if args.embeddings is not None and args.model.startswith(PREFIX):
         raise ValueError("--embeddings: a 2D model is scored by its slices; give --data")
     if args.embeddings is not None and args.one_scan is not None:
@@ -143,39 +124,34 @@ def _eval(args: argparse.Namespace) -> int:
     with processes() as among:
         model = load_encoder(args)
         _check_head(args.head, model)
-        check_prompts(task, model, args.templates)
-        table = _embeddings(args, task, model, labels, options, among)
-    if table is None:
+        check_lengths(model, [text for sentences in prompts for text in sentences])
+        made = _embeddings(args, prompts, model, labels, options, among)
+    if made is None:
         return 0
-    rest = (args.allow_unmatched, args.draws, args.seed)
-    if isinstance(model, SliceEncoder):
-        uids, scans, similarities = rows_of(task, table, args.head)
-        failed = [uid for uid, _ in table.facts.get("failed", ())]
-        found = score(task, uids, similarities, float(model.logit_scale.exp()), labels, *rest, failed, scans)
-    else:
-        found = evaluate(task, table, labels, model, args.templates, *rest, args.head)
+    of_slices = isinstance(model, SliceEncoder)
+    rest = (args.allow_unmatched, args.draws, args.seed, args.head)
+    found = evaluate(task, made, labels, model, args.templates, *rest, compared=of_slices)
     facts = {
         "model": shown_name(args.model),
         "data": shown_name(args.data or args.embeddings),
         "labels": args.labels and shown_name(args.labels),
         "templates": args.templates or next(iter(task.templates)),
-        "one_scan": table.facts.get("job", {}).get("one_scan"),
-        **({"pool": model.pool} if isinstance(model, SliceEncoder) else {}),
-        **({"slices": args.slices and args.slices.name} if isinstance(model, SliceEncoder) else {}),
+        "one_scan": made.facts.get("job", {}).get("one_scan"),
+        **({"pool": model.pool, "slices": args.slices and args.slices.name} if isinstance(model, SliceEncoder) else {}),
         "draws": args.draws,
         "seed": args.seed,
-        "left_out": table.facts.get("failed", []),
-        "left_out_scans": table.facts.get("left_out", []),
+        "left_out": made.facts.get("failed", []),
+        "left_out_scans": made.facts.get("left_out", []),
     }
     write_evaluation(found, args.out, facts)
     say(f"{task.name}: {sizes(found)}; percent, with 95% intervals")
-    say(*aligned([list(column) for column in zip(*table_rows(found), strict=True)]))
+    say(*table(zip(*table_rows(found), strict=True)))
     if len(rows := class_rows(found)) > 1 and len(rows[0]) > 3:
-        say("", *aligned(rows))
+        say("", *table(rows))
     for note in found.notes:
         say(f"note: {note}")
     say(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
-    return report_failed(table, "eval")
+    return report_failed(made, "eval")
 
 
 def _check_head(head: int | None, model: HLIPModel | SliceEncoder) -> None:
@@ -196,12 +172,10 @@ def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
     store = Store(args.data) if args.data is not None and (args.data / "shards").is_dir() else None
     if args.data is not None and args.data.is_dir() and store is None:
         raise ValueError(f"{args.data}: expected a store, or a study list (.json, .csv)")
-    if args.labels is not None:
-        labels = read_labels(args.labels, list(task.columns.values()))
-    elif store is not None:
-        labels = store_labels(store, task)
-    else:
+    source = store if args.labels is None else args.labels
+    if source is None:
         raise ValueError(f"--labels is needed: {args.data or args.embeddings} is no store, which could have labels")
+    labels = read_labels(source, task.label_columns)
     if store is not None:
         _check_join(args, store.uids.tolist(), labels)
     return labels
@@ -223,25 +197,23 @@ def _check_join(args: argparse.Namespace, uids: Sequence[str], labels: Mapping[s
 
 def _embeddings(
     args: argparse.Namespace,
-    task: Task,
+    prompts: Sequence[Sequence[str]],
     model: HLIPModel | SliceEncoder,
     labels: Mapping[str, np.ndarray],
     options: Options,
     among: Processes,
 ) -> Embeddings | None:
-    """Of the studies; of a 2D model their similarities to the task's prompts. None on all processes but the first."""
+    """Of the studies; of a 2D model their similarities to the prompts. None on all processes but the first."""
     if args.embeddings is not None:
         if not among.first:
             return None
-        table = read_embeddings(args.embeddings, model)
-        _check_join(args, [*table.study.tolist(), *(uid for uid, _ in table.facts.get("failed", ()))], labels)
-        return table
+        made = read_embeddings(args.embeddings, model)
+        _check_join(args, [*made.study.tolist(), *(uid for uid, _ in made.facts.get("failed", ()))], labels)
+        return made
     studies = open_studies([args.data], model)
     if not isinstance(studies, StoreStudies):  # of a store it was said before the model was read
         _check_join(args, [*studies.uids, *(uid for uid, _ in studies.lost)], labels)
-    out = args.out / (SIMILARITIES if isinstance(model, SliceEncoder) else EMBEDDINGS)
+    of_slices = isinstance(model, SliceEncoder)
+    out = args.out / (SIMILARITIES if of_slices else EMBEDDINGS)
     with keeping_parts(out):
-        if isinstance(model, SliceEncoder):
-            prompts = task_prompts(task, args.templates)
-            return embed_similarities(model, prompts, studies, options, out, args.workers, among)
-        return embed(model, studies, options, out, args.workers, among)
+        return embed(model, studies, options, out, args.workers, among, prompts if of_slices else None)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..processes import say_error
 from ..terminal import guarded_streams, say
-from . import embed, evaluate, interpret, models, probe, retrieve, stores, train, zeroshot
+from . import convert, embed, env, evaluate, interpret, plot, prepare, probe, retrieve, store, train, zeroshot
 
-COMMANDS = (stores, train, embed, zeroshot, evaluate, probe, retrieve, interpret, models)
+COMMANDS = (prepare, store, train, embed, zeroshot, evaluate, probe, retrieve, interpret, convert, plot, env)
 
 
 class _Parser(argparse.ArgumentParser):
+    """Takes flags with hyphens, too, in place of the underscores that they are declared with."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        declared = {flag for action in self._actions for flag in action.option_strings}
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, sign, value = word.partition("=")
+            spelled = f"--{flag[2:].replace('-', '_')}"
+            words.append(spelled + sign + value if flag.startswith("--") and spelled in declared else word)
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         say_error(*self.format_usage().splitlines(), f"{self.prog}: error: {message}")
         sys.exit(2)
@@ -41,14 +51,6 @@ def _main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...", prog="hlip")
     for module in COMMANDS:
         module.add(commands)
-    env = commands.add_parser(
-        "env",
-        help="report versions, devices and attention backends",
-        description="Report versions, processors, memory and attention backends, as Markdown to paste into an issue. "
-        "It tells no token, no user and no folder outside of this package.",
-    )
-    env.set_defaults(run=_env)
-
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
@@ -61,7 +63,3 @@ def _main(argv: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         say(f"hlip {args.command}: interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
-
-
-def _env(args: argparse.Namespace) -> None:
-    runpy.run_module("hlip_kernels.env", run_name="__main__")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +16,22 @@ from ..embed.baselines import PREFIX
 from ..embed.loop import embed
 from ..embed.texts import check_lengths, embed_texts
 from ..evaluate.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
-from ..output import check_folder, new_figure, write_csv, write_text, write_whole
+from ..output import table, write_csv, write_json, write_whole
 from ..processes import processes
 from ..store.store import Store
 from ..study import join_report
 from ..terminal import say
 from .shared import (
     EMBEDDINGS,
+    add_command,
     add_embedding,
     add_model,
+    check_results,
     embedding_options,
     keeping_parts,
     load_encoder,
     open_studies,
+    positive,
     read_embeddings,
     report_failed,
     report_unjoined,
@@ -56,12 +58,13 @@ Under torchrun processes share the embedding, and change no figure. Exit status 
 
 def add(commands: Any) -> None:
     """Add `retrieve` to the subparsers of `hlip`."""
-    command = commands.add_parser(
+    command = add_command(
+        commands,
         "retrieve",
-        help="find studies by reports and reports by studies; recall at k",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _retrieve,
+        "find studies by reports and reports by studies; recall at k",
+        DESCRIPTION,
+        EPILOG,
     )
     command.add_argument("store", type=Path, metavar="STORE", help="studies with reports, of `hlip prepare`")
     add_model(command, of_slices=True)
@@ -73,7 +76,12 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
     command.add_argument(
-        "--k", nargs="+", type=int, default=KS, metavar="K", help=f"recall at each (default: {' '.join(map(str, KS))})"
+        "--k",
+        nargs="+",
+        type=positive,
+        default=KS,
+        metavar="K",
+        help=f"recall at each (default: {' '.join(map(str, KS))})",
     )
     command.add_argument(
         "--query", action="append", default=[], metavar="TEXT", help="show the studies it fits; repeat"
@@ -81,35 +89,13 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--study", action="append", default=[], metavar="UID", help="show the studies and reports nearest to it; repeat"
     )
-    command.add_argument("--top", type=int, default=5, metavar="N", help="how many to show (default: 5)")
+    command.add_argument("--top", type=positive, default=5, metavar="N", help="how many to show (default: 5)")
     add_embedding(command)
-    command.set_defaults(run=_retrieve)
 
 
 def _retrieve(args: argparse.Namespace) -> int:
-    new_figure(1, 1)  # needs matplotlib: said now, not after hours
-    check_folder(args.out)
-    if args.top < 1 or min(args.k) < 1:
-        raise ValueError(f"--k and --top must be positive, got {min(*args.k, args.top)}")
-    if empty := [text for text in args.query if not text.strip()]:
-        raise ValueError(f"--query {empty[0]!r}: expected words")
-    if args.model.startswith(PREFIX) and args.pool == "max":
-        raise ValueError("--pool max has no embedding that could be compared with texts; retrieval needs --pool mean")
-    if args.embeddings is not None and args.one_scan is not None:
-        raise ValueError("--one_scan: give it to hlip embed in place of --embeddings")
+    store = _checked_store(args)
     options = embedding_options(args)
-    store = Store(args.store)
-    store.indices(args.study)
-    reports = reports_of(store)
-    if not reports:
-        raise ValueError(f"{args.store}: no study has a report")
-    if len({join_report(*report).strip() for report in reports.values()}) < 2:
-        raise ValueError(
-            f"{args.store}: expected two different reports or more, to rank them, got one, of {len(reports)} of its "
-            f"{len(store)} studies"
-        )
-    if absent := [uid for uid in args.study if uid not in reports]:
-        raise ValueError(f"--study {absent[0]}: has no report")
     with processes() as among:
         model = load_encoder(args)
         check_lengths(model, args.query)
@@ -132,8 +118,8 @@ def _retrieve(args: argparse.Namespace) -> int:
     queries = [_answer(pairs, text, embed_texts(model, [text])[0], args.top) for text in args.query]
     studies = [_neighbours(pairs, uid, args.top) for uid in args.study]
 
-    names = [f"{each['direction']}, head {each['head']}" for each in figures]
-    columns = [each["ranks"].tolist() for each in figures]
+    names = [f"{figure['direction']}, head {figure['head']}" for figure in figures]
+    columns = [figure["ranks"].tolist() for figure in figures]
     write_csv(args.out / "ranks.csv", [["study", *names], *zip(pairs.uids, *columns, strict=True)])
     write_whole(args.out / "recall.png", lambda file: draw_recall(figures, file, "png"))
     content = {
@@ -142,21 +128,44 @@ def _retrieve(args: argparse.Namespace) -> int:
         "without_embedding": pairs.without_embedding,
         "not_in_store": pairs.not_in_store,
         "embeddings": made.facts,
-        "figures": [{key: value for key, value in each.items() if key != "ranks"} for each in figures],
+        "figures": [{key: value for key, value in figure.items() if key != "ranks"} for figure in figures],
         "queries": queries,
         "nearest": studies,
     }
-    text = json.dumps(content, indent=1) + "\n"
-    write_text(args.out / "retrieve.json", text)
+    write_json(args.out / "retrieve.json", content)
     _print(figures, queries, studies)
     say(f"{args.out}: retrieve.json, ranks.csv, recall.png")
     return report_failed(made, "retrieve")
 
 
+def _checked_store(args: argparse.Namespace) -> Store:
+    """The store, once all is checked that can be before the work."""
+    check_results(args.out)
+    if empty := [text for text in args.query if not text.strip()]:
+        raise ValueError(f"--query {empty[0]!r}: expected words")
+    if args.model.startswith(PREFIX) and args.pool == "max":
+        raise ValueError("--pool max has no embedding that could be compared with texts; retrieval needs --pool mean")
+    if args.embeddings is not None and args.one_scan is not None:
+        raise ValueError("--one_scan: give it to hlip embed in place of --embeddings")
+    store = Store(args.store)
+    store.indices(args.study)
+    reports = reports_of(store)
+    if not reports:
+        raise ValueError(f"{args.store}: no study has a report")
+    if len({join_report(*report).strip() for report in reports.values()}) < 2:
+        raise ValueError(
+            f"{args.store}: expected two different reports or more, to rank them, got one, of {len(reports)} of its "
+            f"{len(store)} studies"
+        )
+    if absent := [uid for uid in args.study if uid not in reports]:
+        raise ValueError(f"--study {absent[0]}: has no report")
+    return store
+
+
 def _answer(pairs: Pairs, text: str, query: Tensor, top: int) -> dict[str, Any]:
     """The studies that a text fits, by the first head."""
-    found = nearest(query, pairs.image[0], top)
-    return {"query": text, "studies": [_entry(pairs, *each) for each in found]}
+    studies = nearest(query, pairs.image[0], top)
+    return {"query": text, "studies": [_entry(pairs, *near) for near in studies]}
 
 
 def _neighbours(pairs: Pairs, uid: str, top: int) -> dict[str, Any]:
@@ -166,8 +175,8 @@ def _neighbours(pairs: Pairs, uid: str, top: int) -> dict[str, Any]:
     reports = nearest(pairs.image[0, i], pairs.text[0], top)
     return {
         "study": uid,
-        "studies": [_entry(pairs, *each) for each in studies],
-        "reports": [_entry(pairs, *each) for each in reports],
+        "studies": [_entry(pairs, *near) for near in studies],
+        "reports": [_entry(pairs, *near) for near in reports],
     }
 
 
@@ -177,18 +186,19 @@ def _entry(pairs: Pairs, i: int, similarity: float) -> dict[str, Any]:
 
 def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]], studies: Sequence[Any]) -> None:
     several = len(figures) > len(DIRECTIONS)
-    for each in figures:
-        head = f" (head {each['head']})" if several else ""
-        say(f"{each['direction']}{head}: {each['studies']} studies, {each['texts']} different texts")
-        for k, value in each["recall"].items():
-            say(f"  recall at {k:<4} {value:6.1%}   random {each['chance'][k]:6.1%}")
-        say(f"  median rank {each['median_rank']:g}")
-        if each["texts"] == 1:
+    for figure in figures:
+        head = f" (head {figure['head']})" if several else ""
+        say(f"{figure['direction']}{head}: {figure['studies']} studies, {figure['texts']} different texts")
+        for k, value in figure["recall"].items():
+            say(f"  recall at {k:<4} {value:6.1%}   random {figure['chance'][k]:6.1%}")
+        say(f"  median rank {figure['median_rank']:g}")
+        if figure["texts"] == 1:
             say("  all texts are the same, so these figures say nothing", file=sys.stderr)
-    for each in (*queries, *studies):
+    for answer in (*queries, *studies):
         for what in ("studies", "reports"):
-            if what in each:
-                say(f"{what} nearest to {each.get('query') or each['study']!r}")
-                for entry in each[what]:
-                    text = " ".join(entry["text"].split())
-                    say(f"  {entry['similarity']:.3f}  {entry['study']}  {text[:80]}{'...' if len(text) > 80 else ''}")
+            if what in answer:
+                say(f"{what} nearest to {answer.get('query') or answer['study']!r}")
+                texts = [" ".join(entry["text"].split()) for entry in answer[what]]
+                shown = [text[:80] + "..." * (len(text) > 80) for text in texts]
+                rows = zip(answer[what], shown, strict=True)
+                say(*table((f"  {entry['similarity']:.3f}", entry["study"], text) for entry, text in rows))

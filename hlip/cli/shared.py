@@ -1,4 +1,4 @@
-"""What commands have in common: the model, studies from files, and outputs written whole."""
+"""What commands have in common: the model, the task, studies, and what they say of those that are left out."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..embed.baselines import HUB, PREFIX, Pool, SliceEncoder, read_slices
+from ..embed.baselines import PREFIX, Pool, SliceEncoder, read_slices
 from ..embed.encoders import model_digest
 from ..embed.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
-from ..embed.loop import MAX_TOKENS, Dtype, Options, Unit, parts_of
+from ..embed.loop import MAX_TOKENS, Dtype, Options, Unit
+from ..embed.open_clip import HUB
+from ..embed.parts import parts_of
 from ..embed.table import Embeddings
+from ..evaluate.labels import SHOWN
+from ..evaluate.metrics import DRAWS
+from ..evaluate.tasks import PROMPT_TEMPLATE, Kind, Task, list_tasks, load_task
 from ..model.clip import HLIPModel
 from ..model.memory import keep_memory
+from ..output import check_folder, new_figure, table
 from ..prepare.studies import load_study
 from ..read.files import near
 from ..read.scan import Rejection, ScanError
@@ -33,7 +40,28 @@ FILES_HELP = "image files, which together are one study; or folders, each of whi
 EMBEDDINGS = "embeddings.npz"  # what commands that make embeddings by the way call them
 SOME_LEFT_OUT = 3
 SHARE = "share_among_these_prompts"  # in JSON
-SHOWN = 10  # lines of a list that are printed
+# What is said of a task's classes, by its kind.
+SAID = {
+    "multi-class": "share among these prompts, and cosine",
+    "pairs": "share beside the negative prompt, and cosine",
+    "similarity": "cosine",
+}
+Said = dict[str, tuple[float | None, float | None]]  # share and cosine by class
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None] | None,
+    summary: str,
+    description: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command to subparsers; `run` gives its exit status. Description and epilog are shown line by line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=raw)
+    command.set_defaults(run=run)
+    return command
 
 
 def add_model(command: argparse.ArgumentParser, of_slices: bool = False) -> None:
@@ -117,6 +145,98 @@ def add_embedding(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_figures(command: argparse.ArgumentParser) -> None:
+    """Add what says how figures are had of embeddings and labels."""
+    command.add_argument(
+        "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
+    )
+    command.add_argument(
+        "--draws",
+        type=positive,
+        default=DRAWS,
+        metavar="N",
+        help="how often studies are drawn anew, for intervals (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: %(default)s)")
+
+
+def check_results(folder: Path) -> None:
+    """Raise ImportError or ValueError now, not after hours, where results with plots could not be written."""
+    new_figure(1, 1)
+    check_folder(folder)
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, as a `type` of argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def add_prompts(command: argparse.ArgumentParser, prompt: str) -> None:
+    """Add what says which prompts studies are compared with.
+
+    prompt: the help of `--prompt`.
+    """
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=prompt)
+    command.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"sentence with {{}} for the prompt; repeat to average over several (default: {PROMPT_TEMPLATE!r})",
+    )
+    command.add_argument(
+        "--prompts",
+        metavar="TASK",
+        help=f"classes and templates, in place of both: {', '.join(list_tasks())}, or FILE.yaml (see hlip eval --help)",
+    )
+    command.add_argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
+
+
+def read_prompts(args: argparse.Namespace, texts: Sequence[str]) -> Task:
+    """The task of `--prompts`; or else one of texts, in the templates of `--template`."""
+    if args.prompts:
+        if args.prompt or args.template:
+            raise ValueError("give --prompts, or --prompt and --template, not both")
+        return load_task(args.prompts, PROMPT_TEMPLATE)
+    kind: Kind = "multi-class" if len(texts) > 1 else "similarity"
+    return Task({text: text for text in texts}, args.template or PROMPT_TEMPLATE, kind)
+
+
+def said_of(task: Task, similarities: np.ndarray, scale: float) -> Said:
+    """What a task says of a study: (T) similarities to the share and the cosine of every class, if it has them."""
+    shares: dict[str, float] = {}
+    if task.kind != "similarity":
+        shares = dict(zip(task.names, task.scores(similarities[None], scale)[0].tolist(), strict=True))
+    cosines = dict(zip(task.classes, similarities.tolist(), strict=False))  # those of negative prompts are behind
+    return {name: (shares.get(name), cosines.get(name)) for name in {**shares, **cosines}}
+
+
+def as_json(said: Said) -> dict[str, dict[str, float]]:
+    """Shares, and cosines, by class."""
+    columns = zip(*said.values(), strict=True) if said else ((), ())
+    return {
+        key: {name: round(value, 6) for name, value in zip(said, column, strict=True) if value is not None}
+        for key, column in zip((SHARE, "cosine"), columns, strict=True)
+    }
+
+
+def bars(rows: Iterable[tuple[str, float | None, float | None]]) -> list[str]:
+    """Lines of a name, a share, another figure and a bar; those with the largest share first."""
+    ordered = sorted(rows, key=lambda row: (row[1] is None, -(row[1] or 0.0), -(row[2] or 0.0)))
+    cells = [
+        (
+            f"  {name}",
+            "" if share is None else f"{share:6.1%}",
+            "" if figure is None else f"{figure:6.3f}",
+            "#" * round(40 * (share or 0.0)),
+        )
+        for name, share, figure in ordered
+    ]
+    return table(zip(*(column for column in zip(*cells, strict=True) if any(column)), strict=True))
+
+
 def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Studies:
     """A store; or, but not for 2D models, a study list, or what `study_paths` takes."""
     if len(paths) == 1 and (paths[0] / "shards").is_dir():
@@ -172,19 +292,17 @@ def read_embeddings(path: Path, model: HLIPModel | SliceEncoder) -> Embeddings:
     Raises:
         ValueError: not such a file, or it says that another model made it.
     """
-    table = Embeddings.read(path)
-    made_by = table.facts.get("job", {}).get("model")
+    made = Embeddings.read(path)
+    made_by = made.facts.get("job", {}).get("model")
     if made_by is not None and made_by != model_digest(model):
         raise ValueError(f"{path}: made by another model than --model, or with other --pool or --slices")
-    return table
+    return made
 
 
-def report_failed(table: Embeddings, command: str) -> int:
+def report_failed(made: Embeddings, command: str) -> int:
     """Say which studies and scans were left out; the exit status."""
-    lost = [(uid, reason) for uid, reason in table.facts.get("failed", ())]
-    lost += [
-        (f"{uid}, scan {scan}", f"{rule}: {reason}") for uid, scan, rule, reason in table.facts.get("left_out", ())
-    ]
+    lost = [(uid, reason) for uid, reason in made.facts.get("failed", ())]
+    lost += [(f"{uid}, scan {scan}", f"{rule}: {reason}") for uid, scan, rule, reason in made.facts.get("left_out", ())]
     for what, reason in lost[:SHOWN]:
         say(f"hlip {command}: left out {what}: {reason}", file=sys.stderr)
     if len(lost) > SHOWN:
@@ -194,7 +312,12 @@ def report_failed(table: Embeddings, command: str) -> int:
 
 def rejections(left_out: Iterable[Rejection]) -> list[dict[str, str]]:
     """Scans of one study that were left out, for JSON, in the words of a store's rejected.jsonl."""
-    return [{"scan": each.scan, "rule": each.rule, "reason": each.reason} for each in left_out]
+    return [{"scan": scan.scan, "rule": scan.rule, "reason": scan.reason} for scan in left_out]
+
+
+def rejected_lines(left_out: Iterable[Mapping[str, str]]) -> list[str]:
+    """The same, to be printed."""
+    return [f"  left out: {scan['scan']} ({scan['rule']}: {scan['reason']})" for scan in left_out]
 
 
 def report_unjoined(what: str, uids: Sequence[str]) -> None:

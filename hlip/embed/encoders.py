@@ -21,7 +21,7 @@ from ..model.plan import TokenBatch, plan
 from ..model.weights import weights_digest
 from ..store.tools import cut
 from ..study import Study, pack
-from .baselines import Encoder
+from .baselines import SliceEncoder
 from .texts import embed_prompts
 
 MakeBatches = Callable[[Iterable[Study], int], Iterator[tuple[Any, list[Study]]]]
@@ -34,7 +34,7 @@ class Embedder:
     module: its mode is set while studies are encoded.
     batches: studies, and the most patch tokens of a batch that is not one study, to batches with their studies. It
         runs in the processes that read studies, and so can be sent to them.
-    encode: a batch to (B, P, E) or (B, E) float32.
+    encode: a batch to (B, P, E) or (B, E) float32; of one study also (E).
     digest: a hash of all that `encode` depends on.
     """
 
@@ -45,29 +45,19 @@ class Embedder:
     digest: Callable[[], str]
 
     @classmethod
-    def of(cls, model: HLIPModel | Encoder) -> Embedder:
-        """For embeddings."""
+    def of(cls, model: HLIPModel | SliceEncoder, prompts: Sequence[Sequence[str]] | None = None) -> Embedder:
+        """For embeddings; or with prompts, each of several sentences, for similarities to T of them: (T)."""
         if isinstance(model, HLIPModel):
-            batches = functools.partial(packed, model.config.vision)
-            digest = functools.partial(model_digest, model)
-            return cls(model, model.device, batches, model.encode_image, digest)
-
-        def encode(study: Study) -> Tensor:
-            return torch.stack([row for _, row in model.encode_studies([study])])
-
-        return cls(model.module, model.device, one_by_one, encode, model.digest)
-
-    @classmethod
-    def of_similarities(cls, model: Encoder, prompts: Sequence[Sequence[str]]) -> Embedder:
-        """For similarities to T prompts, each of several sentences, in place of embeddings: (1, T)."""
-        texts = embed_prompts(model, prompts)
-
-        def encode(study: Study) -> Tensor:
-            return torch.stack([row for _, row in model.similarities([study], texts)])
-
-        def digest() -> str:
-            return hashlib.sha256(json.dumps([model.digest(), list(map(list, prompts))]).encode()).hexdigest()
-
+            if prompts is not None:
+                raise ValueError("prompts are for 2D models: compare the model's embeddings with those of texts")
+            batches, hashed = functools.partial(packed, model.config.vision), functools.partial(model_digest, model)
+            return cls(model.visual, model.device, batches, model.encode_image, hashed)
+        encode: Callable[[Study], Tensor] = model.encode_study
+        digest = model.digest
+        if prompts is not None:
+            encode = functools.partial(model.similarities, texts=embed_prompts(model, prompts))
+            facts = [model.digest(), list(map(list, prompts))]
+            digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest
         return cls(model.module, model.device, one_by_one, encode, digest)
 
 
@@ -88,7 +78,7 @@ def one_by_one(studies: Iterable[Study], max_tokens: int) -> Iterator[tuple[Stud
         yield study, [study]
 
 
-def model_digest(model: HLIPModel | Encoder) -> str:
+def model_digest(model: HLIPModel | SliceEncoder) -> str:
     """A hash of what studies are embedded by: of ours the study encoder's architecture and weights."""
     if not isinstance(model, HLIPModel):
         return model.digest()

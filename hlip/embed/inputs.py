@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from ..store.store import Store
 from ..study import Study
 
 
+@runtime_checkable
 class Studies(Protocol):
     """Studies by index.
 
@@ -34,8 +35,8 @@ class Studies(Protocol):
 
     uids: Sequence[str]
     tokens: np.ndarray
-    lost: Sequence[tuple[str, str]]
-    left_out: Sequence[Rejection]
+    lost: Sequence[tuple[str, str]] = ()
+    left_out: Sequence[Rejection] = ()
 
     def read(self, i: int) -> Study:
         """Study `i`. Raises ScanError or ValueError if it cannot be used, and names the file."""
@@ -46,7 +47,7 @@ class Studies(Protocol):
         ...
 
 
-class StoreStudies:
+class StoreStudies(Studies):
     """The studies of a store.
 
     Args:
@@ -57,13 +58,10 @@ class StoreStudies:
             study.
     """
 
-    lost: Sequence[tuple[str, str]] = ()
-    left_out: Sequence[Rejection] = ()
-
     def __init__(self, store: Store, patch_size: Sequence[int] | None = None) -> None:
         store.check_finished()
         self.store = store
-        self.uids: Sequence[str] = store.uids.tolist()
+        self.uids = store.uids.tolist()
         if patch_size is None:
             self.scan_tokens, self.tokens = np.zeros(len(store.shapes), np.int64), np.zeros(len(store), np.int64)
             return
@@ -74,19 +72,31 @@ class StoreStudies:
         return self.store.study(i)
 
     def digest(self) -> str:
-        found = hashlib.sha256(_bytes("\0".join(self.uids)))
+        hashed = hashlib.sha256(_bytes("\0".join(self.uids)))
         checksums = self.store.manifest.column("crc32").values.to_numpy()
         for array in (self.store.num_scans, self.store.shapes, checksums):
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+            hashed.update(np.ascontiguousarray(array).data)
+        return hashed.hexdigest()
 
 
-class OneScan:
-    """The same studies, each with one of its scans alone.
+def one_scan(study: Study, seed: int) -> Study:
+    """A study with one of its scans alone.
 
     Which one follows from the seed, the study's uid and the number of its scans: neither other studies nor processes
     change it.
     """
+    m = drawn_place(study.uid, len(study.scans), seed)
+    return replace(study, scans=[study.scans[m]], names=study.names[m : m + 1])
+
+
+def drawn_place(uid: str, num_scans: int, seed: int) -> int:
+    """Which of its scans a study is shown by."""
+    drawn = hashlib.sha256(_bytes(f"{seed}\0{uid}")).digest()
+    return int.from_bytes(drawn[:8], "big") % num_scans
+
+
+class OneScan(Studies):
+    """The same studies, each as `one_scan` shows it."""
 
     def __init__(self, studies: Studies, seed: int) -> None:
         self.studies, self.seed = studies, seed
@@ -94,18 +104,11 @@ class OneScan:
         self.lost, self.left_out = studies.lost, studies.left_out
         if isinstance(studies, StoreStudies):
             store = studies.store
-            chosen = [self.place(uid, int(n)) for uid, n in zip(self.uids, store.num_scans, strict=True)]
-            self.tokens = studies.scan_tokens[store.first[:-1] + np.array(chosen)]
-
-    def place(self, uid: str, num_scans: int) -> int:
-        """Which of its scans a study is shown by."""
-        drawn = hashlib.sha256(_bytes(f"{self.seed}\0{uid}")).digest()
-        return int.from_bytes(drawn[:8], "big") % num_scans
+            places = [drawn_place(uid, int(n), seed) for uid, n in zip(self.uids, store.num_scans, strict=True)]
+            self.tokens = studies.scan_tokens[store.first[:-1] + np.array(places)]
 
     def read(self, i: int) -> Study:
-        study = self.studies.read(i)
-        m = self.place(self.uids[i], len(study.scans))
-        return replace(study, scans=[study.scans[m]], names=study.names[m : m + 1])
+        return one_scan(replace(self.studies.read(i), uid=self.uids[i]), self.seed)
 
     def digest(self) -> str:
         return hashlib.sha256(f"{self.studies.digest()} {self.seed}".encode()).hexdigest()
@@ -122,19 +125,16 @@ def study_names(groups: Sequence[Path | list[Path]]) -> list[str]:
     return [printable(os.path.relpath(path, home)) for path in paths]
 
 
-class FileStudies:
+class FileStudies(Studies):
     """Studies in files.
 
     Args:
         groups: of each study, its folder or its files.
     """
 
-    lost: Sequence[tuple[str, str]] = ()
-    left_out: Sequence[Rejection] = ()
-
     def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe) -> None:
         self.groups, self.recipe = groups, recipe
-        self.uids: Sequence[str] = study_names(groups)
+        self.uids = study_names(groups)
         self.tokens = np.zeros(len(groups), dtype=np.int64)
 
     def read(self, i: int) -> Study:
@@ -144,7 +144,7 @@ class FileStudies:
         return _digest(self.uids, (file for group in self.groups for file in _files(group)), self.recipe)
 
 
-class ListedStudies:
+class ListedStudies(Studies):
     """What `find_studies` found.
 
     Raises:
@@ -157,10 +157,10 @@ class ListedStudies:
                 f"no study can be used: {found.rejected[0].reason if found.rejected else 'none is listed'}"
             )
         self.sources, self.recipe = found.studies, recipe
-        self.uids: Sequence[str] = [source.uid for source in found.studies]
+        self.uids = [source.uid for source in found.studies]
         self.tokens = np.zeros(len(found.studies), dtype=np.int64)
-        self.lost: Sequence[tuple[str, str]] = [(each.study, each.reason) for each in found.rejected if not each.scan]
-        self.left_out: Sequence[Rejection] = [each for each in found.rejected if each.scan]
+        self.lost = [(scan.study, scan.reason) for scan in found.rejected if not scan.scan]
+        self.left_out = [scan for scan in found.rejected if scan.scan]
 
     def read(self, i: int) -> Study:
         return read_study(self.sources[i], self.recipe).shown()
@@ -179,14 +179,14 @@ def _files(group: Path | list[Path]) -> Iterator[Path]:
 
 def _digest(uids: Sequence[str], files: Iterator[Path], recipe: Recipe) -> str:
     """Of names, sizes and times, as reading every file first would take as long as the job."""
-    found = hashlib.sha256(_bytes("\0".join([recipe.hash, *uids])))
+    hashed = hashlib.sha256(_bytes("\0".join([recipe.hash, *uids])))
     for file in files:
         try:
             known = file.stat()
-            found.update(_bytes(f"\0{file}\0{known.st_size}\0{known.st_mtime_ns}"))
+            hashed.update(_bytes(f"\0{file}\0{known.st_size}\0{known.st_mtime_ns}"))
         except OSError:
-            found.update(_bytes(f"\0{file}"))
-    return found.hexdigest()
+            hashed.update(_bytes(f"\0{file}"))
+    return hashed.hexdigest()
 
 
 def _bytes(text: str) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +29,7 @@ class Embeddings:
     study: (N) str - uids.
     scan: (N) str - names; empty where a row is of the whole study.
     head: (N) int8 - which of the model's embeddings of a study; head 0 is for zero-shot classification.
-    embedding: (N, E) float32, of unit length; or similarities to E prompts, see `embed_similarities`.
+    embedding: (N, E) float32, of unit length; or similarities to E prompts, see `embed`.
     facts: how they were made, such as the model's name; plain values.
     """
 
@@ -97,10 +97,9 @@ class Embeddings:
 
     def write(self, file: IO[bytes], suffix: str) -> None:
         """Write as `.parquet` or `.npz`, with the facts as JSON."""
-        facts = json.dumps(self.facts)
         if suffix == ".npz":
             arrays = {name: getattr(self, name) for name in ("study", "scan", "head", "embedding")}
-            np.savez(file, **arrays, facts=np.array(facts), format=np.array(FORMAT))
+            write_arrays(file, self.facts, **arrays)
             return
         pyarrow, parquet = need_pyarrow()
         flat = pyarrow.array(np.ascontiguousarray(self.embedding, dtype=np.float32).ravel())
@@ -110,7 +109,9 @@ class Embeddings:
             "head": pyarrow.array(self.head, pyarrow.int8()),
             "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, self.embedding.shape[1]),
         }
-        table = pyarrow.table(columns).replace_schema_metadata({"hlip": facts, "hlip_format": str(FORMAT)})
+        table = pyarrow.table(columns).replace_schema_metadata(
+            {"hlip": json.dumps(self.facts), "hlip_format": str(FORMAT)}
+        )
         parquet.write_table(table, file)
 
     @classmethod
@@ -130,10 +131,8 @@ class Embeddings:
 
     @classmethod
     def _read_npz(cls, path: Path) -> Embeddings:
-        content = load_arrays(path)
-        check_format(content["format"].tolist() if "format" in content else FORMAT, FORMAT)
+        content, facts = read_arrays(path)
         study, scan = content["study"].astype(str), content["scan"].astype(str)
-        facts = parse_json(str(content["facts"]))
         return cls(study, scan, content["head"].astype(np.int8), content["embedding"].astype(np.float32), facts)
 
     @classmethod
@@ -154,13 +153,26 @@ class Embeddings:
         return cls(study, scan, table["head"].to_numpy().astype(np.int8), embedding, facts)
 
     @classmethod
-    def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """The rows of all parts, with the facts of the first. A part without rows may be of any width."""
-        parts = [part for part in parts if len(part)] or parts[:1]
+    def joined(cls, tables: Sequence[Embeddings]) -> Embeddings:
+        """The rows of all tables, with the facts of the first. One without rows may be of any width."""
+        tables = [table for table in tables if len(table)] or tables[:1]
         study, scan, head, embedding = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("study", "scan", "head", "embedding")
+            np.concatenate([getattr(table, name) for table in tables])
+            for name in ("study", "scan", "head", "embedding")
         )
-        return cls(study, scan, head, embedding, parts[0].facts)
+        return cls(study, scan, head, embedding, tables[0].facts)
+
+
+def write_arrays(file: IO[bytes], facts: dict[str, Any], **arrays: Any) -> None:
+    """Write arrays as .npz, with facts as JSON and the number of the format."""
+    np.savez(file, **arrays, facts=np.array(json.dumps(facts)), format=np.array(FORMAT))
+
+
+def read_arrays(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    """Arrays and facts of what `write_arrays` wrote. Raises OSError, KeyError or ValueError with the reason alone."""
+    content = load_arrays(path)
+    check_format(content["format"].tolist() if "format" in content else FORMAT, FORMAT)
+    return content, parse_json(str(content["facts"]))
 
 
 def need_pyarrow() -> tuple[Any, Any]:

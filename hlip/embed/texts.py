@@ -6,7 +6,7 @@ Shapes: n texts, K prompts, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +17,7 @@ from ..read.safe import as_texts
 from .baselines import SliceEncoder
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-
-
-class TextEncoder(Protocol):
-    """What texts need of a model."""
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """The logarithm of the inverse temperature: ()."""
-        ...
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(n, E), of unit length."""
-        ...
+TextEncoder = HLIPModel | SliceEncoder
 
 
 def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
-"""Label tables.
+"""Labels of studies, from tables and stores, and how they join with what is scored.
 
 Shapes: N studies, K classes. Labels are 0, 1, or -1 where a label is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ import numpy as np
 
 from ..prepare.tables import Table
 from ..read.safe import as_texts
+from ..store.store import Store
 
 MISSING = -1
+SHOWN = 10  # studies that a message names
 
 
 class LabelTable(NamedTuple):
@@ -38,7 +40,8 @@ def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTabl
     comes before the scan's number.
 
     Args:
-        classes: columns to take; every column that holds only such cells, and a 0 or 1, if there are none.
+        classes: columns to take; if there are none, those that `hlip prepare` takes as labels (`Table.likely_labels`)
+            and that hold only such cells.
 
     Raises:
         ValueError: no such table or column, a cell that is no label in a column asked for, or a study with several
@@ -49,14 +52,14 @@ def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTabl
         raise ValueError(f"{path}: has no column {', '.join(missing)} (there are {', '.join(table.columns)})")
     if len(set(classes)) < len(classes):
         raise ValueError(f"{path}: class {max(classes, key=classes.count)} is asked for twice")
-    codes = {name: [_code(row[name]) for _, _, row in table.rows] for name in classes or table.columns if name}
+    codes = {name: [_code(row[name]) for _, _, row in table.rows] for name in classes or table.likely_labels()}
     for name in classes:
         if None in codes[name]:
             line, uid, row = table.rows[codes[name].index(None)]
             raise ValueError(
                 f"{path}: line {line}, study {uid}: {name} must be 0, 1, or -1 or empty if missing, got {row[name]!r}"
             )
-    chosen = tuple(classes) or tuple(name for name, each in codes.items() if None not in each and {0, 1} & set(each))
+    chosen = tuple(name for name in codes if None not in codes[name])
     if not chosen:
         raise ValueError(f"{path}: no column of labels 0 and 1 (there are {', '.join(table.columns) or 'no columns'})")
     values = table.by_study(lambda row: tuple(_code(row[name]) for name in chosen), "row of labels")
@@ -65,27 +68,12 @@ def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTabl
 
 
 def _words(table: Table, labels: Sequence[str]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
+    words: dict[str, dict[str, str]] = {}
     several: set[str] = set(labels)
     for _, uid, row in table.rows:
-        known = found.setdefault(uid, {name: row[name].strip() for name in table.columns if name not in several})
+        known = words.setdefault(uid, {name: row[name].strip() for name in table.columns if name not in several})
         several |= {name for name in known if known[name] != row[name].strip()}
-    return {uid: {name: cell for name, cell in cells.items() if name not in several} for uid, cells in found.items()}
-
-
-def read_labels(path: Path | str, columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """The labels of `read_label_table` by study: uid to (K) int64.
-
-    Args:
-        columns: of each class; one column may serve several classes.
-
-    Raises:
-        ValueError: as `read_label_table`.
-    """
-    columns = as_texts(columns, "columns")
-    table = read_label_table(path, tuple(dict.fromkeys(columns)))
-    places = [table.classes.index(name) for name in columns]
-    return dict(zip(table.uids, table.values[:, places], strict=True))
+    return {uid: {name: cell for name, cell in cells.items() if name not in several} for uid, cells in words.items()}
 
 
 def _code(cell: str) -> int | None:
@@ -95,3 +83,60 @@ def _code(cell: str) -> int | None:
     except ValueError:
         return None
     return int(value) if value in (0, 1, MISSING) else None
+
+
+def _store_table(store: Store, classes: Sequence[str]) -> LabelTable:
+    names, values = store.labels
+    if absent := [name for name in classes if name not in names]:
+        raise ValueError(
+            f"{store.path}: the store has no labels for {', '.join(absent)} (it has {', '.join(names) or 'none'}): "
+            "give --labels, or the task's `columns`"
+        )
+    values = values[:, [names.index(name) for name in classes]]
+    values = np.where(np.isnan(values), MISSING, values)
+    for row, column in np.argwhere(~np.isin(values, (0, 1, MISSING)))[:1].tolist():
+        raise ValueError(
+            f"{store.path}: study {store.uids[row]}: the label {classes[column]} is {values[row, column]:g}"
+        )
+    return LabelTable(store.path, store.uids.tolist(), tuple(classes), values.astype(np.int64), {})
+
+
+def read_labels(source: Path | str | Store, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """The labels in a table, as of `read_label_table`, or in a store, by study: uid to (K) int64.
+
+    Args:
+        columns: of each class; one column may serve several classes.
+
+    Raises:
+        ValueError: no such column, or a label that is neither 0, 1 nor missing; names it.
+    """
+    columns = as_texts(columns, "columns")
+    wanted = list(dict.fromkeys(columns))
+    table = _store_table(source, wanted) if isinstance(source, Store) else read_label_table(source, wanted)
+    places = [table.classes.index(name) for name in columns]
+    return dict(zip(table.uids, table.values[:, places], strict=True))
+
+
+def unjoined(uids: Iterable[str], labels: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The studies without labels, and those of the labels without a study, each in its order."""
+    studies, labelled = dict.fromkeys(uids), dict.fromkeys(labels)
+    return [uid for uid in studies if uid not in labelled], [uid for uid in labelled if uid not in studies]
+
+
+def check_join(uids: Sequence[str], labels: Iterable[str], allow_unmatched: bool) -> list[str]:
+    """Notes on the studies without labels and the labels without a study.
+
+    Raises:
+        ValueError: there are such, unless `allow_unmatched`; or nothing joins at all.
+    """
+    lacking, unused = unjoined(uids, labels)
+    notes = [
+        f"{len(lost)} {what}: {', '.join(lost[:SHOWN])}{', ...' if len(lost) > SHOWN else ''}"
+        for what, lost in (("studies have no labels", lacking), ("labels have no study", unused))
+        if lost
+    ]
+    if not set(uids) - set(lacking):
+        raise ValueError(f"no study has labels; {'; '.join(notes)}")
+    if notes and not allow_unmatched:
+        raise ValueError(f"labels and studies do not join: {'; '.join(notes)} (--allow_unmatched leaves them out)")
+    return notes

@@ -1,28 +1,25 @@
-"""Linear probes: what a linear classifier reads from frozen embeddings, one for each class.
+"""Linear probes: what a linear classifier reads from frozen embeddings, one for each class; and the studies for them,
+labels and embeddings, joined by study and split.
 
-Shapes: N studies, K classes, E embedding, D draws.
+Shapes: N studies, K classes, E embedding.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
+from ..embed.table import Embeddings, read_arrays, write_arrays
 from ..output import label, new_figure
-from ..read.safe import check_format, parse_json
-from ..read.tensors import load_arrays
-from . import bootstrap
-from .labels import MISSING
-from .metrics import class_aucs, macro_auc, need_sklearn
-from .probe_data import ProbeData
+from ..prepare.tables import Table, read_names
+from .labels import MISSING, LabelTable
+from .metrics import AUC, need_sklearn
 
-FORMAT = 1  # of files; those without a number are of the first
 # Inverse strengths of the L2 penalty to choose from, for standardised embeddings. Values of a unit-length embedding
 # are about E**-0.5, so that as they are they need about E times as much.
 CS = tuple(10.0**n for n in range(-5, 3))
@@ -40,6 +37,175 @@ PROTOCOLS = {
 }  # fmt: skip
 # What CQ500 calls RSNA's classes.
 SAME_CLASS = dict(zip(PROTOCOLS["rsna"], ("ICH", "IPH", "IVH", "SAH", "SDH"), strict=True))
+# Words for the parts of a split.
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Studies with labels and the embeddings of one model or more, split.
+
+    uids: sorted, so that a random split does not depend on the order of files.
+    labels: (N, K) int64, -1 where missing.
+    embeddings: of each model, (N, E) float32.
+    parts: (N) str - "train", "val", "test", or empty for a study of no part.
+    left_out: classes that cannot be probed, and why.
+    without_label, without_embedding: studies that do not join.
+    """
+
+    uids: list[str]
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    embeddings: list[np.ndarray]
+    parts: np.ndarray
+    left_out: dict[str, str]
+    without_label: list[str]
+    without_embedding: list[str]
+
+    @classmethod
+    def join(
+        cls,
+        table: LabelTable,
+        embeddings: Sequence[Embeddings],
+        split: Mapping[str, str] | None = None,
+        fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+        seed: int = 0,
+        patients: str | None = None,
+        minimum: int = 5,
+        head: int | None = None,
+        needed: Sequence[str] = ("train", "test"),
+    ) -> ProbeData:
+        """Join labels and embeddings by study.
+
+        Args:
+            split: the part of each study; drawn at random if None.
+            fractions: of the studies, for training, validation and test; 0 for no validation.
+            patients: column of the table that names patients: no patient is in two parts of a random split.
+            minimum: a class with fewer positives or negatives in a part is left out.
+            head: which of a model's embeddings; needed if it gives several.
+            needed: parts that must have studies, and positives and negatives of a class.
+
+        Raises:
+            ValueError: nothing joins, a part is empty, or no class is left; says which.
+        """
+        tables = [dict(zip(*made.of_studies(head), strict=True)) for made in embeddings]
+        embedded = set.intersection(*map(set, tables))
+        rows = {uid: i for i, uid in enumerate(table.uids)}
+        uids = sorted(embedded & rows.keys())
+        known = set.union(*map(set, tables))
+        without_label, without_embedding = sorted(known - rows.keys()), sorted(rows.keys() - embedded)
+        if not uids:
+            raise ValueError(
+                f"{table.path}: no study has both labels and embeddings; labels are of {_some(without_embedding)}; "
+                f"embeddings of {_some(without_label)}"
+            )
+        labels = table.values[[rows[uid] for uid in uids]]
+        if split is None:
+            names = _patients(table, uids, patients) if patients else uids
+            parts = split_at_random(uids, fractions, seed, names)
+        else:
+            parts = np.array([split.get(uid, "") for uid in uids])
+        wanted = [part for part in PARTS if part in needed or (parts == part).any()]
+        if empty := [part for part in wanted if not (parts == part).any()]:
+            raise ValueError(f"the split has no study of {empty[0]} among the {len(uids)} with labels and embeddings")
+        left_out: dict[str, str] = {}
+        for k, name in enumerate(table.classes):
+            for part in wanted:
+                column = labels[parts == part, k]
+                few = min((int((column == value).sum()), word) for value, word in ((1, "positives"), (0, "negatives")))
+                if few[0] < max(minimum, 2 if part == "train" else 1):
+                    left_out.setdefault(name, f"{few[0]} {few[1]} in {part}")
+        kept = [k for k, name in enumerate(table.classes) if name not in left_out]
+        if not kept:
+            raise ValueError(f"{table.path}: no class has {minimum} positives and negatives in every part: {left_out}")
+        arrays = [np.stack([rows_of[uid] for uid in uids]) for rows_of in tables]
+        classes = tuple(table.classes[k] for k in kept)
+        return cls(uids, classes, labels[:, kept], arrays, parts, left_out, without_label, without_embedding)
+
+    def of(self, *parts: str) -> np.ndarray:
+        """Rows of these parts, (n) int64."""
+        return np.flatnonzero(np.isin(self.parts, parts))
+
+
+def _patients(table: LabelTable, uids: Sequence[str], column: str) -> list[str]:
+    if column not in set().union(*table.words.values()):
+        raise ValueError(f"{table.path}: has no column {column} of words that are one for each study")
+    names = [table.words[uid].get(column, "") for uid in uids]
+    if not all(names):
+        raise ValueError(f"{table.path}: study {uids[names.index('')]} has no {column}")
+    return names
+
+
+def _some(uids: Sequence[str], count: int = 3) -> str:
+    return ", ".join(uids[:count]) + (f" and {len(uids) - count} more" if len(uids) > count else "") or "no other study"
+
+
+def split_at_random(
+    uids: Sequence[str], fractions: Sequence[float], seed: int = 0, patients: Sequence[str] | None = None
+) -> np.ndarray:
+    """The part of each study, (N) str: disjoint by study, and by patient where `patients` tells each study's.
+
+    The parts are as large as `fractions` says, but for rounding and for patients who are not divided.
+
+    Raises:
+        ValueError: fractions that are not three shares which add up to 1, or none for training or test.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or not fractions[0] * fractions[2]:
+        raise ValueError(
+            f"fractions must be of train, val and test, add up to 1, and leave both ends some: {fractions}"
+        )
+    names = np.asarray(uids if patients is None else patients)
+    groups, group = np.unique(names, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    sizes = np.bincount(group)[order]
+    # A group falls where its middle does, so that one study more or less moves no other part's bound by much.
+    middle = (np.cumsum(sizes) - sizes / 2) / len(names)
+    part_of_group = np.empty(len(groups), dtype="<U5")
+    part_of_group[order] = np.array(list(PARTS))[np.searchsorted(np.cumsum(fractions)[:2], middle, side="right")]
+    return part_of_group[group]
+
+
+def read_split(given: Sequence[str], table: LabelTable) -> dict[str, str]:
+    """The part of each study from a column, a table or lists.
+
+    Args:
+        given: the name of a column of `table`; a CSV with a column `split`; or two or three files of uids, one a line,
+            for training, validation (of three) and test.
+
+    Raises:
+        ValueError: none of these, another word than a part's, or a study in two parts; names it.
+    """
+    if len(given) == 1:
+        name = given[0]
+        if any(name in words for words in table.words.values()):
+            cells = {uid: words[name] for uid, words in table.words.items()}
+        elif Path(name).is_file():
+            other = Table.read(name)
+            if "split" not in other.columns:
+                raise ValueError(f"{name}: has no column 'split'")
+            cells = other.by_study(lambda row: row["split"].strip(), "split")
+        else:
+            raise ValueError(f"--split {name}: neither a column of {table.path} nor a file")
+        return {uid: _part(cell, uid, name) for uid, cell in cells.items() if cell}
+    if len(given) > 3:
+        raise ValueError(f"--split: expected a column, a table, or lists of two or three parts, got {len(given)} files")
+    parts: dict[str, str] = {}
+    for part, path in zip(("train", "test") if len(given) == 2 else PARTS, given, strict=True):
+        for uid in read_names(Path(path)):
+            if parts.setdefault(uid, part) != part:
+                raise ValueError(f"{path}: study {uid} is in {parts[uid]} too")
+    return parts
+
+
+def _part(cell: str, uid: str, where: str) -> str:
+    for part, words in PARTS.items():
+        if cell.lower() in words:
+            return part
+    raise ValueError(f"{where}: study {uid}: expected {', '.join(PARTS)} or nothing, got {cell!r}")
 
 
 @dataclass(frozen=True)
@@ -70,16 +236,8 @@ class Probe:
 
     def write(self, file: IO[bytes]) -> None:
         """Write as .npz: `classes`, `weight`, `bias`, `c`, and `facts` as JSON."""
-        facts = np.array(json.dumps(self.facts))
-        np.savez(
-            file,
-            classes=np.array(self.classes),
-            weight=self.weight,
-            bias=self.bias,
-            c=self.c,
-            facts=facts,
-            format=np.array(FORMAT),
-        )
+        classes = np.array(self.classes)
+        write_arrays(file, self.facts, classes=classes, weight=self.weight, bias=self.bias, c=self.c)
 
     @classmethod
     def read(cls, path: Path | str) -> Probe:
@@ -89,18 +247,15 @@ class Probe:
             ValueError: not such a file; names it.
         """
         try:
-            content = load_arrays(Path(path))
-            check_format(content["format"].tolist() if "format" in content else FORMAT, FORMAT)
-            facts = parse_json(str(content["facts"]))
+            content, facts = read_arrays(Path(path))
             classes = tuple(content["classes"].tolist())
-            arrays = [content[name].astype(np.float64) for name in ("weight", "bias", "c")]
+            weight, bias, c = (content[name].astype(np.float64) for name in ("weight", "bias", "c"))
+            if weight.ndim != 2 or not len(classes) == len(weight) == bias.size == c.size:
+                raise ValueError(f"{len(classes)} classes, weights of {weight.shape}")
+            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+                raise ValueError("weights that are not finite")
         except (OSError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path}: not a readable probe ({error})") from error
-        weight, bias, c = arrays
-        if weight.ndim != 2 or not len(classes) == len(weight) == bias.size == c.size:
-            raise ValueError(f"{path}: not a readable probe ({len(classes)} classes, weights of {weight.shape})")
-        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-            raise ValueError(f"{path}: not a readable probe (weights that are not finite)")
         return cls(classes, weight, bias, c, facts)
 
 
@@ -130,45 +285,54 @@ def fit_probe(
         ImportError: no scikit-learn.
     """
     need_sklearn()
+    candidates = sorted(cs or (CS if standardize else CS_AS_IS))
+    fitted, unfinished = [], []
+    rows = data.of("train", "val")
+    x, is_val = data.embeddings[model][rows].astype(np.float64), data.parts[rows] == "val"
+    for k, name in enumerate(progress(data.classes)):
+        known = data.labels[rows, k] != MISSING
+        *values, finished = _fit(x[known], data.labels[rows, k][known], is_val[known], standardize, candidates, jobs)
+        fitted.append(values)
+        if not finished:
+            unfinished.append(name)
+    weight, bias, c = (np.array(values) for values in zip(*fitted, strict=True))
+    facts = {
+        "standardized": standardize,
+        "cs": [float(candidate) for candidate in candidates],
+        "c_chosen_on": "validation studies" if is_val.any() else f"cross-validation, up to {FOLDS} folds",
+        "fitted_on": len(rows),
+        "not_converged": unfinished,
+    }
+    return Probe(data.classes, weight, bias, c, facts)
+
+
+def _fit(
+    x: np.ndarray, y: np.ndarray, is_val: np.ndarray, standardize: bool, candidates: Sequence[float], jobs: int
+) -> tuple[np.ndarray, float, float, bool]:
+    """Weights (E), bias and penalty of one class, and whether the fit converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    candidates = sorted(cs or (CS if standardize else CS_AS_IS))
-    fitted, unfinished = [], []
-    rows = data.of("train", "val")
-    x_all, is_val = data.embeddings[model][rows].astype(np.float64), data.parts[rows] == "val"
-    for k, name in enumerate(progress(data.classes)):
-        y = data.labels[rows, k]
-        known = y != MISSING
-        x, y, val = x_all[known], y[known], is_val[known]
-        folds = min(FOLDS, int(np.bincount(y).min()))
-        cv = (
-            PredefinedSplit(np.where(val, 0, -1)) if val.any() else StratifiedKFold(folds, shuffle=True, random_state=0)
-        )
-        steps = [StandardScaler()] if standardize else []
-        pipeline = make_pipeline(*steps, LogisticRegression(max_iter=MAX_ITER))
-        # The scaler is within the pipeline, so that a fold's mean is not taken over the studies it is scored on.
-        search = GridSearchCV(
-            pipeline, {"logisticregression__C": candidates}, scoring="roc_auc", cv=cv, n_jobs=jobs, refit=_strongest
-        )
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            search.fit(x, y)
-        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-            unfinished.append(name)
-        fitted.append((*_folded(search.best_estimator_), search.best_params_["logisticregression__C"]))
-    weight, bias, c = (np.array(each) for each in zip(*fitted, strict=True))
-    facts = {
-        "standardized": standardize,
-        "cs": [float(each) for each in candidates],
-        "c_chosen_on": "validation studies" if is_val.any() else f"cross-validation, up to {FOLDS} folds",
-        "fitted_on": len(rows),
-        "not_converged": unfinished,
-    }
-    return Probe(data.classes, weight, bias, c, facts)
+    folds = min(FOLDS, int(np.bincount(y).min()))
+    cv = (
+        PredefinedSplit(np.where(is_val, 0, -1))
+        if is_val.any()
+        else StratifiedKFold(folds, shuffle=True, random_state=0)
+    )
+    steps = [StandardScaler()] if standardize else []
+    pipeline = make_pipeline(*steps, LogisticRegression(max_iter=MAX_ITER))
+    # The scaler is within the pipeline, so that a fold's mean is not taken over the studies it is scored on.
+    search = GridSearchCV(
+        pipeline, {"logisticregression__C": candidates}, scoring="roc_auc", cv=cv, n_jobs=jobs, refit=_strongest
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        search.fit(x, y)
+    finished = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    return *_folded(search.best_estimator_), search.best_params_["logisticregression__C"], finished
 
 
 def _strongest(results: Mapping[str, Any]) -> int:
@@ -185,48 +349,6 @@ def _folded(pipeline: Any) -> tuple[np.ndarray, float]:
         weight = weight / pipeline[0].scale_
         bias -= float(weight @ pipeline[0].mean_)
     return weight, bias
-
-
-class AUC(NamedTuple):
-    """Areas under the ROC curve, with intervals by drawing studies.
-
-    value, low, high: (K). macro, macro_low, macro_high: of their mean. macro_drawn: (D) - the mean in each draw.
-    """
-
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    macro: float
-    macro_low: float
-    macro_high: float
-    macro_drawn: np.ndarray
-
-
-def auc_intervals(labels: np.ndarray, scores: np.ndarray, draws: int = bootstrap.DRAWS, seed: int = 0) -> AUC:
-    """AUC of every class, with 95% intervals.
-
-    The same seed and number of studies have the same draws, so that two models can be compared in pairs.
-
-    Args:
-        labels: (N, K) of 0, 1 and -1, which marks a missing label.
-        scores: (N, K), larger for the class.
-
-    Raises:
-        ValueError: a class without a positive or a negative, a score that is not a number, or shapes that differ.
-    """
-    macro = macro_auc(labels, scores)
-    parts = [
-        np.stack([bootstrap.auc(y, s, counts) for y, s in zip(labels.T, scores.T, strict=True)], axis=1)
-        for counts in bootstrap.draw(len(labels), draws, seed)
-    ]
-    drawn = np.concatenate(parts)
-    low, high = np.array([_bounds(column) for column in drawn.T]).T
-    macro_drawn = bootstrap.mean(drawn)
-    return AUC(class_aucs(labels, scores), low, high, macro, *_bounds(macro_drawn), macro_drawn)
-
-
-def _bounds(values: np.ndarray) -> tuple[float, float]:
-    return bootstrap.interval(values) or (np.nan, np.nan)
 
 
 def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes], kind: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..embed.baselines import Encoder
+from ..embed.baselines import SliceEncoder
 from ..embed.table import Embeddings
 from ..embed.texts import Progress, embed_texts
 from ..model.clip import HLIPModel
@@ -48,7 +48,7 @@ class Pairs:
     @classmethod
     def embed(
         cls,
-        model: HLIPModel | Encoder,
+        model: HLIPModel | SliceEncoder,
         store: Store,
         embeddings: Embeddings,
         batch: int = 64,
@@ -79,7 +79,7 @@ class Pairs:
         joined = objective.texts(impressions, findings)
         texts = [joined[p * len(uids) : (p + 1) * len(uids)] for p in range(pairs)]
         image = torch.from_numpy(np.stack([[table[uid] for uid in uids] for table in tables]))
-        text = embed_texts(model, [each for part in texts for each in part], batch, progress)
+        text = embed_texts(model, [one for column in texts for one in column], batch, progress)
         if text.shape[1] != image.shape[2]:
             raise ValueError(f"the embeddings are of width {image.shape[2]}, the model's of {text.shape[1]}")
         without_report = [uid for uid in embedded if uid not in reports]
@@ -151,14 +151,14 @@ def retrieve(pairs: Pairs, ks: Sequence[int] = KS, progress: Progress = iter) ->
     Studies whose texts are the same to the letter, but for space at the ends, are matches of each other: no model can
     tell which of their reports is whose.
     """
-    found = []
+    directions = []
     for p, texts in enumerate(pairs.texts):
         groups = np.array([text.strip() for text in texts])
         for direction, sides in zip(DIRECTIONS, ((pairs.image, pairs.text), (pairs.text, pairs.image)), strict=True):
             ranks = match_ranks(sides[0][p], sides[1][p], groups, progress)
             figures = {"direction": direction, "head": p, "studies": len(ranks), "texts": len(set(groups.tolist()))}
-            found.append({**figures, **recall(ranks, groups, ks), "ranks": ranks})
-    return found
+            directions.append({**figures, **recall(ranks, groups, ks), "ranks": ranks})
+    return directions
 
 
 def nearest(query: Tensor, gallery: Tensor, k: int, leave: int | None = None) -> list[tuple[int, float]]:
@@ -182,19 +182,19 @@ def draw_recall(figures: Sequence[dict[str, Any]], file: IO[bytes], kind: str) -
         figures: what `retrieve` gives.
         kind: "png", "pdf" or "svg".
     """
-    figure = new_figure(6, 4.4)
-    axes = figure.add_subplot()
+    chart = new_figure(6, 4.4)
+    axes = chart.add_subplot()
     several = len(figures) > len(DIRECTIONS)
-    for i, each in enumerate(figures):
-        n = each["studies"]
-        curve = np.searchsorted(np.sort(each["ranks"]), np.arange(1, n + 1), side="right") / n
-        name = each["direction"] + (f", head {each['head']}" if several else "")
+    for i, figure in enumerate(figures):
+        n = figure["studies"]
+        curve = np.searchsorted(np.sort(figure["ranks"]), np.arange(1, n + 1), side="right") / n
+        name = figure["direction"] + (f", head {figure['head']}" if several else "")
         axes.step(
-            np.arange(1, n + 1), curve, where="post", color=f"C{i}", label=f"{name} (median {each['median_rank']:g})"
+            np.arange(1, n + 1), curve, where="post", color=f"C{i}", label=f"{name} (median {figure['median_rank']:g})"
         )
     chance = figures[0]["chance"]
     axes.plot(list(chance), list(chance.values()), "k--", linewidth=0.9, label="random order")
     axes.set(xscale="log", xlabel="k", ylabel="recall at k", ylim=(0, 1.02), title=f"{figures[0]['studies']} studies")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(file, format=kind, dpi=120)
+    chart.savefig(file, format=kind, dpi=120)

@@ -1,17 +1,25 @@
 """Zero-shot tasks as data: classes, prompts, label columns, metrics, and what was published.
 
-`benchmarks/*.yaml` are the tasks that come with the package; a file of the user's own has the same fields:
+Shapes: N studies, T prompts (those of the classes; of a task of pairs then the negative ones), K that are scored.
+
+`benchmarks/*.yaml` are the tasks that come with the package. A file of the user's own has the same fields, of which
+`classes` alone must be there:
 
     kind: multi-class        one class a study: softmax over the classes (the default);
           pairs              any number of classes: softmax of each class' positive and negative prompt; or
           similarity         the same, by the cosine with one prompt, which ranks studies
     classes                  class: prompt or list of prompts; of pairs {positive: ..., negative: ...}
     templates                sentences with {} for the prompt; or name: sentences, of which --templates chooses, and
-                             where sentences may differ by the class' group, {group: sentences}
+                             where sentences may differ by the class' group, {group: sentences, "*": those of the rest}
     groups                   class: group
+    reworded                 name of templates: {class: prompts}, for classes that have other prompts with them
+    merged                   class: classes, of pairs, that are scored as one in their place: by the largest share if
+                             one is above a half, else by the smallest
     columns                  class: its column in the label table, if it is not the class' name; null leaves it out
-    metrics                  auc, and of pairs balanced_accuracy, accuracy, weighted_f1, precision, recall; of
-                             multi-class auc, balanced_accuracy and weighted_f1
+    metrics                  auc; of pairs and similarity balanced_accuracy, accuracy, weighted_f1, precision, recall;
+                             of multi-class balanced_accuracy and weighted_f1
+    threshold                scores above it are positive: a number; or, of 100 cuts from 0 to 1 the one whose point of
+                             the ROC curve is nearest to (0, 1), of equal ones the lowest (the default) or highest
     subtasks                 name: classes, of multi-class: only their studies, and softmax over them alone
     unit                     study (the default), or scan: every scan is scored by itself, with its study's labels
     released                 result key: the same figure's name in the released tools' output; {} for each class
@@ -21,15 +29,16 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
-from ..read.safe import as_texts, check_keys, read_yaml
+import numpy as np
+
+from ..read.safe import finite_number, hint, read_yaml
+from ..read.schema import Texts, structure
 from .metrics import AT_THRESHOLD
 
 FOLDER = Path(__file__).with_name("benchmarks")
@@ -37,13 +46,21 @@ Kind = Literal["multi-class", "pairs", "similarity"]
 METRICS: dict[str, tuple[str, ...]] = {
     "multi-class": ("balanced_accuracy", "auc", "weighted_f1"),
     "pairs": ("auc", *AT_THRESHOLD),
-    "similarity": ("auc",),
+    "similarity": ("auc", *AT_THRESHOLD),
 }
+USUAL = METRICS | {"similarity": ("auc",)}  # of a task that names none
+NONE = Texts()
 TEMPLATE = "This study shows: {}."
-FIELDS = (
-    "kind", "classes", "templates", "groups", "columns", "metrics", "subtasks", "unit", "released", "published", "like",
-)  # fmt: skip
-ALL = ""  # the group of a class without one
+PROMPT_TEMPLATE = "This MRI study shows: {}."  # where prompts are read that come without one, for no benchmark
+ALL = "*"  # the group whose sentences are those of classes of any other
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Prompts for a class; of kind "pairs" also for what it is told from."""
+
+    positive: Texts
+    negative: Texts = NONE
 
 
 @dataclass(frozen=True)
@@ -51,38 +68,144 @@ class Published:
     """Figures of others, in percent; None where there is none. columns: result keys."""
 
     source: str = ""
-    columns: tuple[str, ...] = ()
-    rows: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    columns: Texts = NONE
+    rows: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = {name: self._figures(name, row) for name, row in self.rows.items()}
+        object.__setattr__(self, "rows", rows)
+
+    def _figures(self, name: str, row: Any) -> tuple[float | None, ...]:
+        try:
+            figures = tuple(None if value is None else finite_number(value) for value in row)
+        except (TypeError, ValueError):
+            figures = ()
+        if isinstance(row, str) or len(figures) != len(self.columns):
+            raise ValueError(f"{name}: expected {len(self.columns)} numbers or nulls, got {row!r}")
+        return figures
 
 
 @dataclass(frozen=True)
 class Task:
-    """A zero-shot task; see the module's docstring.
+    """A zero-shot task; see the module's docstring. Fields may be given as a file has them, and are held as here.
 
-    positive, negative: prompts of each class; `negative` is empty unless the kind is "pairs".
-    templates: by name, by group.
-    columns: of each class.
-    subtasks: name to classes; of multi-class only.
-    released: result keys to what the released tools call them.
-    unit: what is scored.
+    classes: prompts by class. A class without a column has no part in the task.
+    templates: sentences by name and group.
+    reworded: prompts by name of templates and class.
+    columns: of what is scored: the classes, but for those that are merged, and what these are merged into.
     """
 
-    name: str
-    kind: Kind
-    positive: Mapping[str, tuple[str, ...]]
-    negative: Mapping[str, tuple[str, ...]]
-    templates: Mapping[str, Mapping[str, tuple[str, ...]]]
-    groups: Mapping[str, str]
-    columns: Mapping[str, str]
-    metrics: tuple[str, ...]
-    subtasks: Mapping[str, tuple[str, ...]]
-    released: Mapping[str, str]
-    published: Published
+    classes: dict[str, Any]
+    templates: Any = TEMPLATE
+    kind: Kind = "multi-class"
+    name: str = "task"
+    groups: dict[str, str] = field(default_factory=dict)
+    reworded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    merged: dict[str, Texts] = field(default_factory=dict)
+    columns: dict[str, str | None] = field(default_factory=dict)
+    metrics: Texts = NONE
+    threshold: Any = "lowest"
+    subtasks: dict[str, Texts] = field(default_factory=dict)
     unit: Literal["study", "scan"] = "study"
+    released: dict[str, str] = field(default_factory=dict)
+    published: Published = field(default_factory=Published)
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(Task)
+        for setting in fields(self):
+            if (value := getattr(self, setting.name)) is not setting.default:
+                self._set(setting.name, structure(kinds[setting.name], value, setting.name))
+        if not self.classes:
+            raise ValueError("classes: expected names with values, got none")
+        given = [*self.classes, *self.merged]
+        _check_names(given)
+        _check_known(given, {"columns": self.columns, "groups": self.groups, **_under("reworded", self.reworded)})
+        for where, kind in (("subtasks", "multi-class"), ("merged", "pairs")):
+            if getattr(self, where) and self.kind != kind:
+                raise ValueError(f"{where}: only a task of kind {kind} has them")
+        self._set_prompts()
+        _check_known(self.classes, _under("subtasks", self.subtasks) | _under("merged", self.merged))
+        for where, groups in (("subtasks", self.subtasks), ("merged", self.merged)):
+            for name, members in groups.items():
+                if len(set(members)) < max(2, len(members)):
+                    raise ValueError(f"{where}.{name}: expected at least two of the classes, got {list(members)}")
+        self._set_templates()
+        self._set_figures()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_prompts(self) -> None:
+        columns: dict[str, str | None] = {**{name: name for name in (*self.classes, *self.merged)}, **self.columns}
+        parts = {name for members in self.merged.values() for name in members}
+        kept = [name for name in self.classes if columns[name] is not None or name in parts]
+        self._set("classes", {name: self._pair(self.classes[name], f"classes.{name}") for name in kept})
+        for choice, prompts in self.reworded.items():
+            pairs = {name: self._pair(value, f"reworded.{choice}.{name}") for name, value in prompts.items()}
+            self.reworded[choice] = {name: pair for name, pair in pairs.items() if name in kept}
+        scored = [name for name in (*kept, *self.merged) if columns[name] is not None and name not in parts]
+        self._set("columns", {name: columns[name] for name in scored})
+        if len(scored) < (2 if self.kind == "multi-class" else 1):
+            raise ValueError(f"classes: too few ({len(scored)} with a column) for a task of kind {self.kind}")
+        if self.kind == "multi-class":
+            _check_apart(self.classes)
+
+    def _pair(self, value: Any, where: str) -> Pair:
+        pair: Pair = structure(Pair, value if isinstance(value, (Mapping, Pair)) else {"positive": value}, where)
+        if bool(pair.negative) != (self.kind == "pairs"):
+            wanted = "the prompts `positive` and `negative`" if self.kind == "pairs" else "no negative prompt"
+            raise ValueError(f"{where}: expected {wanted} in a task of kind {self.kind}")
+        if not all(text.strip() for text in (*pair.positive, *pair.negative)):
+            raise ValueError(f"{where}: expected a text or a list of texts, got {value!r}")
+        return pair
+
+    def _set_templates(self) -> None:
+        given = self.templates if isinstance(self.templates, Mapping) else {"default": self.templates}
+        sets: dict[str, dict[str, Texts]] = {}
+        choices: dict[str, Any] = structure(dict[str, Any], given, "templates")
+        for choice, value in choices.items():
+            where = f"templates.{choice}"
+            sets[choice] = structure(dict[str, Texts], value if isinstance(value, Mapping) else {ALL: value}, where)
+            for text in (text for texts in sets[choice].values() for text in texts):
+                if text.count("{}") != 1 or {"{", "}"} & set(text.replace("{}", "")):
+                    raise ValueError(f"{where}: expected exactly one {{}} in {text!r}, and no other brace")
+            for name in self.classes:
+                if not {self.groups.get(name), ALL} & sets[choice].keys():
+                    raise ValueError(f"{where}: none for the group {self.groups.get(name)!r} of {name}")
+        if not sets:
+            raise ValueError("templates: expected sentences, got none")
+        if unknown := [choice for choice in self.reworded if choice not in sets]:
+            raise ValueError(f"reworded: there are no templates {unknown[0]!r}")
+        self._set("templates", sets)
+
+    def _set_figures(self) -> None:
+        self._set("metrics", self.metrics or Texts(USUAL[self.kind]))
+        if wrong := [metric for metric in self.metrics if metric not in METRICS[self.kind]]:
+            raise ValueError(
+                f"metrics: {wrong[0]!r} is none of kind {self.kind}: there are {', '.join(METRICS[self.kind])}"
+            )
+        if self.threshold not in ("lowest", "highest"):
+            try:
+                self._set("threshold", finite_number(self.threshold))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"threshold: expected lowest, highest or a number, got {self.threshold!r}") from error
+        released: dict[str, str] = {}
+        for key, name in self.released.items():
+            if ("{}" in key) != ("{}" in name):
+                raise ValueError(f"released.{key}: expected a name, with {{}} where the key has it, got {name!r}")
+            classes = self.names if "{}" in key else [""]
+            released |= {key.replace("{}", k): name.replace("{}", k) for k in classes}
+        self._set("released", released)
 
     @property
-    def classes(self) -> list[str]:
-        return list(self.positive)
+    def names(self) -> list[str]:
+        """The names of what is scored."""
+        return list(self.columns)
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The column of labels of each name; one may serve several."""
+        return [column for column in self.columns.values() if column is not None]
 
     @property
     def headline(self) -> list[str]:
@@ -92,28 +215,56 @@ class Task:
         keys = [f"{name}_balanced_accuracy" for name in self.subtasks] if "balanced_accuracy" in self.metrics else []
         return keys + (["macro_auc"] if "auc" in self.metrics else [])
 
-    def sentences(self, prompts: Mapping[str, Sequence[str]], choice: str | None = None) -> dict[str, list[str]]:
-        """Every class' prompts in its templates.
+    def sentences(
+        self, templates: str | None = None, side: Literal["positive", "negative"] = "positive"
+    ) -> dict[str, list[str]]:
+        """Every class' prompts in its templates, by class.
 
         Args:
-            prompts: `positive` or `negative`.
-            choice: which templates; the first if None.
+            templates: which; the first if None.
 
         Raises:
             ValueError: no such templates.
         """
-        choice = next(iter(self.templates)) if choice is None else choice
+        choice = next(iter(self.templates)) if templates is None else templates
         if choice not in self.templates:
             raise ValueError(f"task {self.name} has no templates {choice!r}: there are {', '.join(self.templates)}")
-        chosen = self.templates[choice]
+        by_group = self.templates[choice]
         return {
             name: [
                 template.replace("{}", prompt)
-                for prompt in words
-                for template in (chosen[ALL] if ALL in chosen else chosen[self.groups[name]])
+                for prompt in getattr(pair, side)
+                for template in by_group.get(self.groups.get(name, ALL)) or by_group[ALL]
             ]
-            for name, words in prompts.items()
+            for name, pair in (self.classes | self.reworded.get(choice, {})).items()
         }
+
+    def prompts(self, templates: str | None = None) -> list[list[str]]:
+        """The sentences of T prompts: of each class, and of a task of pairs then of what each is told from."""
+        sides = [self.sentences(templates, side) for side in ("positive", "negative")]
+        return [texts for sentences in sides for texts in sentences.values() if texts]
+
+    def scores(self, similarities: np.ndarray, scale: float) -> np.ndarray:
+        """(N, T) similarities to (N, K) float64: shares, or the similarities if the task's kind is "similarity".
+
+        Softmax is at the model's own temperature: of pairs over the two prompts of a class, of multi-class over the
+        classes. A share says how near a prompt is beside the others, not how likely it is: among prompts of which none
+        is true, the shares also add up to 1.
+        """
+        if self.kind == "similarity":
+            return similarities
+        logits = scale * similarities.astype(np.float64)
+        if self.kind == "pairs":
+            logits = logits.reshape(len(logits), 2, -1).swapaxes(1, 2)
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        if self.kind == "multi-class":
+            return shares
+        columns = dict(zip(self.classes, shares[..., 0].T, strict=True))
+        for name, members in self.merged.items():
+            parts = np.stack([columns[member] for member in members])
+            columns[name] = np.where(parts.max(0) > 0.5, parts.max(0), parts.min(0))
+        return np.stack([columns[name] for name in self.names], axis=1)
 
 
 def list_tasks() -> list[str]:
@@ -121,191 +272,57 @@ def list_tasks() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_task(name: Path | str) -> Task:
+def load_task(name: Path | str, template: str = TEMPLATE) -> Task:
     """A task of the package by its name, or of a YAML file.
+
+    Args:
+        template: the sentence of a file that has none.
 
     Raises:
         ValueError: no such task; or a field that is missing, unknown or wrong: names file and field.
     """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        if str(name) not in list_tasks():
-            close = difflib.get_close_matches(str(name), list_tasks(), n=2, cutoff=0.4)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise ValueError(f"unknown task {str(name)!r}; {hint}There are {', '.join(list_tasks())}, or FILE.yaml")
-        path = FOLDER / f"{name}.yaml"
+    shipped = str(name) in list_tasks()
+    path = FOLDER / f"{name}.yaml" if shipped else Path(name)
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise ValueError(f"unknown task {str(name)!r}{hint(str(name), list_tasks(), [*list_tasks(), 'FILE.yaml'])}")
     try:
-        return read_task(path)
+        return structure(Task, {"name": path.stem, "templates": template, **_read(path)})
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable task ({error})") from error
-
-
-def read_task(path: Path, template: str = TEMPLATE) -> Task:
-    """A task of a YAML file. Raises OSError or ValueError with the reason alone.
-
-    template: what its prompts are put into, if it does not say.
-    """
-    return _build(path.stem, _read(path), template)
 
 
 def _read(path: Path) -> dict[str, Any]:
     content = read_yaml(path, texts=True)
     if not isinstance(content, dict):
         raise ValueError("expected fields, such as `classes`")
-    if "like" in content:
-        like = content.pop("like")
-        if like not in list_tasks():
-            raise ValueError(f"like: no task {like!r} comes with the package")
-        return {**_read(FOLDER / f"{like}.yaml"), **content}
-    return content
+    like = content.pop("like", None)
+    if like is not None and like not in list_tasks():
+        raise ValueError(f"like: no task {like!r} comes with the package")
+    return content if like is None else {**_read(FOLDER / f"{like}.yaml"), **content}
 
 
-def _build(name: str, content: dict[str, Any], template: str) -> Task:
-    check_keys(content, FIELDS)
-    kind = content.get("kind", "multi-class")
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind: expected {', '.join(get_args(Kind))}, got {kind!r}")
-    if (unit := content.get("unit", "study")) not in ("study", "scan"):
-        raise ValueError(f"unit: expected study or scan, got {unit!r}")
-    given = _mapping(content.get("classes"), "classes")
-    check_names(given)
-    columns = {each: each for each in given} | _within(content.get("columns", {}), given, "columns")
-    if wrong := [each for each, column in columns.items() if column is not None and not isinstance(column, str)]:
-        raise ValueError(f"columns: expected a name or null for {wrong[0]}, got {columns[wrong[0]]!r}")
-    classes = {each: words for each, words in given.items() if columns[each] is not None}
-    if len(classes) < (2 if kind == "multi-class" else 1):
-        raise ValueError(f"classes: too few ({len(classes)} with a column) for a task of kind {kind}")
-    if kind == "pairs":
-        pairs = {each: _mapping(words, f"classes: {each}") for each, words in classes.items()}
-        if wrong := [each for each, pair in pairs.items() if set(pair) != {"positive", "negative"}]:
-            raise ValueError(f"classes: {wrong[0]}: expected the prompts `positive` and `negative`")
-        positive = {each: _texts(pair["positive"], f"classes: {each}") for each, pair in pairs.items()}
-        negative = {each: _texts(pair["negative"], f"classes: {each}") for each, pair in pairs.items()}
-    else:
-        positive = {each: _texts(words, f"classes: {each}") for each, words in classes.items()}
-        negative = {}
-        if kind == "multi-class":
-            check_apart(positive)
-    groups = {each: str(group) for each, group in _within(content.get("groups", {}), given, "groups").items()}
-    metrics = _texts(content.get("metrics", list(METRICS[kind])), "metrics")
-    if wrong := [metric for metric in metrics if metric not in METRICS[kind]]:
-        raise ValueError(f"metrics: {wrong[0]!r} is none of kind {kind}: there are {', '.join(METRICS[kind])}")
-    return Task(
-        name,
-        kind,
-        positive,
-        negative,
-        _templates(content.get("templates", template), classes, groups),
-        groups,
-        {each: columns[each] for each in classes},
-        metrics,
-        _subtasks(content.get("subtasks", {}), classes, kind),
-        _released(content.get("released"), list(classes)),
-        _published(content.get("published")),
-        unit,
-    )
+def _under(where: str, groups: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
+    return {f"{where}.{name}": members for name, members in groups.items()}
 
 
-def _templates(
-    value: Any, classes: Mapping[str, Any], groups: Mapping[str, str]
-) -> dict[str, dict[str, tuple[str, ...]]]:
-    sets = value if isinstance(value, dict) else {"default": value}
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name, given in _mapping(sets, "templates").items():
-        by_group = given if isinstance(given, dict) else {ALL: given}
-        found[name] = {str(group): _texts(texts, f"templates: {name}") for group, texts in by_group.items()}
-        for texts in found[name].values():
-            check_templates(texts, f"templates: {name}: ")
-        lacking = [each for each in classes if ALL not in found[name] and groups.get(each) not in found[name]]
-        if lacking:
-            raise ValueError(f"templates: {name}: none for the group {groups.get(lacking[0])!r} of {lacking[0]}")
-    return found
+def _check_known(classes: Collection[str], named: Mapping[str, Iterable[str]]) -> None:
+    for where, names in named.items():
+        if unknown := [name for name in names if name not in classes]:
+            raise ValueError(f"{where}: there is no class {unknown[0]!r}")
 
 
-def _subtasks(value: Any, classes: Mapping[str, Any], kind: Kind) -> dict[str, tuple[str, ...]]:
-    if value and kind != "multi-class":
-        raise ValueError("subtasks: only a multi-class task has them")
-    given = _mapping(value, "subtasks") if value else {}
-    found = {name: _texts(members, f"subtasks: {name}") for name, members in given.items()}
-    for name, members in found.items():
-        if len(members) < 2 or len(set(members)) < len(members) or not classes.keys() >= set(members):
-            raise ValueError(f"subtasks: {name}: expected at least two of the classes, got {list(members)}")
-    return found
-
-
-def _released(value: Any, classes: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, name in _mapping(value, "released").items() if value else ():
-        if not isinstance(name, str) or ("{}" in key) != ("{}" in name):
-            raise ValueError(f"released: {key}: expected a name, with {{}} where the key has it, got {name!r}")
-        each = classes if "{}" in key else [""]
-        found |= {key.replace("{}", k): name.replace("{}", k) for k in each}
-    return found
-
-
-def _published(value: Any) -> Published:
-    if value is None:
-        return Published()
-    content = _mapping(value, "published")
-    check_keys(content, ("source", "columns", "rows"))
-    columns, rows = (
-        _texts(content.get("columns"), "published: columns"),
-        _mapping(content.get("rows"), "published: rows"),
-    )
-    return Published(
-        str(content.get("source", "")), columns, {name: _figures(row, name, len(columns)) for name, row in rows.items()}
-    )
-
-
-def _figures(row: Any, name: str, count: int) -> tuple[float | None, ...]:
-    try:
-        numbers = [None if text is None else float(text) for text in row] if isinstance(row, list) else []
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or not all(math.isfinite(number) for number in numbers if number is not None):
-        raise ValueError(f"published: {name}: expected {count} numbers or nulls, got {row!r}")
-    return tuple(numbers)
-
-
-def check_templates(templates: Sequence[str], where: str = "") -> None:
-    """Raises ValueError where a sentence has no place for the prompt, several, or other braces."""
-    for text in templates:
-        if text.count("{}") != 1 or {"{", "}"} & set(text.replace("{}", "")):
-            raise ValueError(f"{where}expected exactly one {{}} in {text!r}, and no other brace")
-
-
-def check_apart(classes: Mapping[str, Sequence[str]]) -> None:
+def _check_apart(classes: Mapping[str, Pair]) -> None:
     """Raises ValueError where two classes have the same prompts, so that neither is more like a study."""
     names: dict[tuple[str, ...], str] = {}
-    for name, words in classes.items():
-        if (other := names.setdefault(tuple(sorted(words)), name)) != name:
+    for name, pair in classes.items():
+        if (other := names.setdefault(tuple(sorted(pair.positive)), name)) != name:
             raise ValueError(f"classes: {other!r} and {name!r} have the same prompts")
 
 
-def check_names(classes: Iterable[str]) -> None:
+def _check_names(classes: Iterable[str]) -> None:
     """Raises ValueError where names of classes are the same but for capitals, spaces and forms of Unicode."""
     names: dict[str, str] = {}
     for name in classes:
         plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         if (other := names.setdefault(plain, name)) != name:
             raise ValueError(f"classes: {other!r} and {name!r} are the same but for capitals and spaces")
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        raise ValueError(f"{where}: expected names with values, got {value!r}")
-    return value
-
-
-def _within(value: Any, classes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    found = _mapping(value, where) if value else {}
-    if unknown := [each for each in found if each not in classes]:
-        raise ValueError(f"{where}: there is no class {unknown[0]!r}")
-    return found
-
-
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    texts = as_texts(value, where)
-    if not all(text.strip() for text in texts):
-        raise ValueError(f"{where}: expected a text or a list of texts, got {value!r}")
-    return tuple(texts)

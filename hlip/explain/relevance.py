@@ -56,7 +56,7 @@ class Relevance:
     @property
     def shares(self) -> np.ndarray:
         """(M) float64: each scan's part of all relevance; all 0 if there is none."""
-        sums = np.array([float(each.double().sum()) for each in self.maps])
+        sums = np.array([float(values.double().sum()) for values in self.maps])
         return sums / sums.sum() if sums.any() else sums
 
 
@@ -93,14 +93,16 @@ def relevance(
         raise ValueError(
             f"relevance is that of a study's prefix token, and head {config.head!r} makes the embedding without one"
         )
-    texts = torch.stack([_embedding(model, each) for each in (target, against) if each is not None])
+    texts = torch.stack([_embedding(model, text) for text in (target, against) if text is not None])
     batch = pack([study], config.patch_size)
     with _frozen(model.visual), torch.autocast(model.device.type, enabled=False):
         row, similarity = _carried_back(model, batch, texts, layers, normalize, progress)
     grids = batch.layout.grids[0]
     maps = row.float().cpu().split([d * h * w for d, h, w in grids])
     names = [study.names[m] if m < len(study.names) else f"scan {m}" for m in range(len(grids))]
-    return Relevance(study.uid, names, [part.view(grid) for part, grid in zip(maps, grids, strict=True)], similarity)
+    return Relevance(
+        study.uid, names, [values.view(grid) for values, grid in zip(maps, grids, strict=True)], similarity
+    )
 
 
 @torch.no_grad()
@@ -183,7 +185,7 @@ def _gradients(
     finally:
         for hook in hooks:
             hook.remove()
-    given = [each for each in stream[:2] if each is not None]
+    given = [tensor for tensor in stream[:2] if tensor is not None]
     grad_out, *below = torch.autograd.grad(result[:2], [seen["out"], *given], grads)
     qkv = seen["qkv"].detach().unflatten(-1, (3, attention.num_heads, -1))
     return qkv, grad_out.unflatten(-1, (attention.num_heads, -1)), tuple(below)

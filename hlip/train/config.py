@@ -64,7 +64,7 @@ class TrainConfig:
         drop_path: rate of stochastic depth in the last block, rising to it from 0; the model's own if not given.
         val: store to evaluate on by zero-shot classification; needs `prompts`.
         labels: CSV with a column `study` and one of 0 and 1 per class; the labels in the store if not given.
-        prompts: YAML with each class's names, and templates.
+        prompts: a benchmark's name, or a YAML file with each class's prompts, and templates.
         device: "cpu" or "cuda"; "auto" takes GPUs if there are any.
         fsdp: shard weights, gradients and optimizer over the processes, for large models.
         compile: compile the encoder with torch.compile.

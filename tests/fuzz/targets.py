@@ -29,7 +29,6 @@ from hlip.embed.table import Embeddings
 from hlip.evaluate.labels import read_label_table
 from hlip.evaluate.probe import Probe
 from hlip.evaluate.tasks import FOLDER, load_task
-from hlip.evaluate.zeroshot import Prompts
 from hlip.model import config, released
 from hlip.model.clip import HLIPModel
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig
@@ -272,7 +271,7 @@ class Tasks:
             yield "task.yaml", (FOLDER / f"{name}.yaml").read_bytes()
         yield "task.yaml", b"like: pub-brain-5\nclasses: {a: x, b: [y, z]}\ngroups: {a: g}\nsubtasks: {s: [a, b]}\n"
         yield "task.yaml", b"kind: pairs\nclasses: {a: {positive: x, negative: y}}\ncolumns: {a: b}\nunit: scan\n"
-        yield "prompts.yaml", yaml.safe_dump(PROMPTS).encode()
+        yield "task.yaml", yaml.safe_dump(PROMPTS).encode()
         yield "recipe.yaml", yaml.safe_dump(Recipe().to_dict()).encode()
         uids, rows = np.array(["a", "b"]), np.eye(2, 4, dtype=np.float32)
         table = Embeddings(uids, np.array(["", "t1"]), np.zeros(2, np.int8), rows, {"job": {"model": "m"}})
@@ -302,9 +301,7 @@ class Tasks:
         if name == "task.yaml":
             task = load_task(path)
             for choice in task.templates:
-                task.sentences(task.positive, choice)
-        elif name == "prompts.yaml":
-            assert Prompts.read(path).sentences
+                assert task.prompts(choice)
         elif name == "recipe.yaml":
             assert load_recipe(str(path)).hash
         elif name == "probe.npz":
