@@ -291,7 +291,7 @@ def test_bad_input_is_named(
         ({"data": tmp_path / "none", "text": tmp_path / "none"}, "none: not a store"),  # before any model is fetched
         ({"data": unfinished}, "unfinished: the store is not finished: run hlip prepare again"),
         ({"model": "vit_base_multiscan_h2_token588"}, "not a whole number of the model's patches of (16, 16, 16)"),
-        ({"model": "demon"}, "unknown model 'demon'; did you mean 'demo'?"),
+        ({"model": "demon"}, "unknown model 'demon'; did you mean demo?"),
         ({"batch_size": 64}, "batch_size 64 is larger than the data set of 12 studies"),
         ({"val": demo / "test"}, f"evaluation needs both val and prompts, got val {demo / 'test'}, prompts None"),
         ({"resume": "true"}, "no checkpoint to resume from"),
