@@ -39,14 +39,13 @@ def replacing(path: Path, work: Path | None = None) -> Iterator[Path]:
         yield partial
         _sync(partial)
         partial.replace(path)
-        _sync(path.parent)
+        with contextlib.suppress(OSError):  # some systems sync no folders; the file is in its place
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -103,7 +102,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def locked(path: Path, message: str) -> Iterator[None]:
     """Hold a lock file, which is made where there is none. Raises ValueError with `message` if another process does."""
     try:
-        held = filelock.FileLock(path, timeout=0, mode=0o666).acquire()
+        held = filelock.FileLock(path, timeout=0).acquire()
     except filelock.Timeout as error:
         raise ValueError(message) from error
     with held:

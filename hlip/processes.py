@@ -62,9 +62,20 @@ class Processes:
             dist.barrier(group=self.group)
 
 
-def join(backend: str = "gloo") -> Processes:
-    """Join the processes that torchrun started, if it did."""
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+def join(backend: str = "gloo", alone: bool = False) -> Processes:
+    """Join the processes that torchrun started, if it did.
+
+    alone: join also where this is the only one, as sharded models need.
+
+    Raises:
+        ValueError: only one of RANK and WORLD_SIZE is set.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        raise ValueError(
+            f"{given[0]} is set without the other of RANK and WORLD_SIZE: start this with torchrun, or unset it"
+        )
+    if not given or (int(os.environ["WORLD_SIZE"]) == 1 and not alone):
         return Processes()
     dist.init_process_group(backend)
     return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -91,7 +102,7 @@ def join_on(device: str) -> tuple[torch.device, Processes]:
         if place.index >= (count := torch.cuda.device_count()):
             raise ValueError(f"device {device!r}: this process wants {place}, and PyTorch sees {count} GPUs")
         torch.cuda.set_device(place)
-    return place, join("nccl" if place.type == "cuda" else "gloo")
+    return place, join("nccl" if place.type == "cuda" else "gloo", alone=True)
 
 
 def first_host(nodes: str) -> str:

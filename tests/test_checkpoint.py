@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -593,3 +595,9 @@ def test_embed_takes_a_released_model(nifti_study: list[Path], tmp_path: Path) -
     out = tmp_path / "emb.npz"
     assert run("embed", *nifti_study, "--model", tmp_path / "a.safetensors", "--out", out) == 0
     assert np.load(out)["embedding"].shape == (1, 32)
+
+
+def test_a_name_that_nobody_has_in_a_process_that_has_imported_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hlip.cli", "convert", "nobody/nothing", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nobody/nothing: unknown model" in done.stderr and "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ from torch import nn
 import hlip
 from conftest import random_study, tiny_vision
 from hlip.model.config import ModelConfig, TextConfig
-from hlip.processes import join_on
+from hlip.processes import join_on, processes
 from hlip.train.step import MicroBatch, backward
 
 CPU = torch.device("cpu")
@@ -163,3 +163,13 @@ def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("LOCAL_RANK", "100")
     with pytest.raises(ValueError, match="'cuda': this process wants cuda:100, and PyTorch sees"):
         join_on("cuda")
+
+
+def test_a_process_alone_asks_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="RANK is set without the other of RANK and WORLD_SIZE"), processes():
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with processes() as among:
+        assert (among.rank, among.size, dist.is_initialized()) == (0, 1, False)

@@ -300,3 +300,17 @@ def test_settings_are_frozen_plain_values() -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert names >= FREE
     assert {own for own in PUBLISHED_FLAGS.values() if own} <= names
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    config = TrainConfig(Path("store"), tmp_path / "run")
+    with Checkpoints(config, Processes()).locked():
+        with (
+            pytest.raises(ValueError, match=r"run: another run is training here"),
+            Checkpoints(config, Processes()).locked(),
+        ):
+            pass
+        with Checkpoints(config, Processes(rank=1, size=2)).locked():  # another process of the first
+            pass
+    with Checkpoints(config, Processes()).locked():
+        pass

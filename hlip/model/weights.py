@@ -202,8 +202,10 @@ def local_folder(name: str, *patterns: str, weights: bool = False) -> Path:
     if Path(name).is_absolute() or Path(name).suffix in SUFFIXES:
         raise ValueError(f"no such file or folder{near(Path(name))}")
     hub, errors = hub_library(name)
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
     try:
-        if not hub.constants.HF_HUB_OFFLINE:
+        if not HF_HUB_OFFLINE:
             log.warning("%s is no folder here: asking the Hugging Face hub for it", name)
         for file in WEIGHT_FILES if weights else ("",):
             folder = Path(hub.snapshot_download(name, allow_patterns=[*patterns, *([file] if file else [])]))

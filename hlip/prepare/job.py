@@ -56,7 +56,7 @@ def prepare(
     Worker processes are spawned: a script that calls this does so under `if __name__ == "__main__":`.
 
     Args:
-        engine: "local" for processes of this machine, "ray" or "slurm"; see `engines`.
+        engine: "local" for processes of this machine, "ray" or "slurm"; see `workers`.
         salt: if given, studies are named by salted hashes and nothing else that names them is kept; see `hash_ids`.
         shard_scans: a shard is closed before it would hold more; one study is never shared out.
         scan_seconds: a scan that takes longer is left out.
@@ -172,7 +172,7 @@ def _begin(notify: Callable[[Event], None], s: int, m: int) -> None:
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """The job of a plan, a unit of which is a shard (see `engines.Job`)."""
+    """The job of a plan, a unit of which is a shard (see `workers.Job`)."""
 
     plan: Plan
     recipe: Recipe

@@ -140,7 +140,8 @@ class Plan:
 
 def _to_json(study: StudyRecord[ScanSource]) -> dict[str, Any]:
     scans = [{**vars(scan), "files": [str(file.absolute()) for file in scan.files]} for scan in study.scans]
-    return {**vars(study), "scans": scans, "labels": list(study.labels.items())}
+    texts = {name: getattr(study, name) for name in ("uid", "impression", "findings")}
+    return {**texts, "scans": scans, "labels": list(study.labels.items())}
 
 
 def _from_json(content: dict[str, Any]) -> StudyRecord[ScanSource]:

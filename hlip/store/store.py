@@ -38,7 +38,7 @@ class Store:
     first: (N + 1) int64 - where a study's scans begin in `shapes` and `spacing`.
     shapes: (S, 3) int32 - (D, H, W) of every scan, study by study.
     spacing: (S, 3) float32 - mm along D, H, W.
-    manifest: all of it, as a pyarrow.RecordBatch with the columns of `manifest.schema`.
+    manifest: all of it, as a pyarrow.RecordBatch with the columns of `format.schema`.
 
     Raises:
         ValueError: no store, or one of another format; names it.

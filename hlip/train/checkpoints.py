@@ -9,14 +9,16 @@ model's configuration and tokenizer lie beside them, so that `HLIPModel.from_pre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from torch.utils._pytree import tree_map
 from ..model.clip import HLIPModel, create_model
 from ..model.config import ModelConfig, preset
 from ..model.weights import FILES, FORMAT
-from ..output import replacing
+from ..output import locked, replacing
 from ..processes import Processes
 from ..read.paths import check_within
 from ..read.safe import check_format
@@ -112,11 +114,20 @@ class Checkpoints:
         self.saved = time.monotonic()
         return failure if last else None
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of this folder. Raises ValueError if one is there already."""
+        with contextlib.ExitStack() as stack:
+            if self.world.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                what = "another run is training here; wait for its end, or choose another folder"
+                stack.enter_context(locked(self.folder / "lock", f"{self.config.out}: {what}"))
+            yield
+
     def _write(self, state: dict[str, Any], step: int) -> None:
         path = self.folder / f"step_{step:08d}.pt"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.folder.glob(".step_*.tmp"):  # of a run that was killed
+            for unfinished in chain(self.folder.glob(".step_*.tmp"), self.folder.glob("step_*.tmp")):  # of killed runs
                 unfinished.unlink()
             with replacing(path) as partial:
                 torch.save(state, partial)

@@ -32,6 +32,10 @@ class HeldOut:
         if config.val is None or config.prompts is None:
             return None
         task, store = load_task(config.prompts, PROMPT_TEMPLATE), Store(config.val)
+        if task.unit != "study":
+            raise ValueError(
+                f"prompts {config.prompts}: a task of scans; training evaluates studies: hlip eval does both"
+            )
         store.check_finished()
         store.scan_tokens(model.vision.patch_size)  # or an error before training, not after
         source = config.labels or config.val

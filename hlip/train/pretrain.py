@@ -72,8 +72,7 @@ def _main(arguments: list[str]) -> int:
 
 def train(config: TrainConfig) -> None:
     run = Run(config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Log(config, run.world, run.first_step)) as log:
+    with run.checkpoints.locked(), contextlib.closing(Log(config, run.world, run.first_step)) as log:
         run.announce(log)
         run.make_steps(log)
 
