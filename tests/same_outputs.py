@@ -99,7 +99,7 @@ MISTAKES = {
     f"zeroshot {SCAN} --prompts bad_task.yaml --model run/model": ["bad_task.yaml", "klasses"],
     "probe test.npz --labels nothing.csv --out x": ["nothing.csv"],
     "retrieve nothing --model run/model --out x": ["nothing"],
-    f"interpret {SCAN} --target glioma --against stroke --model nothing --out x": ["nothing"],
+    f"interpret {SCAN} --target glioma --against stroke --model nothing --out y": ["nothing"],
     "convert nothing x": ["nothing"],
     "convert run/model x --model vit_base_multiscan_h2_token688": ["vit_base_multiscan_h2_token688"],
     "plot nothing --out x.png": ["nothing"],

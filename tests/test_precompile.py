@@ -47,7 +47,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path: Path) -> None:
         [sys.executable, str(tmp_path / "ahead.py")],
         env={
             **os.environ,
-            "PYTHONPATH": str(BENCH),
+            "PYTHONPATH": f"{BENCH.parent}{os.pathsep}{BENCH}",
             "TRITON_INTERPRET": "0",
             "TRITON_CACHE_DIR": str(tmp_path / "cache"),
         },

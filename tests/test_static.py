@@ -22,7 +22,7 @@ from benchlib import page as pages
 BENCH = Path(__file__).parents[1] / "bench"
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-COMPILING["PYTHONPATH"] = str(BENCH)
+COMPILING["PYTHONPATH"] = f"{BENCH.parent}{os.pathsep}{BENCH}"
 SASS = """
 .L_x_0:
  /*0000*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;

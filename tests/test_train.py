@@ -93,7 +93,7 @@ def test_two_processes_train_evaluate_and_leave_a_model(demo: Path, tmp_path: Pa
     assert [line["step"] for line in log if "auc" in line] == [2, 4]
     assert next(line for line in log if line.get("event") == "start")["processes"] == 2
     assert list((out / "tensorboard").iterdir())
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "log.jsonl", "model", "tensorboard"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "lock", "log.jsonl", "model", "tensorboard"]
     model = hlip.HLIPModel.from_pretrained(out / "model")
     study = hlip.load_study(next((demo / "studies").glob("test-*")), model.config.recipe)
     assert model.encode_image(hlip.pack([study], (6, 12, 12))).shape == (1, 256)

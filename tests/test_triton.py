@@ -334,7 +334,7 @@ def test_kernels_compile_with_lengths_of_their_own() -> None:
         "    assert not facts['stack_bytes'] and not facts['serialised'], facts\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(static.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(str(Path(static.__file__).parents[i]) for i in (1, 2))
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 

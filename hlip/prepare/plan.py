@@ -117,14 +117,15 @@ class Plan:
         """
         work = out / "work"
         file = work / "plan.json"
-        if os.path.lexists(file):
+        if begun := os.path.lexists(file):
             compare_terms(out, read_json(file, out, None)["terms"], terms)  # has a line for each shard
         shards, offset = [], 0
         with replacing(work / "sources.jsonl", work) as temporary, temporary.open("wb") as lines:
             for studies in cut(found.studies, lambda study: max(1, len(study.scans)), terms["shard_scans"]):
                 shards.append((len(studies), sum(len(study.scans) for study in studies), offset))
                 offset += lines.write(json.dumps([_to_json(study) for study in studies]).encode() + b"\n")
-        write_rejections(out / "shards" / FOUND, found.rejected, work)
+        if not begun:
+            write_rejections(out / "shards" / FOUND, found.rejected, work)
         with replacing(file, work) as temporary:
             temporary.write_text(json.dumps({"terms": terms, "shards": shards}), encoding="utf-8")
         return cls(out.absolute(), tuple(shards), bool(terms["hidden_ids"]))

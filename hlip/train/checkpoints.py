@@ -116,17 +116,18 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of this folder. Raises ValueError if one is there already."""
+        """Keep other runs out of the run's folder, which is made. Raises ValueError if one is there already."""
         with contextlib.ExitStack() as stack:
             if self.world.first:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.config.out.mkdir(parents=True, exist_ok=True)
                 what = "another run is training here; wait for its end, or choose another folder"
-                stack.enter_context(locked(self.folder / "lock", f"{self.config.out}: {what}"))
+                stack.enter_context(locked(self.config.out / "lock", f"{self.config.out}: {what}"))
             yield
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         path = self.folder / f"step_{step:08d}.pt"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             for unfinished in chain(self.folder.glob(".step_*.tmp"), self.folder.glob("step_*.tmp")):  # of killed runs
                 unfinished.unlink()
             with replacing(path) as partial:
