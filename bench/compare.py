@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from benchlib.tables import print_table
 from benchlib.timing import Ratio, ratio, turns
 
 HERE = Path(__file__).resolve().parents[1]
+LIBRARY = Path("hlip_kernels/native/libhlip_native.so")
 DEFAULT_BACKEND = """
 import torch
 from hlip_kernels.backends import choose_backend
@@ -100,12 +102,21 @@ def checked_out(revision: str) -> Iterator[Path]:
         tree = Path(folder) / "base"
         git("worktree", "add", "--detach", str(tree), revision)
         try:
-            if (tree / "hlip_kernels" / "native").is_dir():
+            if (tree / LIBRARY).parent.is_dir() and not copied(revision, tree):
                 build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
                 subprocess.run(build, cwd=tree, stdout=sys.stderr, check=False)
             yield tree
         finally:
             git("worktree", "remove", "--force", str(tree))
+
+
+def copied(revision: str, tree: Path) -> bool:
+    """Copy this folder's native library into the tree, if the revision has the same sources of it."""
+    sources = ["git", "diff", "--quiet", revision, "--", "setup.py", "hlip_kernels/native/src"]
+    if not (HERE / LIBRARY).exists() or subprocess.run(sources, cwd=HERE, check=False).returncode:
+        return False
+    shutil.copy(HERE / LIBRARY, tree / LIBRARY)
+    return True
 
 
 def git(*arguments: str) -> None:
