@@ -72,7 +72,7 @@ NO_MEMORY = ("memory", "could not create a primitive", "could not execute a prim
 
 
 class Case(NamedTuple):
-    """What is encoded.
+    """A batch of studies to encode.
 
     scans: of each study.
     shape: voxels of a scan.
@@ -107,7 +107,8 @@ SIZES = {"scans": (1, 2, 4, 8, 16, 32, 64, 162), "slices": (1, 2, 4, 8, 16, 32),
 
 
 def scaling(axis: str, size: int, gpu: bool) -> Case:
-    """A study of so many scans; of 4 scans of so many slices of tokens; or so many studies of 4 scans."""
+    """Make a case that grows along one axis: `size` scans in a study, `size` slices of tokens in 4 scans, or `size`
+    studies of 4 scans."""
     patch = (8, 16, 16) if gpu else (4, 8, 8)
     d, h, w = (6, 14, 14) if gpu else (6, 7, 7)
     studies, scans = size if axis == "batch" else 1, size if axis == "scans" else 4
@@ -116,7 +117,7 @@ def scaling(axis: str, size: int, gpu: bool) -> Case:
 
 
 class Setting(NamedTuple):
-    """How it is encoded."""
+    """The settings that all encoders of a run share."""
 
     dtype: str
     device: str
@@ -209,7 +210,7 @@ def ready(job: Job, mode: str, dtype: str) -> Callable[[], Tensor]:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Of all parameters, float32, by name."""
+    """Return the gradients of all parameters by name, in float32."""
     return {name: p.grad.float() for name, p in module.named_parameters() if p.grad is not None}
 
 
@@ -225,7 +226,7 @@ def reference(case: Case, setting: Setting, mode: str) -> dict[str, Tensor]:
 
 
 def compare(kind: Kind, given: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str) -> float:
-    """How far `results` lie apart that should be the same, relative to their norm; the largest.
+    """Return the largest distance of a way's `given` results from the `expected` ones, relative to their norm.
 
     Raises:
         SystemExit: too far, or not finite.
@@ -298,7 +299,7 @@ def first_pass(
 
 
 def amounts(job: Job, case: Case, seconds: float) -> Row:
-    """What a model of some size encodes in a second."""
+    """Compute the volumes, studies and tokens that a model encodes in a second; count its parameters."""
     done = {"vol_per_s": case.volumes, "studies_per_s": case.studies, "tokens_per_s": case.tokens}
     rates = {name: amount / seconds for name, amount in done.items()}
     return {**rates, "parameters": sum(p.numel() for p in job.module.parameters())}

@@ -1,4 +1,4 @@
-"""What calls of the Triton backend launch and cost on the host, on the stub driver; see `host.py`.
+"""Launches and host time of the Triton backend's calls, on the stub driver; see `host.py`.
 
 The groups whose calls are timed are the slices of two small studies, in bfloat16.
 """

@@ -47,7 +47,7 @@ def structure(kind: type[T] | Any, content: Any, where: str = "") -> T:
     """
     try:
         return _converter().structure(content, kind)
-    except Exception as error:
+    except Exception as error:  # a value of another kind fails anywhere in cattrs, which asks for its attributes
         path, reason = _first(error)
         path = f"{where}.{path}".replace(".[", "[") if where and path else where + path
         raise ValueError(f"{path}: {reason}" if path else reason) from error
