@@ -22,7 +22,7 @@ from hlip_kernels.backends.base import Spans
 from hlip_kernels.backends.external import LibraryBackend
 from hlip_kernels.tiles import AttentionConfig, Row, attention_config, read_table, write_table
 from measured import LARGE, SMALL, TILES, choice, measured
-from test_external import install, with_gpu
+from test_external_reasons import install, with_gpu
 
 ROW = Row("sm_90", "half", 64)
 TABLE_PATH = tiles.table_path  # before conftest hides the user's own

@@ -2,76 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import emulation
 from conftest import use_native
-from hlip_kernels import StudyLayout, available_backends, hier_attention
-from hlip_kernels import native as library
-from hlip_kernels.attention import flat_attention
-from hlip_kernels.backends import BACKENDS, choose_backend
-from hlip_kernels.backends.base import AttentionBackend, Spans
-from hlip_kernels.native import ISAS, native
-from spans import SCALE, check_few_queries, plain_spans
+from hlip_kernels import StudyLayout
+from hlip_kernels.backends.base import AttentionBackend
+from hlip_kernels.native import native
+from native_cases import (  # noqa: F401
+    BACKEND,
+    DTYPES,
+    EMULATED,
+    HERE,
+    REFERENCE,
+    backward,
+    forward,
+    isa,
+    nan_filled_memory,
+    needs_library,
+    same_threads,
+)
+from spans import plain_spans
 from test_attention import RAGGED, out_and_grad, random_qkv
-
-ROOT = Path(__file__).parents[1]
-BACKEND, REFERENCE = BACKENDS["native"], BACKENDS["reference"]
-HERE = ISAS[: ISAS.index(native().isa) + 1] if native().library else ()
-EMULATED = () if "amx" in HERE or emulation.WHY_NOT else ("emulated amx",)
-DTYPES = [torch.float32, torch.bfloat16]
-needs_library = pytest.mark.skipif(not HERE, reason=native().reason)
-
-
-@pytest.fixture(params=[*HERE, *EMULATED])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param in EMULATED:
-        use_native(monkeypatch, request.getfixturevalue("emulated_native"))
-    else:
-        use_native(monkeypatch, native()._replace(isa=request.param))
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def forward(way: AttentionBackend, qkv: Tensor, spans: Spans, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(1)
-    return way.forward(q, k, v, spans, spans, scale)
-
-
-def backward(
-    way: AttentionBackend, grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, spans: Spans, scale: float
-) -> Tensor:
-    """The gradient of qkv, NaN where none is written."""
-    grad_qkv = torch.full_like(qkv, torch.nan)
-    grad_q, grad_k, grad_v = grad_qkv.unbind(1)
-    q, k, v = qkv.unbind(1)
-    way.backward((grad_q, grad_k, grad_v), grad_out, q, k, v, out, lse, spans, spans, scale, True)
-    return grad_qkv
 
 
 def results(
@@ -92,28 +49,52 @@ def check(
     `spread` widens scores. Rows attend to `num_keys` others, if given, and otherwise to one another.
 
     A long sum is off by chance in one element, and eager PyTorch as far in another order of the head's columns: errors
-    are root mean squares over `num_orders` orders, as what is wrong is wrong in each.
+    are root mean squares over `num_orders` orders, and the largest one over as many draws of the values.
     """
-    torch.manual_seed(0)
+    if not len(lengths) * num_prefix + sum(lengths):
+        empty = torch.zeros(0, 3, heads, head_dim, dtype=dtype)
+        out, lse, grad = results(BACKEND, empty, lengths, num_prefix, head_dim**-0.5)
+        assert (out.shape, lse.shape, grad.shape) == ((0, heads, head_dim), (heads, 0), empty.shape)
+        return
+    draws = [draw_errors(seed, lengths, num_prefix, heads, head_dim, dtype, spread, num_orders, num_keys)
+             for seed in range(num_orders)]  # fmt: skip
+
+    def largest(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([x.abs().max() for x in tensors]).square().mean().sqrt()
+
+    def norm(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([x.norm() for x in tensors]).norm()
+
+    rounding = torch.finfo(dtype).eps / 2
+    (out, *outs), (_, *lses), (grad, *grads) = (tuple(zip(*part, strict=True)) for part in zip(*draws, strict=True))
+    for exact, (ours, eager), factor in ((out, outs, 2), (grad, grads, 3)):
+        assert largest(ours) <= factor * largest(eager) + rounding * largest(exact)
+        assert norm(ours) <= 2 * norm(eager) + rounding * norm(exact)
+    ours, eager = lses
+    assert largest(ours) <= 2 * largest(eager) + (1e-4 if dtype == torch.bfloat16 else 1e-6)
+
+
+def draw_errors(
+    seed: int, lengths: Sequence[int], num_prefix: int, heads: int, head_dim: int, dtype: torch.dtype, spread: float,
+    num_orders: int, num_keys: Sequence[int] | None,
+) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Outputs, logsumexp and gradients of one draw of values: exact ones, and the errors of the native backend and of
+    eager PyTorch, root mean squares over the orders."""
+    torch.manual_seed(2 * seed)
     rows = len(lengths) * num_prefix + sum(lengths)
     qkv = torch.randn(rows, 3, heads, head_dim)
     qkv[:, 0] *= spread
     qkv = qkv.to(dtype)
-    grad_out = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad_out = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(2 * seed + 1)).to(dtype)
     spans, scale = plain_spans(lengths, num_prefix), head_dim**-0.5
-    if not rows:
-        out, lse, grad = results(BACKEND, qkv, lengths, num_prefix, scale)
-        assert (out.shape, lse.shape, grad.shape) == ((0, heads, head_dim), (heads, 0), qkv.shape)
-        return
-
     sources, keys = [qkv], spans
     if num_keys is not None:
         sources, keys = [qkv[:, :1], torch.randn(sum(num_keys), 2, heads, head_dim).to(dtype)], plain_spans(num_keys)
 
-    def slots(of: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return of[0][:, 0], of[-1][:, -2], of[-1][:, -1]
+    def slots(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return tensors[0][:, 0], tensors[-1][:, -2], tensors[-1][:, -1]
 
-    def found(way: AttentionBackend, order: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def run(way: AttentionBackend, order: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         *own, g = (x.to(dtype)[..., order] for x in (*sources, grad_out))
         out, lse = way.forward(*slots(own), spans, keys, scale)
         grads = [torch.full_like(x, torch.nan) for x in own]
@@ -122,23 +103,16 @@ def check(
         grad = torch.cat([x.flatten(0, 1) for x in grads])
         return out[..., back].double(), lse.double(), grad[..., back].double()
 
-    orders = [torch.arange(head_dim), *(torch.randperm(head_dim) for _ in range(num_orders - 1))]
-    exact = found(REFERENCE, orders[0], torch.float64)
-    errors, eager_errors = (
-        [
-            torch.stack([torch.where(got == expected, 0, got - expected) for got in in_orders]).square().mean(0).sqrt()
-            for in_orders, expected in zip(
-                zip(*(found(way, order, dtype) for order in orders), strict=True), exact, strict=True
-            )
+    def errors(way: AttentionBackend) -> list[Tensor]:
+        by_order = [run(way, order, dtype) for order in orders]
+        return [
+            torch.stack([torch.where(x == exact, 0, x - exact) for x in results]).square().mean(0).sqrt()
+            for exact, results in zip(expected, zip(*by_order, strict=True), strict=True)
         ]
-        for way in (BACKEND, REFERENCE)
-    )
-    rounding = torch.finfo(dtype).eps / 2
-    for part, factor in ((0, 2), (2, 3)):
-        error, eager = errors[part], eager_errors[part]
-        assert error.max() <= factor * eager.max() + rounding * exact[part].abs().max()
-        assert error.norm() <= 2 * eager.norm() + rounding * exact[part].norm()
-    assert errors[1].max() <= 2 * eager_errors[1].max() + (1e-4 if dtype == torch.bfloat16 else 1e-6)
+
+    orders = [torch.arange(head_dim), *(torch.randperm(head_dim) for _ in range(num_orders - 1))]
+    expected = run(REFERENCE, orders[0], torch.float64)
+    return list(zip(expected, errors(BACKEND), errors(REFERENCE), strict=True))
 
 
 @needs_library
@@ -387,276 +361,3 @@ def test_memory_in_any_order(isa: str, dtype: torch.dtype) -> None:
             out_and_grad(other, layout, "scan", "native"), out_and_grad(qkv, layout, "scan", "native"), strict=True
         ):
             assert torch.equal(got, expected)
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-def test_few_queries(isa: str, head_dim: int, dtype: torch.dtype) -> None:
-    check_few_queries(BACKEND, dtype, head_dim)
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_queries_that_all_threads_share(isa: str, dtype: torch.dtype) -> None:
-    """Groups with thousands of keys for few queries, and of queries for few keys."""
-    torch.set_num_threads(2)
-    check_few_queries(BACKEND, dtype, 128, (3, 4200, 0, 0, 70), (4200, 3, 40, 0, 300))
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_queries_have_the_same_bits_with_any_number_of_threads_and_alone(isa: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    num_queries, num_keys = (70, 0, 3, 3000), (150, 20, 4200, 2)
-    q, k, v = (torch.randn(sum(n), 2, 128).to(dtype) for n in (num_queries, num_keys, num_keys))
-    grad_out = torch.randn(q.shape).to(dtype)
-
-    def found(of_q: slice, of_k: slice, queries: Spans, keys: Spans) -> tuple[Tensor, ...]:
-        own = q[of_q], k[of_k], v[of_k]
-        out, lse = BACKEND.forward(*own, queries, keys, SCALE)
-        grad_q, grad_k, grad_v = map(torch.empty_like, own)
-        BACKEND.backward((grad_q, grad_k, grad_v), grad_out[of_q], *own, out, lse, queries, keys, SCALE, True)
-        return out, lse.T, grad_q, grad_k, grad_v
-
-    whole = slice(None), slice(None), plain_spans(num_queries), plain_spans(num_keys)
-    expected = found(*whole)
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        for x, y in zip(found(*whole), expected, strict=True):
-            assert torch.equal(x, y)
-    starts = [(sum(num_queries[:g]), sum(num_keys[:g])) for g in range(4)]
-    for (first_q, first_k), n, m in zip(starts, num_queries, num_keys, strict=True):
-        of_q, of_k = slice(first_q, first_q + n), slice(first_k, first_k + m)
-        alone = found(of_q, of_k, plain_spans((n,)), plain_spans((m,)))
-        for x, y, rows in zip(alone, expected, (of_q, of_q, of_q, of_k, of_k), strict=True):
-            assert torch.equal(x, y[rows])
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_that_are_no_group_s_stay_as_they_are(isa: str, dtype: torch.dtype) -> None:
-    """Every third row is used by none; it holds NaN, and nobody reads it."""
-    torch.manual_seed(0)
-    qkv = torch.randn(90, 3, 2, 48).to(dtype)
-    bounds = torch.tensor([0, 30, 60, 90], dtype=torch.int32)
-    used = torch.tensor([20, 20, 0], dtype=torch.int32)
-    spans = plain_spans((30, 30, 30))._replace(cu_seqlens=bounds, seqused=used)
-    in_groups = torch.arange(90) % 30 < used.repeat_interleave(30)
-    alone = plain_spans((20, 20))
-    out, lse = forward(BACKEND, qkv[in_groups], alone, 0.2)
-    grad_out = torch.randn(90, 2, 48).to(dtype)
-    grad = backward(BACKEND, grad_out[in_groups], qkv[in_groups], out, lse, alone, 0.2)
-    qkv[~in_groups], grad_out[~in_groups] = torch.nan, torch.nan
-    got, got_lse = forward(BACKEND, qkv, spans, 0.2)
-    assert torch.equal(got[in_groups], out)
-    assert torch.equal(got_lse[:, in_groups], lse)
-    got_grad = backward(BACKEND, grad_out, qkv, got, got_lse, spans, 0.2)
-    assert torch.equal(got_grad[in_groups], grad)
-    assert got_grad[~in_groups].isnan().all()
-
-
-@needs_library
-def test_large_memory_of_no_group_stays_as_it_is() -> None:
-    """Threads come upon each huge page of the results before they write."""
-    qkv, grads = torch.ones(6000, 3, 2, 48), torch.full((6000, 3, 2, 48), 0.1)  # of which no byte is zero
-    spans = plain_spans((6000,), 0, (1,))._replace(seqused=torch.zeros(1, dtype=torch.int32))
-    (q, k, v), (grad_q, grad_k, grad_v) = qkv.unbind(1), grads.unbind(1)
-    BACKEND.backward((grad_q, grad_k, grad_v), q, q, k, v, q, torch.ones(2, 6000), spans, spans, 0.2, True)
-    assert (grads == 0.1).all()
-
-
-@needs_library
-def test_gradients_go_into_memory_of_any_strides() -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(40, 3, 2, 32).unbind(1)
-    queries, keys = plain_spans((10, 30)), plain_spans((7, 31), 1, (7, 31))
-    grad_out = torch.randn(40, 2, 32)
-    out, lse = BACKEND.forward(q, k, v, queries, keys, SCALE)
-
-    def written(*grads: Tensor) -> list[Tensor]:
-        for grad in grads:
-            grad.fill_(7)
-        BACKEND.backward((grads[0], grads[1], grads[2]), grad_out, q, k, v, out, lse, queries, keys, SCALE, True)
-        return [grad.contiguous() for grad in grads]
-
-    packed = torch.empty(40, 3, 2, 32)
-    expected = written(*packed.unbind(1))
-    assert (expected[1][[7, 39]] == 7).all()
-    assert (expected[1] == 7).sum() == 2 * 64
-    turned = torch.empty(3, 32, 2, 40).permute(0, 3, 2, 1)
-    spread = torch.empty(40, 2, 3, 32).unbind(2)
-    for grads in ([torch.empty(40, 2, 32) for _ in range(3)], turned, spread, (turned[0], packed[:, 1], turned[2])):
-        for got, right in zip(written(*grads), expected, strict=True):
-            assert torch.equal(got, right)
-
-
-class Ops(TorchDispatchMode):
-    """The names of all ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.add(op.name())
-        return op(*args, **(kwargs or {}))
-
-
-@needs_library
-def test_nothing_is_copied() -> None:
-    """Slots of packed tensors are read and written where they lie, from any row on."""
-    torch.use_deterministic_algorithms(False)  # no memory is filled
-    qkv, kv = torch.randn(30, 3, 2, 32), torch.randn(50, 2, 2, 32)
-    spans = plain_spans((10, 20))
-    for q, k, v, keys in ((*qkv.unbind(1), spans), (qkv[:, 0], *kv[1:].unbind(1), plain_spans((9, 39), 1, (9, 39)))):
-        grad_q, grad_kv = torch.empty(30, 3, 2, 32)[:, 0], torch.empty(k.shape[0], 2, 2, 32)
-        grads = grad_q, grad_kv[:, 0], grad_kv[:, 1]
-        with Ops() as ops:
-            out, lse = BACKEND.forward(q, k, v, spans, keys, SCALE)
-            BACKEND.backward(grads, out, q, k, v, out, lse, spans, keys, SCALE, True)
-        assert ops.names == {"aten::empty.memory_format"}
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype: torch.dtype) -> None:
-    layout = StudyLayout.from_grids(RAGGED, num_prefix=2)
-    qkv = random_qkv(layout, "scan", 16, dtype)
-    spans = plain_spans(layout.seqlens("scan").tolist(), 2)
-    rest = flat_attention(spans, 0.25, "native", False, "scan")
-    torch.library.opcheck(torch.ops.hlip_kernels.hier_attention.default, (qkv.clone().requires_grad_(), *rest))
-    out, lse = torch.ops.hlip_kernels.hier_attention(qkv, *rest)
-    arguments = (torch.ones_like(out), qkv, out, lse, *rest)
-    torch.library.opcheck(torch.ops.hlip_kernels.hier_attention_backward.default, arguments)
-
-
-@needs_library
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "message"),
-    [
-        (torch.float16, 64, "needs bfloat16 or float32, got float16"),
-        (torch.float64, 64, "needs bfloat16 or float32, got float64"),
-        (torch.float32, 24, "needs a head dim that is a multiple of 16 and at most 128, got 24"),
-        (torch.float32, 144, "needs a head dim that is a multiple of 16 and at most 128, got 144"),
-    ],
-)
-def test_refuses(dtype: torch.dtype, head_dim: int, message: str) -> None:
-    layout = StudyLayout.from_grids(RAGGED)
-    qkv = random_qkv(layout, "scan", head_dim, dtype)
-    with pytest.raises(ValueError, match=message):
-        hier_attention(qkv, layout, "scan", backend="native")
-    assert available_backends("cpu", dtype, head_dim)[0] == "cpu"
-
-
-@needs_library
-def test_auto_leaves_code_for_any_processor_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_native(monkeypatch, native()._replace(isa=ISAS[-1]))
-    assert available_backends()[:2] == ["native", "cpu"]
-    use_native(monkeypatch, native()._replace(isa="scalar"))
-    assert available_backends()[0] == "cpu"
-    assert "native" in available_backends()
-
-
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "PATH", tmp_path / "missing.so")
-    missing = library.native.__wrapped__()
-    monkeypatch.setattr(library, "native", lambda: missing)
-    choose_backend.cache_clear()
-    assert "native" not in available_backends()
-    assert choose_backend("auto", "cpu", torch.float32, 64) == "cpu"
-    with pytest.raises(ValueError, match="the native library is not built"):
-        choose_backend("native", "cpu", torch.float32, 64)
-    choose_backend.cache_clear()
-
-
-def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "broken.so").write_bytes(b"not a library")
-    monkeypatch.setattr(library, "PATH", tmp_path / "broken.so")
-    assert "cannot be loaded" in library.native.__wrapped__().reason
-
-
-@needs_library
-def test_an_isa_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HLIP_NATIVE_ISA", "scalar")
-    assert library.native.__wrapped__().isa == "scalar"
-    monkeypatch.setenv("HLIP_NATIVE_ISA", "neon")
-    with pytest.raises(ValueError, match=r"this processor has scalar.*got 'neon'"):
-        library.native.__wrapped__()
-
-
-@needs_library
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_second_openmp_runtime() -> None:
-    """In a process of its own, as other packages of the tests bring theirs."""
-    program = f"""
-import re, torch
-from hlip_kernels import StudyLayout, hier_attention
-hier_attention(torch.zeros(34, 3, 2, 16), StudyLayout.from_grids({RAGGED}), "scan", backend="native")
-print(len(set(re.findall(r"\\S*/lib[gi]?omp\\S*", open("/proc/self/maps").read()))))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "1"
-
-
-SANITIZERS = ("-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++")
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """The library with AddressSanitizer and UndefinedBehaviorSanitizer, built by setup.py, run without Python."""
-    flags = " ".join(SANITIZERS)
-    build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "obj"]
-    env = {**os.environ, "CXXFLAGS": flags, "LDFLAGS": flags}
-    subprocess.run(build, cwd=ROOT, env=env, check=True, capture_output=True)
-    (built,) = (tmp_path / "lib").rglob("*.so")
-    run_sanitized(tmp_path, built, range(len(HERE)))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(bool(emulation.WHY_NOT), reason=emulation.WHY_NOT)
-def test_sanitizers_find_nothing_on_an_emulated_processor(tmp_path: Path) -> None:
-    """There they also see what instructions read and write."""
-    built = emulation.sanitized(tmp_path / "lib", SANITIZERS)
-    run_sanitized(tmp_path, built, [ISAS.index("amx")], "last")
-
-
-def run_sanitized(folder: Path, built: Path, isas: Sequence[int], *arguments: str) -> None:
-    assert b"__asan" in built.read_bytes()
-    driver = build_driver(folder, *SANITIZERS)
-    # the OpenMP runtime keeps its threads' memory to the end
-    run = subprocess.run(
-        [driver, built, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    for isa in isas:
-        for what in ("attention", "norm", "gradient of norm", "gelu"):
-            assert f"isa {isa}, {what}" in run.stdout
-    if ISAS.index("amx") in isas:
-        for what in ("product", "transposed product", "two layers", "gradient of weight"):
-            assert f"isa {ISAS.index('amx')}, {what}" in run.stdout
-
-
-def build_driver(folder: Path, *flags: str) -> Path:
-    """native_driver.cpp, linked to the OpenMP runtime that the library looks for."""
-    source, driver = ROOT / "tests/native_driver.cpp", folder / "driver"
-    link = ["-Wl,--no-as-needed", "-ldl"]
-    subprocess.run(["g++", "-std=c++17", "-fopenmp", *flags, source, "-o", driver, *link], check=True)
-    return driver
-
-
-@needs_library
-@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize(("processor", "isas"), [("Nehalem", 1), ("Haswell", 2)])
-def test_on_an_older_processor(processor: str, isas: int, tmp_path: Path) -> None:
-    """Emulated: any instruction that the processor lacks ends the program."""
-    command = ["qemu-x86_64", "-cpu", processor, build_driver(tmp_path, "-O1"), library.PATH, "small"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    found = {line.split(",")[0] for line in run.stdout.splitlines()}
-    assert found == {f"isa {isa}" for isa in range(isas)}

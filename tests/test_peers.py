@@ -24,7 +24,9 @@ from benchlib.problems import draw_scans
 from benchlib.tables import COLUMNS, KINDS, legend
 from benchlib.timing import RESET_PEAK
 from hlip_kernels import Level, StudyLayout, available_backends, hier_attention
-from test_external import HEADS, SlowKernels, import_flash_source, needs_flash_source, take_cpu_tensors
+from slow_kernels import SlowKernels, import_flash_source, take_cpu_tensors
+from spans import HEADS
+from test_external_flash import needs_flash_source
 
 BENCH = Path(__file__).parents[1] / "bench"
 
