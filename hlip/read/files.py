@@ -13,7 +13,6 @@ import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -121,24 +120,23 @@ def _link(path: Path, home: Path) -> str | None:
 
 
 def in_runs(
-    function: Callable[[Sequence[Item]], list[Result]],
+    function: Callable[[Item], Result],
     items: Sequence[Item],
     per_job: int,
     workers: int,
     progress: Progress,
     **words: str,
 ) -> Iterator[Result]:
-    """`function` of runs of items, in so many processes: one result per item, in the items' order."""
-    jobs = [items[i : i + per_job] for i in range(0, len(items), per_job)]
-    workers = min(workers, len(jobs))
-    if not jobs:
+    """`function` of all items, in so many processes, which take them in runs. Keeps their order."""
+    if not items:
         return
+    workers = min(workers, -(-len(items) // per_job))
     if workers <= 1:
-        yield from progress(chain.from_iterable(map(function, jobs)), total=len(items), **words)
+        yield from progress(map(function, items), total=len(items), **words)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        yield from progress(chain.from_iterable(pool.map(function, jobs)), total=len(items), **words)
+        yield from progress(pool.map(function, items, chunksize=per_job), total=len(items), **words)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -62,44 +62,39 @@ def read_headers(
     paths: Sequence[str], workers: int = 1, progress: Progress = silent
 ) -> Iterator[Header | ScanError | None]:
     """The header of every DICOM file; None for a file that is no DICOM image and does not claim to be."""
-    return in_runs(_read_headers, paths, FILES_PER_JOB, workers, progress, desc="reading headers", unit="file")
-
-
-def _read_headers(paths: Sequence[str]) -> list[Header | ScanError | None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom comments on every odd value; what matters is checked here
-        return [_read_header(path) for path in paths]
+    return in_runs(_read_header, paths, FILES_PER_JOB, workers, progress, desc="reading headers", unit="file")
 
 
 def _read_header(path: str) -> Header | ScanError | None:
     try:
-        with Path(path).open("rb", HEAD_BYTES) as file:
+        with warnings.catch_warnings(), Path(path).open("rb", HEAD_BYTES) as file:
+            warnings.simplefilter("ignore")  # pydicom comments on every odd value; what matters is checked here
             start = file.read(132)
             if not _begins_like_dicom(start):
                 named = path.lower().endswith(DICOM_SUFFIXES)
                 return ScanError(path, "not a DICOM file, in spite of its name") if named else None
             _check_inflated(file)
             dataset, offset = parse(file, force=True, specific_tags=list(DICOM_TAGS))
-        if dataset.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR_CLASS:
-            return None
-        study, series = (_word(_raw(dataset, f"{level}InstanceUID")) for level in ("Study", "Series"))
-        if not study or not series:
-            if start[128:] != b"DICM":
-                return None  # began like one by chance
-            return ScanError(path, f"no {'Series' if study else 'Study'}InstanceUID", "no_uid")
-        return Header(
-            path,
-            study,
-            _word(_raw(dataset, "AccessionNumber")),
-            series,
-            _word(_raw(dataset, "SOPInstanceUID")),
-            _number(_raw(dataset, "SeriesNumber")),
-            _number(_raw(dataset, "InstanceNumber")),
-            _word(_raw(dataset, "Modality")),
-            _word("\\".join(several(dataset.get("SeriesDescription")))),  # several, if it has a backslash in it
-            any(_raw(dataset, "Rows")),
-            offset,
-        )
+            if dataset.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR_CLASS:
+                return None
+            study, series = (_word(_raw(dataset, f"{level}InstanceUID")) for level in ("Study", "Series"))
+            if not study or not series:
+                if start[128:] != b"DICM":
+                    return None  # began like one by chance
+                return ScanError(path, f"no {'Series' if study else 'Study'}InstanceUID", "no_uid")
+            return Header(
+                path,
+                study,
+                _word(_raw(dataset, "AccessionNumber")),
+                series,
+                _word(_raw(dataset, "SOPInstanceUID")),
+                _number(_raw(dataset, "SeriesNumber")),
+                _number(_raw(dataset, "InstanceNumber")),
+                _word(_raw(dataset, "Modality")),
+                _word("\\".join(several(dataset.get("SeriesDescription")))),  # several, if it has a backslash in it
+                any(_raw(dataset, "Rows")),
+                offset,
+            )
     except ImportError:
         raise
     except Exception as error:  # damaged headers make pydicom raise nearly every type there is

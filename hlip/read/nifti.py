@@ -41,7 +41,7 @@ def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
         if not file.is_file():
             raise EOFError(f"no {file}")
         with _open_bytes(file) as content:
-            _skip(content, header.get_data_offset())
+            _read(content, max(0, header.get_data_offset()))
             return _read_images(path, file, header, content, rules)
     except (OSError, EOFError, zlib.error) as error:
         raise ScanError(path, f"truncated or corrupt ({error})") from error
@@ -59,15 +59,13 @@ def _read_header(path: Path, content: Any, alone: bool) -> Any:
     except ImportError as error:
         raise ImportError("reading NIfTI needs nibabel: pip install 'hlip-kernels[io]'") from error
 
-    block = bytearray(540)
     try:
-        _read_into(content, memoryview(block)[:348])
+        block = _read(content, 348)
         size = min(int.from_bytes(block[:4], order) for order in ("little", "big"))
         if size not in (348, 540):
             raise ValueError("wrong size of the header")
-        _read_into(content, memoryview(block)[348:size])
         kind = Nifti1Header if size == 348 else Nifti2Header
-        header = kind(bytes(block[:size]), check=False)
+        header = kind(block + _read(content, size - 348), check=False)
         if header["magic"] not in (kind.single_magic, kind.pair_magic):
             raise ValueError(f"not a NIfTI image but one with the mark {header['magic'].item()!r}")
         if 3000 <= header["intent_code"] < 3100:
@@ -80,7 +78,7 @@ def _read_header(path: Path, content: Any, alone: bool) -> Any:
         if not alone:
             if header.get_data_offset() < size:
                 raise ValueError("its voxels begin within the header")
-            _skip(content, header.get_data_offset() - size)
+            _read(content, header.get_data_offset() - size)
         return header
     except (HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         if isinstance(error, ScanError):
@@ -104,7 +102,8 @@ def _read_images(path: Path, file: Path, header: Any, content: Any, rules: Rules
     if stored.kind not in "biuf":
         raise ScanError(path, f"expected one number a voxel, got {stored}", "not_grey")
     offset, count = header.get_data_offset(), int(np.prod(shape[:3]))
-    if not isinstance(content, _Inflated) and file.stat().st_size < offset + count * parts * stored.itemsize:
+    packed = isinstance(content.raw, _Inflated)
+    if not packed and file.stat().st_size < offset + count * parts * stored.itemsize:
         raise EOFError("shorter than its header says")
     kept = parts if rules.four_d == "split" else 1
     volumes = []
@@ -112,8 +111,8 @@ def _read_images(path: Path, file: Path, header: Any, content: Any, rules: Rules
         raw = _read_voxels(content, count, stored).reshape(shape[:3], order="F")
         array = finite(path, rescale(raw, slope, intercept, rules), rules)
         volumes.append(Volume(array, affine, path, part=f"t{t}" if kept > 1 else ""))
-    if kept == parts:
-        _finish(content)
+    if packed and kept == parts and len(content.read(TRAILING + 1)) > TRAILING:  # its checksum is at the end
+        raise EOFError("more data than its header says")
     return volumes
 
 
@@ -162,7 +161,7 @@ class _Inflated(io.RawIOBase):
                 return 0
             elif not self._input:
                 raise EOFError("the compressed data end early")
-            piece = self._inflater.decompress(self._input, len(buffer))
+            piece = self._inflater.decompress(self._input, min(len(buffer), BLOCK))
             self._input = self._inflater.unconsumed_tail or self._inflater.unused_data
             if piece:
                 buffer[: len(piece)] = piece
@@ -174,23 +173,18 @@ class _Inflated(io.RawIOBase):
 
 
 def _open_bytes(path: Path) -> Any:
-    return _Inflated(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    return io.BufferedReader(_Inflated(path), 1) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _skip(content: Any, count: int) -> None:
-    while count > 0:
-        piece = memoryview(bytearray(min(count, BLOCK)))
-        _read_into(content, piece)
-        count -= len(piece)
+def _read(content: Any, count: int) -> bytes:
+    block = bytearray(count)
+    _read_into(content, memoryview(block))
+    return bytes(block)
 
 
 def _read_into(content: Any, target: memoryview) -> None:
-    done = 0
-    while done < len(target):
-        got = content.readinto(target[done : done + BLOCK])
-        if not got:
-            raise EOFError("shorter than its header says")
-        done += got
+    if content.readinto(target) < len(target):
+        raise EOFError("shorter than its header says")
 
 
 def _read_voxels(content: Any, count: int, stored: np.dtype) -> np.ndarray:
@@ -206,13 +200,3 @@ def _read_voxels(content: Any, count: int, stored: np.dtype) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             array[first : first + len(block)] = block
     return array
-
-
-def _finish(content: Any) -> None:
-    """Read to the end, where a compressed file keeps its checksum."""
-    if isinstance(content, _Inflated):
-        left, buffer = TRAILING, memoryview(bytearray(TRAILING))
-        while got := content.readinto(buffer):
-            left -= got
-            if left < 0:
-                raise EOFError("more data than its header says")

@@ -31,11 +31,7 @@ def find_repeated(
     Returns:
         For each study, the index of each repeated scan with that of the first of its kind.
     """
-    return in_runs(_find_repeated, studies, 20, workers, progress, desc="comparing scans", unit="study")
-
-
-def _find_repeated(studies: Sequence[Sequence[Sequence[Part]]]) -> list[dict[int, int]]:
-    return [_repeated(scans) for scans in studies]
+    return in_runs(_repeated, studies, 20, workers, progress, desc="comparing scans", unit="study")
 
 
 def _repeated(scans: Sequence[Sequence[Part]]) -> dict[int, int]:

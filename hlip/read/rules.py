@@ -11,8 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from .scan import ScanError, ScanSource, Volume
-from .schema import check_types
+from .schema import check_ranges, check_types
 
+RANGES = {
+    "at least 1": ("min_slices", "max_voxels", "max_parts", "max_side"),
+    "from 0 to 1": ("max_shear", "max_missing", "min_finite"),
+}
 SAMPLE = 2**20  # voxels that are looked at to tell Hounsfield units
 
 
@@ -70,12 +74,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("min_slices", "max_voxels", "max_parts", "max_side"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_shear", "max_missing", "min_finite"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        check_ranges(self, RANGES)
         if not 0 < self.spacing[0] < self.spacing[1]:
             raise ValueError(f"spacing must be two increasing distances above 0 mm, got {self.spacing}")
         for pattern in self.descriptions:
@@ -154,8 +153,11 @@ def check_volume(volume: Volume, rules: Rules) -> None:
     if rules.hounsfield and not is_hounsfield(volume.array):
         raise ScanError(volume.path, f"not in Hounsfield units: from {low:g} to {high:g} HU in all", "hounsfield")
     if not takes_ct and not volume.modality and is_hounsfield(volume.array):
-        reason = f"a CT by its intensities, from {low:g} to {high:g} HU, expected {' or '.join(rules.modalities)}"
-        raise ScanError(volume.path, reason, "modality")
+        raise ScanError(
+            volume.path,
+            f"a CT by its intensities, from {low:g} to {high:g} HU, expected {' or '.join(rules.modalities)}",
+            "modality",
+        )
 
 
 def finite(path: object, array: np.ndarray, rules: Rules) -> np.ndarray:
@@ -170,8 +172,9 @@ def finite(path: object, array: np.ndarray, rules: Rules) -> np.ndarray:
         if share == 0:
             raise ScanError(str(path), "no finite voxel", "not_finite")
         if share < rules.min_finite:
-            reason = f"{share:.0%} of the voxels are finite, expected {rules.min_finite:.0%}"
-            raise ScanError(str(path), reason, "not_finite")
+            raise ScanError(
+                str(path), f"{share:.0%} of the voxels are finite, expected {rules.min_finite:.0%}", "not_finite"
+            )
         array[~good] = array[good].min()
     low = array.min()
     if array.max() == low:
@@ -203,16 +206,10 @@ def is_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0,
 def is_rescaled(array: np.ndarray, slope: float, intercept: float) -> bool:
     """Whether stored numbers are Hounsfield units, and would no longer be if rescaled as a header asks: what is air
     as it is stored would be none, or the whole no body in air."""
-    return not (keeps_air(slope, intercept) and is_hounsfield(array, slope, intercept)) and is_surely_hounsfield(array)
-
-
-def is_surely_hounsfield(array: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> bool:
-    """Whether an image looks so much like Hounsfield units that a header may be wrong about it."""
-    return is_hounsfield(array, slope, intercept, 0.15)
-
-
-def keeps_air(slope: float, intercept: float) -> bool:
-    return -1200 < -1000 * slope + intercept < -700
+    keeps_air = -1200 < -1000 * slope + intercept < -700
+    if keeps_air and is_hounsfield(array, slope, intercept):
+        return False
+    return is_hounsfield(array, most_dense=0.15)  # so surely that the header may be wrong
 
 
 def _sample(array: np.ndarray) -> np.ndarray:

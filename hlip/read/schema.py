@@ -28,6 +28,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda number: number > 0,
     "at least 1": lambda number: number >= 1,
     "0 or more": lambda number: number >= 0,
+    "from 0 to 1": lambda number: 0 <= number <= 1,
     "in [0, 1)": lambda number: 0 <= number < 1,
 }
 

@@ -11,7 +11,7 @@ import struct
 import sys
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,9 @@ def _check_unpacked(content: bytes, size: int) -> None:
         raise ValueError("truncated: shorter than its storages")
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """A zip archive of at most `MOST_MEMBERS` files, whose directory every reader finds at the same place.
+@contextlib.contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive of at most `MOST_MEMBERS` files, whose directory every reader finds at the same place.
 
     A reader that sees another directory than this one would not see what was checked. Two files of one name, whatever
     their case and folder, are refused for the same reason; and two that share bytes, of which a few bytes could hold
@@ -109,17 +110,12 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise ValueError("truncated or damaged (no directory at its end)")
     if entries > MOST_MEMBERS or length > 128 * MOST_MEMBERS:
         raise ValueError(f"an archive of more than {MOST_MEMBERS} files")
-    archive = zipfile.ZipFile(path)
-    names = [member.filename.partition("/")[2].lower() or member.filename for member in archive.infolist()]
-    if not names or len(set(names)) != entries:
-        archive.close()
-        raise ValueError("an archive of no files, or of two of one name")
-    try:
+    with zipfile.ZipFile(path) as archive:
+        names = [member.filename.partition("/")[2].lower() or member.filename for member in archive.infolist()]
+        if not names or len(set(names)) != entries:
+            raise ValueError("an archive of no files, or of two of one name")
         _check_places(path, archive.infolist(), begin)
-    except ValueError:
-        archive.close()
-        raise
-    return archive
+        yield archive
 
 
 def _check_places(path: Path, members: list[zipfile.ZipInfo], directory: int) -> None:
