@@ -159,13 +159,19 @@ def load_arrays(path: Path) -> Mapping[str, np.ndarray]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def check_safetensors(path: Path) -> None:
-    """Raises ValueError for more than some `MOST_MEMBERS` tensors: a header needs no data to name any number of them,
-    and each takes time to set up."""
+def check_safetensors(path: Path) -> bytes:
+    """The header of a file, which is JSON.
+
+    Raises:
+        ValueError: more than some `MOST_MEMBERS` tensors: a header needs no data to name any number of them, and each
+            takes time to set up.
+    """
     check_regular(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_HEADER:
             raise ValueError(f"truncated, or a header of {length} bytes (at most {MOST_HEADER})")
-        if (braces := file.read(length).count(b"{")) > 4 * MOST_MEMBERS:
+        header = file.read(length)
+        if (braces := header.count(b"{")) > 4 * MOST_MEMBERS:
             raise ValueError(f"a header of {braces} entries (at most {4 * MOST_MEMBERS})")
+    return header

@@ -29,7 +29,7 @@ import numpy as np
 from ..output import replacing
 from ..read import safe
 from ..read.paths import check_regular
-from ..read.safe import MOST_SETTINGS, parse_json, read_lines, short
+from ..read.safe import MOST_SETTINGS, parse_json, read_lines
 from ..read.scan import Rejection, ScanError, damage
 from ..read.schema import structure
 from ..read.tensors import check_safetensors
@@ -113,18 +113,14 @@ def map_manifest(path: Path) -> RecordBatch:
     Raises:
         ScanError: damaged, or no manifest of a store.
     """
-    arrow = pyarrow()
-    try:
+    with damage(path, "damaged manifest"):
         check_regular(path, path.parent)
+        arrow = pyarrow()
         reader = arrow.ipc.open_file(arrow.memory_map(str(path)))
         if not reader.schema.equals(schema()) or reader.num_record_batches != 1:
             raise ScanError(path, "not the manifest of a store")
         batch = reader.get_batch(0)
         batch.validate(full=True)  # else a place that is out of the file is found by crashing
-    except ScanError:
-        raise
-    except (OSError, ValueError, arrow.ArrowException) as error:
-        raise ScanError(path, f"damaged manifest ({error})") from error
     first = batch.column("shape").offsets
     if any(map(_has_nulls, batch.columns)) or any(batch.column(name).offsets != first for name in OF_SCANS):
         raise ScanError(path, "damaged manifest (a study without a value, or with one too many)")
@@ -231,16 +227,14 @@ def read_shard(path: Path) -> Shard:
     Raises:
         ScanError: missing, damaged or no shard of this format; names the file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with damage(path, "not a readable shard"):
         check_regular(path, path.parent.parent)
-        check_safetensors(path)
+        header = check_safetensors(path)
         with safe_open(path, "numpy") as opened:  # checks that header and file agree
             content = parse_json(opened.metadata()["hlip"])
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            tensors = json.loads(file.read(start - 8))
+        tensors = json.loads(header)
         if content["format"] != FORMAT:
             raise ScanError(path, f"a shard of format {content['format']}; this version reads format {FORMAT}{OTHER}")
         for s, study in enumerate(content["studies"]):
@@ -248,15 +242,11 @@ def read_shard(path: Path) -> Shard:
                 tensor = tensors.pop(f"{s:06d}/{m:03d}")
                 if tensor["dtype"] != "U8" or len(tensor["shape"]) != 3:
                     raise ScanError(path, f"scan {m} of {study['uid']} is {tensor['dtype']} {tensor['shape']}")
-                scan["shape"], scan["offset"] = tensor["shape"], start + tensor["data_offsets"][0]
+                scan["shape"], scan["offset"] = tensor["shape"], 8 + len(header) + tensor["data_offsets"][0]
         studies, recipe, recipe_hash = content["studies"], content["recipe"], content["recipe_hash"]
         if not isinstance(recipe, dict) or not isinstance(recipe_hash, str):
             raise ScanError(path, f"not a readable shard: its recipe is {recipe_hash!r:.60}")
         return Shard(studies, structure(list[Rejection], content["rejected"]), recipe, recipe_hash, columns_of(studies))
-    except ScanError:
-        raise
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError) as error:
-        raise ScanError(path, f"not a readable shard: {type(error).__name__}: {error}") from error
 
 
 def read_rejections(path: Path, home: Path) -> list[Rejection]:
@@ -304,11 +294,9 @@ def read_info(path: Path) -> dict[str, Any]:
     info = read_json(file, path) if os.path.lexists(file) else {}  # a link to nowhere, or to itself, is damage
     if info and info.get("format") != FORMAT:
         raise ValueError(f"{path}: a store of format {info.get('format')}; this version reads format {FORMAT}{OTHER}")
-    for name, kind in INFO.items() if info else ():
-        if name not in info:
-            raise ScanError(file, f"damaged (it lacks {name}); hlip prepare makes the store anew")
-        if not isinstance(info[name], kind):
-            raise ScanError(file, f"damaged (its {name} is {short(info[name])})")
+    wrong = [name for name, kind in INFO.items() if not isinstance(info.get(name), kind)]
+    if info and wrong:
+        raise ScanError(file, f"damaged (it lacks {wrong[0]}, or has it wrong); hlip prepare makes the store anew")
     return info
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..read.paths import check_regular
 from ..read.safe import as_texts
-from ..read.scan import ScanError
+from ..read.scan import ScanError, damage
 from ..study import Study
 from .format import manifest_of, map_manifest, read_info, read_shard, shard_file, shard_files
 
@@ -158,12 +158,10 @@ class Store:
 
     def _map_shard(self, number: int) -> mmap.mmap:
         path = shard_file(self.path, number)
-        try:
+        with damage(path, "cannot be mapped"):
             check_regular(path, self.path)
             with path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch takes no read-only buffer
-        except (OSError, ValueError) as error:
-            raise ScanError(path, f"cannot be mapped ({error})") from error
 
 
 class StudyDataset(Dataset):

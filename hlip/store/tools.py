@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 from ..output import replacing, replacing_folder
 from ..read.files import Progress
 from ..read.paths import check_regular
-from ..read.scan import Rejection, ScanError
+from ..read.scan import Rejection, ScanError, damage
 from ..study import PreparedScan, StudyRecord
 from .format import (
     FORMAT,
@@ -81,9 +82,17 @@ def finish(
     report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(sorted(rules.items())))
     write_json(path / "report.json", asdict(report), work)
     recipe_hash, recipe = next(iter(recipes.items()), ("", {}))
-    counts = {"studies": report.studies, "scans": report.scans, "shards": len(shard_files(path))}
-    facts = {"source_hash": source_hash, "shard_scans": shard_scans, "hidden_ids": hidden_ids}
-    content = {"format": FORMAT, "recipe_hash": recipe_hash, "recipe": recipe, **counts, **facts}
+    content = {
+        "format": FORMAT,
+        "recipe_hash": recipe_hash,
+        "recipe": recipe,
+        "studies": report.studies,
+        "scans": report.scans,
+        "shards": len(shard_files(path)),
+        "source_hash": source_hash,
+        "shard_scans": shard_scans,
+        "hidden_ids": hidden_ids,
+    }
     write_json(path / "store.json", content, work)
     return report
 
@@ -171,13 +180,10 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
     _check_alike(stores)
     digest = hashlib.sha256("".join(store.info["source_hash"] for store in stores).encode()).hexdigest()[:32]
     with _new_folder(out) as folder:
-        files = [file for store in stores for _, file in shard_files(store.path)]
-        for number, file in enumerate(files):
+        for number, file in enumerate(file for store in stores for _, file in shard_files(store.path)):
             target = shard_file(folder, number)
-            try:
+            with damage(file, "not a readable shard"):
                 check_regular(file, file.parent.parent)
-            except (OSError, ValueError) as error:
-                raise ScanError(file, f"not a readable shard: {error}") from error
             try:
                 os.link(file.resolve(), target)  # of a link within its store, the file
             except OSError:
@@ -185,9 +191,9 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
         rejected = [
             rejection for store in stores for rejection in read_rejections(store.path / "shards" / FOUND, store.path)
         ]
-        write_rejections(folder / "shards" / FOUND, rejected, folder / "work")
+        write_rejections(folder / "shards" / FOUND, rejected, folder)
         facts = {key: stores[0].info[key] for key in ("shard_scans", "hidden_ids")}
-        return finish(folder, folder / "work", source_hash=digest, **facts)
+        return finish(folder, folder, source_hash=digest, **facts)
 
 
 def _check_alike(stores: Sequence[Store]) -> None:
@@ -233,23 +239,16 @@ def select(store: Store, indices: Sequence[int], out: Path, progress: Progress =
     with _new_folder(out) as folder:
         for number, run in enumerate(progress(runs)):
             target = shard_file(folder, number)
-            write_shard(target, _copies(store, run), info["recipe"], info["recipe_hash"], folder / "work")
-        return finish(
-            folder,
-            folder / "work",
-            source_hash=digest,
-            shard_scans=info["shard_scans"],
-            hidden_ids=info["hidden_ids"],
-        )
+            write_shard(target, _copies(store, run), info["recipe"], info["recipe_hash"], folder)
+        facts = {key: info[key] for key in ("shard_scans", "hidden_ids")}
+        return finish(folder, folder, source_hash=digest, **facts)
 
 
 def _copies(store: Store, indices: Sequence[int]) -> Iterator[StudyRecord[PreparedScan]]:
-    headers: dict[int, Shard] = {}
+    read = functools.cache(lambda number: read_shard(shard_file(store.path, number)))
     for i in indices:
-        number = store.manifest.column("shard")[i].as_py()
-        if number not in headers:
-            headers[number] = read_shard(shard_file(store.path, number))
-        study = next(study for study in headers[number].studies if study["uid"] == store.uids[i])
+        shard = read(store.manifest.column("shard")[i].as_py())
+        study = next(study for study in shard.studies if study["uid"] == store.uids[i])
         scans = [
             PreparedScan(
                 image=store.scan(i, m),
@@ -258,7 +257,7 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[StudyRecord[Prepar
             )
             for m, scan in enumerate(study["scans"])
         ]
-        rejected = [rejection for rejection in headers[number].rejected if rejection.study == study["uid"]]
+        rejected = [rejection for rejection in shard.rejected if rejection.study == study["uid"]]
         report = {key: study[key] for key in ("uid", "impression", "findings", "labels")}
         yield StudyRecord(scans=scans, rejected=rejected, **report)
 
@@ -277,9 +276,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise ValueError(f"{out}: exists already")
     with replacing_folder(out) as folder:
         (folder / "shards").mkdir()
-        (folder / "work").mkdir()
         yield folder
-        (folder / "work").rmdir()
 
 
 def stats(store: Store) -> dict[str, Any]:
