@@ -147,9 +147,10 @@ def _slice(pixels: Pixels, frame: int, place: Any) -> Slice:
         raise ScanError(path, "no PixelSpacing", "spacing")
     slope = 1.0 if place.get("RescaleSlope") is None else float(place.RescaleSlope)
     intercept = float(place.get("RescaleIntercept") or 0)
-    axes = tuple(float(x) for x in place.ImageOrientationPatient)
-    position = tuple(float(x) for x in place.ImagePositionPatient)
-    spacing = tuple(float(x) for x in place.PixelSpacing)
+    axes, position, spacing = (
+        tuple(float(x) for x in place.get(name))
+        for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
+    )
     if (len(axes), len(position), len(spacing)) != (6, 3, 2) or not np.isfinite([*axes, *position, *spacing]).all():
         raise ScanError(path, f"a damaged header: {len(axes)}, {len(position)} and {len(spacing)} numbers of its place")
     if min(spacing) <= 0:
@@ -165,12 +166,10 @@ def _one_orientation(path: Path, slices: Sequence[Slice], rules: Rules) -> list[
     """The slices that lie parallel; a group too small for a volume, such as a scout, is left out."""
     groups: list[list[Slice]] = []
     for item in slices:
-        for group in groups:
-            if _parallel(item, group[0]):
-                group.append(item)
-                break
-        else:
-            groups.append([item])
+        group = next((group for group in groups if _parallel(item, group[0])), [])
+        if not group:
+            groups.append(group)
+        group.append(item)
     large = [group for group in groups if len(group) >= rules.min_slices]
     if not large:
         counts = " and ".join(str(len(group)) for group in groups)
@@ -199,10 +198,9 @@ def _stacks(path: Path, slices: Iterable[Slice]) -> list[list[Slice]]:
             places[-1].append(item)
         else:
             places.append([item])
-    counts = {len(place) for place in places}
-    if len(counts) > 1:
+    if len({len(place) for place in places}) > 1:
         places = [_without_copies(place) for place in places]
-        counts = {len(place) for place in places}
+    counts = {len(place) for place in places}
     if len(counts) > 1:
         raise ScanError(path, f"from {min(counts)} to {max(counts)} slices at one place", "duplicate_slices")
     return [[sorted(place, key=attrgetter("order"))[t] for place in places] for t in range(counts.pop())]
@@ -253,11 +251,13 @@ def _regular_places(path: Path, along: np.ndarray, rules: Rules) -> np.ndarray:
     index = np.concatenate([[0], np.cumsum(counts)])
     missing = 1 - len(along) / (index[-1] + 1)
     if missing > rules.max_missing:
-        reason = f"{index[-1] + 1 - len(along)} of {index[-1] + 1} slices are missing, at most {rules.max_missing:.0%}"
-        raise ScanError(path, reason, "missing_slices")
+        raise ScanError(
+            path,
+            f"{index[-1] + 1 - len(along)} of {index[-1] + 1} slices are missing, at most {rules.max_missing:.0%}",
+            "missing_slices",
+        )
     if np.abs(steps / counts - usual).max() > UNEVEN * usual:
-        reason = f"uneven slices: from {steps.min():.3f} to {steps.max():.3f} mm apart"
-        raise ScanError(path, reason, "uneven_slices")
+        raise ScanError(path, f"uneven slices: from {steps.min():.3f} to {steps.max():.3f} mm apart", "uneven_slices")
     return index
 
 

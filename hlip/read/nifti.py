@@ -80,9 +80,9 @@ def _read_header(path: Path, content: Any, alone: bool) -> Any:
                 raise ValueError("its voxels begin within the header")
             _read(content, header.get_data_offset() - size)
         return header
+    except ScanError:
+        raise
     except (HeaderDataError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
-        if isinstance(error, ScanError):
-            raise
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
 
 

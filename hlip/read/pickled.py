@@ -11,7 +11,7 @@ import math
 import pickletools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -45,6 +45,9 @@ NAMES = {*STORAGES, *DTYPES, *TENSORS, "torch._utils _rebuild_parameter", *PLAIN
 
 CONSTANTS = {
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "NONE", "NEWTRUE", "NEWFALSE",
+}  # fmt: skip
+TAKEN = {  # from the stack, by opcode
+    "APPEND": 1, "SETITEM": 2, "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "BUILD": 2,
 }  # fmt: skip
 NOT_WEIGHTS = "it holds more than weights, {}; nothing of it was run"
 
@@ -102,20 +105,24 @@ class Pickles:
             value = self._run(file)
         except (IndexError, KeyError, AttributeError, UnicodeError) as error:  # an empty stack, values never kept
             raise ValueError(f"damaged, or not made by torch.save ({type(error).__name__})") from error
-        _Written(MOST_REPEATS * (file.tell() - begin) + SLACK).check(value)
+        _measure(value, MOST_REPEATS * (file.tell() - begin) + SLACK, {})
         if self._numbers > MOST_REPEATS * self.size + SLACK:
             raise ValueError(f"its tensors are larger than its data: {self._numbers} of {self.size} bytes")
 
     def _run(self, file: IO[bytes]) -> Any:
         stack: list[Any] = []
+        items: list[Any] = []  # what an opcode takes
         outer: list[list[Any]] = []  # the stacks below each mark
         memo: dict[int, Any] = {}
         for opcode, argument, _ in pickletools.genops(file):
-            value: Any = argument
-            name = opcode.name
+            name, value = opcode.name, cast(Any, argument)
             self._opcodes += 1
             if self._opcodes > MOST_OPCODES:
                 raise ValueError(f"a pickle of more than {MOST_OPCODES} opcodes")
+            if name in ("APPENDS", "SETITEMS", "TUPLE"):
+                items, stack = stack, outer.pop()
+            elif name in TAKEN:
+                items = _pop(stack, TAKEN[name])
             if name in CONSTANTS:
                 stack.append(name == "NEWTRUE" if name.startswith("NEW") else value)
             elif name in ("BINPUT", "LONG_BINPUT"):
@@ -127,17 +134,10 @@ class Pickles:
                 stack = []
             elif name in ("EMPTY_LIST", "EMPTY_DICT"):
                 stack.append(_Box(name.removeprefix("EMPTY_")))
-            elif name in ("APPENDS", "SETITEMS"):
-                items, stack = stack, outer.pop()
+            elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
                 _fill(stack[-1], name, items)
-            elif name in ("APPEND", "SETITEM"):
-                items = _pop(stack, 1 if name == "APPEND" else 2)
-                _fill(stack[-1], name, items)
-            elif name == "TUPLE":
-                items, stack = stack, outer.pop()
+            elif name in ("TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
                 stack.append(tuple(items))
-            elif name in ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-                stack.append(tuple(_pop(stack, "E123".index(name.removeprefix("TUPLE")[0]))))
             elif name == "GLOBAL":
                 if value not in NAMES:
                     raise ValueError(NOT_WEIGHTS.format(value.replace(" ", ".")))
@@ -145,13 +145,12 @@ class Pickles:
             elif name == "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             elif name == "REDUCE":
-                function, arguments = _pop(stack, 2)
-                stack.append(self._call(function, arguments))
+                stack.append(self._call(*items))
             elif name == "BUILD":  # state_dict() keeps the modules' versions as an attribute
-                match _pop(stack, 2):
-                    case [_Box("ORDERED", items) as box, _Box("DICT", ["_metadata", _Box() as versions])]:
+                match items:
+                    case [_Box("ORDERED") as box, _Box("DICT", ["_metadata", _Box() as versions])]:
                         stack.append(box)
-                        items += ["_metadata", versions]
+                        box.items += ["_metadata", versions]
                     case _:
                         raise ValueError(NOT_WEIGHTS.format("an object with attributes"))
             elif name == "STOP":
@@ -240,42 +239,39 @@ def _are_sizes(values: tuple[Any, ...]) -> bool:
     return len(values) <= MOST_DIMS and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-class _Written:
-    """The size of a value if it were written out, with all that it shares; to compare with the most that it may be."""
+def _measure(value: Any, most: int, measured: dict[int, tuple[int, int] | None], depth: int = 0) -> tuple[int, int]:
+    """Size and height of a value if it were written out, with all that it shares.
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.measured: dict[int, tuple[int, int] | None] = {}  # of a tuple or box: size and height; None on the way
+    measured: of the tuples and boxes so far; None on the way.
 
-    def check(self, value: Any) -> None:
-        self._measure(value, 0)
-
-    def _measure(self, value: Any, depth: int) -> tuple[int, int]:
-        match value:
-            case str():
-                return len(value) + 1, 0
-            case _Tensor(hooks):
-                if not all(hook is None or (isinstance(hook, _Box) and not hook.items) for hook in hooks):
-                    raise ValueError(NOT_WEIGHTS.format("a tensor with hooks"))
-                return 1, 0
-            case _Name(name) if name not in DTYPES:
-                raise ValueError(NOT_WEIGHTS.format(name.replace(" ", ".")))
-            case tuple() | _Box():
-                items = value if isinstance(value, tuple) else value.items
-            case _:
-                return 1, 0
-        if id(value) not in self.measured:
-            if depth > MOST_NESTED:
-                raise ValueError("nested too deeply")
-            self.measured[id(value)] = None
-            inside = [self._measure(item, depth + 1) for item in items]
-            size, height = 1 + sum(size for size, _ in inside), 1 + max((height for _, height in inside), default=0)
-            if size > self.most:
-                raise ValueError(f"values that repeat themselves, to more than {self.most} bytes")
-            self.measured[id(value)] = size, height
-        measured = self.measured[id(value)]
-        if measured is None:
-            raise ValueError("a value within itself")
-        if depth + measured[1] > 2 * MOST_NESTED:
+    Raises:
+        ValueError: larger than `most`, nested too deeply, within itself, or not a plain value.
+    """
+    match value:
+        case str():
+            return len(value) + 1, 0
+        case _Tensor(hooks):
+            if not all(hook is None or (isinstance(hook, _Box) and not hook.items) for hook in hooks):
+                raise ValueError(NOT_WEIGHTS.format("a tensor with hooks"))
+            return 1, 0
+        case _Name(name) if name not in DTYPES:
+            raise ValueError(NOT_WEIGHTS.format(name.replace(" ", ".")))
+        case tuple() | _Box():
+            items = value if isinstance(value, tuple) else value.items
+        case _:
+            return 1, 0
+    if id(value) not in measured:
+        if depth > MOST_NESTED:
             raise ValueError("nested too deeply")
-        return measured
+        measured[id(value)] = None
+        inside = [_measure(item, most, measured, depth + 1) for item in items]
+        size, height = 1 + sum(size for size, _ in inside), 1 + max((height for _, height in inside), default=0)
+        if size > most:
+            raise ValueError(f"values that repeat themselves, to more than {most} bytes")
+        measured[id(value)] = size, height
+    size_and_height = measured[id(value)]
+    if size_and_height is None:
+        raise ValueError("a value within itself")
+    if depth + size_and_height[1] > 2 * MOST_NESTED:
+        raise ValueError("nested too deeply")
+    return size_and_height

@@ -50,11 +50,7 @@ class Pixels:
             implicit, little = self.header.original_encoding
             element: Any = next(data_element_generator(file, implicit, little, defer_size=None if self.by_gdcm else 1))
             if self.by_gdcm:
-                image = _gdcm_image(self.path, self.header, element, shape)  # must outlive the view of it
-                frames = _gdcm_view(image).reshape(-1, *shape)
-                if max(numbers) >= len(frames):
-                    raise ScanError(self.path, f"{len(frames)} frames, expected more than {max(numbers)}")
-                yield from (frames[k].astype(np.float32) if frames.dtype == np.float64 else frames[k] for k in numbers)
+                yield from _by_gdcm(self.path, self.header, element, numbers, shape)
                 return
             file.seek(element.value_tell)
             options = as_pixel_options(self.header, pixel_keyword=keyword_for_tag(element.tag), pixel_vr=element.VR)
@@ -64,8 +60,10 @@ class Pixels:
                 yield frame
 
 
-def _gdcm_image(path: Path, header: Any, element: Any, shape: tuple[int, int]) -> Any:
-    """The stored numbers of all frames. GDCM sees what it needs to decode them and nothing else, in a file that is in
+def _by_gdcm(
+    path: Path, header: Any, element: Any, numbers: Sequence[int], shape: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """The stored numbers of some frames. GDCM sees what it needs to decode them and nothing else, in a file that is in
     memory only: it allocates whatever any other element claims to hold."""
     try:
         import SimpleITK as sitk
@@ -93,13 +91,11 @@ def _gdcm_image(path: Path, header: Any, element: Any, shape: tuple[int, int]) -
     with os.fdopen(os.memfd_create("slices.dcm"), "wb") as file:
         plain.save_as(file, enforce_file_format=True)
         file.flush()
-        return sitk.ReadImage(f"/proc/self/fd/{file.fileno()}", imageIO="GDCMImageIO")
-
-
-def _gdcm_view(image: Any) -> np.ndarray:
-    import SimpleITK as sitk
-
-    return sitk.GetArrayViewFromImage(image)
+        image = sitk.ReadImage(f"/proc/self/fd/{file.fileno()}", imageIO="GDCMImageIO")  # must outlive the view of it
+    frames = sitk.GetArrayViewFromImage(image).reshape(-1, *shape)
+    if max(numbers) >= len(frames):
+        raise ScanError(path, f"{len(frames)} frames, expected more than {max(numbers)}")
+    yield from (frames[k].astype(np.float32) if frames.dtype == np.float64 else frames[k] for k in numbers)
 
 
 def _size_of_code_stream(stream: bytes) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ def check_file(path: Path) -> None:
     """Raises ScanError where there is no file, or nothing in it."""
     try:
         size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ScanError(path, "no such file", "missing") from error
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise ScanError(path, "no such file", "missing") from error
         raise ScanError(path, f"cannot be read ({error.strerror})") from error
     if not path.is_file():
         raise ScanError(path, "not a regular file")
