@@ -177,10 +177,9 @@ def join_report(impression: str, findings: str) -> str:
 def _grid(study: Study, m: int, patch_size: Grid) -> Grid:
     scan = study.scans[m]
     name = f"{study.uid}, scan {study.names[m] if m < len(study.names) else m}"
-    if not isinstance(scan, Tensor):
-        raise ValueError(f"{name}: expected a uint8 tensor (D, H, W), got {scan!r}")
-    if scan.dtype != torch.uint8 or scan.dim() != 3:
-        raise ValueError(f"{name}: expected a uint8 tensor (D, H, W), got {scan.dtype} {tuple(scan.shape)}")
+    if not isinstance(scan, Tensor) or scan.dtype != torch.uint8 or scan.dim() != 3:
+        got = f"{scan.dtype} {tuple(scan.shape)}" if isinstance(scan, Tensor) else repr(scan)
+        raise ValueError(f"{name}: expected a uint8 tensor (D, H, W), got {got}")
     if 0 in scan.shape or any(n % p for n, p in zip(scan.shape, patch_size, strict=True)):
         raise ValueError(f"{name}: shape {tuple(scan.shape)} is not a whole number of patches {tuple(patch_size)}")
     d, h, w = (n // p for n, p in zip(scan.shape, patch_size, strict=True))
@@ -211,9 +210,7 @@ def patch_dropout(layout: StudyLayout, rate: float, level: Level, draws: Draws |
     Returns increasing int64 rows for `select`.
     """
     lengths = layout.seqlens(level)
-    kept = np.maximum(1, (lengths * (1 - rate)).astype(np.int64))
-    ranks = _random_ranks(lengths, (draws or Draws())(layout.seqlens("study")))
-    return torch.from_numpy(np.flatnonzero(ranks < np.repeat(kept, lengths)))
+    return torch.from_numpy(np.flatnonzero(_drawn(lengths, rate, (draws or Draws())(layout.seqlens("study")))))
 
 
 def scan_dropout(layout: StudyLayout, rate: float, draws: Draws | None = None) -> Tensor:
@@ -222,15 +219,15 @@ def scan_dropout(layout: StudyLayout, rate: float, draws: Draws | None = None) -
     Returns the increasing int64 rows of their patches.
     """
     num_scans = np.array([len(study) for study in layout.grids])
-    kept = np.maximum(1, (num_scans * (1 - rate)).astype(np.int64))
-    scans = _random_ranks(num_scans, (draws or Draws())(num_scans)) < np.repeat(kept, num_scans)
+    scans = _drawn(num_scans, rate, (draws or Draws())(num_scans))
     return torch.from_numpy(np.flatnonzero(np.repeat(scans, layout.seqlens("scan"))))
 
 
-def _random_ranks(lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """For runs of the given lengths: each place's rank, from 0, in the order of its run by `keys` from 0 to 1."""
+def _drawn(lengths: np.ndarray, rate: float, keys: np.ndarray) -> np.ndarray:
+    """Which places of runs of the given lengths are kept: of L places, the `max(1, int(L * (1 - rate)))` with the
+    smallest of `keys`, from 0 to 1."""
     runs = np.repeat(np.arange(len(lengths)), lengths)
     order = np.argsort(runs + keys)
     ranks = np.empty(len(runs), dtype=np.int64)
     ranks[order] = np.arange(len(runs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return ranks
+    return ranks < np.repeat(np.maximum(1, (lengths * (1 - rate)).astype(np.int64)), lengths)

@@ -112,7 +112,7 @@ def edit_config(key: str, value: object) -> Callable[[Path], object]:
         (lambda f: (f / "config.json").write_text("{"), "config.json: not a readable model configuration"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: not a readable model configuration"),
         (lambda f: (f / "config.json").unlink(), "config.json: not a readable model configuration"),
-        (repeat_width, "config.json: .*'width' occurs twice in the object that begins on line"),
+        (repeat_width, "config.json: .*line .*: 'width' occurs twice"),
         (edit_config("width", "abc"), "config.json: .*vision.width: expected a whole number, got 'abc'"),
         (edit_config("heads", 5), "config.json: .*width must be a multiple of heads, got 48 and 5"),
         (edit_config("grid", [2, 2]), "config.json: .*vision.grid: expected a list of 3 values"),

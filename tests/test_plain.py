@@ -42,7 +42,7 @@ def test_names_of_yaml_are_what_is_written(name: str) -> None:
         ("a: 1\nb: 2\na: 3", "line 3: 'a' occurs twice, first on line 1"),
         ("- {x: {no: 1}}\n- {x: {no: 1, 'no': 2}}", "line 2: 'no' occurs twice"),
         ("1: x\n'1': y", "line 2: '1' occurs twice"),
-        ("a: 1\nb: 1e999", "line 2: '1e999' is beyond"),
+        ("a: 1\nb: 1e999", "line 2: expected a finite number, got '1e999'"),
         ("a:\n  - !!int '3'", "line 2: a tag"),
         ("a: !own x", "line 1: a tag"),
         ("a: &x 1\nb: *x", "line 2: a reference"),
@@ -61,8 +61,8 @@ def test_yaml_that_is_refused(text: str, reason: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"a": 1, "a": 1}', "'a' occurs twice in the object that begins on line 1"),
-        ('{"a": [{"b": 1}],\n "c":\n  {"b": 1, "d": {},\n "b": 2}}', "'b' occurs twice in the object .* line 3"),
+        ('{"a": 1, "a": 1}', "line 1: 'a' occurs twice, first on line 1"),
+        ('{"a": [{"b": 1}],\n "c":\n  {"b": 1, "d": {},\n "b": 2}}', "line 4: 'b' occurs twice, first on line 3"),
     ],
 )
 def test_names_that_occur_twice_in_json(text: str, reason: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Slice:
     axes: (6) - directions of a row and of a column, as DICOM gives them.
     position: (3) mm - the first pixel's place, as DICOM gives it.
     spacing: mm from row to row and from column to column.
-    slope, intercept: from stored numbers to intensities, as the header has them.
+    scale: slope and intercept, from stored numbers to intensities, as the header has them.
     order: of slices at the same place.
     """
 
@@ -43,8 +43,7 @@ class Slice:
     axes: tuple[float, ...]
     position: tuple[float, ...]
     spacing: tuple[float, float]
-    slope: float
-    intercept: float
+    scale: tuple[float, float]
     order: tuple[float, float, int, str]
 
     @property
@@ -159,7 +158,7 @@ def _slice(pixels: Pixels, frame: int, place: Any) -> Slice:
         raise ScanError(path, f"rows and columns run the same way: {axes}", "sheared")
     shape, uid = (int(data.Rows), int(data.Columns)), str(data.get("SOPInstanceUID", ""))
     order = (float(data.get("AcquisitionNumber") or 0), float(data.get("InstanceNumber") or 0), frame, str(path))
-    return Slice(pixels, frame, uid, shape, axes, position, (spacing[0], spacing[1]), slope, intercept, order)
+    return Slice(pixels, frame, uid, shape, axes, position, (spacing[0], spacing[1]), (slope, intercept), order)
 
 
 def _one_orientation(path: Path, slices: Sequence[Slice], rules: Rules) -> list[Slice]:
@@ -223,13 +222,13 @@ def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarra
     check_grid(path, (columns, rows, int(index[-1]) + 1), affine, rules)
 
     array = np.empty(0)
-    scales = {(item.slope, item.intercept) for item in stack}
+    scales = {item.scale for item in stack}
     for pixels, group in groupby(zip(stack, index, strict=True), key=lambda pair: pair[0].pixels):
         pairs = list(group)
         frames = pixels.frames([item.frame for item, _ in pairs], (rows, columns))
         for (item, k), values in zip(pairs, frames, strict=True):
             if len(scales) > 1:
-                values = rescale(values.astype(np.float32), item.slope, item.intercept, rules)
+                values = rescale(values.astype(np.float32), *item.scale, rules)
             if not array.size:
                 array = np.empty((columns, rows, int(index[-1]) + 1), values.dtype, order="F")
             elif array.dtype != values.dtype:

@@ -6,6 +6,7 @@ of any length. Functions raise `OSError` or `ValueError` with the reason alone; 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -73,12 +74,7 @@ def whole_number(text: str) -> int:
 
 
 class _GivenTwice(ValueError):
-    """Says that an object has a name twice; and, once it is known, on which line the object begins."""
-
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return super().__str__() + (f" in the object that begins on line {self.line}" if self.line else "")
+    """Says that an object has a name twice."""
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,22 +84,6 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise _GivenTwice(f"{short(key)} occurs twice")
     return content
-
-
-class _Locating(json.JSONDecoder):
-    """The same in plain Python, which is slow, and says where an object is that has a name twice."""
-
-    def __init__(self) -> None:
-        super().__init__(object_pairs_hook=unique_keys)
-        self.parse_object = self._object
-        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
-
-    def _object(self, place: tuple[str, int], *rest: Any) -> Any:
-        try:
-            return json.decoder.JSONObject(place, *rest)  # type: ignore[attr-defined]
-        except _GivenTwice as error:
-            error.line = error.line or place[0].count("\n", 0, place[1]) + 1  # objects around it come later
-            raise
 
 
 def parse_json(text: str | bytes, finite: bool = False) -> Any:
@@ -119,7 +99,10 @@ def parse_json(text: str | bytes, finite: bool = False) -> Any:
         try:
             return json.loads(text, object_pairs_hook=unique_keys, **options)
         except _GivenTwice:
-            return json.loads(text, cls=_Locating)  # raises it again, with its line
+            if len(text) <= MOST_YAML:
+                with contextlib.suppress(yaml.YAMLError):  # JSON is YAML, but for tabs between its values
+                    _value(_Loader(text).get_single_node(), texts=True)  # raises it again, with the lines
+            raise
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except MemoryError as error:
@@ -166,12 +149,11 @@ def _scalar(text: str, texts: bool) -> Any:
         return text
     if not number["rest"]:
         return whole_number(text)
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{short(text)} is beyond all numbers that can be held")
-    return float(text)
+    return finite_number(text)
 
 
-def _value(node: yaml.Node, texts: bool) -> Any:
+def _value(node: Any, texts: bool) -> Any:
+    """The plain values of a node of YAML."""
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, texts) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -184,7 +166,6 @@ def _value(node: yaml.Node, texts: bool) -> Any:
                 raise ValueError(f"line {line}: {short(key.value)} occurs twice, first on line {lines[key.value]}")
             lines[key.value] = line
         return {key.value: _value(value, texts) for key, value in node.value}
-    assert isinstance(node, yaml.ScalarNode)
     if node.style is not None:  # in quotes, or a block of text
         return node.value
     try:

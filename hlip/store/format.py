@@ -243,10 +243,13 @@ def read_shard(path: Path) -> Shard:
                 if tensor["dtype"] != "U8" or len(tensor["shape"]) != 3:
                     raise ScanError(path, f"scan {m} of {study['uid']} is {tensor['dtype']} {tensor['shape']}")
                 scan["shape"], scan["offset"] = tensor["shape"], 8 + len(header) + tensor["data_offsets"][0]
-        studies, recipe, recipe_hash = content["studies"], content["recipe"], content["recipe_hash"]
-        if not isinstance(recipe, dict) or not isinstance(recipe_hash, str):
-            raise ScanError(path, f"not a readable shard: its recipe is {recipe_hash!r:.60}")
-        return Shard(studies, structure(list[Rejection], content["rejected"]), recipe, recipe_hash, columns_of(studies))
+        return Shard(
+            content["studies"],
+            structure(list[Rejection], content["rejected"], "rejected"),
+            structure(dict[str, Any], content["recipe"], "recipe"),
+            structure(str, content["recipe_hash"], "recipe_hash"),
+            columns_of(content["studies"]),
+        )
 
 
 def read_rejections(path: Path, home: Path) -> list[Rejection]:
@@ -305,7 +308,4 @@ def read_json(path: Path, home: Path, most: int | None = MOST_SETTINGS) -> dict[
     link that leads out."""
     with damage(path, "damaged"):
         check_regular(path, home)
-        content = safe.read_json(path, most)
-        if not isinstance(content, dict):
-            raise ScanError(path, "damaged (expected an object)")
-        return content
+        return structure(dict[str, Any], safe.read_json(path, most))
