@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .headers import DEFLATED, HEAD_BYTES, parse, several
+from .headers import HEAD_BYTES, parse, several
 from .pixels import Pixels
 from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite
 from .scan import ScanError, ScanSource, Volume, damage
@@ -96,8 +96,6 @@ def _open(path: Path) -> tuple[Any, int]:
     """The header of a file, and the byte at which its pixels begin."""
     check_file(path)
     with damage(path, "truncated or corrupt"), path.open("rb", HEAD_BYTES) as file:
-        if DEFLATED in file.read(2048):
-            raise ScanError(path, "deflated as a whole: its size cannot be told before it is read")
         return parse(file)
 
 
