@@ -131,11 +131,10 @@ def label(text: str) -> str:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
-    shown = "".join(
+    return "".join(
         c if c.isspace() or font.get_char_index(ord(c)) else c.encode("unicode_escape").decode()
         for c in visible(text, "\n")
-    )
-    return shown.replace("$", r"\$")
+    ).replace("$", r"\$")
 
 
 def shown_name(given: Path | str) -> str:

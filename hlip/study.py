@@ -73,8 +73,14 @@ class StudyRecord(Generic[Scan]):
 
     def shown(self: StudyRecord[PreparedScan]) -> Study:
         """What a model sees of it."""
-        images, names = [scan.image for scan in self.scans], [scan.name for scan in self.scans]
-        return Study(self.uid, images, names, self.impression, self.findings, list(self.rejected))
+        return Study(
+            self.uid,
+            [scan.image for scan in self.scans],
+            [scan.name for scan in self.scans],
+            self.impression,
+            self.findings,
+            list(self.rejected),
+        )
 
 
 @dataclass
@@ -125,10 +131,12 @@ class PackedBatch:
     def select(self, keep: Tensor) -> PackedBatch:
         """The batch with only the rows `keep`: (n) increasing int64 or (T) bool, on the host."""
         rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
-        layout = self.layout.select(keep)
-        positions = self.positions[rows]
-        rows = rows.to(self.patches.device, non_blocking=True)
-        return replace(self, patches=self.patches[rows], positions=positions, layout=layout)
+        return replace(
+            self,
+            layout=self.layout.select(keep),
+            positions=self.positions[rows],
+            patches=self.patches[rows.to(self.patches.device, non_blocking=True)],
+        )
 
 
 def pack(studies: Study | Sequence[Study | Sequence[Tensor]], patch_size: Grid) -> PackedBatch:

@@ -66,7 +66,9 @@ def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
     path = source.files[0]
     first, slices = None, []
     for file in source.files:
-        data, offset = _open(file)
+        check_file(file)
+        with damage(file, "truncated or corrupt"), file.open("rb", HEAD_BYTES) as opened:
+            data, offset = parse(opened)
         with damage(file, "a damaged header"):
             series, modality, description = (
                 str(data.get(name) or "") for name in ("SeriesInstanceUID", "Modality", "SeriesDescription")
@@ -92,19 +94,16 @@ def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
     return volumes
 
 
-def _open(path: Path) -> tuple[Any, int]:
-    """The header of a file, and the byte at which its pixels begin."""
-    check_file(path)
-    with damage(path, "truncated or corrupt"), path.open("rb", HEAD_BYTES) as file:
-        return parse(file)
-
-
 def _slices(pixels: Pixels) -> list[Slice]:
     """The slices of one file: one, or each frame of a multi-frame one."""
     path, data = pixels.path, pixels.header
     if int(data.get("SamplesPerPixel", 1)) != 1 or str(data.get("PhotometricInterpretation")) != "MONOCHROME2":
-        what = f"{data.get('SamplesPerPixel', 1)} samples, {data.get('PhotometricInterpretation')}"
-        raise ScanError(path, f"expected one grey value a pixel, got {what}", "not_grey")
+        raise ScanError(
+            path,
+            f"expected one grey value a pixel, got {data.get('SamplesPerPixel', 1)} samples, "
+            f"{data.get('PhotometricInterpretation')}",
+            "not_grey",
+        )
     frames = int(data.get("NumberOfFrames") or 1)
     if "PerFrameFunctionalGroupsSequence" not in data:
         if frames > 1:
@@ -179,8 +178,11 @@ def _one_orientation(path: Path, slices: Sequence[Slice], rules: Rules) -> list[
 def _parallel(one: Slice, other: Slice) -> bool:
     if (one.shape, one.axes, one.spacing) == (other.shape, other.axes, other.spacing):
         return True
-    same_axes = np.allclose(one.axes, other.axes, atol=1e-3)
-    return one.shape == other.shape and same_axes and bool(np.allclose(one.spacing, other.spacing, rtol=1e-3))
+    return (
+        one.shape == other.shape
+        and np.allclose(one.axes, other.axes, atol=1e-3)
+        and np.allclose(one.spacing, other.spacing, rtol=1e-3)
+    )
 
 
 def _stacks(path: Path, slices: Iterable[Slice]) -> list[list[Slice]]:

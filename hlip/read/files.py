@@ -115,8 +115,7 @@ def _link(path: Path, home: Path) -> str | None:
         return "the link leads out of the folder"
     if not stat.S_ISREG(mode):
         return "the link leads to a folder or device"
-    hidden = any(name.startswith(".") for name in target.relative_to(home).parts)
-    return None if hidden else ""
+    return None if any(name.startswith(".") for name in target.relative_to(home).parts) else ""
 
 
 def in_runs(

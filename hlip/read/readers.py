@@ -21,10 +21,9 @@ def read_scan(source: ScanSource, rules: Rules) -> list[Volume]:
         ScanError: not readable, or against the rules that concern files.
     """
     check_source(source, rules)
-    volumes = READERS[source.kind](source, rules)
     return [
         replace(v, modality=source.modality or v.modality, description=source.description or v.description)
-        for v in volumes
+        for v in READERS[source.kind](source, rules)
     ]
 
 

@@ -268,5 +268,7 @@ def check_finite(settings: Any) -> None:
 def check_format(number: Any, known: int) -> None:
     """Raises ValueError where the number of a file's format is not the one that this version writes and reads."""
     if type(number) is not int or number != known:
-        got = f"of format {number!r:.40}; this version reads format {known}"
-        raise ValueError(f"{got}: update hlip-kernels (pip install -U hlip-kernels), or make it anew")
+        raise ValueError(
+            f"of format {number!r:.40}; this version reads format {known}: update hlip-kernels "
+            "(pip install -U hlip-kernels), or make it anew"
+        )

@@ -197,10 +197,16 @@ def write_shard(
                 places[f"{len(entries):06d}/{m:03d}"] = voxels.tell(), scan.image.shape
                 voxels.write(scan.image.contiguous().numpy().data)
             entries += [_entry(study)] if study.scans else []
-        content = {"recipe": recipe, "recipe_hash": recipe_hash, "studies": entries, "rejected": rejected}
+        content = {
+            "format": FORMAT,
+            "recipe": recipe,
+            "recipe_hash": recipe_hash,
+            "studies": entries,
+            "rejected": rejected,
+        }
         names = sorted(places)  # as safetensors lays them
         ends = np.cumsum([math.prod(places[name][1]) for name in names], dtype=np.int64).tolist()
-        header: dict[str, Any] = {"__metadata__": {"hlip": json.dumps({"format": FORMAT, **content})}}
+        header: dict[str, Any] = {"__metadata__": {"hlip": json.dumps(content)}}
         for name, begin, end in zip(names, [0, *ends], ends, strict=False):
             header[name] = {"dtype": "U8", "shape": places[name][1], "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()

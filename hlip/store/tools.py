@@ -78,8 +78,8 @@ def finish(
         writer.close()
     rejected.sort(key=astuple)
     write_rejections(path / "rejected.jsonl", rejected, work)
-    rules = Counter(rejection.rule for rejection in rejected)
-    report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(sorted(rules.items())))
+    rules = sorted(Counter(rejection.rule for rejection in rejected).items())
+    report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(rules))
     write_json(path / "report.json", asdict(report), work)
     recipe_hash, recipe = next(iter(recipes.items()), ("", {}))
     content = {
@@ -238,8 +238,7 @@ def select(store: Store, indices: Sequence[int], out: Path, progress: Progress =
     runs = list(cut(indices, lambda i: int(store.num_scans[i]), info["shard_scans"]))
     with _new_folder(out) as folder:
         for number, run in enumerate(progress(runs)):
-            target = shard_file(folder, number)
-            write_shard(target, _copies(store, run), info["recipe"], info["recipe_hash"], folder)
+            write_shard(shard_file(folder, number), _copies(store, run), info["recipe"], info["recipe_hash"], folder)
         facts = {key: info[key] for key in ("shard_scans", "hidden_ids")}
         return finish(folder, folder, source_hash=digest, **facts)
 
@@ -306,7 +305,10 @@ def stats(store: Store) -> dict[str, Any]:
 def _distribution(values: np.ndarray) -> dict[str, Any]:
     if not len(values):
         return {"counts": {}}
-    points = {f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 90, 95)}
     different, counts = np.unique(values, return_counts=True)
-    table = dict(zip(map(str, different.tolist()), counts.tolist(), strict=True))
-    return {"mean": float(values.mean()), **points, "max": int(values.max()), "counts": table}
+    return {
+        "mean": float(values.mean()),
+        **{f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 90, 95)},
+        "max": int(values.max()),
+        "counts": dict(zip(map(str, different.tolist()), counts.tolist(), strict=True)),
+    }
