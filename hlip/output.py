@@ -171,8 +171,7 @@ def _line(row: Sequence[Any]) -> str:
 
 
 def _harmless(cell: Any) -> Any:
-    runs = isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell)
-    return f"'{cell}" if runs else cell
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell) else cell
 
 
 def new_figure(width: float, height: float) -> Figure:

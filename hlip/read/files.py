@@ -133,8 +133,12 @@ def in_runs(
     if workers <= 1:
         yield from progress(map(function, items), total=len(items), **words)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     try:
         yield from progress(pool.map(function, items, chunksize=per_job), total=len(items), **words)
     finally:

@@ -135,8 +135,7 @@ def _geometry(path: Path, header: Any) -> tuple[np.ndarray, tuple[float, float]]
         slope, intercept = header.get_slope_inter()
     except (HeaderDataError, ValueError) as error:
         raise ScanError(path, f"not a readable NIfTI file ({error})") from error
-    scale = (1.0, 0.0) if slope is None else (float(slope), float(intercept or 0))
-    return np.asarray(affine, dtype=np.float64), scale
+    return np.asarray(affine, dtype=np.float64), (1.0 if slope is None else float(slope), float(intercept or 0))
 
 
 class _Inflated(io.RawIOBase):

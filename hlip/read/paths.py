@@ -31,8 +31,9 @@ def check_within(path: Path, home: Path) -> None:
 
 
 def check_memory(path: Path) -> None:
-    """Raises ValueError for a file that is larger than this machine's memory, as one of holes may be; nothing where the
-    system does not say how much there is."""
+    """As `check_regular`. Raises ValueError, too, for a file that is larger than this machine's memory, as one of holes
+    may be, where the system says how much there is."""
+    check_regular(path)
     if not hasattr(os, "sysconf"):
         return
     size, memory = path.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -43,7 +44,6 @@ def check_memory(path: Path) -> None:
 def check_text(path: Path) -> None:
     """Raises OSError or ValueError where a file is not regular, larger than this machine's memory, or has holes, which
     are zeros that take no place on the disk: a text has none."""
-    check_regular(path)
     check_memory(path)
     if hasattr(os, "SEEK_HOLE"):
         with path.open("rb") as file:

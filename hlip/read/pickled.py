@@ -225,8 +225,7 @@ def _fill(box: Any, name: str, items: list[Any]) -> None:
     is_list = name.startswith("APPEND")
     if not isinstance(box, _Box) or (box.kind == "LIST") != is_list or (not is_list and len(items) % 2):
         raise ValueError("damaged, or not made by torch.save (values out of their place)")
-    keys = [] if is_list else items[::2]
-    if not all(map(_is_key, keys)):
+    if not is_list and not all(map(_is_key, items[::2])):
         raise ValueError(NOT_WEIGHTS.format("a dict whose keys are no texts or numbers"))
     box.items += items
 

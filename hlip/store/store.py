@@ -104,11 +104,11 @@ class Store:
         except KeyError as error:
             raise ValueError(f"{self.path}: holds no study {error.args[0]}") from error
 
-    def check_finished(self) -> None:
-        """Raises ValueError if the store is not finished, or empty."""
+    def check_finished(self, or_empty: bool = False) -> None:
+        """Raises ValueError if the store is not finished; if it is empty, too, unless `or_empty`."""
         if not self.info:
             raise ValueError(f"{self.path}: the store is not finished: run hlip prepare again to go on with it")
-        if len(self) == 0:
+        if len(self) == 0 and not or_empty:
             raise ValueError(f"{self.path}: the store holds no studies")
 
     def scan_tokens(self, patch_size: Sequence[int]) -> np.ndarray:

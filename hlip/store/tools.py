@@ -256,15 +256,16 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[StudyRecord[Prepar
             )
             for m, scan in enumerate(study["scans"])
         ]
-        rejected = [rejection for rejection in shard.rejected if rejection.study == study["uid"]]
-        report = {key: study[key] for key in ("uid", "impression", "findings", "labels")}
-        yield StudyRecord(scans=scans, rejected=rejected, **report)
+        yield StudyRecord(
+            scans=scans,
+            rejected=[rejection for rejection in shard.rejected if rejection.study == study["uid"]],
+            **{key: study[key] for key in ("uid", "impression", "findings", "labels")},
+        )
 
 
 def _finished(path: Path) -> Store:
     store = Store(path)
-    if not store.info:
-        raise ValueError(f"{path}: the store is not finished: run hlip prepare again to go on with it")
+    store.check_finished(or_empty=True)
     return store
 
 
