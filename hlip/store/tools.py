@@ -176,7 +176,7 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
         ValueError: `out` exists; a store is unfinished, of another recipe, with other ids, or holds a study of one
             before it; names both.
     """
-    stores = [_finished(path) for path in paths]
+    stores = [Store(path) for path in paths]
     _check_alike(stores)
     digest = hashlib.sha256("".join(store.info["source_hash"] for store in stores).encode()).hexdigest()[:32]
     with _new_folder(out) as folder:
@@ -199,6 +199,7 @@ def merge(paths: Sequence[Path], out: Path) -> Report:
 def _check_alike(stores: Sequence[Store]) -> None:
     homes: dict[str, Path] = {}
     for store in stores:
+        store.check_finished(or_empty=True)
         for key in ("recipe_hash", "hidden_ids"):
             if store.info[key] != stores[0].info[key]:
                 raise ValueError(
@@ -233,7 +234,8 @@ def select(store: Store, indices: Sequence[int], out: Path, progress: Progress =
     """
     if not len(indices):
         raise ValueError(f"{out}: would hold no study")
-    info = _finished(store.path).info
+    store.check_finished()
+    info = store.info
     digest = hashlib.sha256(f"{info['source_hash']} {store.uids[list(indices)].tolist()}".encode()).hexdigest()[:32]
     runs = list(cut(indices, lambda i: int(store.num_scans[i]), info["shard_scans"]))
     with _new_folder(out) as folder:
@@ -261,12 +263,6 @@ def _copies(store: Store, indices: Sequence[int]) -> Iterator[StudyRecord[Prepar
             rejected=[rejection for rejection in shard.rejected if rejection.study == study["uid"]],
             **{key: study[key] for key in ("uid", "impression", "findings", "labels")},
         )
-
-
-def _finished(path: Path) -> Store:
-    store = Store(path)
-    store.check_finished(or_empty=True)
-    return store
 
 
 @contextmanager
