@@ -87,11 +87,10 @@ def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
     if len(stacks) > 1 and (rules.four_d == "reject" or (rules.four_d == "split" and len(stacks) > rules.max_parts)):
         raise ScanError(path, f"expected one 3D volume, got {len(stacks)} at the same places", "four_d")
     stacks = stacks if rules.four_d == "split" else stacks[:1]
-    volumes = []
-    for t, stack in enumerate(stacks):
-        array, affine = _read_stack(path, stack, rules)
-        volumes.append(Volume(array, affine, path, *first[1:], f"t{t}" if len(stacks) > 1 else ""))
-    return volumes
+    return [
+        Volume(*_read_stack(path, stack, rules), path, *first[1:], f"t{t}" if len(stacks) > 1 else "")
+        for t, stack in enumerate(stacks)
+    ]
 
 
 def _slices(pixels: Pixels) -> list[Slice]:

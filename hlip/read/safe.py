@@ -7,7 +7,6 @@ of any length. Functions raise `OSError` or `ValueError` with the reason alone; 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import functools
 import json
@@ -258,11 +257,10 @@ def finite_number(text: str | float) -> float:
 def check_finite(settings: Any) -> None:
     """Raises ValueError where a field of a dataclass is, or has in it, a number that is infinite or NaN, or a whole one
     of more than 64 bits."""
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
+    for name, value in vars(settings).items():
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, (int, float)) and not is_held(number):
-                raise ValueError(f"{field.name} must be finite, and of 64 bits if it is whole, got {short(value)}")
+                raise ValueError(f"{name} must be finite, and of 64 bits if it is whole, got {short(value)}")
 
 
 def check_format(number: Any, known: int) -> None:
