@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .headers import HEAD_BYTES, parse, several
+from .headers import DEFLATED, HEAD_BYTES, parse, several
 from .pixels import Pixels
 from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite
 from .scan import ScanError, ScanSource, Volume, damage
@@ -68,6 +68,8 @@ def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
     for file in source.files:
         check_file(file)
         with damage(file, "truncated or corrupt"), file.open("rb", HEAD_BYTES) as opened:
+            if DEFLATED in opened.read(2048):
+                raise ScanError(file, "deflated as a whole: its size cannot be told before it is read")
             data, offset = parse(opened)
         with damage(file, "a damaged header"):
             series, modality, description = (

@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ DICOM_TAGS = (
     "Rows",
 )
 DEFLATED = b"1.2.840.10008.1.2.1.99"
+MAX_DEFLATED = 2**28  # bytes
 DICOMDIR_CLASS = "1.2.840.10008.1.3.10"
 
 
@@ -71,6 +73,7 @@ def _read_header(path: str) -> Header | ScanError | None:
             if not _begins_like_dicom(start):
                 named = path.lower().endswith(DICOM_SUFFIXES)
                 return ScanError(path, "not a DICOM file, in spite of its name") if named else None
+            _check_inflated(file)
             dataset, offset = parse(file, force=True, specific_tags=list(DICOM_TAGS))
             if dataset.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR_CLASS:
                 return None
@@ -94,8 +97,6 @@ def _read_header(path: str) -> Header | ScanError | None:
             )
     except ImportError:
         raise
-    except ScanError as error:
-        return error
     except Exception as error:  # damaged headers make pydicom raise nearly every type there is
         return ScanError(path, f"not a readable DICOM header ({why(error)})")
 
@@ -122,14 +123,26 @@ def parse(file: Any, **options: Any) -> tuple[Any, int]:
         raise ImportError("reading DICOM needs pydicom: pip install 'hlip-kernels[io]'") from error
 
     file.seek(0)
-    if DEFLATED in file.read(2048):
-        raise ScanError(file.name, "deflated as a whole: its size cannot be told before it is read")
-    file.seek(0)
     try:
         dataset = dcmread(file, stop_before_pixels=True, **options)
     except InvalidDicomError as error:
         raise ScanError(file.name, f"not a DICOM file ({error})") from error
     return dataset, file.tell() if file.tell() < os.fstat(file.fileno()).st_size else 0
+
+
+def _check_inflated(file: Any) -> None:
+    """pydicom unpacks a deflated file as a whole, so one that would fill the memory must not get that far."""
+    file.seek(0)
+    head = file.read(2048)
+    if DEFLATED not in head:
+        return
+    if head[128:136] != b"DICM\2\0\0\0":
+        raise ValueError("deflated, without the length of its file meta information")
+    file.seek(144 + struct.unpack("<I", head[140:144])[0])
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    stream.decompress(file.read(), MAX_DEFLATED)
+    if stream.unconsumed_tail:
+        raise ValueError(f"more than {MAX_DEFLATED} bytes when inflated")
 
 
 def _raw(dataset: Any, tag: str) -> bytes:
