@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hlip.model.memory import keep_memory, release_memory
+from hlip.output import replacing
 from hlip_kernels.backends import choose_backend
 
 from .options import DTYPES
-from .peers import OWN, PEERS, Peer
+from .peers import OWN, PEERS, Peer, taken_back
 from .problems import Case, Problem
 from .report import Row, provenance, run_cases, show
 from .tables import kinds
@@ -60,44 +60,43 @@ class Settings(NamedTuple):
 
 
 class Way:
-    """A peer with its tensors in place."""
+    """A peer that is prepared, with its tensors in place."""
 
     def __init__(self, peer: Peer, qkv: Tensor, grad_out: Tensor) -> None:
-        self.peer = peer
+        peer.prepare()
+        self.peer, self.qkv, self.rows = peer, qkv, grad_out
         self.inputs = [x.detach().requires_grad_() for x in peer.inputs(qkv)]
         self.constants = [x.detach() for x in self.inputs]
         self.grad_out = peer.outputs(grad_out)
 
-    def forward(self) -> list[Tensor]:
+    def forward(self) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Return what `attend` does, and no gradients."""
         with torch.no_grad():
-            return self.peer.attend(*self.constants)
+            return self.peer.attend(*self.constants), ()
 
     def training(self) -> tuple[list[Tensor], Sequence[Tensor]]:
         out = self.peer.attend(*self.inputs)
         return out, torch.autograd.grad(out, self.inputs, self.grad_out)
 
-    def run(self, mode: str) -> Callable[[], Any]:
-        return self.forward if mode == "forward" else self.training
-
-    def first_call(self, mode: str) -> tuple[dict[str, Tensor], float, dict[str, int | None]]:
+    def first_call(self, mode: str) -> tuple[dict[str, Tensor], Row]:
         """
         Returns:
             In the order of the level's tensor: out (R, H, D), and after training the gradient of qkv (R, 3, H, D).
-            Seconds of the call. Bytes of memory at most, and on a CPU those that autograd kept for backward beyond the
+            Seconds of the call, bytes of memory at most, and on a CPU those that autograd kept for backward beyond the
             inputs.
         """
         kept = Kept(self.inputs)
         counts = self.peer.problem.device == "cpu"  # elsewhere compilers would see them; and peak memory says more
         with Peak() as peak, kept if counts else contextlib.nullcontext():
             begin = time.perf_counter()
-            returned = self.run(mode)()
+            out, grads = getattr(self, mode)()
             synchronise()
             seconds = time.perf_counter() - begin
-        out, grads = (returned, None) if mode == "forward" else returned
-        results = {"out": self.peer.take([x.detach() for x in out])}
-        if grads is not None:
-            results["grad"] = self.peer.grads(grads)
-        return results, seconds, {"peak_bytes": peak.bytes} | ({"saved_bytes": kept.bytes} if counts else {})
+        results = {"out": taken_back(self.peer.outputs, out, self.rows)}
+        if grads:
+            results["grad"] = taken_back(self.peer.inputs, grads, self.qkv)
+        facts = {"first_s": seconds, "peak_bytes": peak.bytes} | ({"saved_bytes": kept.bytes} if counts else {})
+        return results, facts
 
 
 class Oracle:
@@ -131,8 +130,7 @@ class Oracle:
                 for some, weight in ((slice(None), 1.0), (slice(self.num_prefix), 0.25)):
                     off = (heads - wanted)[some].square().sum((0, -1)) / wanted[some].square().sum((0, -1))
                     error = weight * float(off.sqrt().max()) if wanted[some].numel() else 0.0
-                    if error > errors[name] or isnan(error):  # of which nothing is larger
-                        errors[name] = error
+                    errors[name] = float(np.maximum(errors[name], error))  # NaN if either is
         return errors
 
 
@@ -148,6 +146,12 @@ def exact(qkv: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
         out[rows] = of_rows.detach()
         grad += torch.autograd.grad(of_rows, leaf, grad_out[rows], retain_graph=True)[0]
     return {"out": out, "grad": grad}
+
+
+def too_far(errors: Mapping[str, float], dtype: str) -> list[str]:
+    """Name the results that are further from float64 than a dtype allows."""
+    allowed = {"out": TOLERANCE[dtype], "grad": 2 * TOLERANCE[dtype]}
+    return [f"{name} off by {off:.2g} of its norm" for name, off in errors.items() if not off <= allowed[name]]
 
 
 def main(cases: Sequence[Case], settings: Sequence[Settings], args: argparse.Namespace) -> int:
@@ -169,12 +173,11 @@ def main(cases: Sequence[Case], settings: Sequence[Settings], args: argparse.Nam
 def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None = None) -> Iterator[Row]:
     """A row for every backend and mode; one with a `reason` for one that cannot run."""
     problem = case.problem(settings.heads, settings.head_dim, DTYPES[settings.dtype], settings.device)
-    lengths = problem.lengths
     facts = {
         "case": case.name, "level": case.level, "dtype": settings.dtype, "heads": settings.heads,
         "head_dim": settings.head_dim, "num_prefix": case.num_prefix, "dropout": case.dropout,
-        "groups": len(lengths), "rows": problem.num_rows, "shortest": int(lengths.min()), "longest": int(lengths.max()),
-        "rounds": settings.rounds, "calls": settings.calls, **provenance(torch.device(settings.device)),
+        "groups": len(problem.rows), "rows": problem.num_rows,
+        "shortest": int(problem.lengths.min()), "longest": int(problem.lengths.max()), "rounds": settings.rounds, "calls": settings.calls, **provenance(torch.device(settings.device)),
         "matmul_flop_per_s": limits.flops, "copy_bytes_per_s": limits.bytes,
     }  # fmt: skip
     tensors = problem.draw()
@@ -188,9 +191,8 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
             if reasons:
                 row["reason"] = "; ".join(reasons)
             else:
-                peer.prepare()
-                prepare[name] = clock(peer.prepare)
                 ways[name] = Way(peer, *tensors)
+                prepare[name] = clock(peer.prepare)
         if row:
             yield facts | {"backend": name, "mode": None} | row
     ours = f"hlip-{choose_backend('auto', settings.device, problem.dtype, settings.head_dim)}"
@@ -198,7 +200,7 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
         progress = tqdm(ways.items(), f"{mode}: first calls", unit="way", disable=None, leave=False)
         calls = {name: first_call(name, way, mode, oracle, settings) for name, way in progress}
         yield from (facts | row for row in calls.values() if "reason" in row)
-        runs = {name: ways[name].run(mode) for name, row in calls.items() if "reason" not in row}
+        runs = {name: getattr(ways[name], mode) for name, row in calls.items() if "reason" not in row}
         keep_memory()
         in_turns(runs, 1)  # from now on the process has the pages that calls write
         times = timed(runs, settings.rounds, settings.calls, ours)
@@ -219,21 +221,16 @@ def first_call(name: str, way: Way, mode: str, oracle: Oracle, settings: Setting
     if mode == "training" and (reasons := too_much(way.peer, True, settings)):
         return row | {"reason": reasons[0]}
     with told(name) as failed:
-        results, first, memory = way.first_call(mode)
+        results, facts = way.first_call(mode)
         if settings.device == "cuda" or way.peer.compiles:
             with Peak() as peak:  # now that nothing is compiled or tried any more
-                way.run(mode)()
-            memory["peak_bytes"] = peak.bytes
+                getattr(way, mode)()
+            facts["peak_bytes"] = peak.bytes
         errors = oracle.errors(results)
-        off = [
-            f"{result} is {error:.2g} of its norm away from float64"
-            for result, error in errors.items()
-            if not error <= TOLERANCE[settings.dtype] * (1 if result == "out" else 2)
-        ]
-        if off:
+        if off := too_far(errors, settings.dtype):
             failed["reason"] = failed["wrong"] = f"wrong: {', '.join(off)}"
         else:
-            row |= {"error": max(errors.values()), "checked": oracle.checked, "first_s": first, **memory}
+            row |= {"error": max(errors.values()), "checked": oracle.checked, **facts}
     return row | failed
 
 
@@ -262,15 +259,14 @@ def own(backend: str) -> bool:
 
 def trace(runs: Mapping[str, Callable[[], Any]], path: Path) -> None:
     """One call of each way in Chrome's trace format, under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU if there is one
         for name, call in runs.items():
             with torch.profiler.record_function(name):
                 call()
                 synchronise()
-    partial = path.with_name(f".{path.name}.tmp")
-    profiler.export_chrome_trace(str(partial))
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        profiler.export_chrome_trace(str(partial))
     print(f"{path}: for ui.perfetto.dev or chrome://tracing")
 
 

@@ -44,8 +44,9 @@ from .problems import Problem
 
 
 class Peer:
-    """A way of attention. Tensors of rows, (R, H, D) in the order of the level's tensor, go in by `put` and come back
-    by `take`; neither is timed. This one takes rows as they lie."""
+    """A way of attention. `put` gives tensors of rows, (R, H, D) in the order of the level's tensor, the form that it
+    takes and returns, which is not timed. It only moves rows, so its gradient takes results back (`taken_back`). This
+    one takes rows as they lie."""
 
     backend: str = ""  # ours that calls the same library, and knows why it would not run
     compiles: ClassVar[bool] = False  # in its first call, also without a GPU
@@ -70,9 +71,6 @@ class Peer:
     def put(self, x: Tensor) -> list[Tensor]:
         return [x.contiguous()]
 
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         q, k, v = inputs
         return [F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)]
@@ -81,14 +79,16 @@ class Peer:
         """From (R, 3, H, D)."""
         return [tensor for x in qkv.unbind(1) for tensor in self.put(x)]
 
-    def grads(self, parts: Sequence[Tensor]) -> Tensor:
-        """The gradients of `inputs`, as (R, 3, H, D)."""
-        count = len(parts) // 3
-        return torch.stack([self.take(parts[i * count : (i + 1) * count]) for i in range(3)], 1)
-
     def outputs(self, grad_out: Tensor) -> list[Tensor]:
         """The gradients of what `attend` returns."""
         return self.put(grad_out)
+
+
+def taken_back(move: Callable[[Tensor], list[Tensor]], moved: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Rows of the shape of another tensor, from the form in which `move` lays them out."""
+    rows = torch.empty_like(like, requires_grad=True)
+    outputs = [x for x in move(rows) if x.requires_grad]  # rows of its own, which the published way has, come last
+    return torch.autograd.grad(outputs, rows, moved[: len(outputs)])[0].detach()
 
 
 class Whole(Peer):
@@ -96,9 +96,6 @@ class Whole(Peer):
 
     def inputs(self, qkv: Tensor) -> list[Tensor]:
         return self.put(qkv)
-
-    def grads(self, parts: Sequence[Tensor]) -> Tensor:
-        return self.take(parts)
 
 
 OWN = ("native", "cpu", "triton", "reference", "torch")  # of attention and norm; others call other libraries
@@ -119,21 +116,18 @@ class Ours(Whole):
         self.layout = self.problem.make().to(self.problem.device)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        options: dict[str, Any] = {"backend": self.backend, "deterministic": self.deterministic}
+        options: Any = {"backend": self.backend, "deterministic": self.deterministic}
         return [hier_attention(inputs[0], self.layout, self.problem.level, **options)]
 
 
 class PerGroup(Peer):
     def put(self, x: Tensor) -> list[Tensor]:
-        return [x[rows].transpose(0, 1).contiguous()[None] for rows in self.problem.rows]  # (1, H, L, D)
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([group[0].transpose(0, 1) for group in parts])
+        groups = x.split(self.problem.lengths.tolist())
+        return [group.transpose(0, 1).contiguous()[None] for group in groups]  # (1, H, L, D)
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
-        count = len(inputs) // 3
-        groups = zip(inputs[:count], inputs[count : 2 * count], inputs[2 * count :], strict=True)
-        return [F.scaled_dot_product_attention(q, k, v) for q, k, v in groups]
+        count = len(self.problem.rows)
+        return [F.scaled_dot_product_attention(*inputs[g::count]) for g in range(count)]
 
 
 class Dense(Peer):
@@ -145,9 +139,6 @@ class Dense(Peer):
 
     def put(self, x: Tensor) -> list[Tensor]:
         return [x.unflatten(0, (len(self.problem.rows), -1)).transpose(1, 2).contiguous()]
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0].transpose(1, 2).flatten(0, 1)
 
 
 class Forced(Dense):
@@ -181,9 +172,6 @@ class Published(Dense):
     def inputs(self, qkv: Tensor) -> list[Tensor]:
         return [*super().inputs(qkv), self._residual(self.problem.before)]
 
-    def grads(self, parts: Sequence[Tensor]) -> Tensor:
-        return super().grads(parts[:3])
-
     def outputs(self, grad_out: Tensor) -> list[Tensor]:
         return [*super().outputs(grad_out), self._residual(self.problem.level)]
 
@@ -213,13 +201,8 @@ class Padded(Peer):
 
     def put(self, x: Tensor) -> list[Tensor]:
         padded = x.new_zeros(len(self.problem.rows), int(self.problem.lengths.max()), *x.shape[1:])
-        for g, rows in enumerate(self.problem.rows):
-            padded[g, : rows.stop - rows.start] = x[rows]
+        padded[self.mask[:, 0, 0]] = x
         return [padded.transpose(1, 2).contiguous()]
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        kept = [group[:, :length].transpose(0, 1) for group, length in zip(parts[0], self.problem.lengths, strict=True)]
-        return torch.cat(kept)
 
 
 class Packed(Peer):
@@ -227,9 +210,6 @@ class Packed(Peer):
 
     def put(self, x: Tensor) -> list[Tensor]:
         return [x.transpose(0, 1).contiguous()[None]]
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0][0].transpose(0, 1)
 
     def groups(self) -> Tensor:
         """(R) int64: the group of each row."""
@@ -278,7 +258,7 @@ class Jagged(Peer):
     """(R, H, D), group by group."""
 
     def prepare(self) -> None:
-        bounds = np.concatenate([[0], np.cumsum(self.problem.lengths)])
+        bounds = np.cumsum([0, *self.problem.lengths])
         self.bounds = torch.from_numpy(bounds).to(self.problem.device, torch.int32)
         self.longest = int(self.problem.lengths.max())
 
@@ -311,11 +291,8 @@ class Varlen(Jagged):
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k, v = inputs
-        out = varlen_attn(
-            q, k, v, self.bounds, self.bounds, self.longest, self.longest, scale=self.problem.head_dim**-0.5
-        )
-        assert isinstance(out, Tensor)
+        bounds = self.bounds, self.bounds, self.longest, self.longest
+        out: Any = varlen_attn(*inputs, *bounds, scale=self.problem.head_dim**-0.5)
         return [out]
 
 
@@ -350,9 +327,6 @@ class Xformers(Peer):
 
     def put(self, x: Tensor) -> list[Tensor]:
         return [x.contiguous()[None]]
-
-    def take(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0][0]
 
     def prepare(self) -> None:
         from xformers.ops.fmha import BlockDiagonalMask
