@@ -71,7 +71,7 @@ def ends(setup: steps.Setup) -> Iterator[steps.Row]:
 
 timing.SIDE["cpu"], timing.COPIED["cpu"] = 256, 2**20
 attention_jobs, norm_jobs = launches.attention_jobs, launches.norm_jobs
-launches.attention_jobs = lambda *given: [job for job in attention_jobs(*given) if job.dtype == "bf16"]
+launches.attention_jobs = lambda *given: [job for job in attention_jobs(*given) if job.facts["dtype"] == "bf16"]
 launches.norm_jobs = lambda *given: norm_jobs(*given)[:1]  # a kernel takes seconds to compile
 for name in ("cpu", "reference"):  # slower than the others, and as right
     del BACKENDS[name], PEERS[f"hlip-{name}"]

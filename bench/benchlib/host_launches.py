@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from hlip.model.config import VisionConfig
 from hlip.model.encoder import Block, Stream
@@ -23,7 +22,7 @@ from hlip_kernels import products as forms
 
 from . import stub_driver
 from .host_calls import thread_seconds
-from .launches import norm_runs
+from .launches import norm_runs, recorded
 from .op_traffic import OpTraffic, tensor_bytes
 from .report import Row
 from .tables import MEGA, columns, print_table
@@ -157,18 +156,12 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 def launches_of(call: Callable[[], Any]) -> Callable[[], None]:
     """Keep the part of a call that is Triton's alone."""
-    run, calls = JITFunction.run, []
-
-    def note(kernel: JITFunction, *args: Any, **options: Any) -> Any:
-        calls.append((kernel, args, dict(options)))
-        return run(kernel, *args, **options)
-
-    with patch.object(JITFunction, "run", note):
+    with recorded() as calls:
         call()
 
     def launch() -> None:
-        for kernel, args, options in calls:
-            kernel.run(*args, **options)
+        for made in calls:
+            made.again()
 
     return launch
 

@@ -177,7 +177,8 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
         "case": case.name, "level": case.level, "dtype": settings.dtype, "heads": settings.heads,
         "head_dim": settings.head_dim, "num_prefix": case.num_prefix, "dropout": case.dropout,
         "groups": len(problem.rows), "rows": problem.num_rows,
-        "shortest": int(problem.lengths.min()), "longest": int(problem.lengths.max()), "rounds": settings.rounds, "calls": settings.calls, **provenance(torch.device(settings.device)),
+        "shortest": int(problem.lengths.min()), "longest": int(problem.lengths.max()), "rounds": settings.rounds,
+        "calls": settings.calls, **provenance(torch.device(settings.device)),
         "matmul_flop_per_s": limits.flops, "copy_bytes_per_s": limits.bytes,
     }  # fmt: skip
     tensors = problem.draw()

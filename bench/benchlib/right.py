@@ -163,8 +163,8 @@ class Change(NamedTuple):
     """From the rows of one level to those of the next, the norm of them included."""
 
     grids: Sequence[Sequence[Grid]]
-    dtype: str  # of the update; residuals are float32 where `wide` says so
-    wide: bool
+    dtype: str  # of the update
+    residual: str
     width: int
     src: Level
     dst: Level
@@ -174,24 +174,19 @@ class Change(NamedTuple):
         return f"{self.src} to {self.dst}, {self.prefix} prefix rows"
 
 
-def residuals(dtype: str) -> tuple[bool, ...]:
-    """List whether residuals are wide: both for updates of 16 bits."""
-    return (True,) if dtype == "fp32" else (True, False)
-
-
-def changes(groups: Groups, dtype: str, wide: bool, width: int) -> list[Change]:
-    every = product(LEVELS, LEVELS, groups.prefixes)
-    return [Change(groups.grids, dtype, wide, width, *rest) for rest in every]
+def residuals(dtype: str) -> list[str]:
+    """Dtypes of the residual beside updates of a dtype."""
+    return list(dict.fromkeys(("fp32", dtype)))
 
 
 def norm(setup: Setup, dtypes: Sequence[str]) -> Iterator[Row]:
     """A row for each backend and dtype, with residuals in float32 and in the dtype of the update."""
-    width = setup.size.width
+    groups, width = setup.size.groups, setup.size.width
     for dtype, name in product(dtypes, NORM_BACKENDS):
-        for wide in residuals(dtype):
-            residual = "fp32" if wide else dtype
+        for residual in residuals(dtype):
             reasons = NORM_BACKENDS[name].not_supported_reasons(setup.device, DTYPES[residual], DTYPES[dtype])
-            cases = changes(setup.size.groups, dtype, wide, width)
+            every = product(LEVELS, LEVELS, groups.prefixes)
+            cases = [Change(groups.grids, dtype, residual, width, *rest) for rest in every]
             row: Row = {"backend": name, "dtype": dtype, "residual": residual, "width": width}
             yield row | worst(name, setup.device, reasons, cases, check_norm)
 
@@ -199,9 +194,9 @@ def norm(setup: Setup, dtypes: Sequence[str]) -> Iterator[Row]:
 def check_norm(backend: str, device: str, change: Change) -> Checked:
     """Sums over rows are only held to be as good as PyTorch's own, which some devices round at every step."""
     layout, inputs = norm_inputs(change, device)
-    first, second = (norm_results(inputs, layout, change, backend) for _ in range(2))
-    exact = norm_results([x.double() for x in inputs], layout, change, "torch")
-    eager = norm_results(inputs, layout, change, "torch")
+    first, second = (norm_results(change, layout, inputs, backend) for _ in range(2))
+    exact = norm_results(change, layout, [x.double() for x in inputs], "torch")
+    eager = norm_results(change, layout, inputs, "torch")
     errors, faults = {"out": 0.0, "grad": 0.0}, []
     for at, (mine, theirs, wanted) in enumerate(zip(first, eager, exact, strict=True)):
         error, usual = (distance(x, wanted) for x in (mine, theirs))
@@ -218,14 +213,13 @@ def norm_inputs(change: Change, device: str) -> tuple[StudyLayout, list[Tensor]]
     before, after = (layout.num_rows(level) for level in (change.src, change.dst))
     generator = torch.Generator().manual_seed(0)
     shapes = [(before, change.width)] * 2 + [(change.width,)] * 3 + [(after, change.width)] * 2
-    update = DTYPES[change.dtype]
-    residual = torch.float32 if change.wide else update
+    residual, update = DTYPES[change.residual], DTYPES[change.dtype]
     types = [residual, update, *[torch.float32] * 3, residual, update]
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
     return layout, [x.to(device, dtype) for x, dtype in zip(drawn, types, strict=True)]
 
 
-def norm_results(inputs: list[Tensor], layout: StudyLayout, change: Change, backend: str) -> list[Tensor]:
+def norm_results(change: Change, layout: StudyLayout, inputs: list[Tensor], backend: str) -> list[Tensor]:
     """Both results, and the gradients of residual, update, weight, bias and layer scale."""
     leaves = [x.clone().requires_grad_() for x in inputs[:5]]
     residual, update, weight, bias, scale = leaves

@@ -104,8 +104,8 @@ def compiled(setup: Setup, dtypes: Sequence[str], others: bool = False) -> Itera
     if not others:
         jobs += launches.norm_jobs(size.groups, dtypes, size.width)
     if "bf16" in dtypes and not others:
-        jobs.append(launches.Alone(size.width))
-        jobs += [launches.Pass(mode, size.table9_width, size.table9_depth) for mode in encoders.MODES]
+        jobs.append(launches.unscaled_norm_job(size.width))
+        jobs += [launches.encoder_job(mode, size.table9_width, size.table9_depth) for mode in encoders.MODES]
     yield from launches.compiled(jobs, setup.device)
 
 
