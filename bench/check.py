@@ -45,7 +45,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -65,22 +65,15 @@ TINY = 0.2  # of the estimates on a CPU
 ALIKE = ("device", "size", "commit")  # of a report that is to be continued
 
 
-class Outcome(NamedTuple):
-    verdict: str
-    rows: list[dict[str, Any]]
-    note: str = ""
-    clocks: dict[str, Any] | None = None
-
-
 class Worker:
-    """A process that runs steps one after another, and a new one in its place where it ends or stands still.
+    """A process that runs steps one after another, and a new one in its place where it fails, ends or stands still.
 
     deadline: of all steps, on the monotonic clock.
     """
 
     def __init__(self, device: str, size: str, deadline: float) -> None:
         self.device, self.size, self.deadline = device, size, deadline
-        self.process: multiprocessing.process.BaseProcess | None = None
+        self.process: Any = None
 
     def start(self) -> dict[str, Any]:
         """Facts of the device, once it is there.
@@ -95,77 +88,62 @@ class Worker:
         self.process.start()
         theirs.close()
         try:
-            kind, value = self.receive(START_SECONDS)
+            kind, value = self.receive(time.monotonic() + START_SECONDS)
         except (EOFError, TimeoutError) as error:
-            self.stop()
-            if time.monotonic() >= self.deadline:
+            if self.is_over():
                 raise RuntimeError("time was up before anything could run. Give more --minutes.") from error
             raise RuntimeError(f"the process that runs steps did not start ({type(error).__name__})") from error
         if kind == "failed":
-            self.stop()
             raise RuntimeError(value)
         return value
 
-    def receive(self, seconds: float) -> tuple[str, Any]:
-        until = min(self.deadline, time.monotonic() + seconds)
-        if not self.connection.poll(max(0.0, until - time.monotonic())):
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def receive(self, until: float) -> tuple[str, Any]:
+        if not self.connection.poll(max(0.0, min(self.deadline, until) - time.monotonic())):
             raise TimeoutError
         kind, text = self.connection.recv()
         return kind, json.loads(text)
 
-    def run(self, step: Step, limit: float) -> Outcome:
-        """limit: seconds, after which the step is ended."""
+    def run(self, step: Step, limit: float) -> Report:
+        """The step's entry in the report: verdict, rows, note, and clocks of the device.
+
+        limit: seconds, after which the step is ended.
+        """
         rows: list[dict[str, Any]] = []
         try:
             if self.process is None:
                 self.start()
             until = time.monotonic() + limit
             self.connection.send(step.name)
-            while True:
-                kind, value = self.receive(until - time.monotonic())
-                if kind == "row":
-                    rows.append(value)
-                elif kind == "failed":
-                    return Outcome("failed", rows, value)
-                elif kind == "lost":
-                    self.stop()
-                    return Outcome("failed", rows, value)
-                else:
-                    return Outcome(verdict(step, rows), rows, "", value)
+            while (message := self.receive(until))[0] == "row":
+                rows.append(message[1])
+            kind, value = message
+            if kind == "done":
+                return {"verdict": verdict(step, rows), "rows": rows, "note": "", "clocks": value}
+            told, note = "failed", value
         except TimeoutError:
-            where = self.where()
-            self.stop()
-            if time.monotonic() >= self.deadline:
-                return Outcome(SKIPPED, rows, f"cut off, as time was up; it was in\n{where}")
-            return Outcome("too long", rows, f"not done after {limit:.0f} s; it was in\n{where}")
+            told, note = "too long", f"not done after {limit:.0f} s; it was in\n{self.where()}"
+            if self.is_over():
+                told, note = SKIPPED, f"cut off, as time was up; it was in\n{self.where()}"
         except (EOFError, OSError):
-            assert self.process is not None
             self.process.join(5)
-            code = self.process.exitcode
-            self.stop()
-            return Outcome("ended", rows, f"the process ended with {code} (a negative number is a signal's)")
+            told, note = "ended", f"the process ended with {self.process.exitcode} (a negative number is a signal's)"
         except RuntimeError as error:
-            return Outcome(SKIPPED if time.monotonic() >= self.deadline else "failed", rows, str(error))
+            told, note = SKIPPED if self.is_over() else "failed", str(error)
+        self.stop()
+        return {"verdict": told, "rows": rows, "note": note, "clocks": None}
 
     def where(self) -> str:
         """The lines that the process is in."""
-        if self.process is None or self.process.pid is None:
-            return "its start"
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
+        os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         return self.stack.read()
 
-    def close(self) -> None:
-        """Let it end by itself."""
-        if self.process is not None:
-            self.connection.close()
-            self.process.join(5)
-            self.stop()
-
     def stop(self) -> None:
         """End it, and all processes that it has started."""
-        if self.process is not None and self.process.pid is not None:
+        if self.process is not None:
             with contextlib.suppress(ProcessLookupError):  # it has no group of its own before it is ready
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
@@ -208,14 +186,9 @@ def work(connection: Connection, device: str, size: str, stack: str) -> None:
                     answer("row", {key: value for key, value in row.items() if key not in facts})
                 synchronise()
                 answer("done", steps.clocks() if device == "cuda" else None)
-            except (Exception, SystemExit):  # whatever it is belongs into the report
-                note = traceback.format_exc()
-                try:
-                    synchronise()
-                except RuntimeError:  # the GPU is lost to this process; the next step gets another one
-                    answer("lost", note)
-                    return
-                answer("failed", note)
+            except (Exception, SystemExit):  # it belongs into the report; the GPU may be lost to this process
+                answer("failed", traceback.format_exc())
+                return
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -227,35 +200,33 @@ def main() -> int:
     if args.list:
         show_plan(chosen, args)
         return 0
-    path = args.out.with_suffix(".json")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the process that runs steps ends, too
     worker = Worker(args.device, args.size, time.monotonic() + left(args))
     try:
         facts = worker.start() | {"size": args.size, "minutes": args.minutes}
-        new: Report = {"facts": facts, "steps": [record(step, args) for step in chosen]}
-        report = continued(path, facts) if args.continued else new
-        run(worker, report, chosen, args, path)
+        new: Report = {"facts": facts, "steps": []}
+        report = continued(args.out.with_suffix(".json"), facts) if args.continued else new
+        run(worker, report, chosen, args)
     except KeyboardInterrupt:
-        worker.stop()
         print(f"interrupted: {args.out} has the steps before", file=sys.stderr)
         return 130
     except (RuntimeError, ValueError) as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
     finally:
-        worker.close()
+        worker.stop()
     print(f"{args.out}: {summary(report['steps'])}")
     return int(any(map(is_fault, report["steps"])))
 
 
-def run(worker: Worker, report: Report, chosen: Sequence[Step], args: argparse.Namespace, path: Path) -> None:
+def run(worker: Worker, report: Report, chosen: Sequence[Step], args: argparse.Namespace) -> None:
     """Run what has no result yet, as far as there is time, and write the report after each step."""
     entries = {entry["name"]: entry for entry in report["steps"]}
+    new = {step.name: record(step, args) for step in chosen if step.name not in entries}
+    report["steps"] += new.values()
+    entries |= new
     for step in chosen:
-        entry = entries.get(step.name)
-        if entry is None:
-            entry = record(step, args)
-            report["steps"].append(entry)
+        entry = entries[step.name]
         if entry["verdict"] != SKIPPED:
             continue
         needed = estimate(step, args) if step.there() else ABSENT
@@ -263,13 +234,14 @@ def run(worker: Worker, report: Report, chosen: Sequence[Step], args: argparse.N
             print(f"{clock()} {step.name}: skipped, needs about {needed:.0f} s, has {left(args):.0f}", flush=True)
             continue
         begin = time.monotonic()
-        outcome = worker.run(step, PATIENCE * needed + GRACE)
-        entry |= outcome._asdict()
+        entry |= worker.run(step, PATIENCE * needed + GRACE)
         entry["seconds"] = round(time.monotonic() - begin, 2)
-        entry["kinds"] = kinds(dict.fromkeys(key for row in outcome.rows for key in row))
-        write(report, args.out, path)
-        print(f"{clock()} {step.name}: {outcome.verdict}, {entry['seconds']:.1f} s (estimate {needed:.0f})", flush=True)
-    write(report, args.out, path)
+        entry["kinds"] = kinds(dict.fromkeys(key for row in entry["rows"] for key in row))
+        write(report, args.out)
+        print(
+            f"{clock()} {step.name}: {entry['verdict']}, {entry['seconds']:.1f} s (estimate {needed:.0f})", flush=True
+        )
+    write(report, args.out)
 
 
 def record(step: Step, args: argparse.Namespace) -> Report:
@@ -329,8 +301,8 @@ def show_plan(chosen: Sequence[Step], args: argparse.Namespace) -> None:
     print(f"seconds are estimates for {machine}; nobody measured them")
 
 
-def write(report: Report, page: Path, path: Path) -> None:
-    write_json(report, path)
+def write(report: Report, page: Path) -> None:
+    write_json(report, page.with_suffix(".json"))
     write_text(page, markdown(report))
 
 

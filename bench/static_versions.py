@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from benchlib import static
 from benchlib.options import command, number
 from benchlib.report import Row, provenance, read, write_rows
+from hlip.output import replacing_folder
 from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, max_registers
 
 COMMON = ("sm_80", "sm_90", "sm_100")
@@ -56,9 +58,8 @@ def main() -> int:
             print(f"Triton {version}: {args.results} has it")
         else:
             install(version, args.folder / version)
-            rows = compile_table(version, args.folder / version, args.workers)
             stamp = {"kernels": kernels, **provenance(torch.device("cpu")), "versions": {"triton": version}}
-            rows = [row | stamp for row in rows]
+            rows = [row | stamp for row in compile_table(version, args.folder / version, args.workers)]
             write_rows([*others, *rows], args.results)
         print(f"Triton {version}: {len(rows)} kernels, {sum(row['stack_bytes'] > 0 for row in rows)} spill")
         faults += [f"Triton {version}: {fault}" for fault in static.faults(rows, version)]
@@ -74,44 +75,38 @@ def digest() -> str:
 
     modules = triton_attention, triton_norm, triton_rows
     kernels = [x.src for module in modules for x in vars(module).values() if isinstance(x, JITFunction)]
-    cases = static.attention_cases(ARCHITECTURES, list(static.DTYPES), list(BLOCK_D))
     functions = max_registers, triton_norm._constants, triton_rows.norm_constants
     sources = [inspect.getsource(function) for function in functions]
+    cases = static.attention_cases(ARCHITECTURES, list(static.DTYPES), list(BLOCK_D))
     text = "\n".join([*kernels, *sources, repr(triton_rows.GELU), repr(cases)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def split(rows: Sequence[Row], version: str) -> tuple[list[Row], list[Row]]:
     """Rows of other versions, and those of this one."""
-    parts: tuple[list[Row], list[Row]] = [], []
-    for row in rows:
-        parts[row["versions"]["triton"] == version].append(row)
-    return parts
+    others = [row for row in rows if row["versions"]["triton"] != version]
+    return others, [row for row in rows if row["versions"]["triton"] == version]
 
 
 def install(version: str, folder: Path) -> None:
-    """Into a folder, which is there whole or not at all; where it is there, nothing is done."""
-    if folder.exists():
-        return
-    partial = folder.with_name(f"{folder.name}.tmp")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(partial)]
-    subprocess.run([*pip, f"triton=={version}"], check=True)
-    partial.rename(folder)
+    """Install a version into a folder, which is there whole or not at all; where it is there, nothing is done."""
+    if not folder.exists():
+        with replacing_folder(folder) as partial:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
+            subprocess.run([*pip, f"triton=={version}"], check=True)
 
 
 def compile_table(version: str, folder: Path, workers: int) -> list[Row]:
     """The rows of `bench/attention.py --static`, whatever faults they have."""
-    out = folder.with_name(f"{folder.name}.json")
     path = os.pathsep.join(filter(None, [str(folder.resolve()), str(ROOT), os.environ.get("PYTHONPATH")]))
     print(f"Triton {version}, {' '.join(VERSIONS[version])}", flush=True)
-    subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "attention.py"), "--static", "--arch", *VERSIONS[version],
-         "--workers", str(workers), "--json", str(out)],
-        env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    rows = json.loads(out.read_text())
-    out.unlink()
-    return list(rows)
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        subprocess.run(
+            [sys.executable, str(ROOT / "bench" / "attention.py"), "--static", "--arch", *VERSIONS[version],
+             "--workers", str(workers), "--json", out.name],
+            env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        return list(json.loads(Path(out.name).read_text()))
 
 
 if __name__ == "__main__":

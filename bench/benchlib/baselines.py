@@ -27,11 +27,7 @@ from hlip_kernels import Level
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Pass = Callable[[Tensor], Tensor]  # from (B * M, 1, D, H, W) to (B * M, C)
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention in one op. Sources of its kernels: PyTorch's."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+flash: Attend = F.scaled_dot_product_attention  # attention in one op
 
 
 def unfused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

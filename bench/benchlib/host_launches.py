@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from hlip.model.config import VisionConfig
 from hlip.model.encoder import Block, Stream
@@ -96,7 +97,8 @@ class Launches(OpTraffic):
 
     def add_launched(self) -> None:
         for launch in self.launched:
-            memory = {x.address: math.prod(x.shape) * x.dtype.itemsize for x in launch.args.values() if is_memory(x)}
+            tensors = [x for x in launch.args.values() if isinstance(x, stub_driver.Memory)]
+            memory = {x.address: math.prod(x.shape) * x.dtype.itemsize for x in tensors}
             few = launch.name.startswith("prefix")  # rows of what it is given
             self.add(launch.name, 0 if few else sum(memory.values()))
         self.launched.clear()
@@ -109,10 +111,6 @@ BODIES: dict[Any, Callable[..., Any]] = {
         ("add_regroup_norm", norm._norm), ("add_regroup_norm_backward", norm._norm_backward),
     )
 }  # fmt: skip
-
-
-def is_memory(x: object) -> bool:
-    return isinstance(x, stub_driver.Memory)
 
 
 @contextmanager
@@ -169,7 +167,8 @@ def launches_of(call: Callable[[], Any]) -> Callable[[], None]:
 def times() -> list[Row]:
     """A row of microseconds for each call."""
     torch.set_num_threads(1)
-    stub_driver.install(ARCHITECTURE).recording = False
+    stub_driver.install(ARCHITECTURE)
+    driver.set_active(stub_driver.CompilerOnly(driver.active.get_current_target()))  # recording takes time, too
     layout = StudyLayout.from_grids([[(6, 14, 14)] * 2, [(2, 5, 7)]])
     lengths = layout.seqlens("slice").tolist()
     calls = {

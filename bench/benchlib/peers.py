@@ -127,7 +127,8 @@ class PerGroup(Peer):
 
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         count = len(self.problem.rows)
-        return [F.scaled_dot_product_attention(*inputs[g::count]) for g in range(count)]
+        groups = (inputs[g::count] for g in range(count))
+        return [F.scaled_dot_product_attention(q, k, v) for q, k, v in groups]
 
 
 class Dense(Peer):
@@ -291,8 +292,9 @@ class Varlen(Jagged):
     def attend(self, *inputs: Tensor) -> list[Tensor]:
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds = self.bounds, self.bounds, self.longest, self.longest
-        out: Any = varlen_attn(*inputs, *bounds, scale=self.problem.head_dim**-0.5)
+        q, k, v = inputs
+        longest, scale = self.longest, self.problem.head_dim**-0.5
+        out: Any = varlen_attn(q, k, v, self.bounds, self.bounds, longest, longest, scale=scale)
         return [out]
 
 

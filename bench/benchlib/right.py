@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,12 +105,8 @@ def attention(setup: Setup, dtypes: Sequence[str], others: bool = False, ours: b
         yield row | worst(name, device, reasons, cases, check_attention)
 
 
-class Checked(NamedTuple):
-    """errors: of results as `out`, of gradients as `grad`. repeats: whether a second call gave the same bits."""
-
-    errors: dict[str, float]
-    repeats: bool
-    faults: list[str]
+# The errors of results, as `out`, and of gradients, as `grad`; whether a second call gave the same bits; faults.
+Checked = tuple[dict[str, float], bool, list[str]]
 
 
 def worst(
@@ -127,16 +124,13 @@ def worst(
     faults = []
     for case in cases:
         row["cases"] += 1
-        with failures() as reasons:
-            checked = check(backend, device, case)
-        if reasons:
-            faults.append(f"{reasons[0]} ({case})")
-            continue
-        row["repeats"] &= checked.repeats
-        for key, off in zip(("error", "grad_error"), checked.errors.values(), strict=True):
-            row[key] = off if math.isnan(off) else max(row[key], off)
-        again = ["not the same bits twice"] * (not checked.repeats)
-        faults += [f"{fault} ({case})" for fault in (*checked.faults, *again)]
+        with failures() as wrong:
+            errors, repeats, wrong = check(backend, device, case)
+            wrong += ["not the same bits twice"] * (not repeats)
+            row["repeats"] &= repeats
+            for key, off in zip(("error", "grad_error"), errors.values(), strict=True):
+                row[key] = float(np.maximum(row[key], off))  # NaN if either is
+        faults += [f"{fault} ({case})" for fault in wrong]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         row["wrong" if own(backend) else "mistake"] = f"{'; '.join(faults[:SHOWN])}{more}"
@@ -156,7 +150,7 @@ def check_attention(backend: str, device: str, case: Case) -> Checked:
     first, second = way.first_call("training")[0], way.first_call("training")[0]
     errors = Oracle(problem, qkv, grad_out).errors(first)
     repeats = all(torch.equal(first[name], second[name]) for name in first)
-    return Checked(errors, repeats, too_far(errors, case.dtype))
+    return errors, repeats, too_far(errors, case.dtype)
 
 
 class Change(NamedTuple):
@@ -204,7 +198,7 @@ def check_norm(backend: str, device: str, change: Change) -> Checked:
         errors[name] = error if math.isnan(error) else max(errors[name], error)
         if not error <= max(2 * TOLERANCE[change.dtype], 3 * usual):
             faults.append(f"{name} off by {error:.2g}")
-    return Checked(errors, all(map(torch.equal, first, second)), faults)
+    return errors, all(map(torch.equal, first, second)), faults
 
 
 def norm_inputs(change: Change, device: str) -> tuple[StudyLayout, list[Tensor]]:

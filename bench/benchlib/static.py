@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -187,26 +187,12 @@ def compile_kernel(
     kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """types: of the pointers. Scales and eps are fp32, other arguments integers."""
-    binary = compile_binary(kernel, arch, types, constants, options)
-    nvidia = arch.startswith("sm_")
-    read = machine_code.read_cubin if nvidia else machine_code.read_amdgcn
-    facts = read(binary.asm["cubin" if nvidia else "amdgcn"])
-    shared, warps = binary.metadata.shared, options["num_warps"]
-    facts |= {"shared_bytes": shared, "stages": binary.metadata.num_stages}
-    codes = machine_code.serialisation_codes(binary.asm["ptx"]) if arch == "sm_90" else []
-    facts["warning"] = " ".join(dict.fromkeys(codes)) or None
-    facts["occupancy"] = occupancy(arch, facts["registers"], shared, warps) if nvidia else None
-    return facts
-
-
-def compile_binary(
-    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
-) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = dict(_signature(kernel.arg_names, types, used))
+    scalars = {x: "fp32" if x == "eps" or x.endswith("_scale") else "i32" for x in kernel.arg_names}
+    signature = {x: "constexpr" if x in used else types.get(x, scalars[x]) for x in kernel.arg_names}
     free = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
     aligned = [
         i
@@ -216,7 +202,15 @@ def compile_binary(
     nvidia = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
     source = _source(kernel, signature, used, aligned)
-    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    binary = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    facts = machine_code.read_cubin(binary.asm["cubin"]) if nvidia else machine_code.read_amdgcn(binary.asm["amdgcn"])
+    codes = machine_code.serialisation_codes(binary.asm["ptx"]) if arch == "sm_90" else []
+    shared = binary.metadata.shared
+    return facts | {
+        "shared_bytes": shared, "stages": binary.metadata.num_stages,
+        "warning": " ".join(dict.fromkeys(codes)) or None,
+        "occupancy": occupancy(arch, facts["registers"], shared, options["num_warps"]) if nvidia else None,
+    }  # fmt: skip
 
 
 def _source(kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: list[int]) -> Any:
@@ -231,12 +225,6 @@ def _source(kernel: Any, signature: dict[str, str], constants: dict[str, Any], a
 
     varying = {name: kind for name, kind in signature.items() if name not in constants}
     return ASTSource(kernel, varying, constants, AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16)))
-
-
-def _signature(names: list[str], types: dict[str, str], constants: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        scalar = "fp32" if name == "eps" or name.endswith("_scale") else "i32"
-        yield name, "constexpr" if name in constants else types.get(name, scalar)
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int) -> int:

@@ -67,18 +67,13 @@ class Launch:
 
 
 class Launches(list[Launch]):
-    """binaries: what was loaded, by its handle: one for every specialisation and device. recording: False for those who
-    measure what a launch costs. device: the current one of any number."""
+    """binaries: what was loaded, by its handle: one for every specialisation and device. device: the current one of any
+    number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.binaries: dict[int, bytes] = {}
-        self.recording = True
         self.device = 0
-
-    def stream(self, device: int) -> int:
-        """Its current stream's handle."""
-        return 1000 + device
 
 
 def install(architecture: str = "sm_90") -> Launches:
@@ -119,6 +114,7 @@ class CompilerOnly:
         self.target = target
         self.utils = self
         self.binary = b""  # the last one that was made ready for a launch
+        self.properties = {"max_shared_mem": 2**31 - 1}  # no limit: the GPU says whether there is enough
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         return lambda *_: None
@@ -132,8 +128,7 @@ class CompilerOnly:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Set no limit to memory: the GPU says whether there is enough."""
-        return {"max_shared_mem": 2**31 - 1}
+        return self.properties
 
     def get_current_target(self) -> Any:
         return self.target
@@ -156,24 +151,20 @@ class _Driver(CompilerOnly):
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Make the launcher of one kernel, with the arguments that Triton gives its own."""
         launches, names = self.launches, source.fn.arg_names
-        attributes = {names[path[0]]: attributes for path, attributes in source.attrs.items()}
-        divisible = frozenset(name for name, given in attributes.items() if ["tt.divisibility", 16] in given)
+        divisible = frozenset(names[path[0]] for path, said in source.attrs.items() if ["tt.divisibility", 16] in said)
         constants = {names[path[0]]: value for path, value in source.constants.items()}
-        options = metadata._asdict()
 
         def launch(
             x: int, y: int, z: int, stream: int, function: int, _packed: Any, _facts: Any, _enter: Any, _exit: Any,
             *args: Any,
         ) -> None:  # fmt: skip
-            if not launches.recording:
-                return
             grid = x, y, z
             if not all(0 < size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
                 raise RuntimeError(f"Triton Error [CUDA]: invalid argument: a grid of {grid}")
             values = (memory_of(value) if isinstance(value, Tensor) else value for value in args)
             by_name, cubin = dict(zip(names, values, strict=True)), launches.binaries[function]
-            name, device = source.fn.__name__, launches.device
-            launches.append(Launch(name, grid, by_name, divisible, constants, options, cubin, device, stream))
+            facts = divisible, constants, metadata._asdict(), cubin, launches.device, stream
+            launches.append(Launch(source.fn.__name__, grid, by_name, *facts))
 
         return launch
 
@@ -183,11 +174,8 @@ class _Driver(CompilerOnly):
         self.launches.binaries[handle] = binary
         return handle, handle, 0, 0, 1024
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return self.properties
-
     def get_current_device(self) -> int:
         return self.launches.device
 
     def get_current_stream(self, device: int) -> int:
-        return self.launches.stream(device)
+        return 1000 + device

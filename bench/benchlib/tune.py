@@ -69,14 +69,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """before: the tile in use, and None for its time if it failed."""
+    """before: the tile in use, and None for its milliseconds if it failed."""
 
     row: Row
     kernel: str
     before: Tile
-    before_seconds: float | None
+    before_ms: float | None
     after: Tile
-    after_seconds: float
+    after_ms: float
 
 
 @dataclass
@@ -204,7 +204,8 @@ def timings_of(trials: Trials, before: AttentionConfig) -> list[Timing]:
         seconds = {tile: spent for (name, tile), spent in trials.seconds.items() if name == kernel}
         if seconds:
             new = faster(old, fastest(seconds), seconds)
-            timings.append(Timing(trials.row, kernel, old, seconds.get(old), new, seconds[new]))
+            ms = {tile: 1000 * spent for tile, spent in seconds.items()}
+            timings.append(Timing(trials.row, kernel, old, ms.get(old), new, ms[new]))
     return timings
 
 
@@ -237,8 +238,8 @@ def near_first(in_use: Tile, tiles: Iterable[Tile]) -> list[Tile]:
     """The others, in the order of how many doublings and stages they are from the tile in use."""
 
     def distance(tile: Tile) -> float:
-        doublings = sum(abs(math.log2(a / b)) for a, b in zip(tile[:3], in_use[:3], strict=True))
-        return doublings + abs(tile.stages - in_use.stages)
+        doublings = (abs(math.log2(a / b)) for a, b in zip(tile[:3], in_use[:3], strict=True))
+        return sum(doublings) + abs(tile.stages - in_use.stages)
 
     return sorted((tile for tile in tiles if tile != in_use), key=distance)
 
@@ -284,10 +285,7 @@ def measured_rows(results: Iterable[Tuned], where: dict[str, Any]) -> dict[Row, 
         if tiles := tuned.tiles():
             rows[tuned.row] = Measured(
                 tiles=tiles,
-                tile_ms={
-                    timing.kernel: {"before": _ms(timing.before_seconds), "after": _ms(timing.after_seconds)}
-                    for timing in tuned.timings
-                },
+                tile_ms={x.kernel: {"before": x.before_ms, "after": x.after_ms} for x in tuned.timings},
                 levels={level: choice_of(modes) for level, modes in tuned.seconds.items()},
                 refused={name: "".join(filter(str.isprintable, why)) for name, why in tuned.refused.items()},
                 device=where["device"],
@@ -306,20 +304,13 @@ def choice_of(modes: Mapping[str, Mapping[str, float]]) -> Choice:
 
 
 def print_timings(timings: Iterable[Timing]) -> None:
-    header = ("row", "kernel", "before", "ms", "after", "ms", "ratio")
-    rows = [
-        (
-            timing.row,
-            timing.kernel,
-            tile_name(timing.before),
-            None if timing.before_seconds is None else f"{1000 * timing.before_seconds:.3f}",
-            tile_name(timing.after),
-            f"{1000 * timing.after_seconds:.3f}",
-            None if timing.before_seconds is None else f"{timing.after_seconds / timing.before_seconds:.2f}",
-        )
-        for timing in timings
-    ]
-    print_table(header, rows)
+    lines = []
+    for timing in timings:
+        ms = timing.before_ms
+        before = timing.row, timing.kernel, tile_name(timing.before), ms and f"{ms:.3f}"
+        after = tile_name(timing.after), f"{timing.after_ms:.3f}", ms and f"{timing.after_ms / ms:.2f}"
+        lines.append((*before, *after))
+    print_table(("row", "kernel", "before", "ms", "after", "ms", "ratio"), lines)
 
 
 def print_choices(rows: Mapping[Row, Measured]) -> None:
@@ -344,7 +335,3 @@ def print_left_out(results: Sequence[Tuned], rows: Iterable[Row]) -> None:
     begun = {tuned.row for tuned in results}
     if missing := [str(row) for row in rows if row not in begun]:
         print(f"out of time: {', '.join(missing)} were not begun")
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1000 * seconds
