@@ -208,9 +208,9 @@ def run(case: Case, settings: Settings, limits: Ceilings, profile: Path | None =
         release_memory()
         for name, row in times.items():
             training = mode == "training"
-            row |= limits.rates(row["p50_s"], problem.flops(training), problem.least_bytes(training))
-            row |= {"tokens_per_s": problem.layout.num_tokens / row["p50_s"], "prepare_s": prepare[name]}
-            row = facts | calls[name] | row
+            rates = limits.rates(row["p50_s"], problem.flops(training), problem.least_bytes(training))
+            speed = {"tokens_per_s": problem.layout.num_tokens / row["p50_s"], "prepare_s": prepare[name]}
+            row = facts | calls[name] | row | rates | speed
             yield row | {"kinds": kinds(row)}
         if profile:
             trace(runs, profile / f"{case.name}-{settings.dtype}-{mode}.json")

@@ -203,7 +203,7 @@ def timings_of(trials: Trials, before: AttentionConfig) -> list[Timing]:
     for kernel, old in vars(before).items():
         seconds = {tile: spent for (name, tile), spent in trials.seconds.items() if name == kernel}
         if seconds:
-            new = faster(old, fastest(seconds), seconds)
+            new = faster(old, seconds)
             ms = {tile: 1000 * spent for tile, spent in seconds.items()}
             timings.append(Timing(trials.row, kernel, old, ms.get(old), new, ms[new]))
     return timings
@@ -212,13 +212,10 @@ def timings_of(trials: Trials, before: AttentionConfig) -> list[Timing]:
 Way = TypeVar("Way", Tile, str)
 
 
-def fastest(seconds: Mapping[Way, float]) -> Way:
-    return min(seconds, key=lambda way: seconds[way])
-
-
-def faster(ours: Way, other: Way, seconds: Mapping[Way, float]) -> Way:
-    """Return the other one if it is faster by more than noise, or ours failed."""
-    return other if ours not in seconds or seconds[other] <= GAIN * seconds[ours] else ours
+def faster(ours: Way, seconds: Mapping[Way, float]) -> Way:
+    """Return the fastest if it is faster than ours by more than noise, or ours failed."""
+    fastest = min(seconds, key=lambda way: seconds[way])
+    return fastest if ours not in seconds or seconds[fastest] <= GAIN * seconds[ours] else ours
 
 
 def all_candidates(kind: str, kernel: str, head_dim: int) -> Iterator[Tile]:
@@ -299,17 +296,20 @@ def measured_rows(results: Iterable[Tuned], where: dict[str, Any]) -> dict[Row, 
 def choice_of(modes: Mapping[str, Mapping[str, float]]) -> Choice:
     """Choose the backends of a level by the seconds that each took in each mode."""
     ms = {mode: {name: 1000 * spent for name, spent in times.items()} for mode, times in modes.items()}
-    training, deterministic = (faster(OURS, fastest(modes[m]), modes[m]) for m in ("training", "deterministic"))
+    training, deterministic = (faster(OURS, modes[m]) for m in ("training", "deterministic"))
     return Choice(training, deterministic, ms)
 
 
 def print_timings(timings: Iterable[Timing]) -> None:
-    lines = []
-    for timing in timings:
-        ms = timing.before_ms
-        before = timing.row, timing.kernel, tile_name(timing.before), ms and f"{ms:.3f}"
-        after = tile_name(timing.after), f"{timing.after_ms:.3f}", ms and f"{timing.after_ms / ms:.2f}"
-        lines.append((*before, *after))
+    lines = [
+        (
+            timing.row, timing.kernel,
+            tile_name(timing.before), timing.before_ms and f"{timing.before_ms:.3f}",
+            tile_name(timing.after), f"{timing.after_ms:.3f}",
+            timing.before_ms and f"{timing.after_ms / timing.before_ms:.2f}",
+        )
+        for timing in timings
+    ]  # fmt: skip
     print_table(("row", "kernel", "before", "ms", "after", "ms", "ratio"), lines)
 
 

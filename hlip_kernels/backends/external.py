@@ -111,6 +111,12 @@ def lengths(queries: Spans, keys: Spans) -> dict[str, Any]:
     }
 
 
+def varlen_settings(queries: Spans, keys: Spans, softmax_scale: float) -> dict[str, Any]:
+    """The groups, the rows that count in them and the scale, by the names of FlashAttention 3 and 4."""
+    seqused = {"seqused_q": queries.seqused, "seqused_k": keys.seqused}
+    return {**lengths(queries, keys), **seqused, "softmax_scale": softmax_scale}
+
+
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Have PyTorch's own ops add up in a fixed order, where they are not told so call by call.

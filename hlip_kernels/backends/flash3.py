@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .base import QKV, Spans
-from .external import LibraryBackend, half_reasons, head_dim_reasons, lengths, nvidia_reasons
+from .external import LibraryBackend, half_reasons, head_dim_reasons, nvidia_reasons, varlen_settings
 
 INSTALL = "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"
 HOPPER = 9, 0
@@ -52,7 +52,7 @@ class Flash3(LibraryBackend):
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = _ops().fwd(q, k, v, num_splits=1, **_settings(queries, keys, softmax_scale))
+        out, lse, *_ = _ops().fwd(q, k, v, num_splits=1, **varlen_settings(queries, keys, softmax_scale))
         return out, lse
 
     def _backward(
@@ -69,7 +69,7 @@ class Flash3(LibraryBackend):
         softmax_scale: float,
         deterministic: bool,
     ) -> None:
-        settings = _settings(queries, keys, softmax_scale)
+        settings = varlen_settings(queries, keys, softmax_scale)
         _ops().bwd(grad_out, q, k, v, out, lse, *grads, deterministic=deterministic, **settings)
 
 
@@ -89,8 +89,3 @@ def _ops() -> Any:
     if not hasattr(torch.ops.flash_attn_3, "bwd"):
         importlib.import_module("flash_attn_interface")  # registers them
     return torch.ops.flash_attn_3
-
-
-def _settings(queries: Spans, keys: Spans, softmax_scale: float) -> dict[str, Any]:
-    seqused = {"seqused_q": queries.seqused, "seqused_k": keys.seqused}
-    return {**lengths(queries, keys), **seqused, "softmax_scale": softmax_scale}

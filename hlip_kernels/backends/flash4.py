@@ -32,8 +32,8 @@ from .external import (
     half_reasons,
     head_dim_reasons,
     installed,
-    lengths,
     nvidia_reasons,
+    varlen_settings,
 )
 
 TESTED = "4.0.0b36"
@@ -67,7 +67,7 @@ class Flash4(LibraryBackend):
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        settings = _settings(queries, keys, softmax_scale)
+        settings = varlen_settings(queries, keys, softmax_scale)
         out, lse, *_ = _interface()._flash_attn_fwd(q, k, v, return_lse=True, num_splits=1, **settings)
         return out, lse
 
@@ -88,7 +88,7 @@ class Flash4(LibraryBackend):
         if deterministic and (reasons := self.not_repeating_reasons(q.device.type, q.dtype, q.shape[2])):
             raise ValueError(f"backend 'flash4': {reasons[0]}. Take backend triton, or deterministic=False.")
         dq, dk, dv = grads
-        settings = _settings(queries, keys, softmax_scale)
+        settings = varlen_settings(queries, keys, softmax_scale)
         _interface()._flash_attn_bwd(
             q, k, v, out, grad_out, lse, dq=dq, dk=dk, dv=dv, deterministic=deterministic, **settings
         )
@@ -116,8 +116,3 @@ def _import_reasons(version: str) -> list[str]:
 
 def _interface() -> Any:
     return importlib.import_module("flash_attn.cute.interface")
-
-
-def _settings(queries: Spans, keys: Spans, softmax_scale: float) -> dict[str, Any]:
-    seqused = {"seqused_q": queries.seqused, "seqused_k": keys.seqused}
-    return {**lengths(queries, keys), **seqused, "softmax_scale": softmax_scale}
