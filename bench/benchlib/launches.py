@@ -7,6 +7,7 @@ finds the kernel in Triton's cache, under the same key.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ PRODUCTS = {"forward": 2, "dq": 3, "dkdv": 4, "backward": 7}  # of L x L x D a h
 PASSES = {"forward": 4, "dq": 6, "dkdv": 6, "backward": 8}  # tensors of (R, H, D) read and written
 CHANGES: tuple[tuple[Level, Level], ...] = (("scan", "scan"), ("scan", "study"), ("study", "scan"))
 NO_DRIVER: Row = {"backend": "triton", "reason": "Triton has no driver here: no GPU"}
+read_cubin = functools.cache(machine_code.read_cubin)  # jobs of a process share kernels
 
 
 def has_driver() -> bool:
@@ -183,7 +185,7 @@ def code_facts(call: Call) -> Row:
         "kernel_hash": kernel.hash,
     }  # fmt: skip
     with contextlib.suppress(KeyError, OSError, ValueError, subprocess.CalledProcessError):
-        facts |= machine_code.read_cubin(kernel.asm["cubin"])
+        facts |= read_cubin(kernel.asm["cubin"])
     spilled = facts.get("stack_bytes") or facts["spills"]
     return facts | ({"mistake": f"{spilled} bytes spill"} if spilled else {})
 
