@@ -49,11 +49,11 @@ from pathlib import Path
 import torch
 
 from benchlib import kernels, machine_code, problems, static, tune
-from benchlib.options import COMMON, command, number, positive
+from benchlib.options import add_common, command, number, positive
 from benchlib.peers import PEERS
-from benchlib.report import write_json
 from benchlib.tables import columns, print_table
 from benchlib.timing import CALLS
+from hlip.output import write_json
 from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, SAME_TILES
 
 CPU_MEMORY, QUICK_CPU_MEMORY = 4.0, 0.4  # GiB that a way may need; what needs more is slow, too
@@ -112,7 +112,7 @@ def compiled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     rows = static.run(cases, args.workers)
     print_table(*columns(rows, static.COLUMNS))
     if args.json:
-        write_json(rows, args.json)
+        write_json(args.json, rows)
     faults = static.faults(rows, version("triton"))
     print(
         f"{len(rows)} kernels compiled, {sum(row['stack_bytes'] > 0 for row in rows)} of them spill", *faults, sep="\n"
@@ -140,7 +140,6 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         "--backends", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)} (default: all)"
     )
     timing.add_argument("--modes", nargs="+", choices=kernels.MODES, default=list(kernels.MODES), help="default: both")
-    timing.add_argument("--heads", type=number, default=12, help="default: %(default)s")
     timing.add_argument(
         "--batch", type=number, help="studies of a case (default: 1, with a GPU 8); of a mix four times as many"
     )
@@ -150,8 +149,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         help=f"leave out what would need more (default: {CPU_MEMORY:g}, with --quick {QUICK_CPU_MEMORY:g}, of a GPU "
         f"{GPU_MEMORY:g} of what it has)",
     )  # fmt: skip
-    for name in ("--device", "--threads"):
-        timing.add_argument(name, **COMMON[name])
+    add_common(timing, "--heads", "--device", "--threads")
     timing.add_argument("--profile", type=Path, metavar="FOLDER", help="write a Chrome trace of every case there")
     only = parser.add_argument_group("with --static")
     only.add_argument(
@@ -161,9 +159,7 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     only.add_argument(
         "--width", nargs="*", type=number, default=static.WIDTHS, help="of the norm; default: %(default)s, may be none"
     )
-    only.add_argument(
-        "--workers", type=number, default=os.cpu_count(), help="compiler processes (default: %(default)s)"
-    )
+    add_common(only, "--workers")
     tuning = parser.add_argument_group("with --tune")
     tuning.add_argument("--minutes", type=positive, help="after which nothing new is tried (default: no limit)")
     args = parser.parse_args()

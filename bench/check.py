@@ -52,10 +52,11 @@ import torch
 from benchlib import steps
 from benchlib.checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, read_check, summary
 from benchlib.options import command, positive, written
-from benchlib.report import provenance, write_json, write_text
+from benchlib.report import provenance
 from benchlib.steps import SIZES, STAGES, STEPS, Setup, Step
 from benchlib.tables import kinds, print_table
 from benchlib.timing import synchronise
+from hlip.output import write_json, write_text
 
 STARTED = time.monotonic() - time.process_time()  # imports take seconds, too
 START_SECONDS = 120.0  # that a new process may take until it can run steps
@@ -302,7 +303,7 @@ def show_plan(chosen: Sequence[Step], args: argparse.Namespace) -> None:
 
 
 def write(report: Report, page: Path) -> None:
-    write_json(report, page.with_suffix(".json"))
+    write_json(page.with_suffix(".json"), report)
     write_text(page, markdown(report))
 
 

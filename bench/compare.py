@@ -13,7 +13,6 @@ A ratio says how many times as fast this folder is as the base: the median over 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchlib.options import command
+from benchlib.options import command, refusals
 from benchlib.report import write
 from benchlib.tables import print_table
 from benchlib.timing import Ratio, ratio, turns
@@ -59,36 +58,34 @@ BENCHMARKS = {"attention": attention, "encoder": encoder}
 
 
 def main() -> int:
-    args = parse()
-    try:
-        with checked_out(args.base) as base:
-            trees = {"base": base, "new": HERE}
-            runs = {(name, tree): partial(measured, name, trees[tree], args.options)
-                    for name in args.only for tree in trees}  # fmt: skip
-            seconds = seconds_of_trees(runs, args.rounds)
-    except (RuntimeError, ValueError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
+    parser = command(__doc__, "--json", "--rounds")
+    parser.usage = "%(prog)s [options] [-- ...]"
+    parser.add_argument("--base", required=True, metavar="REV", help="a commit, tag or branch to compare with")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="default: both")
+    parser.add_argument("options", nargs="*", help="after --, options for all benchmarks, such as --threads 1")
+    args = parser.parse_args()
+    with refusals(parser), checked_out(args.base) as base:
+        trees = {"base": base, "new": HERE}
+        runs = {(name, tree): partial(measured, name, trees[tree], args.options)
+                for name in args.only for tree in trees}  # fmt: skip
+        seconds = seconds_of_trees(runs, args.rounds)
     rows = [
         {**dict(zip(KEY, key, strict=True)), "base_s": old, "new_s": seconds["new"][key],
          "times_as_fast": ratio(old, seconds["new"][key])}
         for key, old in seconds["base"].items() if key in seconds["new"]
     ]  # fmt: skip
-    shown = [[*(row[name] for name in KEY[:4]), row["times_as_fast"], verdict(row["times_as_fast"])] for row in rows]
+    shown = [[*map(row.get, KEY[:4]), row["times_as_fast"], verdict(row["times_as_fast"])] for row in rows]
     print_table([*KEY[:4], "times as fast", ""], shown)
     for only, other in (("base", "new"), ("new", "base")):
         if alone := [key for key in seconds[only] if key not in seconds[other]]:
-            print(f"only {'this folder' if only == 'new' else args.base} has: {'; '.join(map(named, alone))}")
+            names = "; ".join(", ".join(str(value) for value in key if value is not None) for key in alone)
+            print(f"only {'this folder' if only == 'new' else args.base} has: {names}")
     write(args, rows)
     return 0
 
 
 def verdict(times: Ratio) -> str:
     return "faster" if times.low > 1 else "slower" if times.high < 1 else ""
-
-
-def named(key: Key) -> str:
-    return ", ".join(str(value) for value in key if value is not None)
 
 
 @contextlib.contextmanager
@@ -100,14 +97,14 @@ def checked_out(revision: str) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
-        git("worktree", "add", "--detach", str(tree), revision)
+        printed(["git", "worktree", "add", "--detach", str(tree), revision], HERE)
         try:
             if (tree / LIBRARY).parent.is_dir() and not copied(revision, tree):
                 build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
                 subprocess.run(build, cwd=tree, stdout=sys.stderr, check=False)
             yield tree
         finally:
-            git("worktree", "remove", "--force", str(tree))
+            printed(["git", "worktree", "remove", "--force", str(tree)], HERE)
 
 
 def copied(revision: str, tree: Path) -> bool:
@@ -117,12 +114,6 @@ def copied(revision: str, tree: Path) -> bool:
         return False
     shutil.copy(HERE / LIBRARY, tree / LIBRARY)
     return True
-
-
-def git(*arguments: str) -> None:
-    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"git {' '.join(arguments[:2])}: {done.stderr.strip()}")
 
 
 def seconds_of_trees(
@@ -150,34 +141,22 @@ def measured(name: str, tree: Path, extra: Sequence[str]) -> dict[Key, float]:
 
 
 def run(tree: Path, command: Sequence[str]) -> str:
-    """What a Python program prints, run with the packages of a tree.
-
-    Raises:
-        RuntimeError: it failed; with the end of what it said.
-    """
+    """What a Python program prints, run with the packages of a tree."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     environment.pop("TRITON_INTERPRET", None)  # compiled kernels are what is timed
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True, check=False
-    )
+    return printed([sys.executable, *command], tree, environment)
+
+
+def printed(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """What a program prints.
+
+    Raises:
+        ValueError: it failed; with the end of what it said.
+    """
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{tree}: {' '.join(command[:2])} failed: {done.stderr[-2000:]}")
+        raise ValueError(f"{folder}: {' '.join(command[:3])} failed: {done.stderr[-2000:].strip()}")
     return done.stdout
-
-
-def parse() -> argparse.Namespace:
-    parser = command(__doc__, "--json", "--rounds")
-    parser.usage = "%(prog)s [options] [-- ...]"
-    parser.add_argument("--base", required=True, metavar="REV", help="a commit, tag or branch to compare with")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=BENCHMARKS,
-        default=list(BENCHMARKS),
-        help="one of the two benchmarks (default: both)",
-    )
-    parser.add_argument("options", nargs="*", help="after --, options for all benchmarks, such as --threads 1")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

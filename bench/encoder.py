@@ -6,7 +6,8 @@
     python bench/encoder.py --scaling scans --sizes 1 4 16 64 162
 
 Table 9 encodes one volume of 224 x 224 x 224 voxels, with patches of 16; Figure 1b studies of 8 scans of
-48 x 224 x 224, with patches of 8 x 16 x 16. All but `swin` have 12 layers of width 768. `--scaling` lets a study have
+48 x 224 x 224, with patches of 8 x 16 x 16. All but `swin` have 12 layers of width 768. `--scans` are those of a study
+of Figure 1b. `--scaling` lets a study have
 more and more scans, a scan more slices, or a batch more studies: of the published sizes on a GPU; on a CPU of small
 scans (294 tokens), through 3 layers of width 128. A model that needs more memory than `--limit-gb` is left out from
 there on.
@@ -146,7 +147,8 @@ def show_case(rows: list[Row]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = command(__doc__, "--device", "--json", "--results", "--rounds", "--threads")
+    common = "--device", "--json", "--results", "--rounds", "--threads", "--scans", "--width", "--depth"
+    parser = command(__doc__, *common, scans=8)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
     what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")
@@ -160,10 +162,7 @@ def parse() -> argparse.Namespace:
     add("--flash", choices=("true", "false"), help="only with or without (default: both)")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     add("--studies", nargs="+", type=number, default=[1], help="in a batch; a run for each (default: 1)")
-    add("--scans", type=number, default=8, help="of a study of Figure 1b (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
-    add("--width", type=number, help="a multiple of 64 (default: 768; 128 with --scaling on a CPU)")
-    add("--depth", type=number, help="layers, a multiple of 3 (default: 12; 3 with --scaling on a CPU)")
     add("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
     add("--cuda-graphs", action="store_true", help="also replay each pass as a CUDA graph")
     add("--allocator", choices=("kept", "default"), default="kept", help="whether a CPU process keeps freed memory")
@@ -174,8 +173,6 @@ def parse() -> argparse.Namespace:
     args.limit_gb = 8.0 if args.limit_gb is None and small else args.limit_gb
     if args.sizes and not args.scaling:
         parser.error("--sizes belongs to --scaling")
-    if args.width % 64 or args.depth % 3:
-        parser.error(f"--width must be a multiple of 64, --depth of 3, got {args.width} and {args.depth}")
     return args
 
 

@@ -20,7 +20,6 @@ own Python: its C code, and the driver's, come on top.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -29,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib.options import command
+from benchlib.options import command, refusals
 from benchlib.report import Row, write
 from benchlib.tables import columns, print_table
 from benchlib.timing import ratio
@@ -40,17 +39,22 @@ MEANS = 15  # of 100 calls each, of which the least counts
 
 
 def main() -> int:
-    args = parse()
-    if args.launches or args.triton:
+    parser = command(__doc__, "--json", "--rounds")
+    parser.add_argument("--base", metavar="REV", help="a commit, tag or branch to compare with")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--launches", action="store_true", help="list what a block in training launches")
+    only.add_argument("--triton", action="store_true", help="time the Triton backend's calls")
+    args = parser.parse_args()
+    if not (args.launches or args.triton):
+        with refusals(parser):
+            rows = timed(args.base, args.rounds)
+    elif args.base:
+        parser.error("--base compares the time of ops alone: run the others in a checkout of that revision")
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
         from benchlib import host_launches
 
         rows = host_launches.count() if args.launches else host_launches.times()
-    else:
-        try:
-            rows = timed(args.base, args.rounds)
-        except (RuntimeError, ValueError) as error:
-            print(f"host.py: {error}", file=sys.stderr)
-            return 2
     write(args, rows)
     return 0
 
@@ -76,20 +80,6 @@ def timed(base: str | None, rounds: int) -> list[Row]:
 def calls(tree: Path) -> dict[Any, float]:
     """CPU seconds of every call."""
     return dict(json.loads(run(tree, [str(CALLS), str(MEANS)])))
-
-
-def parse() -> argparse.Namespace:
-    parser = command(__doc__, "--json", "--rounds")
-    parser.add_argument("--base", metavar="REV", help="a commit, tag or branch to compare with")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--launches", action="store_true", help="list what a block in training launches")
-    only.add_argument("--triton", action="store_true", help="time the Triton backend's calls")
-    args = parser.parse_args()
-    if args.launches or args.triton:
-        if args.base:
-            parser.error("--base compares the time of ops alone: run the others in a checkout of that revision")
-        os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
-    return args
 
 
 if __name__ == "__main__":

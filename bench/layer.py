@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from benchlib.baselines import regroup as regroup_by_copies
 from benchlib.op_traffic import OpTraffic
-from benchlib.options import DTYPES, command, number
+from benchlib.options import DTYPES, command
 from benchlib.report import Row, provenance, run_cases, show
 from benchlib.timing import CALLS, distance, timed
 from hlip.model.memory import keep_memory
@@ -125,10 +125,8 @@ def differences(results: list[Tensor], expected: list[Tensor], tolerance: float)
 
 
 def parse() -> argparse.Namespace:
-    parser = command(__doc__, "--device", "--results", "--rounds", "--threads")
-    parser.set_defaults(rounds=7)
+    parser = command(__doc__, "--device", "--results", "--rounds", "--scans", "--threads", rounds=7)
     parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="default: both")
-    parser.add_argument("--scans", type=number, default=4, help="of the study (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -21,10 +21,11 @@ a CPU in resident memory of the process, with the C library's allocator as it is
 process keeps the memory that tensors leave, which serves all. `bytes_modelled` adds up what the ops of the step are
 given and give, each tensor once for each op (`op_traffic.py`).
 
-Without a GPU: a narrow model of few layers and small scans, in which attention costs as much beside the other products
-as in the published model (882 kept tokens of a scan to a width of 768; 294 to 256). The narrower it is, the more weigh
-copies, norms and GELU. With a GPU: the published sizes. No dropout in either. Every study brings at most `--max-scans`
-scans, 10 as in the published training.
+Without a GPU: a narrow model of few layers (`--width 256 --depth 3`) and small scans (`--grid 6 7 7 --patch 4 6 6`),
+in which attention costs as much beside the other products as in the published model (882 kept tokens of a scan to a
+width of 768; 294 to 256). The narrower it is, the more weigh copies, norms and GELU. With a GPU: the published sizes
+(768, 12, 6 14 14, 8 16 16). No dropout in either. Every study brings at most `--max-scans` scans, 10 as in the
+published training.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"studies": 8, "width": 256, "depth": 3, "grid": [6, 7, 7], "patch": [4, 6, 6], "dtype": "fp32"},
     "cuda": {"studies": 32, "width": 768, "depth": 12, "grid": [6, 14, 14], "patch": [8, 16, 16], "dtype": "bf16"},
 }
+FIGURES = (
+    "p20_s", "p50_s", "p80_s", "studies_per_s", "packed_over_this", "interval", "peak_bytes", "bytes_modelled",
+)  # fmt: skip
 Studies = list[list[Tensor]]
 
 
@@ -90,18 +94,17 @@ def main() -> int:
         "max_scans": args.max_scans, "width": args.width, "depth": args.depth, "grid": args.grid, "patch": args.patch,
         "seed": args.seed, "rounds": args.rounds, **provenance(device),
     }  # fmt: skip
-    for row in rows:
-        job = jobs[row["policy"]]
+    for row, job in zip(rows, jobs.values(), strict=True):
         row |= {"tokens": job.tokens, "flops": (job.flops or 0) * (3 if args.mode == "train" else 1), **case}
-        if row["p50_s"] is not None:
-            row["studies_per_s"] = args.studies / row["p50_s"]
+        row["studies_per_s"] = row["p50_s"] and args.studies / row["p50_s"]
     show(" ".join(f"{key}={value}" for key, value in case.items()), rows, SHOWN)
     write(args, rows)
     return 0
 
 
 def parse() -> argparse.Namespace:
-    parser = command(__doc__, "--device", "--json", "--results", "--rounds")
+    common = "--device", "--json", "--results", "--rounds", "--width", "--depth", "--grid", "--seed"
+    parser = command(__doc__, *common)
     parser.add_argument("--mix", choices=SCANS, default="pub_brain_5", help="how many scans studies have")
     parser.add_argument(
         "--mode",
@@ -113,19 +116,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--max-scans", type=number, default=10, help="more of a study are left out (default: %(default)s)"
     )
-    parser.add_argument("--width", type=number, help="a multiple of 64 (default: 256 or 768)")
-    parser.add_argument("--depth", type=number, help="a multiple of 3 (default: 3 or 12)")
-    parser.add_argument("--grid", type=number, nargs=3, help="tokens of a scan (default: 6 7 7 or 6 14 14)")
     parser.add_argument("--patch", type=number, nargs=3, help="voxels of a token (default: 4 6 6 or 8 16 16)")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), help="of products (default: fp32 without a GPU, bf16 with one)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of scan counts and weights (default: %(default)s)")
     args = parser.parse_args()
     for name, value in DEFAULTS[args.device].items():
         setattr(args, name, getattr(args, name) or value)
-    if args.width % 64 or args.depth % 3:
-        parser.error(f"--width must be a multiple of 64, --depth of 3, got {args.width} and {args.depth}")
     return args
 
 
@@ -218,45 +215,35 @@ def measure(jobs: dict[str, Job], step: Callable[[Job], list[Tensor]], rounds: i
     Raises:
         SystemExit: a job's results differ from its reference's.
     """
-    facts: dict[str, Row] = {}
+    rows: dict[str, Row] = {name: {"policy": name, **dict.fromkeys(FIGURES), "error": "out of memory"} for name in jobs}
     results: dict[str, list[Tensor]] = {}
     for name, job in jobs.items():
-        facts[name] = {"peak_bytes": None, "bytes_modelled": None, "error": "out of memory"}
         with contextlib.suppress(torch.OutOfMemoryError):
             with Peak() as peak, OpTraffic() as traffic:
                 results[name] = step(job)
-            error = compare(name, results)
-            if not (isinstance(error, str) or error <= tolerance):
-                raise SystemExit(f"{name}: results are {error:.2g} of their norm away from {reference(name)}")
-            facts[name] = {"peak_bytes": peak.bytes, "bytes_modelled": traffic.counts.bytes, "error": error}
-    ran = {name: functools.partial(step, jobs[name]) for name in results if not isinstance(facts[name]["error"], str)}
+            error = compare(name, results, tolerance)
+            rows[name] |= {"peak_bytes": peak.bytes, "bytes_modelled": traffic.counts.bytes, "error": error}
+    ran = {name: functools.partial(step, jobs[name]) for name in results if not isinstance(rows[name]["error"], str)}
     results.clear()
     if not torch.cuda.is_available():
         keep_memory()
-        most = max((facts[name]["peak_bytes"] or 0 for name in ran), default=0)
+        most = max((rows[name]["peak_bytes"] or 0 for name in ran), default=0)
         torch.ones(most, dtype=torch.uint8)  # pages that the steps will write
-    times = timed(ran, rounds, ours="packed")
-    rows: list[Row] = []
-    for name, fact in facts.items():
-        row: Row = dict.fromkeys(("p20_s", "p50_s", "p80_s", "studies_per_s", "packed_over_this", "interval"))
-        if name in times:
-            row |= times[name]
-            median, *interval = row.pop("times_ours")
-            row |= {"packed_over_this": median, "interval": interval}
-        rows.append({"policy": name, **row, **fact})
-    return rows
+    for name, times in timed(ran, rounds, ours="packed").items():
+        median, *interval = times.pop("times_ours")
+        rows[name] |= times | {"packed_over_this": median, "interval": interval}
+    return list(rows.values())
 
 
-def reference(name: str) -> str:
-    """The policy whose results a policy's are compared with."""
-    return REFERENCES.get(name, "packed")
-
-
-def compare(name: str, results: dict[str, list[Tensor]]) -> float | str:
+def compare(name: str, results: dict[str, list[Tensor]], tolerance: float) -> float | str:
     """The largest distance of results from those that they should be, or why they are not compared."""
-    if reference(name) not in results:
-        return f"not compared, as {reference(name)} ran out of memory"
-    return max(map(distance, results[name], results[reference(name)]))
+    reference = REFERENCES.get(name, "packed")
+    if reference not in results:
+        return f"not compared, as {reference} ran out of memory"
+    error = max(map(distance, results[name], results[reference]))
+    if not error <= tolerance:
+        raise SystemExit(f"{name}: results are {error:.2g} of their norm away from {reference}")
+    return error
 
 
 if __name__ == "__main__":

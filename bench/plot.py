@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from benchlib.checkpage import markdown, read_check
-from benchlib.options import command
-from benchlib.report import read, write_text
+from benchlib.options import command, refusals
+from benchlib.report import read
+from hlip.output import write_text
 
 
 def main() -> int:
@@ -26,21 +27,16 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the page (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        rows = {path.stem: read(path) for path in sorted(args.results.glob("*.jsonl"))}
-        checks = [markdown(read_check(path), 2) for path in sorted(args.results.glob("check-*.json"))]
+    page = args.out / "benchmarks.md"
+    with refusals(parser, "viz"):
         from benchlib.page import render
 
-        text = render(rows, args.out / "figures")
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except ImportError as error:
-        needed = f"the page needs pandas and matplotlib ({error}): pip install 'hlip-kernels[viz]'"
-        parser.exit(2, f"{parser.prog}: {needed}\n")
-    page = args.out / "benchmarks.md"
-    if not text and not checks:
-        parser.exit(2, f"{parser.prog}: {args.results}: no results; make bench measures some\n")
-    write_text(page, "\n".join([text, *checks]))
+        rows = {path.stem: read(path) for path in sorted(args.results.glob("*.jsonl"))}
+        sections = [render(rows, args.out / "figures")]
+        sections += [markdown(read_check(path), 2) for path in sorted(args.results.glob("check-*.json"))]
+        if not any(sections):
+            raise ValueError(f"{args.results}: no results; make bench measures some")
+    write_text(page, "\n".join(sections))
     print(page)
     return 0
 

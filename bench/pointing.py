@@ -23,8 +23,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchlib.options import command, number
+from benchlib.options import command, number, refusals
 from benchlib.report import provenance, write
-from benchlib.tables import print_table
+from benchlib.tables import columns, print_table
 from hlip import demo
 from hlip.evaluate.evaluation import zeroshot_classifier
 from hlip.evaluate.tasks import Task, load_task
@@ -105,18 +106,17 @@ def lesion_voxels(voxels: np.ndarray, plain: np.ndarray) -> np.ndarray:
 
 
 def score(name: str, every: list[Case], make: Map) -> dict[str, object]:
+    import pandas as pd
     from sklearn.metrics import roc_auc_score
 
-    scores: dict[str, list[float]] = {column: [] for column in COLUMNS}
+    scores = []
     for case in tqdm(every, name, unit="study", disable=None, leave=False):
         values = make(case)
-        scores["hit"].append(case.lesion[values.argmax()])
-        scores["patch"].append(roc_auc_score(case.lesion, values))
+        scores.append({"hit": case.lesion[values.argmax()], "patch": roc_auc_score(case.lesion, values)})
         if not case.shows.all():
             sums = values.reshape(len(case.shows), -1).sum(1)
-            scores["scan"].append(roc_auc_score(case.shows, sums))
-            scores["first"].append(case.shows[sums.argmax()])
-    return {"map": name, **{key: round(float(np.mean(values)), 3) for key, values in scores.items()}}
+            scores[-1] |= {"scan": roc_auc_score(case.shows, sums), "first": case.shows[sums.argmax()]}
+    return {"map": name, **pd.DataFrame(scores, columns=COLUMNS, dtype=float).mean().round(3)}
 
 
 COLUMNS = ("hit", "patch", "scan", "first")
@@ -130,29 +130,27 @@ def maps_of(name: str, model: HLIPModel, task: Task) -> Iterator[tuple[str, Map]
         result = relevance(model, case.study, texts[case.finding], layers, other, normalize)  # type: ignore[arg-type]
         return torch.cat([scan.flatten() for scan in result.maps]).numpy()
 
-    for layers, normalize in (("last", False), ("all", False), ("all", True)):
-        for against in (False, True):
-            words = [name, f"{layers} layers" if layers == "all" else "last layer", "normalized" * normalize]
-            label = ", ".join(filter(None, [*words, "against normal" * against]))
-            yield label, functools.partial(make, layers=layers, against=against, normalize=normalize)
+    for (layers, normalize), against in product((("last", False), ("all", False), ("all", True)), (False, True)):
+        label = f"{name}, {'all layers' if layers == 'all' else 'last layer'}"
+        label += ", normalized" * normalize + ", against normal" * against
+        yield label, functools.partial(make, layers=layers, against=against, normalize=normalize)
 
 
 def main() -> int:
-    parser = command(__doc__, "--json")
+    parser = command(__doc__, "--json", "--seed")
     parser.add_argument("--data", type=Path, default=Path("data/demo-0"), help="demo studies (default: %(default)s)")
     parser.add_argument("--model", default="runs/demo/model", help="trained on them (default: %(default)s)")
     parser.add_argument("--studies", type=number, help="only the first so many with a lesion (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of random maps and untrained model (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        return measure(args)
-    except (FileNotFoundError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}; make demo makes studies and model\n")
-    except ImportError as error:
-        parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,eval]'\n")
+    with refusals(parser, "io,eval", "; make demo makes studies and model"):
+        rows = measure(args)
+    print(f"{rows[0]['studies']} studies with a lesion; {rows[0]['lesion_patches']:.1%} of their patches hold it")
+    print_table(*columns(rows, ["map", *COLUMNS]))
+    write(args, rows)
+    return 0
 
 
-def measure(args: argparse.Namespace) -> int:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     Raises:
         FileNotFoundError, ValueError: no demo studies, or no model.
@@ -161,8 +159,8 @@ def measure(args: argparse.Namespace) -> int:
     trained = HLIPModel.from_pretrained(args.model)
     torch.manual_seed(args.seed)
     untrained = create_model("demo", pretrained_text=trained.config.text.name).eval()
-    every = list(cases(args.data, trained.config.preprocess, trained.config.vision.patch_size, args.studies))
-    every = [case for case in every if case.lesion.any()]
+    drawn = cases(args.data, trained.config.preprocess, trained.config.vision.patch_size, args.studies)
+    every = [case for case in drawn if case.lesion.any()]
     rng = np.random.default_rng(args.seed)
     rows = [
         score("random", every, lambda case: rng.random(len(case.lesion))),
@@ -171,12 +169,9 @@ def measure(args: argparse.Namespace) -> int:
     ]
     for name, model in (("untrained", untrained), ("trained", trained)):
         rows += [score(label, every, make) for label, make in maps_of(name, model, task)]
-    share = float(np.mean([case.lesion.mean() for case in every]))
-    print(f"{len(every)} studies with a lesion; {share:.1%} of their patches hold it")
-    print_table(("map", *COLUMNS), [[row[key] for key in ("map", *COLUMNS)] for row in rows])
-    facts = {"studies": len(every), "lesion_patches": round(share, 4), **provenance(torch.device("cpu"))}
-    write(args, [{**row, **facts} for row in rows])
-    return 0
+    share = round(float(np.mean([case.lesion.mean() for case in every])), 4)
+    facts = {"studies": len(every), "lesion_patches": share, **provenance(torch.device("cpu"))}
+    return [row | facts for row in rows]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchlib.options import command, number
+from benchlib.options import command, number, refusals
 from benchlib.report import write
 from benchlib.tables import print_table
 from benchlib.timing import in_turns
@@ -39,13 +39,10 @@ def main() -> None:
         parser.error(f"--slices must be at least 50, got {args.slices}")
     torch.set_num_threads(1)
     rows = []
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for case in make_cases(Path(folder), args.slices):
-                rows.append(measure(*case, rounds=args.rounds))
-                print(f"{rows[-1]['case']}: {rows[-1]['ratio']} times as fast", flush=True)
-    except ImportError as error:
-        parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,demo]'\n")
+    with refusals(parser), tempfile.TemporaryDirectory() as folder:
+        for case in make_cases(Path(folder), args.slices):
+            rows.append(measure(*case, rounds=args.rounds))
+            print(f"{rows[-1]['case']}: {rows[-1]['ratio']} times as fast", flush=True)
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     write(args, rows)
 

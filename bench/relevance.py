@@ -1,6 +1,6 @@
 """Memory of relevance, a study of many scans: the row that is carried back, beside what whole matrices would need.
 
-    python bench/relevance.py                  40 scans of 1176 tokens at study level, 12 heads of 64: minutes on a CPU
+    python bench/relevance.py          40 scans of 6 x 14 x 14 tokens at study level, 12 heads of 64: minutes on a CPU
     python bench/relevance.py --scans 10
 
 One layer at study level is taken back with every row of its matrix in use, which is the most that a layer can ask for.
@@ -27,10 +27,7 @@ GIB = 2**30
 
 
 def main() -> int:
-    parser = command(__doc__, "--json")
-    parser.add_argument("--scans", type=number, default=40, help="of the study (default: %(default)s)")
-    parser.add_argument("--grid", type=number, nargs=3, default=(6, 14, 14), help="tokens of a scan (default: 6 14 14)")
-    parser.add_argument("--heads", type=number, default=12, help="of attention (default: %(default)s)")
+    parser = command(__doc__, "--json", "--scans", "--grid", "--heads", scans=40, grid=(6, 14, 14))
     parser.add_argument("--head-dim", type=number, default=64, help="width of a head (default: %(default)s)")
     args = parser.parse_args()
     layout = StudyLayout.from_grids([[tuple(args.grid)] * args.scans])

@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchlib.options import command, number
+from benchlib.options import command, number, refusals
 from benchlib.tables import print_table
+from benchlib.timing import clock
 from hlip.prepare.discover import Found
 from hlip.prepare.job import prepare
 from hlip.prepare.recipe import load_recipe
@@ -84,9 +85,7 @@ def large(folder: Path, studies: int) -> None:
         shards = range((studies + PER_SHARD - 1) // PER_SHARD)
         list(pool.map(functools.partial(write_part, folder, studies), shards, chunksize=4))
     written = time.perf_counter() - start
-    start = time.perf_counter()
-    finish(folder, folder / "work", source_hash="", shard_scans=0, hidden_ids=False)
-    finished = time.perf_counter() - start
+    finished = clock(lambda: finish(folder, folder / "work", source_hash="", shard_scans=0, hidden_ids=False))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     command = [sys.executable, "-c", READ, str(folder), str(SAMPLES)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -115,21 +114,15 @@ def throughput(folder: Path, studies: int) -> None:
     rows: list[list[float]] = []
     for workers in (1, 2, 1, 2):
         loops = busy_loops(workers)
-        start, used = time.perf_counter(), cpu_seconds()
+        start, used = time.perf_counter(), sum(os.times()[:4])  # of this process and the workers that it has waited for
         prepare(sources, load_recipe("brain-mri"), folder / str(len(rows)), workers=workers, shard_scans=8)
-        seconds, used = time.perf_counter() - start, cpu_seconds() - used
+        seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - used
         rows.append([workers, round(seconds, 1), round(4 * studies / seconds, 2), round(used / seconds, 2), loops])
     print_table(["workers", "s", "scans/s", "CPUs used", "busy loops, 10^6/s"], rows)
     ratio = (rows[1][2] + rows[3][2]) / (rows[0][2] + rows[2][2])
     machine = (rows[1][4] + rows[3][4]) / (rows[0][4] + rows[2][4])
     print(f"two workers are {ratio:.2f} times one; two busy loops, before each run, {machine:.2f} times one")
     print(f"load: {os.getloadavg()}")
-
-
-def cpu_seconds() -> float:
-    """Of this process and the workers that it has waited for."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(used.ru_utime + used.ru_stime for used in usage)
 
 
 def busy_loops(processes: int) -> float:
@@ -157,14 +150,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder and not args.folder.is_dir():
         parser.error(f"--folder {args.folder}: there is no such folder")
-    try:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            if args.throughput:
-                throughput(Path(folder), args.studies or 96)
-            else:
-                large(Path(folder) / "store", args.studies or 250_000)
-    except ImportError as error:
-        parser.exit(2, f"{parser.prog}: {error}: pip install 'hlip-kernels[io,demo]'\n")
+    with refusals(parser), tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.throughput:
+            throughput(Path(folder), args.studies or 96)
+        else:
+            large(Path(folder) / "store", args.studies or 250_000)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from benchlib import kernels, problems
 from benchlib import page as pages
-from benchlib.report import append_rows, read
+from benchlib.report import read, text_of, write_rows
 from benchlib.tables import cell, short, table
 from benchlib.timing import ceilings
 
@@ -34,7 +34,7 @@ def test_a_page_of_what_was_measured(tmp_path: Path) -> None:
     limits = ceilings("cpu", torch.float32)
     rows = list(kernels.run(case, settings, limits))
     for run in ([row | {"utc": "2020-01-01T00:00:00+00:00"} for row in rows], rows):  # of which the later is shown
-        append_rows(run, results / "attention.jsonl")
+        write_rows(run, results / "attention.jsonl", text_of(results / "attention.jsonl"))
     encoder = ["--scaling", "scans", "--sizes", 1, 2, "--width", 64, "--rounds", 2, "--device", "cpu"]
     assert program("encoder.py", *encoder, "--results", results / "encoder.jsonl").returncode == 0
     figure = ["--figure1b", "--scans", 1, "--models", "hlip", "published", "--width", 64, "--depth", 3, "--rounds", 2]

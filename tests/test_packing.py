@@ -69,7 +69,7 @@ def test_the_program(mix: str, mode: str, tmp_path: Path) -> None:
 def test_wrong_sizes_are_named() -> None:
     done = bench("--width", 100)
     assert done.returncode == 2
-    assert "--width must be a multiple of 64" in done.stderr
+    assert "--width: must be a multiple of 64, got '100'" in done.stderr
 
 
 @pytest.fixture(scope="module")

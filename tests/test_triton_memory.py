@@ -257,7 +257,7 @@ def test_add_regroup_norm_reads_and_writes_every_row_once(
             read, bounds = rows[dst], of_tiles + 4 * tiles
         assert traffic.total.loaded == read * (row + update_row) + bounds + programs * 2 * row
         assert traffic.total.stored == rows[dst] * (row + update_row + 8)
-        traffic.clear()
+        traffic.kernels.clear()
         grads = torch.ones_like(x), torch.ones_like(y)
         triton_norm.backward(*grads, x, mean, rstd, None, None, None, weight, regroup)
     bounds = of_tiles + of_families

@@ -76,11 +76,8 @@ def summary(steps: Sequence[Report]) -> str:
 def body(step: Report) -> Iterator[str]:
     """Write the result of a step: texts, a table, faults and reasons."""
     rows = step["rows"]
-    if step["note"]:
-        yield f"```\n{step['note'].rstrip()}\n```"
-    for row in rows:
-        if "text" in row:
-            yield f"```\n{row['text'].rstrip()}\n```"
+    for text in filter(None, [step["note"], *(row.get("text") for row in rows)]):
+        yield f"```\n{text.rstrip()}\n```"
     figures = [row for row in rows if "text" not in row and "reason" not in row and len(row) > 1]
     shown = SHOWN_ALONE.get(step["stage"], ())
     keys = list(dict.fromkeys(key for row in figures for key in row if key not in HIDDEN or key in shown))

@@ -152,8 +152,7 @@ def build(kind: Kind, case: Case, setting: Setting) -> Job:
         net.to(setting.device)
         scaled = (volumes.to(setting.device)[:, None] / 255).sub_(0.449).div_(0.226)
         return Job(net, lambda: encode(scaled.to(next(net.parameters()).dtype)), case.tokens)
-    pattern: Pattern = "study" if model == "vit" else case.levels
-    levels = level_pattern(pattern, setting.depth, setting.depth // 3)
+    levels = level_pattern("study" if model == "vit" else case.levels, setting.depth, setting.depth // 3)
     d, h, w = (n // p for n, p in zip(case.shape, case.patch, strict=True))
     config = VisionConfig(
         setting.width, setting.width // 64, patch_size=case.patch, grid=(d, h, w), levels=levels, init_std=0.05,
@@ -231,12 +230,11 @@ def compare(kind: Kind, given: Mapping[str, Tensor], expected: Mapping[str, Tens
     Raises:
         SystemExit: too far, or not finite.
     """
-    errors = {}
     least = LEAST * max(float(wanted.norm()) for wanted in expected.values())
-    for name, wanted in expected.items():
-        errors[name] = distance(given[name], wanted, least)
-        if not errors[name] <= TOLERANCE[dtype] * (1 if name == "out" else GRADIENTS):
-            raise SystemExit(f"{kind}: {name} is {errors[name]:.2g} of its norm away from what it should be")
+    errors = {name: distance(given[name], wanted, least) for name, wanted in expected.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE[dtype] * (1 if name == "out" else GRADIENTS):
+            raise SystemExit(f"{kind}: {name} is {error:.2g} of its norm away from what it should be")
     return max(errors.values())
 
 
@@ -247,15 +245,13 @@ def measure(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, r
     outputs: dict[Kind, Tensor] = {}
     expected = reference(case, setting, mode) if {"hlip", "published"} & {kind.model for kind in jobs} else {}
     for kind, job in tqdm(jobs.items(), f"{case.name}, {mode}: first pass", unit="model", disable=None):
-        reason = NOT_RUN.get((kind, mode))
-        if reason is None:
+        reason = NOT_RUN.get((kind, mode), "out of memory")
+        if (kind, mode) not in NOT_RUN:
             way = ready(job, mode, setting.dtype)
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 facts[kind], ways[kind] = first_pass(kind, job, mode, setting.dtype, way, outputs, expected), way
-                continue
-            except torch.OutOfMemoryError:
-                reason = "out of memory"
-        yield {**kind._asdict(), "mode": mode, "reason": reason}
+        if kind not in facts:
+            yield {**kind._asdict(), "mode": mode, "reason": reason}
     expected.clear()
     calls = CALLS[setting.device]
     if calls > 1:
@@ -300,9 +296,10 @@ def first_pass(
 
 def amounts(job: Job, case: Case, seconds: float) -> Row:
     """Compute the volumes, studies and tokens that a model encodes in a second; count its parameters."""
-    done = {"vol_per_s": case.volumes, "studies_per_s": case.studies, "tokens_per_s": case.tokens}
-    rates = {name: amount / seconds for name, amount in done.items()}
-    return {**rates, "parameters": sum(p.numel() for p in job.module.parameters())}
+    return {
+        "vol_per_s": case.volumes / seconds, "studies_per_s": case.studies / seconds,
+        "tokens_per_s": case.tokens / seconds, "parameters": sum(p.numel() for p in job.module.parameters()),
+    }  # fmt: skip
 
 
 def replayed(jobs: Mapping[Kind, Job], mode: str, case: Case, setting: Setting, rounds: int) -> Iterator[Row]:

@@ -134,25 +134,22 @@ def main(args: argparse.Namespace) -> int:
 def fitted() -> Iterator[Row]:
     """A row for every way, pass, level, sweep, and for bytes and operations."""
     for sweep in tqdm(SWEEPS, "counting", unit="sweep", disable=None):
-        for way, count in WAYS.items():
-            if way == "standard" and not sweep.standard:
-                continue
-            for direction in PASSES:
-                for at, level in enumerate(LEVELS):
-                    counts = [count(direction, point, level) for point in sweep.points]
-                    x = [sweep.of(point) for point in sweep.points]
-                    for quantity, claimed in (("bytes", sweep.bytes[at]), ("flops", sweep.flops[at])):
-                        y = [getattr(counted, quantity) for counted in counts]
-                        slope = exponent(x, y)
-                        off = not abs(slope - claimed) <= TOLERANCE
-                        yield {
-                            "kind": "exponent", "way": way, "pass": direction, "level": level, "sweep": sweep.name,
-                            "quantity": quantity, "claimed": claimed, "exponent": slope,
-                            "points": [point._asdict() for point in sweep.points], "x": x, "counted": y,
-                            "times_longer": LONGER if way == "standard" else 1,
-                            "kinds": {"counted": KINDS[way], "exponent": KINDS[way]},
-                            **({"wrong": f"at level {level} {slope:.3f} is not {claimed}"} if off else {}),
-                        }  # fmt: skip
+        ways = WAYS if sweep.standard else ("ours",)
+        for way, direction, (at, level) in product(ways, PASSES, enumerate(LEVELS)):
+            counts = [WAYS[way](direction, point, level) for point in sweep.points]
+            x = [sweep.of(point) for point in sweep.points]
+            for quantity, claims in (("bytes", sweep.bytes), ("flops", sweep.flops)):
+                y = [getattr(counted, quantity) for counted in counts]
+                slope, claimed = exponent(x, y), claims[at]
+                off = not abs(slope - claimed) <= TOLERANCE
+                yield {
+                    "kind": "exponent", "way": way, "pass": direction, "level": level, "sweep": sweep.name,
+                    "quantity": quantity, "claimed": claimed, "exponent": slope,
+                    "points": [point._asdict() for point in sweep.points], "x": x, "counted": y,
+                    "times_longer": LONGER if way == "standard" else 1,
+                    "kinds": {"counted": KINDS[way], "exponent": KINDS[way]},
+                    **({"wrong": f"at level {level} {slope:.3f} is not {claimed}"} if off else {}),
+                }  # fmt: skip
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
@@ -181,14 +178,14 @@ def standard(direction: str, point: Point, level: Level) -> Counts:
 @functools.cache
 def standard_counts(length: int, head_dim: int) -> dict[str, Counts]:
     """Of attention of one head that writes its weights to memory."""
-    shape = 1, 1, length, head_dim
-    return op_counts(
-        unfused, *(torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=True) for _ in "qkv")
-    )
+    return op_counts(unfused, *[(1, 1, length, head_dim)] * 3, dtype=torch.float16)
 
 
-def op_counts(run: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Counts]:
-    """Of the ops of a call, forward and backward."""
+def op_counts(
+    run: Callable[..., Tensor], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> dict[str, Counts]:
+    """Count what the ops of a call with inputs of these shapes move and multiply, forward and backward."""
+    inputs = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
     with OpTraffic() as forward, FlopCounterMode(display=False) as forward_flops:
         out = run(*inputs)
     grad = torch.empty_like(out)
@@ -252,8 +249,7 @@ def regroup_traffic() -> Iterator[Row]:
 
 def published_change(src: int, dst: int, tokens: int, width: int) -> dict[str, Counts]:
     """Forward and backward of the change from `src` groups to `dst`."""
-    x = torch.empty(src, 1 + tokens // src, width, device="meta", requires_grad=True)
-    return op_counts(functools.partial(regroup, groups=dst), x)
+    return op_counts(lambda x: regroup(x, dst), (src, 1 + tokens // src, width))
 
 
 def prefix_change(layout: StudyLayout, src: Level, dst: Level, width: int) -> dict[str, Counts]:
@@ -283,7 +279,7 @@ def show(rows: Sequence[Row]) -> None:
     for row in exponents:
         cells[row["sweep"], row["way"], row["pass"]][f"{row['level']} {row['quantity']}"] = power(row)
     what = {sweep.name: sweep.what for sweep in SWEEPS}
-    lines = [[sweep, what[sweep], *line, *map(of.__getitem__, figures)] for (sweep, *line), of in cells.items()]
+    lines = [[key[0], what[key[0]], *key[1:], *map(of.get, figures)] for key, of in cells.items()]
     print_table(["sweep", "", "way", "pass", *figures], lines)
     print(
         "\nOne group of the released models, one head of 64, fp16, with the tiles of sm_90. Operations beyond those"

@@ -83,8 +83,11 @@ def read_amdgcn(text: str) -> dict[str, Any]:
         matrix=re.compile(r"\bv_mfma"),
         multiply=re.compile(r"\bv_(pk_|dot\w*_)?fmac?_"),
     )
-    stack = _number(r"\.private_segment_fixed_size:\s*", text)
-    return {"registers": _number(r"\.vgpr_count:\s*", text), "stack_bytes": stack, **code_facts}
+    return {
+        "registers": _number(r"\.vgpr_count:\s*", text),
+        "stack_bytes": _number(r"\.private_segment_fixed_size:\s*", text),
+        **code_facts,
+    }
 
 
 def _number(before: str, text: str) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,8 +89,7 @@ def machine_name(device: str, threads: int) -> str:
 
 def count(number: int, things: str) -> str:
     """1 scan, 4 scans; 1 study, 2 studies."""
-    one = f"{things[:-3]}y" if things.endswith("ies") else things[:-1]
-    return f"{number} {one if number == 1 else things}"
+    return f"{number} {things if number != 1 else re.sub('ie$', 'y', things[:-1])}"
 
 
 def file_name(name: str, machine: str) -> str:
@@ -107,16 +105,13 @@ def wrapped(text: str, indent: str = "") -> str:
 def where(rows: Frame) -> str:
     """Where rows were measured, with what, of which commits, and from when to when: all there is, each once."""
     rows = rows.sort_values("utc", kind="stable")
-    versions: dict[str, dict[str, None]] = defaultdict(dict)
-    for of_row in rows["versions"]:
-        for name, version in of_row.items():
-            versions[name][version] = None
+    versions = pd.DataFrame(list(rows["versions"]))
     commits = list(dict.fromkeys(commit or "unknown" for commit in rows["commit"]))
     (day, begin), (last_day, end) = ((utc[:10], utc[11:16]) for utc in (rows["utc"].iloc[0], rows["utc"].iloc[-1]))
     last = end if day == last_day else f"{last_day} {end}"
     facts = [
         " and ".join(dict.fromkeys(map(machine_name, rows["device"], rows["threads"]))),
-        ", ".join(f"{name} {' and '.join(used)}" for name, used in versions.items()),
+        ", ".join(f"{name} {' and '.join(used.dropna().unique())}" for name, used in versions.items()),
         f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
         f"{day} {begin}{f' to {last}' * (last != begin)} UTC",
     ]
@@ -209,35 +204,30 @@ def encoders(rows: Frame, machine: str) -> Iterator[dict[str, Any]]:
         name, dtype, allocator, studies, scans, _, width, depth = case
         default = allocator == "default"
         small = "" if (width, depth) == (768, 12) else f" width {width}, {depth} layers"
-        title = f"{TITLES[name]}: {count(studies, 'studies')} of {count(scans, 'scans')}, {dtype}"
-        title += ", the C library's allocator" * default + f",{small}" * bool(small)
-        picture = file_name(f"{name} {studies} {dtype}{small} {'default' * default}", machine)
-        label = f"{TITLES[name]}, {dtype}"
         yield {
-            "title": title,
+            "title": f"{TITLES[name]}: {count(studies, 'studies')} of {count(scans, 'scans')}, {dtype}"
+            + ", the C library's allocator" * default + f",{small}" * bool(small),
             "rows": mine,
-            "picture": picture,
-            "label": label,
+            "picture": file_name(f"{name} {studies} {dtype}{small} {'default' * default}", machine),
+            "label": f"{TITLES[name]}, {dtype}",
             "case": TITLES[name],
             "allocator": allocator,
-        }
+        }  # fmt: skip
 
 
 def packings(rows: Frame) -> list[tuple[str, Frame]]:
     """The cases of packing by their short names."""
-    groups = rows.groupby(PACKINGS, sort=False)
-    return [(f"{mix}, {mode}, {dtype}", mine) for (mix, mode, dtype, *_), mine in groups]
+    return [(", ".join(case[:3]), mine) for case, mine in rows.groupby(PACKINGS, sort=False)]
 
 
 def growth(rows: Frame) -> list[tuple[str, Frame]]:
     """The rows of each axis that grows, with the size that a row has on it."""
-    rows["slices"] = [shape[0] // patch[0] for shape, patch in zip(rows["shape"], rows["patch"], strict=True)]
-    cases = [(axis, rows[rows["case"] == case].copy()) for case, axis in AXES.items()]
-    for axis, mine in cases:
-        mine["grown"] = mine[axis]
-        mine.sort_values("grown", kind="stable", inplace=True)
-        mine["size"] = [count(size, axis) for size in mine["grown"]]
-        mine["step"] = list(map(step, mine.to_dict("records")))
+    slices = [shape[0] // patch[0] for shape, patch in zip(rows["shape"], rows["patch"], strict=True)]
+    rows = rows.assign(slices=slices, step=list(map(step, rows.to_dict("records"))))
+    cases = []
+    for axis, mine in ((axis, rows[rows["case"] == case]) for case, axis in AXES.items()):
+        sizes = [count(size, axis) for size in mine[axis]]
+        cases.append((axis, mine.assign(grown=mine[axis], size=sizes).sort_values("grown", kind="stable")))
     return [(axis, mine) for axis, mine in cases if len(mine)]
 
 
@@ -285,8 +275,7 @@ def layers(rows: Frame) -> Frame:
 
 def selected(rows: Frame, kind: str) -> Frame:
     """Rows of a kind of the latest count."""
-    rows = latest(rows)
-    return rows[rows["kind"] == kind]
+    return latest(rows).query("kind == @kind")
 
 
 def exponents(rows: Frame) -> str:
@@ -317,8 +306,8 @@ def machine_code(rows: Frame) -> Frame:
 
 def totals(rows: Frame) -> list[list[Any]]:
     """For each version and architecture: kernels, and how many spill, are serialised, and are so as dense ones are."""
-    groups = rows.groupby(["version", "arch"], sort=False)
-    return [[*key, len(mine), *mine[["spill", "waits", "as_dense"]].sum()] for key, mine in groups]
+    flags = ["spill", "waits", "as_dense"]
+    return [[*key, len(mine), *mine[flags].sum()] for key, mine in rows.groupby(["version", "arch"], sort=False)]
 
 
 def longest(rows: Frame) -> str:

@@ -10,7 +10,7 @@ import os
 import signal
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -61,16 +61,13 @@ def compile_ahead(
             for future in futures:
                 future.add_done_callback(lambda _: progress.update())
             done = wait(futures, None if seconds == float("inf") else seconds).done
-            facts = {futures[future]: future.result() for future in done if _compiled(future)}
+            right = [future for future in done if not future.cancelled() and future.exception() is None]
+            facts = {futures[future]: future.result() for future in right}
         except BrokenProcessPool:  # a worker was killed, for memory most often: launches compile what is missing
             pass
         finally:
             pool.shutdown(cancel_futures=True)
     return facts
-
-
-def _compiled(future: Future[dict[str, Any]]) -> bool:
-    return not future.cancelled() and future.exception() is None
 
 
 def _start(target: Any) -> None:

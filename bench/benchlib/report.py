@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 import hlip_kernels
-from hlip.output import write_whole
+from hlip.output import write_json, write_text
 
 from .tables import columns, legend, named, print_table
 
@@ -34,7 +35,7 @@ def read(path: Path) -> list[Row]:
         ValueError: a line is not a benchmark's row; names file and line.
     """
     rows: list[Row] = []
-    for at, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    for at, line in enumerate(text_of(path).splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -46,23 +47,14 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def append_rows(rows: Sequence[Row], path: Path) -> None:
-    """Add rows to a file of one JSON object a line, whole or not at all."""
-    write_rows(rows, path, path.read_text(encoding="utf-8") if path.exists() else "")
-
-
 def write_rows(rows: Sequence[Row], path: Path, before: str = "") -> None:
-    """Write rows as `append_rows` does, behind a text."""
+    """Write rows as one JSON object a line behind a text, whole or not at all."""
     write_text(path, before + "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_json(rows: Any, path: Path) -> None:
-    write_text(path, json.dumps(rows, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+def text_of(path: Path) -> str:
+    """The text of a file, nothing where there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def run_cases(cases: Iterable[Iterable[Row]], show: Callable[[list[Row]], None], args: argparse.Namespace) -> int:
@@ -89,9 +81,9 @@ def run_cases(cases: Iterable[Iterable[Row]], show: Callable[[list[Row]], None],
 def write(args: argparse.Namespace, new: Sequence[Row], rows: Sequence[Row] | None = None) -> None:
     """Write all rows of a run to the file of `--json`, and add the new ones to that of `--results`, where given."""
     if getattr(args, "json", None):
-        write_json(new if rows is None else rows, args.json)
+        write_json(args.json, new if rows is None else rows)
     if getattr(args, "results", None):
-        append_rows(new, args.results)
+        write_rows(new, args.results, text_of(args.results))
 
 
 def show(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
@@ -118,11 +110,10 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def cpu_name() -> str:
     """Model, cores and the instructions that matter here, such as "Intel(R) Xeon(R) 8488C, 2 cores, AMX"."""
-    path = Path("/proc/cpuinfo")
-    pairs = (line.partition(":") for line in (path.read_text().splitlines() if path.exists() else ()))
-    lines = {name.strip(): value.strip() for name, _, value in pairs}
-    capability = "AMX" if "amx_bf16" in lines.get("flags", "").split() else torch.backends.cpu.get_cpu_capability()
-    return f"{lines.get('model name') or platform.machine()}, {os.cpu_count()} cores, {capability}"
+    text = text_of(Path("/proc/cpuinfo"))
+    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    capability = "AMX" if "amx_bf16" in text.split() else torch.backends.cpu.get_cpu_capability()
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores, {capability}"
 
 
 def commit() -> str | None:
@@ -136,10 +127,9 @@ def commit() -> str | None:
 def output(*command: str) -> str:
     """What a program prints; nothing if it is not there or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def versions() -> dict[str, str]:

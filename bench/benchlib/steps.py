@@ -93,9 +93,7 @@ def environment(setup: Setup) -> Iterator[Row]:
 def clocks() -> Row:
     """The card's clocks, power and temperature, as nvidia-smi tells them; nothing where it is not."""
     line = output("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader").partition("\n")[0]
-    values = [value.strip() for value in line.split(",")]
-    names = QUERY.split(",")
-    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+    return dict(zip(QUERY.split(","), line.split(", "), strict=False)) if line else {}
 
 
 def compiled(setup: Setup, dtypes: Sequence[str], others: bool = False) -> Iterator[Row]:
@@ -129,9 +127,8 @@ def peers(setup: Setup, at: int, chosen: Collection[str]) -> Iterator[Row]:
     if at >= len(size.lengths):
         return
     ours = f"hlip-{choose_backend('auto', device, torch.bfloat16, size.head_dim)}"
-    names = [name for name in PEERS if name == ours or name in chosen]
     left_out = SLOW if device == "cuda" else ("hlip-triton",)  # which could only run on a driver that is none
-    names = [name for name in names if name not in left_out]
+    names = [name for name in PEERS if (name == ours or name in chosen) and name not in left_out]
     memory = 0.8 * torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0.4 * 2**30
     settings = kernels.Settings(
         "bf16", size.heads, size.head_dim, device, size.rounds, CALLS[device], memory, names, kernels.MODES

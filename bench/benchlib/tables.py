@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from hlip.terminal import visible
+from hlip import output
+from hlip.terminal import say
 
 NAMES = (  # whose a row is
     "backend", "model", "way", "policy", "kernel", "case", "mode", "pass", "sweep", "dtype", "head_dim", "residual",
@@ -23,16 +24,19 @@ KINDS = ("measured", "counted", "estimated", "published")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    lines = [list(header), *([("-" if cell is None else visible(str(cell))) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    """Print a table in columns, on a screen."""
+    say(*output.table([header, *dashed(rows)]))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *([("-" if cell is None else cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *dashed(rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def dashed(rows: Iterable[Sequence[object]]) -> list[list[object]]:
+    """Rows of cells with a dash for each that is None."""
+    return [["-" if cell is None else cell for cell in row] for row in rows]
 
 
 def short(value: float, factor: float = 1.0) -> str:
@@ -153,20 +157,6 @@ def columns(rows: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> tuple[lis
 
 def named(row: Mapping[str, Any]) -> str:
     """Whose row it is, for what is said of it."""
-    keys = (
-        "backend",
-        "model",
-        "way",
-        "policy",
-        "kernel",
-        "case",
-        "mode",
-        "pass",
-        "sweep",
-        "dtype",
-        "head_dim",
-        "residual",
-    )
-    words = [str(row[key]) for key in keys if row.get(key) not in (None, "")]
+    words = [str(row[key]) for key in NAMES if row.get(key) not in (None, "")]
     words += ["without flash"] * (row.get("flash") is False) + ["CUDA graph"] * bool(row.get("graph"))
     return f"{', '.join(words)}: " if words else ""

@@ -66,7 +66,10 @@ def timed(
     of them."""
     seconds = in_turns(ways, rounds, calls)
     return {
-        name: percentiles(mine) | {"times_ours": ratio(mine, seconds[ours]) if ours in seconds else None}
+        name: {
+            **{f"p{p}_s": float(np.percentile(mine, p)) for p in (20, 50, 80)},
+            "times_ours": ratio(mine, seconds[ours]) if ours in seconds else None,
+        }
         for name, mine in seconds.items()
     }
 
@@ -140,10 +143,6 @@ def ratio(slower: list[float], faster: list[float], seed: int = 0) -> Ratio:
     drawn = np.random.default_rng(seed).integers(len(pairs), size=(DRAWS, len(pairs)))
     low, high = np.quantile(np.median(pairs[drawn], axis=1), (0.025, 0.975))
     return Ratio(float(np.median(pairs)), float(low), float(high))
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    return {f"p{p}_s": float(np.percentile(seconds, p)) for p in (20, 50, 80)}
 
 
 class Unfit(Exception):
@@ -240,11 +239,10 @@ class Ceilings(NamedTuple):
 
     def rates(self, seconds: float, flops: float | None, moved: float) -> dict[str, float]:
         """Operations and bytes of some work, a second, and as parts of what the machine can do."""
-        bytes_per_s = moved / seconds
-        row = {"bytes_modelled": moved, "bytes_per_s": bytes_per_s, "of_copy": bytes_per_s / self.bytes}
-        if flops is None:
-            return row
-        return {"flops": flops, "flop_per_s": flops / seconds, "of_matmul": flops / seconds / self.flops, **row}
+        rates = {"bytes_modelled": moved, "bytes_per_s": moved / seconds, "of_copy": moved / seconds / self.bytes}
+        if flops is not None:
+            rates = {"flops": flops, "flop_per_s": flops / seconds, "of_matmul": flops / seconds / self.flops} | rates
+        return rates
 
 
 @functools.cache  # of a run

@@ -52,16 +52,14 @@ class Problem:
         """Run one of our kernels."""
         from hlip_kernels.backends import triton_attention as kernels
 
-        (q, k, v), (grad_q, grad_k, grad_v) = self.qkv.unbind(1), self.grad_qkv.unbind(1)
-        spans = self.spans
-        if kernel == "forward":
-            kernels.launch_forward(q, k, v, self.out, self.lse, spans, spans, self.scale, tile)
-        elif kernel == "dq":
-            gradients = self.grad_out, self.lse, self.stats, grad_q
-            kernels.launch_dq(q, k, v, self.out, *gradients, spans, spans, self.scale, tile)
-        else:
-            gradients = self.grad_out, self.stats, grad_k, grad_v
-            kernels.launch_dkdv(q, k, v, *gradients, spans, spans, self.scale, tile)
+        grad_q, grad_k, grad_v = self.grad_qkv.unbind(1)
+        tensors = {
+            "forward": (self.out, self.lse),
+            "dq": (self.out, self.grad_out, self.lse, self.stats, grad_q),
+            "dkdv": (self.grad_out, self.stats, grad_k, grad_v),
+        }
+        launch = getattr(kernels, f"launch_{kernel}")
+        launch(*self.qkv.unbind(1), *tensors[kernel], self.spans, self.spans, self.scale, tile)
 
     def run_ours(self, mode: str, tiles: AttentionConfig) -> None:
         """Run our kernels, whatever tiles are in use; mode: one of `tiles.MODES`."""
@@ -87,7 +85,7 @@ class Problem:
         }
 
     def run(self, backend: str, mode: str) -> tuple[Tensor, Tensor]:
-        """Run a backend in one of `configs.MODES`; its out and lse."""
+        """Run a backend in one of `tiles.MODES`; its out and lse."""
         out, lse = self.forward(backend)
         if mode != "forward":
             self.backward(backend, out, lse, mode == "deterministic")
@@ -120,30 +118,24 @@ class Oracle:
 
     def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         problem, reference = self.problem, BACKENDS["reference"]
-        spans, scale = problem.spans, problem.scale
-        q, k, v = problem.qkv.to(dtype).unbind(1)
-        grad_out = problem.grad_out.to(dtype)
-        out, lse = reference.forward(q, k, v, spans, spans, scale)
+        settings = problem.spans, problem.spans, problem.scale
+        (q, k, v), grad_out = problem.qkv.to(dtype).unbind(1), problem.grad_out.to(dtype)
+        out, lse = reference.forward(q, k, v, *settings)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        reference.backward((dq, dk, dv), grad_out, q, k, v, out, lse, spans, spans, scale, True)
+        reference.backward((dq, dk, dv), grad_out, q, k, v, out, lse, *settings, True)
         stats = torch.stack([lse / math.log(2), (out * grad_out).sum(2).T.to(lse.dtype)], dim=2)
         return {"out": out, "lse": lse, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
 
     def kernel_faults(self, kernel: str, tile: Tile) -> list[str]:
         """List the results of a kernel that are too far off; it is given exact inputs."""
-        problem, exact = self.problem, self.exact
-        problem.out.copy_(exact["out"])
-        problem.lse.copy_(exact["lse"])
-        problem.stats.copy_(exact["stats"])
-        problem.grad_qkv.fill_(math.nan)
-        if kernel == "forward":
-            problem.out.fill_(math.nan)
-            problem.lse.fill_(math.nan)
-        if kernel == "dq":
-            problem.stats.fill_(math.nan)
-        problem.launch(kernel, tile)
-        results = {"out": problem.out, "lse": problem.lse, "stats": problem.stats, **self._grads()}
+        problem = self.problem
         written = {"forward": ("out", "lse"), "dq": ("dq", "stats"), "dkdv": ("dk", "dv")}[kernel]
+        tensors = {"out": problem.out, "lse": problem.lse, "stats": problem.stats}
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.tensor(math.nan) if name in written else self.exact[name])
+        problem.grad_qkv.fill_(math.nan)
+        problem.launch(kernel, tile)
+        results = tensors | self._grads()
         return self._too_far({name: results[name] for name in written})
 
     def backend_faults(self, backend: str, mode: str) -> list[str]:
@@ -156,7 +148,7 @@ class Oracle:
         faults = self._too_far(results)
         if mode == "deterministic":
             again = self._results(backend, mode)
-            other = [name for name, result in results.items() if not torch.equal(result, again[name])]
+            other = [name for name in results if not torch.equal(results[name], again[name])]
             faults += [f"{name} is not the same bits in a second run" for name in other]
         return faults or [*islice(self.problem.dependence(backend, range(len(CHECKED))), 1)]
 
@@ -231,10 +223,9 @@ class Trials:
     def levels(self, tiles: AttentionConfig) -> Seconds:
         """Time our kernels with these tiles, and the libraries, at each level; nothing if one of the tiles failed."""
         seconds: Seconds = {}
-        if self.seconds.keys() >= vars(tiles).items():
-            for level in self._of_level:
-                with self._trying(level):
-                    self._time_level(level, tiles, seconds)
+        for level in self._of_level if self.seconds.keys() >= vars(tiles).items() else ():
+            with self._trying(level):
+                self._time_level(level, tiles, seconds)
         return seconds
 
     def _time_level(self, level: Level, tiles: AttentionConfig, seconds: Seconds) -> None:
