@@ -51,7 +51,7 @@ import torch
 from benchlib import kernels, machine_code, problems, static, tune
 from benchlib.options import add_common, command, number, positive
 from benchlib.peers import PEERS
-from benchlib.tables import columns, print_table
+from benchlib.report import columns, print_table
 from benchlib.timing import CALLS
 from hlip.output import write_json
 from hlip_kernels.tiles import ARCHITECTURES, BLOCK_D, SAME_TILES

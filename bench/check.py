@@ -52,9 +52,8 @@ import torch
 from benchlib import steps
 from benchlib.checkpage import NOTHING, SKIPPED, Report, is_fault, markdown, read_check, summary
 from benchlib.options import command, positive, written
-from benchlib.report import provenance
+from benchlib.report import kinds, print_table, provenance
 from benchlib.steps import SIZES, STAGES, STEPS, Setup, Step
-from benchlib.tables import kinds, print_table
 from benchlib.timing import synchronise
 from hlip.output import write_json, write_text
 

@@ -29,8 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchlib.options import command, refusals
-from benchlib.report import write
-from benchlib.tables import print_table
+from benchlib.report import print_table, write
 from benchlib.timing import Ratio, ratio, turns
 
 HERE = Path(__file__).resolve().parents[1]
@@ -57,7 +56,7 @@ def encoder(tree: Path, extra: Sequence[str]) -> list[str]:
 BENCHMARKS = {"attention": attention, "encoder": encoder}
 
 
-def main() -> int:
+def main() -> None:
     parser = command(__doc__, "--json", "--rounds")
     parser.usage = "%(prog)s [options] [-- ...]"
     parser.add_argument("--base", required=True, metavar="REV", help="a commit, tag or branch to compare with")
@@ -81,7 +80,6 @@ def main() -> int:
             names = "; ".join(", ".join(str(value) for value in key if value is not None) for key in alone)
             print(f"only {'this folder' if only == 'new' else args.base} has: {names}")
     write(args, rows)
-    return 0
 
 
 def verdict(times: Ratio) -> str:
@@ -160,4 +158,4 @@ def printed(command: Sequence[str], folder: Path, environment: Mapping[str, str]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -111,7 +111,8 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> Iterator[Row]:
     }  # fmt: skip
     memory: dict[Kind, Row] = {}
     jobs: dict[Kind, Job] = {}
-    for kind in tqdm(chosen(args), f"{case.name}: building", unit="model", disable=None):
+    kinds = [kind for kind in KINDS if kind.model in args.models and args.flash in (None, str(kind.flash).lower())]
+    for kind in tqdm(kinds, f"{case.name}: building", unit="model", disable=None):
         try:
             if kind in lost:
                 raise MemoryError("out of memory at a smaller size")
@@ -131,10 +132,6 @@ def run(case: Case, args: argparse.Namespace, lost: set[Kind]) -> Iterator[Row]:
                 for row in rows(jobs, mode, case, setting, args.rounds):
                     more = memory.get(Kind(row["model"], row["flash"]), {}) if mode == "training" else {}
                     yield row | more | facts
-
-
-def chosen(args: argparse.Namespace) -> list[Kind]:
-    return [kind for kind in KINDS if kind.model in args.models and args.flash in (None, str(kind.flash).lower())]
 
 
 def show_case(rows: list[Row]) -> None:

@@ -23,14 +23,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchlib.options import command, refusals
-from benchlib.report import Row, write
-from benchlib.tables import columns, print_table
+from benchlib.report import Row, columns, print_table, write
 from benchlib.timing import ratio
 from compare import HERE, checked_out, run, seconds_of_trees
 
@@ -38,7 +36,7 @@ CALLS = Path(__file__).with_name("benchlib") / "host_calls.py"
 MEANS = 15  # of 100 calls each, of which the least counts
 
 
-def main() -> int:
+def main() -> None:
     parser = command(__doc__, "--json", "--rounds")
     parser.add_argument("--base", metavar="REV", help="a commit, tag or branch to compare with")
     only = parser.add_mutually_exclusive_group()
@@ -56,7 +54,6 @@ def main() -> int:
 
         rows = host_launches.count() if args.launches else host_launches.times()
     write(args, rows)
-    return 0
 
 
 def timed(base: str | None, rounds: int) -> list[Row]:
@@ -83,4 +80,4 @@ def calls(tree: Path) -> dict[Any, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -92,7 +92,9 @@ class Layer:
 
 
 def main() -> int:
-    args = parse()
+    parser = command(__doc__, "--device", "--results", "--rounds", "--scans", "--threads", rounds=7)
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="default: both")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_memory()
     facts = provenance(torch.device(args.device))
@@ -122,12 +124,6 @@ def measure(args: argparse.Namespace, dtype: str, src: Level, dst: Level, mode: 
 def differences(results: list[Tensor], expected: list[Tensor], tolerance: float) -> str:
     error = max(map(distance, results, expected))
     return "" if error <= tolerance else f"results differ by {error:.2g}"
-
-
-def parse() -> argparse.Namespace:
-    parser = command(__doc__, "--device", "--results", "--rounds", "--scans", "--threads", rounds=7)
-    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="default: both")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +69,7 @@ FIGURES = (
 Studies = list[list[Tensor]]
 
 
-def main() -> int:
+def main() -> None:
     args = parse()
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
@@ -99,7 +98,6 @@ def main() -> int:
         row["studies_per_s"] = row["p50_s"] and args.studies / row["p50_s"]
     show(" ".join(f"{key}={value}" for key, value in case.items()), rows, SHOWN)
     write(args, rows)
-    return 0
 
 
 def parse() -> argparse.Namespace:
@@ -247,4 +245,4 @@ def compare(name: str, results: dict[str, list[Tensor]], tolerance: float) -> fl
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

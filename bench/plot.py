@@ -11,7 +11,6 @@ rest, and listed where we lose.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from benchlib.checkpage import markdown, read_check
@@ -20,7 +19,7 @@ from benchlib.report import read
 from hlip.output import write_text
 
 
-def main() -> int:
+def main() -> None:
     parser = command(__doc__)
     parser.add_argument(
         "--results", type=Path, default=Path("bench/results"), help="folder of the .jsonl files (default: %(default)s)"
@@ -38,8 +37,7 @@ def main() -> int:
             raise ValueError(f"{args.results}: no results; make bench measures some")
     write_text(page, "\n".join(sections))
     print(page)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

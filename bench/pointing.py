@@ -20,7 +20,6 @@ import argparse
 import copy
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -34,8 +33,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchlib.options import command, number, refusals
-from benchlib.report import provenance, write
-from benchlib.tables import columns, print_table
+from benchlib.report import columns, print_table, provenance, write
 from hlip import demo
 from hlip.evaluate.evaluation import zeroshot_classifier
 from hlip.evaluate.tasks import Task, load_task
@@ -73,7 +71,7 @@ def cases(data: Path, recipe: Recipe, patch: tuple[int, int, int], limit: int | 
         uid, entry = entries[i]
         files = [data / scan for scan in entry["scans"]]
         study, grids = load_study_on_grids(files, recipe, uid)
-        changes = [lesion_voxels(*drawn) for drawn in draw_again(files, demo.CLASSES[findings[i]], settings["seed"], i)]
+        changes = list(draw_again(files, demo.CLASSES[findings[i]], settings["seed"], i))
         masks = replace(recipe, percentiles=None, windows=(Window(0, 1),), rules=Rules())
         lesions = [
             masks(replace(grid, array=change))[0].image.float() / 255 if change.any() else torch.zeros(scan.shape)
@@ -84,8 +82,8 @@ def cases(data: Path, recipe: Recipe, patch: tuple[int, int, int], limit: int | 
         yield Case(study, int(findings[i]), held.numpy(), bright.numpy(), np.array([c.any() for c in changes]))
 
 
-def draw_again(files: list[Path], finding: str, seed: int, i: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The voxels of each scan of a study with its lesion, as the files have them, and without."""
+def draw_again(files: list[Path], finding: str, seed: int, i: int) -> Iterator[np.ndarray]:
+    """1.0 where the lesion changes a voxel of a scan of a study, drawn with it, as the files have it, and without."""
     import nibabel
 
     rng = np.random.default_rng((seed, PART, i))
@@ -97,12 +95,8 @@ def draw_again(files: list[Path], finding: str, seed: int, i: int) -> Iterator[t
         plain, _ = demo.make_scan(contrast, plane, finding, lambda points: np.zeros(len(points)), head, same)
         if not np.array_equal(voxels, np.asarray(nibabel.load(file).dataobj)):
             raise ValueError(f"{file}: not what this version draws from the seed of its set")
-        yield voxels, plain
-
-
-def lesion_voxels(voxels: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    change = np.abs(voxels.astype(np.float32) - plain)
-    return (change > OF_BRIGHTEST * plain.max()).astype(np.float32)
+        change = np.abs(voxels.astype(np.float32) - plain)
+        yield (change > OF_BRIGHTEST * plain.max()).astype(np.float32)
 
 
 def score(name: str, every: list[Case], make: Map) -> dict[str, object]:
@@ -136,7 +130,7 @@ def maps_of(name: str, model: HLIPModel, task: Task) -> Iterator[tuple[str, Map]
         yield label, functools.partial(make, layers=layers, against=against, normalize=normalize)
 
 
-def main() -> int:
+def main() -> None:
     parser = command(__doc__, "--json", "--seed")
     parser.add_argument("--data", type=Path, default=Path("data/demo-0"), help="demo studies (default: %(default)s)")
     parser.add_argument("--model", default="runs/demo/model", help="trained on them (default: %(default)s)")
@@ -147,7 +141,6 @@ def main() -> int:
     print(f"{rows[0]['studies']} studies with a lesion; {rows[0]['lesion_patches']:.1%} of their patches hold it")
     print_table(*columns(rows, ["map", *COLUMNS]))
     write(args, rows)
-    return 0
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -175,4 +168,4 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from benchlib.options import command, number, refusals
-from benchlib.report import write
-from benchlib.tables import print_table
+from benchlib.report import print_table, write
 from benchlib.timing import in_turns
 from hlip.prepare.recipe import load_recipe
 from hlip.read.scan import ScanSource

@@ -11,14 +11,12 @@ and the product of the layers so far, in float32.
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
 
 from benchlib.options import command, number
-from benchlib.report import provenance, write
-from benchlib.tables import print_table
+from benchlib.report import print_table, provenance, write
 from benchlib.timing import Peak
 from hlip.explain.relevance import times_matrix
 from hlip_kernels import StudyLayout
@@ -26,7 +24,7 @@ from hlip_kernels import StudyLayout
 GIB = 2**30
 
 
-def main() -> int:
+def main() -> None:
     parser = command(__doc__, "--json", "--scans", "--grid", "--heads", scans=40, grid=(6, 14, 14))
     parser.add_argument("--head-dim", type=number, default=64, help="width of a head (default: %(default)s)")
     args = parser.parse_args()
@@ -52,8 +50,7 @@ def main() -> int:
     }
     print_table(list(figures), [list(figures.values())])
     write(args, [{**figures, **provenance(torch.device("cpu"))}])
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchlib.options import command, number, refusals
-from benchlib.tables import print_table
+from benchlib.report import print_table
 from benchlib.timing import clock
 from hlip.prepare.discover import Found
 from hlip.prepare.job import prepare

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchlib import encoders as bench
 from benchlib.baselines import flash, published, regroup, unfused
-from benchlib.tables import named
+from benchlib.report import named
 from benchlib.timing import in_turns, ratio
 from conftest import random_study, tiny_vision
 from hlip.model.encoder import StudyEncoder

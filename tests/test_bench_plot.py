@@ -12,8 +12,7 @@ import torch
 
 from benchlib import kernels, problems
 from benchlib import page as pages
-from benchlib.report import read, text_of, write_rows
-from benchlib.tables import cell, short, table
+from benchlib.report import cell, read, short, table, text_of, write_rows
 from benchlib.timing import ceilings
 
 BENCH = Path(__file__).parents[1] / "bench"

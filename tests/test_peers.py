@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 from benchlib import kernels, peers, problems, timing
 from benchlib.problems import draw_scans
-from benchlib.tables import COLUMNS, KINDS, legend
+from benchlib.report import COLUMNS, KINDS, legend
 from benchlib.timing import RESET_PEAK
 from hlip_kernels import Level, StudyLayout, available_backends, hier_attention
 from slow_kernels import SlowKernels, import_flash_source, take_cpu_tensors

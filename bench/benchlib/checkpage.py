@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .tables import COLUMNS, cell, columns, legend, named, table
+from .report import COLUMNS, cell, columns, legend, named, table
 
 Report = dict[str, Any]
 HIDDEN = {  # in the JSON only

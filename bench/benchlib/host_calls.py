@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,12 +34,8 @@ def main(rounds: int) -> None:
 
 def thread_seconds(call: Callable[[], object]) -> float:
     """CPU time of one call, the mean of `CALLS`."""
-    for _ in range(WARM_UP):
-        call()
-    begin = time.thread_time()
-    for _ in range(CALLS):
-        call()
-    return (time.thread_time() - begin) / CALLS
+    timeit.timeit(call, number=WARM_UP)
+    return timeit.timeit(call, timer=time.thread_time, number=CALLS) / CALLS
 
 
 def rows(level: Any) -> int:

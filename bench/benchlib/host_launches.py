@@ -25,8 +25,7 @@ from . import stub_driver
 from .host_calls import thread_seconds
 from .launches import norm_runs, recorded
 from .op_traffic import OpTraffic, tensor_bytes
-from .report import Row
-from .tables import MEGA, columns, print_table
+from .report import MEGA, Row, columns, print_table
 from .trial import Problem
 
 ARCHITECTURE = "sm_90"

@@ -57,8 +57,7 @@ from hlip_kernels.tiles import Tile, built_in_config, row_of
 
 from .baselines import regroup, unfused
 from .op_traffic import Counts, OpTraffic
-from .report import Row, provenance, run_cases
-from .tables import columns, power, print_table
+from .report import Row, columns, power, print_table, provenance, run_cases
 from .traffic import watched
 from .trial import Problem
 

@@ -26,8 +26,7 @@ from hlip_kernels.backends import choose_backend
 from .options import DTYPES
 from .peers import OWN, PEERS, Peer, taken_back
 from .problems import Case, Problem
-from .report import Row, provenance, run_cases, show
-from .tables import kinds
+from .report import Row, kinds, provenance, run_cases, show
 from .timing import Ceilings, Kept, Peak, ceilings, clock, failures, in_turns, synchronise, timed
 
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # of norms; gradients twice

@@ -17,8 +17,7 @@ import jinja2
 import pandas as pd
 
 from . import figures
-from .report import Row
-from .tables import MEGA, MILLI, columns, power, table
+from .report import MEGA, MILLI, Row, columns, power, table
 
 OPTIONAL = ("reason", "graph", "times_ours", "memory_gb", "saved_gb", "allocator", "p50_s")  # rows may lack them
 TITLES = {"table9": "Table 9", "figure1b": "Figure 1b"}

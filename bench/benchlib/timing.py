@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
+import timeit
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -85,10 +85,7 @@ def clock(run: Callable[[], Any], calls: int = 1) -> float:
         end.record()
         synchronise()
         return begin.elapsed_time(end) / 1000 / calls
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+    return timeit.timeit(run, number=calls) / calls
 
 
 def seconds_of(run: Callable[[], Any], device: str = "cuda") -> float:
@@ -107,9 +104,7 @@ def host_seconds(run: Callable[[], Any], rounds: int) -> float:
     seconds = []
     for _ in range(rounds):
         synchronise()
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(timeit.timeit(run, number=1))
     synchronise()
     return float(np.median(seconds))
 

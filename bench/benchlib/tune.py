@@ -41,9 +41,8 @@ from hlip_kernels.tiles import (
 )
 
 from .precompile import Job, compile_ahead
-from .report import provenance
+from .report import print_table, provenance
 from .static import DTYPES
-from .tables import print_table
 from .timing import seconds_of
 from .trial import OURS, WIDTH, Measure, Seconds, Trials, tf32_products, tile_name
 
