@@ -30,7 +30,7 @@ keeps for backward, and `memory_gb`, by how much the largest resident size of a 
 
 `of_matmul` is the share of the rate at which PyTorch multiplies two large matrices in the same run: all products of the
 model by the time of all that it does. `bytes_modelled` (GB moved) adds up what the ops of a pass are
-given and give, each tensor once for each op (`op_traffic.py`): the least that this sequence of ops can move.
+given and give, each tensor once for each op (`timing.py`): the least that this sequence of ops can move.
 
 `host ms` is what the host needs to enqueue a pass on an idle GPU; where that is most of the time, the GPU waits for
 Python. With `--cuda-graphs` each pass is also captured once and replayed, which leaves the host nothing to do.

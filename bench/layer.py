@@ -12,7 +12,7 @@ copies    the released encoder's way on dense tensors (groups, 1 + n, C): add, s
           patches, average or repeat the cls rows, concatenate, LayerNorm; then `scaled_dot_product_attention`
 
 Bytes are those of the ops forward and backward, each reading its tensors once and writing its results once
-(`op_traffic.py`). Results are compared before anything is timed. Residuals are float32, updates, q, k and v of --dtype.
+(`timing.py`). Results are compared before anything is timed. Residuals are float32, updates, q, k and v of --dtype.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchlib.baselines import regroup as regroup_by_copies
-from benchlib.op_traffic import OpTraffic
 from benchlib.options import DTYPES, command
 from benchlib.report import Row, provenance, run_cases, show
-from benchlib.timing import CALLS, distance, timed
+from benchlib.timing import CALLS, OpTraffic, distance, timed
 from hlip.model.memory import keep_memory
 from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm, hier_attention
 

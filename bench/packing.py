@@ -19,7 +19,7 @@ shapes, with a training step as three forwards.
 `peak_bytes` is what the step that is compared takes at most beyond weights and input: on a GPU as PyTorch allocates, on
 a CPU in resident memory of the process, with the C library's allocator as it is. While steps are timed on a CPU, the
 process keeps the memory that tensors leave, which serves all. `bytes_modelled` adds up what the ops of the step are
-given and give, each tensor once for each op (`op_traffic.py`).
+given and give, each tensor once for each op (`timing.py`).
 
 Without a GPU: a narrow model of few layers (`--width 256 --depth 3`) and small scans (`--grid 6 7 7 --patch 4 6 6`),
 in which attention costs as much beside the other products as in the published model (882 kept tokens of a scan to a
@@ -41,11 +41,10 @@ from torch import Tensor
 
 from benchlib.baselines import plain_block, published
 from benchlib.encoders import TOLERANCE, Job, gradients, operations, precision, training_step
-from benchlib.op_traffic import OpTraffic
 from benchlib.options import command, number
 from benchlib.problems import SCANS, draw_scans
 from benchlib.report import Row, provenance, show, write
-from benchlib.timing import Peak, distance, timed
+from benchlib.timing import OpTraffic, Peak, distance, timed
 from hlip.model.config import VisionConfig, level_pattern
 from hlip.model.encoder import StudyEncoder
 from hlip.model.memory import keep_memory

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import layer as bench
-from benchlib.op_traffic import OpTraffic
+from benchlib.timing import OpTraffic
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -16,8 +16,8 @@ from hlip_kernels import Level, StudyLayout
 pytest.importorskip("triton")
 from benchlib import io_complexity as io
 from benchlib.baselines import regroup, unfused
-from benchlib.op_traffic import Counts, OpTraffic
-from benchlib.traffic import watched
+from benchlib.io_complexity import watched
+from benchlib.timing import Counts, OpTraffic
 from benchlib.trial import Problem
 from hlip_kernels.tiles import Tile
 

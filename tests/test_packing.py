@@ -15,9 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import packing
-from benchlib.op_traffic import OpTraffic
 from benchlib.problems import SCANS, draw_scans
-from benchlib.timing import RESET_PEAK
+from benchlib.timing import RESET_PEAK, OpTraffic
 from conftest import random_study
 from hlip.model.config import VisionConfig, level_pattern
 from hlip.model.encoder import StudyEncoder

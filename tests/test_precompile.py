@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from hlip_kernels.tiles import Tile
-from benchlib.precompile import Job, compile_ahead
+from benchlib.trial import Job, compile_ahead
 from benchlib.stub_driver import CompilerOnly
 from benchlib.trial import Problem
 

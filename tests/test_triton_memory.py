@@ -18,7 +18,7 @@ from spans import check_few_queries, plain_spans
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from benchlib.traffic import watched
+from benchlib.io_complexity import watched
 from hlip_kernels.backends import triton_attention, triton_norm
 
 HEADS = 2

@@ -26,12 +26,12 @@ from hlip.study import Study, pack
 from hlip_kernels import StudyLayout
 
 from .baselines import flash, navit, published, swin, unfused
-from .op_traffic import OpTraffic
 from .options import DTYPES
 from .report import Row
 from .timing import (
     CALLS,
     Kept,
+    OpTraffic,
     Peak,
     captured,
     ceilings,

@@ -24,8 +24,8 @@ from hlip_kernels import products as forms
 from . import stub_driver
 from .host_calls import thread_seconds
 from .launches import norm_runs, recorded
-from .op_traffic import OpTraffic, tensor_bytes
 from .report import MEGA, Row, columns, print_table
+from .timing import OpTraffic, tensor_bytes
 from .trial import Problem
 
 ARCHITECTURE = "sm_90"

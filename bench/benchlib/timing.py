@@ -1,5 +1,5 @@
 """How the benchmarks time: several ways of the same work, in turns within one run, compared as paired ratios, and
-beside what the machine can do at most."""
+beside what the machine can do at most; and the memory that work takes, and the bytes that its ops move."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import functools
 import timeit
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hlip.model.memory import return_memory
 from hlip_kernels.native import release_scratch
@@ -25,6 +28,7 @@ CALLS = {"cuda": 10, "cpu": 1}  # in a row, so that on a GPU the host's time for
 ROUNDS = 5  # of a kernel, a product or a copy by itself
 SIDE = {"cuda": 8192, "cpu": 4096}  # of the matrices
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, beyond the caches
+FREE = ("_unsafe_view", "empty", "new_empty", "detach", "alias")  # ops, by the beginnings of their names
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: 5 sets VmHWM to what is resident
 
 
@@ -254,3 +258,58 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
         run()
     multiply, copy = (min(clock(run, CALLS[device]) for _ in range(ROUNDS)) for run in runs)
     return Ceilings(2 * side**3 / multiply, 2 * source.nbytes / copy)
+
+
+@dataclass
+class Counts:
+    """Bytes that were asked for, and operations of matrix products. A byte asked for twice counts twice."""
+
+    loaded: int = 0
+    stored: int = 0
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.loaded + self.stored
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.loaded + other.loaded, self.stored + other.stored, self.flops + other.flops)
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(self.loaded * times, self.stored * times, self.flops * times)
+
+
+class OpTraffic(TorchDispatchMode):
+    """Counts the bytes of the ops inside the block, forward and backward: each reads its tensors once and writes its
+    results once, views and empty tensors nothing. That is the least they can do; what an op keeps to itself is not
+    seen. Works on meta tensors, which have no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode ops arrive that consist of others, views among them
+            out = self.decompose(func, args, kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+            # A view, or memory that is not written, moves nothing.
+            if not (func.is_view or func.__name__.startswith(FREE)):
+                self.count(func, args, kwargs, out)
+        return out
+
+    def decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that consists of others; NotImplemented for others."""
+        return func.decompose(*args, **kwargs)
+
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        said = zip(args, func._schema.arguments, strict=False)
+        changed = [x for x, of in said if of.alias_info is not None and of.alias_info.is_write]
+        self.counts.loaded += tensor_bytes((args, kwargs))
+        self.counts.stored += tensor_bytes((out, changed))
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested arguments, each tensor once."""
+    return sum(x.nbytes for x in {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}.values())

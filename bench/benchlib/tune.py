@@ -2,7 +2,7 @@
 
 Everything is checked against the float64 oracle before it is timed (`trial.py`). Of a row of the table, the tiles in
 use and the libraries come first, then other tiles: those first whose loop has the fewest instructions for a score, as
-their machine code says where they were compiled ahead (`precompile.py`), else those nearest to the tile in use.
+their machine code says where they were compiled ahead (`trial.py`), else those nearest to the tile in use.
 
 How time is measured is an argument, so all of this but the GPU's clock runs in Triton's interpreter too.
 """
@@ -40,11 +40,10 @@ from hlip_kernels.tiles import (
     write_table,
 )
 
-from .precompile import Job, compile_ahead
 from .report import print_table, provenance
 from .static import DTYPES
 from .timing import seconds_of
-from .trial import OURS, WIDTH, Measure, Seconds, Trials, tf32_products, tile_name
+from .trial import OURS, WIDTH, Job, Measure, Seconds, Trials, compile_ahead, tf32_products, tile_name
 
 GAIN = 0.97  # a tile or our kernels give way to what takes at most this part of their time; less may be noise
 TIMED: dict[Level, tuple[int, ...]] = {  # patch tokens of the groups that are timed; tiles on all of them together
