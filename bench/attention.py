@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 
 from benchlib import kernels, machine_code, problems, static, tune
-from benchlib.options import add_common, command, number, positive
+from benchlib.options import add_common, command, number, positive, refusals
 from benchlib.peers import PEERS
 from benchlib.report import columns, print_table
 from benchlib.timing import CALLS
@@ -83,12 +83,9 @@ def timed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     memory = (args.memory_limit or (QUICK_CPU_MEMORY if args.quick else CPU_MEMORY)) * 2**30
     if gpu and not args.memory_limit:
         memory = GPU_MEMORY * torch.cuda.get_device_properties(0).total_memory
-    batch = args.batch or (8 if gpu else 1)
-    try:
-        cases = problems.all_cases(args.device, batch)
+    cases = problems.all_cases(args.device, args.batch or (8 if gpu else 1))
+    with refusals(parser):
         cases = problems.chosen(cases, kernels.QUICK if args.quick else args.cases, args.device)
-    except ValueError as error:
-        parser.error(str(error))
     rounds = args.rounds or (kernels.QUICK_ROUNDS if args.quick else kernels.ROUNDS)
     settings = [
         kernels.Settings(

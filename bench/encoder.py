@@ -79,7 +79,32 @@ SHOWN = (
 
 
 def main() -> int:
-    args = parse()
+    common = "--device", "--json", "--results", "--rounds", "--threads", "--scans", "--width", "--depth"
+    parser = command(__doc__, *common, scans=8)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
+    what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")
+    what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
+    add = parser.add_argument
+    add("--sizes", nargs="+", type=number, help="of --scaling (default: some of each)")
+    add(
+        "--limit-gb", type=positive, metavar="GIB", help="of a training step (default: none; 8 with --scaling on a CPU)"
+    )
+    add("--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling")
+    add("--flash", choices=("true", "false"), help="only with or without (default: both)")
+    add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
+    add("--studies", nargs="+", type=number, default=[1], help="in a batch; a run for each (default: 1)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
+    add("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
+    add("--cuda-graphs", action="store_true", help="also replay each pass as a CUDA graph")
+    add("--allocator", choices=("kept", "default"), default="kept", help="whether a CPU process keeps freed memory")
+    args = parser.parse_args()
+    small = args.scaling and args.device == "cpu"
+    args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
+    args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
+    args.limit_gb = 8.0 if args.limit_gb is None and small else args.limit_gb
+    if args.sizes and not args.scaling:
+        parser.error("--sizes belongs to --scaling")
     torch.set_num_threads(args.threads)
     if args.allocator == "kept":
         keep_memory()
@@ -141,36 +166,6 @@ def show_case(rows: list[Row]) -> None:
         rows,
         SHOWN,
     )
-
-
-def parse() -> argparse.Namespace:
-    common = "--device", "--json", "--results", "--rounds", "--threads", "--scans", "--width", "--depth"
-    parser = command(__doc__, *common, scans=8)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
-    what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")
-    what.add_argument("--scaling", choices=SIZES, help="ever larger studies, scans or batches")
-    add = parser.add_argument
-    add("--sizes", nargs="+", type=number, help="of --scaling (default: some of each)")
-    add(
-        "--limit-gb", type=positive, metavar="GIB", help="of a training step (default: none; 8 with --scaling on a CPU)"
-    )
-    add("--models", nargs="+", choices=MODELS, help="default: all; hlip, published and vit with --scaling")
-    add("--flash", choices=("true", "false"), help="only with or without (default: both)")
-    add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
-    add("--studies", nargs="+", type=number, default=[1], help="in a batch; a run for each (default: 1)")
-    add("--dtype", choices=DTYPES, default="bf16", help="of products (default: %(default)s)")
-    add("--no-memory", dest="memory", action="store_false", help="leave the memory of training out")
-    add("--cuda-graphs", action="store_true", help="also replay each pass as a CUDA graph")
-    add("--allocator", choices=("kept", "default"), default="kept", help="whether a CPU process keeps freed memory")
-    args = parser.parse_args()
-    small = args.scaling and args.device == "cpu"
-    args.width, args.depth = args.width or (128 if small else 768), args.depth or (3 if small else 12)
-    args.models = args.models or (("hlip", "published", "vit") if args.scaling else MODELS)
-    args.limit_gb = 8.0 if args.limit_gb is None and small else args.limit_gb
-    if args.sizes and not args.scaling:
-        parser.error("--sizes belongs to --scaling")
-    return args
 
 
 if __name__ == "__main__":

@@ -130,8 +130,7 @@ SWEEPS = (
 def main(args: argparse.Namespace) -> int:
     """Count, show, and write rows to the files of `run_cases`."""
     facts = provenance(torch.device("cpu"))
-    rows = (row | facts for row in chain(fitted(), at_published_lengths(), regroup_traffic()))
-    return run_cases([rows], show, args)
+    return run_cases([(row | facts for row in chain(fitted(), at_published_lengths(), regroup_traffic()))], show, args)
 
 
 def fitted() -> Iterator[Row]:
@@ -292,8 +291,8 @@ def show(rows: Sequence[Row]) -> None:
     keys = ("rows", "pass", "tiles", "bytes", "standard_bytes", "least_bytes", "operations over needed")
     print_table(*columns(over, keys))
     print("\nChanges of level in a whole encoder: MB of one study\n")
-    ways = [f"{way}_{direction}_bytes" for direction in PASSES for way in ("published", "ours")]
-    print_table(*columns(changes, ["model", "scans", "tokens", "changes", *ways]))
+    figures = [f"{way}_{direction}_bytes" for direction in PASSES for way in ("published", "ours")]
+    print_table(*columns(changes, ["model", "scans", "tokens", "changes", *figures]))
     print(
         "\nNothing is measured here. counted: ours, request by request; estimated: standard, published and least, from"
         "\nthe shapes of what they read and write; claimed, in brackets: theory."

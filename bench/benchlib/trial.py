@@ -318,7 +318,6 @@ def compile_ahead(
     workers = min(len(jobs), workers or len(os.sched_getaffinity(0)))
     if not workers:
         return {}
-    facts: dict[Job, dict[str, Any]] = {}
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(target,))
     with tqdm(total=len(jobs), desc="compiling", unit="kernel", disable=None, leave=False) as progress:
         try:
@@ -327,12 +326,11 @@ def compile_ahead(
                 future.add_done_callback(lambda _: progress.update())
             done = wait(futures, None if seconds == float("inf") else seconds).done
             right = [future for future in done if not future.cancelled() and future.exception() is None]
-            facts = {futures[future]: future.result() for future in right}
+            return {futures[future]: future.result() for future in right}
         except BrokenProcessPool:  # a worker was killed, for memory most often: launches compile what is missing
-            pass
+            return {}
         finally:
             pool.shutdown(cancel_futures=True)
-    return facts
 
 
 def _start(target: Any) -> None:
