@@ -102,11 +102,8 @@ def compiled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if strange:
         parser.exit(2, f"{parser.prog}: Triton's assembler has no code for {', '.join(strange)}; choose by --arch\n")
     head_dims = list(BLOCK_D) if args.head_dim is None else args.head_dim
-    cases = [
-        *static.attention_cases(args.arch, args.dtype or list(static.DTYPES), head_dims),
-        *static.row_cases(args.arch, args.width),
-    ]
-    rows = static.run(cases, args.workers)
+    attention = static.attention_cases(args.arch, args.dtype or list(static.DTYPES), head_dims)
+    rows = static.run([*attention, *static.row_cases(args.arch, args.width)], args.workers)
     print_table(*columns(rows, static.COLUMNS))
     if args.json:
         write_json(args.json, rows)

@@ -45,8 +45,8 @@ Key = tuple[Any, ...]
 
 
 def attention(tree: Path, extra: Sequence[str]) -> list[str]:
-    backend = run(tree, ["-c", DEFAULT_BACKEND]).strip()
-    return ["bench/attention.py", "--quick", "--rounds", "1", "--backends", f"hlip-{backend}", *extra]
+    ours = f"hlip-{run(tree, ['-c', DEFAULT_BACKEND]).strip()}"
+    return ["bench/attention.py", "--quick", "--rounds", "1", "--backends", ours, *extra]
 
 
 def encoder(tree: Path, extra: Sequence[str]) -> list[str]:

@@ -79,8 +79,9 @@ SHOWN = (
 
 
 def main() -> int:
-    common = "--device", "--json", "--results", "--rounds", "--threads", "--scans", "--width", "--depth"
-    parser = command(__doc__, *common, scans=8)
+    parser = command(
+        __doc__, "--device", "--json", "--results", "--rounds", "--threads", "--scans", "--width", "--depth", scans=8
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--table9", action="store_true", help="one volume of 224 x 224 x 224 voxels")
     what.add_argument("--figure1b", action="store_true", help="studies of scans of 48 x 224 x 224 voxels")

@@ -63,10 +63,12 @@ class Layer:
         self.leaves = draw(rows[0], WIDTH), draw(rows[0], WIDTH, dtype=dtype), draw(rows[1], 3 * WIDTH, dtype=dtype)
         self.weight, self.bias = draw(WIDTH), draw(WIDTH)
         self.grads = draw(rows[1], WIDTH), draw(rows[1], WIDTH, dtype=dtype), draw(rows[1], WIDTH, dtype=dtype)
-        self.ways = {"hlip": self.in_one_pass, "copies": self.by_copies}
 
     def runs(self, training: bool) -> dict[str, Run]:
-        return {name: partial(self.run, way, training) for name, way in self.ways.items()}
+        return {
+            "hlip": partial(self.run, self.in_one_pass, training),
+            "copies": partial(self.run, self.by_copies, training),
+        }
 
     def run(self, way: Callable[..., tuple[Tensor, ...]], training: bool) -> list[Tensor]:
         if not training:
@@ -116,8 +118,10 @@ def measure(args: argparse.Namespace, dtype: str, src: Level, dst: Level, mode: 
             results = run()
         facts[name] = {"bytes": traffic.counts.bytes, "wrong": differences(results, expected, TOLERANCE[dtype])}
     for name, row in timed(runs, args.rounds, CALLS[args.device], "hlip").items():
-        case = {"case": f"{src} to {dst}", "dtype": dtype, "scans": args.scans, "width": WIDTH, "mode": mode}
-        yield {**case, "way": name, **row, **facts[name]}
+        yield {
+            "case": f"{src} to {dst}", "dtype": dtype, "scans": args.scans, "width": WIDTH, "mode": mode, "way": name,
+            **row, **facts[name],
+        }  # fmt: skip
 
 
 def differences(results: list[Tensor], expected: list[Tensor], tolerance: float) -> str:

@@ -73,10 +73,9 @@ def main() -> None:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     counts = draw_scans(args.mix, args.studies, args.seed, args.max_scans)
-    levels = level_pattern("scan+study", args.depth, args.depth // 3)
     config = VisionConfig(
-        args.width, args.width // 64, patch_size=tuple(args.patch), grid=tuple(args.grid), levels=levels,
-        max_scans=max(40, int(counts.max())), init_std=0.05,
+        args.width, args.width // 64, patch_size=tuple(args.patch), grid=tuple(args.grid), init_std=0.05,
+        levels=level_pattern("scan+study", args.depth, args.depth // 3), max_scans=max(40, int(counts.max())),
     )  # fmt: skip
     encoder = StudyEncoder(config).to(device)
     shape = [n * p for n, p in zip(config.grid, config.patch_size, strict=True)]
@@ -100,8 +99,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    common = "--device", "--json", "--results", "--rounds", "--width", "--depth", "--grid", "--seed"
-    parser = command(__doc__, *common)
+    parser = command(__doc__, "--device", "--json", "--results", "--rounds", "--width", "--depth", "--grid", "--seed")
     parser.add_argument("--mix", choices=SCANS, default="pub_brain_5", help="how many scans studies have")
     parser.add_argument(
         "--mode",

@@ -87,8 +87,8 @@ def large(folder: Path, studies: int) -> None:
     written = time.perf_counter() - start
     finished = clock(lambda: finish(folder, folder / "work", source_hash="", shard_scans=0, hidden_ids=False))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    command = [sys.executable, "-c", READ, str(folder), str(SAMPLES)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    read = [sys.executable, "-c", READ, str(folder), str(SAMPLES)]
+    out = subprocess.run(read, check=True, capture_output=True, text=True).stdout
     opened, sampled, before, after, n, scans = json.loads(out)
     print_table(
         ["step", "figure"],

@@ -241,8 +241,9 @@ def regroup_traffic() -> Iterator[Row]:
             }
             for src, dst in set(changes)
         }
-        row: Row = {"kind": "regroup", "model": name, "scans": scans, "tokens": tokens, "kinds": {}}
-        row["changes"] = len(changes)
+        row: Row = {
+            "kind": "regroup", "model": name, "scans": scans, "tokens": tokens, "kinds": {}, "changes": len(changes),
+        }  # fmt: skip
         for way, direction in product(("published", "ours"), PASSES):
             row[f"{way}_{direction}_bytes"] = sum(moved[change][way][direction].bytes for change in changes)
             row["kinds"][f"{way}_{direction}_bytes"] = KINDS[way]

@@ -75,18 +75,17 @@ def read_sass(code: str) -> dict[str, Any]:
 
 def read_amdgcn(text: str) -> dict[str, Any]:
     """Facts of an AMD assembly listing; registers are vector registers."""
-    code_facts = _read_code(
-        text,
-        label=re.compile(r"(\.LBB\w+):"),
-        instruction=re.compile(r"\t[vsbdg]\w+_"),
-        jump=re.compile(r".*s_c?branch\w*\s+(\.LBB\w+)"),
-        matrix=re.compile(r"\bv_mfma"),
-        multiply=re.compile(r"\bv_(pk_|dot\w*_)?fmac?_"),
-    )
     return {
         "registers": _number(r"\.vgpr_count:\s*", text),
         "stack_bytes": _number(r"\.private_segment_fixed_size:\s*", text),
-        **code_facts,
+        **_read_code(
+            text,
+            label=re.compile(r"(\.LBB\w+):"),
+            instruction=re.compile(r"\t[vsbdg]\w+_"),
+            jump=re.compile(r".*s_c?branch\w*\s+(\.LBB\w+)"),
+            matrix=re.compile(r"\bv_mfma"),
+            multiply=re.compile(r"\bv_(pk_|dot\w*_)?fmac?_"),
+        ),
     }
 
 

@@ -77,8 +77,8 @@ def latest(rows: Frame, case: Sequence[str] = ()) -> Frame:
 def machines(rows: Frame, case: Sequence[str]) -> Iterator[tuple[str, Frame]]:
     """Each machine and number of threads, with the latest rows of every case; only the most threads of the first have
     no name."""
-    groups = list(rows.groupby(["device", "threads"], sort=False))
-    for i, (machine, mine) in enumerate(sorted(groups, key=lambda group: -group[0][1])):
+    groups = sorted(rows.groupby(["device", "threads"], sort=False), key=lambda group: -group[0][1])
+    for i, (machine, mine) in enumerate(groups):
         yield machine_name(*machine) if i else "", latest(mine, case)
 
 
@@ -243,8 +243,7 @@ def sizes(rows: Frame, mode: str) -> str:
     """A table of ways and sizes in a mode; those of other modes are in it, too."""
     wide = rows[rows["mode"] == mode].drop_duplicates(["way", "size"]).pivot(index="way", columns="size", values="step")
     wide = wide.reindex(index=rows["way"].unique(), columns=rows["size"].unique())
-    lines = wide.fillna("-").reset_index().to_numpy().tolist()
-    return table([f"{mode}: seconds (times ours)", *wide.columns], lines)
+    return table([f"{mode}: seconds (times ours)", *wide.columns], wide.reset_index().fillna("-").to_numpy().tolist())
 
 
 def calls(rows: Frame) -> list[tuple[str, Frame]]:
@@ -267,9 +266,9 @@ def layers(rows: Frame) -> Frame:
     case = ["case", "dtype", "mode"]
     ours, copies = (rows[rows["way"] == way] for way in ("hlip", "copies"))
     both = copies.merge(ours, on=case, suffixes=("", "_ours"))
-    for column, form in {"p50_s": MILLI, "bytes": MEGA}.items():
-        both[[column, f"{column}_ours"]] = both[[column, f"{column}_ours"]].map(form)
-    return both.assign(name=both[case].agg(", ".join, axis=1))
+    forms = {"p50_s": MILLI, "p50_s_ours": MILLI, "bytes": MEGA, "bytes_ours": MEGA}
+    shown = {column: both[column].map(form) for column, form in forms.items()}
+    return both.assign(name=both[case].agg(", ".join, axis=1), **shown)
 
 
 def selected(rows: Frame, kind: str) -> Frame:
