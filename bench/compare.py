@@ -134,8 +134,8 @@ def measured(name: str, tree: Path, extra: Sequence[str]) -> dict[Key, float]:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "rows.json"
         run(tree, [*BENCHMARKS[name](tree, extra), "--json", str(results)])
-        rows = [row | {"benchmark": name} for row in json.loads(results.read_text()) if "p50_s" in row]
-    return {tuple(row.get(name) for name in KEY): row["p50_s"] for row in rows}
+        rows = [row for row in json.loads(results.read_text()) if "p50_s" in row]
+    return {(name, *map(row.get, KEY[1:])): row["p50_s"] for row in rows}
 
 
 def run(tree: Path, command: Sequence[str]) -> str:

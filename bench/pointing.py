@@ -155,16 +155,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     drawn = cases(args.data, trained.config.preprocess, trained.config.vision.patch_size, args.studies)
     every = [case for case in drawn if case.lesion.any()]
     rng = np.random.default_rng(args.seed)
-    rows = [
-        score("random", every, lambda case: rng.random(len(case.lesion))),
-        score("random within the head", every, lambda case: rng.random(len(case.lesion)) * (case.brightest > 60)),
-        score("brightest voxel", every, lambda case: case.brightest),
+    maps: list[tuple[str, Map]] = [
+        ("random", lambda case: rng.random(len(case.lesion))),
+        ("random within the head", lambda case: rng.random(len(case.lesion)) * (case.brightest > 60)),
+        ("brightest voxel", lambda case: case.brightest),
+        *maps_of("untrained", untrained, task),
+        *maps_of("trained", trained, task),
     ]
-    for name, model in (("untrained", untrained), ("trained", trained)):
-        rows += [score(label, every, make) for label, make in maps_of(name, model, task)]
     share = round(float(np.mean([case.lesion.mean() for case in every])), 4)
     facts = {"studies": len(every), "lesion_patches": share, **provenance(torch.device("cpu"))}
-    return [row | facts for row in rows]
+    return [score(label, every, make) | facts for label, make in maps]
 
 
 if __name__ == "__main__":
