@@ -26,12 +26,13 @@ def test_this_revision_beside_itself(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(rows.read_text())
     assert {row["case"] for row in found} >= {"slice-197", "scan-1177", "study-4705"}
+    lines = [line.split() for line in done.stdout.splitlines()]
     for row in found:
         assert len(row["base_s"]) == len(row["new_s"]) == 2
         middle, low, high = row["times_as_fast"]
         pairs = [old / new for old, new in zip(row["base_s"], row["new_s"], strict=True)]
         assert low == pytest.approx(min(pairs)) and high == pytest.approx(max(pairs)) and low <= middle <= high
-        assert f"{row['case']}  forward" in done.stdout
+        assert ["attention", row["case"], "forward"] in [words[:3] for words in lines]
     trees = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in trees  # nothing is left of the base
 
