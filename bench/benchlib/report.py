@@ -273,10 +273,6 @@ def legend(keys: Iterable[str]) -> str:
     return "; ".join(f"{kind}: {', '.join(dict.fromkeys(names))}" for kind, names in lists.items() if names)
 
 
-def heading(key: str) -> str:
-    return COLUMNS[key].heading if key in COLUMNS else key.replace("_", " ")
-
-
 def cell(row: Mapping[str, Any], key: str) -> str | None:
     """None if the row has no such figure."""
     column = COLUMNS.get(key, Column("", "", str))
@@ -286,7 +282,8 @@ def cell(row: Mapping[str, Any], key: str) -> str | None:
 
 def columns(rows: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> tuple[list[str], list[list[str | None]]]:
     """The header and the lines of a table of rows: what `print_table` and `table` take."""
-    return list(map(heading, keys)), [[cell(row, key) for key in keys] for row in rows]
+    headings = [COLUMNS[key].heading if key in COLUMNS else key.replace("_", " ") for key in keys]
+    return headings, [[cell(row, key) for key in keys] for row in rows]
 
 
 def named(row: Mapping[str, Any]) -> str:
