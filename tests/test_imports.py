@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES, PROGRAMS = ("hlip_kernels", "hlip"), ("bench", "train")
 FLOORS = (  # of hlip: a room uses those of lower floors; those at the bottom, their neighbours, too
-    ("terminal", "processes", "output"), ("read",), ("study",), ("store",), ("prepare",), ("objective",), ("model",),
-    ("embed",), ("evaluate", "explain"), ("train",), ("demo",), ("cli",),
+    ("terminal", "processes", "output", "arguments"), ("read",), ("study",), ("store",), ("prepare",), ("objective",),
+    ("model",), ("embed",), ("evaluate", "explain"), ("train",), ("demo",), ("cli",),
 )  # fmt: skip
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MAX_FILE, MAX_FUNCTION = 400, 60  # lines

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from ..arguments import argument
 from ..model.checkpoint import Layout
 from ..model.clip import HLIPModel
 from ..model.released import describe
@@ -15,29 +16,34 @@ from .shared import add_command
 
 def add(commands: Any) -> None:
     """Add `convert` to the subparsers of `hlip`."""
-    command = add_command(
+    add_command(
         commands,
         "convert",
         _convert,
         "read a model in any layout and write it in another",
         "Read a saved or released model, or a training checkpoint; say what it is; write it anew.",
-    )
-    command.add_argument("source", metavar="IN", help="file of weights, folder, or name on the hub")
-    command.add_argument(
-        "target",
-        metavar="OUT",
-        type=Path,
-        help="folder to write, replaced if it holds such a model; of a link, what it points to",
-    )
-    command.add_argument(
-        "--layout",
-        choices=get_args(Layout),
-        default="hlip",
-        help="hlip: config.json, model.safetensors and text/; open_clip: that of the released models (default: hlip)",
-    )
-    command.add_argument("--model", metavar="NAME", help="which model it is, where neither files nor shapes can say")
-    command.add_argument(
-        "--text", metavar="FOLDER", help="configuration and tokenizer of the text tower, where the hub is out of reach"
+        [
+            argument("source", metavar="IN", help="file of weights, folder, or name on the hub"),
+            argument(
+                "target",
+                metavar="OUT",
+                type=Path,
+                help="folder to write, replaced if it holds such a model; of a link, what it points to",
+            ),
+            argument(
+                "--layout",
+                choices=get_args(Layout),
+                default="hlip",
+                help="hlip: config.json, model.safetensors and text/; open_clip: that of the released models "
+                "(default: hlip)",
+            ),
+            argument("--model", metavar="NAME", help="which model it is, where neither files nor shapes can say"),
+            argument(
+                "--text",
+                metavar="FOLDER",
+                help="configuration and tokenizer of the text tower, where the hub is out of reach",
+            ),
+        ],
     )
 
 

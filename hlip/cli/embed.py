@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..arguments import argument
 from ..embed.loop import embed
 from ..embed.table import SUFFIXES, need_pyarrow
 from ..output import check_writable
 from ..processes import processes
 from ..terminal import say
 from .shared import (
+    ENCODER,
     FILES_HELP,
     add_command,
-    add_embedding,
-    add_model,
+    embedding_arguments,
     embedding_options,
     keeping_parts,
     load_encoder,
@@ -47,20 +48,27 @@ exit status:
 
 def add(commands: Any) -> None:
     """Add `embed` to the subparsers of `hlip`."""
-    command = add_command(commands, "embed", _embed, "write the embeddings of studies to a file", DESCRIPTION, EPILOG)
-    command.add_argument(
-        "files",
-        nargs="+",
-        type=Path,
-        metavar="INPUT",
-        help=f"a store that `hlip prepare` wrote; a study list (.json, .csv); {FILES_HELP}",
+    add_command(
+        commands,
+        "embed",
+        _embed,
+        "write the embeddings of studies to a file",
+        DESCRIPTION,
+        [
+            argument(
+                "files",
+                nargs="+",
+                type=Path,
+                metavar="INPUT",
+                help=f"a store that `hlip prepare` wrote; a study list (.json, .csv); {FILES_HELP}",
+            ),
+            argument("--out", required=True, type=Path, metavar="FILE", help=f"file to write: {' or '.join(SUFFIXES)}"),
+            argument("--scans", action="store_true", help="embed each scan as a study of its own, too"),
+            *ENCODER,
+            *embedding_arguments(),
+        ],
+        EPILOG,
     )
-    command.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help=f"file to write: {' or '.join(SUFFIXES)}"
-    )
-    command.add_argument("--scans", action="store_true", help="embed each scan as a study of its own, too")
-    add_model(command, of_slices=True)
-    add_embedding(command)
 
 
 def _embed(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import argument, one_of
 from ..embed.baselines import PREFIX, SliceEncoder
 from ..embed.inputs import StoreStudies
 from ..embed.loop import Options, embed
@@ -36,11 +37,13 @@ from ..store.store import Store
 from ..terminal import say
 from .shared import (
     EMBEDDINGS,
+    ENCODER,
+    FIGURES,
+    RESULTS,
+    TEMPLATES,
     add_command,
-    add_embedding,
-    add_figures,
-    add_model,
     check_results,
+    embedding_arguments,
     embedding_options,
     keeping_parts,
     load_encoder,
@@ -85,29 +88,33 @@ Under torchrun processes share the work, and change no figure. Exit status as of
 
 def add(commands: Any) -> None:
     """Add `eval` to the subparsers of `hlip`."""
-    command = add_command(
+    add_command(
         commands,
         "eval",
         _eval,
         "evaluate a model zero-shot on a benchmark or a task of your own",
         DESCRIPTION,
+        [
+            argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml"),
+            one_of(
+                argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)"),
+                argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model"),
+                required=True,
+            ),
+            argument("--labels", type=Path, metavar="CSV", help="label table (default: the store's labels)"),
+            RESULTS,
+            TEMPLATES,
+            argument(
+                "--allow_unmatched",
+                action="store_true",
+                help="leave out studies without labels and labels without a study, instead of stopping",
+            ),
+            *FIGURES,
+            *ENCODER,
+            *embedding_arguments(),
+        ],
         EPILOG,
     )
-    command.add_argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml")
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)")
-    source.add_argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model")
-    command.add_argument("--labels", type=Path, metavar="CSV", help="label table (default: the store's labels)")
-    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
-    command.add_argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
-    command.add_argument(
-        "--allow_unmatched",
-        action="store_true",
-        help="leave out studies without labels and labels without a study, instead of stopping",
-    )
-    add_figures(command)
-    add_model(command, of_slices=True)
-    add_embedding(command)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..arguments import argument
 from ..evaluate.evaluation import compare, scale_of, zeroshot_classifier
 from ..evaluate.tasks import Task
 from ..explain.maps import as_arrays, montage, write_overlays
@@ -24,16 +25,16 @@ from ..study import Study
 from ..terminal import say
 from .shared import (
     FILES_HELP,
+    MODEL,
     SAID,
     SOME_LEFT_OUT,
     Said,
     add_command,
-    add_model,
-    add_prompts,
     as_json,
     bars,
     check_results,
     load_model,
+    prompt_arguments,
     read_prompts,
     rejected_lines,
     rejections,
@@ -52,32 +53,39 @@ not be used; relevance.json and the page say which and why."""
 
 def add(commands: Any) -> None:
     """Add `interpret` to the subparsers of `hlip`."""
-    command = add_command(
-        commands, "interpret", _interpret, "show which parts of a study speak for a finding", DESCRIPTION
+    add_command(
+        commands,
+        "interpret",
+        _interpret,
+        "show which parts of a study speak for a finding",
+        DESCRIPTION,
+        [
+            argument("study", nargs="+", metavar="STUDY", help=f"{FILES_HELP}. With --store: the study's uid"),
+            argument("--store", type=Path, help="take the study from this store; there are no overlays then"),
+            argument("--target", required=True, metavar="TEXT", help="the finding; with --prompts, a class of it"),
+            argument(
+                "--against",
+                metavar="TEXT",
+                help="what the target is to be told from, such as 'no abnormality': the relevance is then of the "
+                "difference between the two. Texts on one kind of image are much alike, so this often shows more",
+            ),
+            *prompt_arguments("another class, for shares among the classes; repeat for each"),
+            argument(
+                "--layers",
+                choices=("all", "last"),
+                default="all",
+                help="all: carried back through all layers and levels; last: what the last layer attends to "
+                "(default: all)",
+            ),
+            argument(
+                "--normalize",
+                action="store_true",
+                help="let every layer weigh the same, whatever the size of its gradients; without it, as published",
+            ),
+            argument("--out", required=True, type=Path, metavar="FOLDER", help="new, or of an earlier run"),
+            *MODEL,
+        ],
     )
-    command.add_argument("study", nargs="+", metavar="STUDY", help=f"{FILES_HELP}. With --store: the study's uid")
-    command.add_argument("--store", type=Path, help="take the study from this store; there are no overlays then")
-    command.add_argument("--target", required=True, metavar="TEXT", help="the finding; with --prompts, a class of it")
-    command.add_argument(
-        "--against",
-        metavar="TEXT",
-        help="what the target is to be told from, such as 'no abnormality': the relevance is then of the difference "
-        "between the two. Texts on one kind of image are much alike, so this often shows more",
-    )
-    add_prompts(command, "another class, for shares among the classes; repeat for each")
-    command.add_argument(
-        "--layers",
-        choices=("all", "last"),
-        default="all",
-        help="all: carried back through all layers and levels; last: what the last layer attends to (default: all)",
-    )
-    command.add_argument(
-        "--normalize",
-        action="store_true",
-        help="let every layer weigh the same, whatever the size of its gradients; without it, as published",
-    )
-    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new, or of an earlier run")
-    add_model(command)
 
 
 def _interpret(args: argparse.Namespace) -> int:

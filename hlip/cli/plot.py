@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..arguments import argument
 from ..output import write_whole
 from ..terminal import say
 from ..train.plot import draw, read_run
@@ -15,19 +16,21 @@ from .shared import add_command, picture_format
 
 def add(commands: Any) -> None:
     """Add `plot` to the subparsers of `hlip`."""
-    command = add_command(
+    add_command(
         commands,
         "plot",
         _plot,
         "draw the curves of one or more training runs",
         "Draw the loss, the learning rate, the speed and whatever else runs have logged, a panel each.",
-    )
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
-    command.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="picture to write: .png, .pdf or .svg (default: curves.png in the first RUN)",
+        [
+            argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py"),
+            argument(
+                "--out",
+                type=Path,
+                metavar="FILE",
+                help="picture to write: .png, .pdf or .svg (default: curves.png in the first RUN)",
+            ),
+        ],
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from ..arguments import Argument, argument
 from ..prepare.discover import Join, find_studies
 from ..prepare.job import prepare
 from ..prepare.recipe import load_recipe
@@ -27,11 +28,45 @@ EXIT_STATUS = """exit status:
   3    some scans or studies were rejected; STORE/rejected.jsonl says which and why
   2    error
   130  interrupted; the same command goes on where it stopped"""
+INPUT = (
+    argument("input", type=Path, metavar="INPUT", help="folder of studies, study list (JSON) or table (CSV)"),
+    argument("--out", required=True, type=Path, metavar="STORE", help="folder of the store, new or begun"),
+    argument(
+        "--recipe",
+        required=True,
+        metavar="NAME",
+        help="brain-mri, head-ct, chest-ct, FILE.yaml, or the folder of a model, for its own",
+    ),
+    argument(
+        "--root", type=Path, metavar="FOLDER", help="what paths of a list or table start from (default: its own folder)"
+    ),
+    argument("--reports", type=Path, metavar="FILE", help="texts of reports by study (JSON, CSV or a folder of TXT)"),
+    argument(
+        "--sections",
+        type=Path,
+        metavar="FILE.yaml",
+        help="headings by which a report is cut into impression and findings",
+    ),
+    argument("--labels", type=Path, metavar="FILE", help="table of labels by study (CSV); may be that of --reports"),
+    argument(
+        "--label_columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns that are labels (default: those whose numbers all lie within -1 and 1)",
+    ),
+    argument(
+        "--join",
+        choices=get_args(Join),
+        default="uid",
+        help="what reports and labels call a study: its id, or DICOM's AccessionNumber, which is not stored "
+        "(default: uid)",
+    ),
+)
 
 
 def add(commands: Any) -> None:
     """Add `prepare` to the subparsers of `hlip`."""
-    command = add_command(
+    add_command(
         commands,
         "prepare",
         _prepare,
@@ -39,83 +74,44 @@ def add(commands: Any) -> None:
         "Read every scan of every study below INPUT, and write them as a recipe says into a store.\n"
         "Running the same command again goes on where it stopped, and touches nothing finished. Only one run at a\n"
         "time may write a store; another is refused.",
+        [*INPUT, *_work()],
         EXIT_STATUS,
     )
-    _add_input(command)
-    _add_work(command)
 
 
-def _add_input(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "input", type=Path, metavar="INPUT", help="folder of studies, study list (JSON) or table (CSV)"
-    )
-    command.add_argument("--out", required=True, type=Path, metavar="STORE", help="folder of the store, new or begun")
-    command.add_argument(
-        "--recipe",
-        required=True,
-        metavar="NAME",
-        help="brain-mri, head-ct, chest-ct, FILE.yaml, or the folder of a model, for its own",
-    )
-    command.add_argument(
-        "--root", type=Path, metavar="FOLDER", help="what paths of a list or table start from (default: its own folder)"
-    )
-    command.add_argument(
-        "--reports", type=Path, metavar="FILE", help="texts of reports by study (JSON, CSV or a folder of TXT)"
-    )
-    command.add_argument(
-        "--sections",
-        type=Path,
-        metavar="FILE.yaml",
-        help="headings by which a report is cut into impression and findings",
-    )
-    command.add_argument(
-        "--labels", type=Path, metavar="FILE", help="table of labels by study (CSV); may be that of --reports"
-    )
-    command.add_argument(
-        "--label_columns",
-        nargs="+",
-        metavar="NAME",
-        help="columns that are labels (default: those whose numbers all lie within -1 and 1)",
-    )
-    command.add_argument(
-        "--join",
-        choices=get_args(Join),
-        default="uid",
-        help="what reports and labels call a study: its id, or DICOM's AccessionNumber, which is not stored "
-        "(default: uid)",
-    )
-
-
-def _add_work(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--engine", choices=get_args(Engine), default="local", help="who does the work (default: this machine)"
-    )
-    command.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes, Ray tasks or tasks of the Slurm job array (default: the CPUs of this machine)",
-    )
-    command.add_argument(
-        "--timeout",
-        type=finite_number,
-        default=STEP_SECONDS,
-        metavar="SECONDS",
-        help="a scan that takes longer is rejected (default: %(default)g)",
-    )
-    command.add_argument(
-        "--slurm",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="parameters of submitit, such as slurm_partition=cpu mem_gb=8; cluster=local does without Slurm",
-    )
-    command.add_argument(
-        "--hash_ids",
-        metavar="FILE",
-        help="name studies by hashes salted with this file's text, number scans, drop descriptions and reasons",
-    )
+def _work() -> list[Argument]:
+    """Of who does the work, and how."""
+    return [
+        argument(
+            "--engine", choices=get_args(Engine), default="local", help="who does the work (default: this machine)"
+        ),
+        argument(
+            "--workers",
+            type=int,
+            default=len(os.sched_getaffinity(0)),
+            metavar="N",
+            help="processes, Ray tasks or tasks of the Slurm job array (default: the CPUs of this machine)",
+        ),
+        argument(
+            "--timeout",
+            type=finite_number,
+            default=STEP_SECONDS,
+            metavar="SECONDS",
+            help="a scan that takes longer is rejected (default: %(default)g)",
+        ),
+        argument(
+            "--slurm",
+            nargs="*",
+            default=[],
+            metavar="KEY=VALUE",
+            help="parameters of submitit, such as slurm_partition=cpu mem_gb=8; cluster=local does without Slurm",
+        ),
+        argument(
+            "--hash_ids",
+            metavar="FILE",
+            help="name studies by hashes salted with this file's text, number scans, drop descriptions and reasons",
+        ),
+    ]
 
 
 def _prepare(args: argparse.Namespace) -> int:

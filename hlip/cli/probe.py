@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..arguments import argument, one_of
 from ..embed.table import Embeddings
 from ..evaluate.labels import LabelTable, read_label_table
 from ..evaluate.metrics import AUC, auc_intervals, interval
@@ -21,7 +22,7 @@ from ..evaluate.probe import PARTS, PROTOCOLS, SAME_CLASS, Probe, ProbeData, dra
 from ..output import table, write_csv, write_json, write_whole
 from ..read.safe import finite_number
 from ..terminal import say
-from .shared import add_command, add_figures, check_results, positive, report_unjoined
+from .shared import FIGURES, RESULTS, add_command, check_results, positive, report_unjoined
 
 DESCRIPTION = """\
 Fit a logistic regression for each class on the embeddings of studies, and score it on studies that it has not seen.
@@ -38,77 +39,79 @@ writes into FOLDER:
   NAME.probe.npz   the fitted probe: classes, weight (classes, width), bias; for --apply
   NAME.scores.csv  the probability of every class for every test study
   split.csv        the part of every study, for another run's --split"""
-
-
-def add(commands: Any) -> None:
-    """Add `probe` to the subparsers of `hlip`."""
-    command = add_command(
-        commands,
-        "probe",
-        _probe,
-        "fit and score linear probes on embeddings, one model or two side by side",
-        DESCRIPTION,
-        EPILOG,
-    )
-    command.add_argument("embeddings", type=Path, metavar="EMBEDDINGS", help=".parquet or .npz of `hlip embed`")
-    command.add_argument(
-        "other", nargs="?", type=Path, metavar="OTHER", help="the same of another model, to compare with"
-    )
-    command.add_argument(
-        "--labels",
-        type=Path,
-        metavar="CSV",
-        help="a column study, study_uid or VolumeName, and one for each class: 1, 0, or -1 or empty if missing",
-    )
-    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
-    command.add_argument(
-        "--names", nargs="+", metavar="NAME", help="what to call the models in results (default: the files' names)"
-    )
-    classes = command.add_mutually_exclusive_group()
-    classes.add_argument(
-        "--classes", nargs="+", default=[], metavar="COLUMN", help="columns of labels to probe for (default: all)"
-    )
-    classes.add_argument("--protocol", choices=sorted(PROTOCOLS), help="the columns that this benchmark is probed for")
-    add_figures(command)
-    _add_fit(command)
-
-
-def _add_fit(command: argparse.ArgumentParser) -> None:
-    """Add what says how studies are split, and probes fitted."""
-    command.add_argument(
+FIT = (  # how studies are split, and probes fitted
+    argument(
         "--split",
         nargs="+",
         metavar="COLUMN|FILE",
         help="a column of the labels or a CSV with study and split (train, val, test); or two or three files of uids: "
         "train, val (of three), test",
-    )
-    command.add_argument(
+    ),
+    argument(
         "--fractions",
         nargs=3,
         type=finite_number,
         default=(0.7, 0.1, 0.2),
         metavar=("TRAIN", "VAL", "TEST"),
         help="shares of a random split; 0 for VAL cross-validates (default: 0.7 0.1 0.2)",
-    )
-    command.add_argument(
+    ),
+    argument(
         "--patients",
         metavar="COLUMN",
         help="column that names patients, none of whom is then in two parts of a random split",
-    )
-    command.add_argument(
+    ),
+    argument(
         "--minimum",
         type=positive,
         default=5,
         metavar="N",
         help="leave out classes with fewer positives or negatives in any part (default: 5)",
-    )
-    command.add_argument("--c", nargs="+", type=finite_number, metavar="C", help="inverse penalties to choose from")
-    command.add_argument("--as_is", action="store_true", help="do not standardise the embeddings")
-    command.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="processes that fit classes side by side (default: 1)"
-    )
-    command.add_argument(
-        "--apply", type=Path, metavar="PROBE", help="score this fitted probe; --labels may be left out"
+    ),
+    argument("--c", nargs="+", type=finite_number, metavar="C", help="inverse penalties to choose from"),
+    argument("--as_is", action="store_true", help="do not standardise the embeddings"),
+    argument("--jobs", type=int, default=1, metavar="N", help="processes that fit classes side by side (default: 1)"),
+    argument("--apply", type=Path, metavar="PROBE", help="score this fitted probe; --labels may be left out"),
+)
+
+
+def add(commands: Any) -> None:
+    """Add `probe` to the subparsers of `hlip`."""
+    add_command(
+        commands,
+        "probe",
+        _probe,
+        "fit and score linear probes on embeddings, one model or two side by side",
+        DESCRIPTION,
+        [
+            argument("embeddings", type=Path, metavar="EMBEDDINGS", help=".parquet or .npz of `hlip embed`"),
+            argument("other", nargs="?", type=Path, metavar="OTHER", help="the same of another model, to compare with"),
+            argument(
+                "--labels",
+                type=Path,
+                metavar="CSV",
+                help="a column study, study_uid or VolumeName, and one for each class: 1, 0, or -1 or empty if missing",
+            ),
+            RESULTS,
+            argument(
+                "--names",
+                nargs="+",
+                metavar="NAME",
+                help="what to call the models in results (default: the files' names)",
+            ),
+            one_of(
+                argument(
+                    "--classes",
+                    nargs="+",
+                    default=[],
+                    metavar="COLUMN",
+                    help="columns of labels to probe for (default: all)",
+                ),
+                argument("--protocol", choices=sorted(PROTOCOLS), help="the columns that this benchmark is probed for"),
+            ),
+            *FIGURES,
+            *FIT,
+        ],
+        EPILOG,
     )
 
 

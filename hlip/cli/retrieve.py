@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import argument
 from ..embed.baselines import PREFIX
 from ..embed.loop import embed
 from ..embed.texts import check_lengths, embed_texts
@@ -23,10 +24,11 @@ from ..study import join_report
 from ..terminal import say
 from .shared import (
     EMBEDDINGS,
+    ENCODER,
+    RESULTS,
     add_command,
-    add_embedding,
-    add_model,
     check_results,
+    embedding_arguments,
     embedding_options,
     keeping_parts,
     load_encoder,
@@ -58,39 +60,43 @@ Under torchrun processes share the embedding, and change no figure. Exit status 
 
 def add(commands: Any) -> None:
     """Add `retrieve` to the subparsers of `hlip`."""
-    command = add_command(
+    add_command(
         commands,
         "retrieve",
         _retrieve,
         "find studies by reports and reports by studies; recall at k",
         DESCRIPTION,
+        [
+            argument("store", type=Path, metavar="STORE", help="studies with reports, of `hlip prepare`"),
+            *ENCODER,
+            argument(
+                "--embeddings",
+                type=Path,
+                metavar="FILE",
+                help="what `hlip embed` wrote of the store with this model (default: they are made)",
+            ),
+            RESULTS,
+            argument(
+                "--k",
+                nargs="+",
+                type=positive,
+                default=KS,
+                metavar="K",
+                help=f"recall at each (default: {' '.join(map(str, KS))})",
+            ),
+            argument("--query", action="append", default=[], metavar="TEXT", help="show the studies it fits; repeat"),
+            argument(
+                "--study",
+                action="append",
+                default=[],
+                metavar="UID",
+                help="show the studies and reports nearest to it; repeat",
+            ),
+            argument("--top", type=positive, default=5, metavar="N", help="how many to show (default: 5)"),
+            *embedding_arguments(),
+        ],
         EPILOG,
     )
-    command.add_argument("store", type=Path, metavar="STORE", help="studies with reports, of `hlip prepare`")
-    add_model(command, of_slices=True)
-    command.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help="what `hlip embed` wrote of the store with this model (default: they are made)",
-    )
-    command.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
-    command.add_argument(
-        "--k",
-        nargs="+",
-        type=positive,
-        default=KS,
-        metavar="K",
-        help=f"recall at each (default: {' '.join(map(str, KS))})",
-    )
-    command.add_argument(
-        "--query", action="append", default=[], metavar="TEXT", help="show the studies it fits; repeat"
-    )
-    command.add_argument(
-        "--study", action="append", default=[], metavar="UID", help="show the studies and reports nearest to it; repeat"
-    )
-    command.add_argument("--top", type=positive, default=5, metavar="N", help="how many to show (default: 5)")
-    add_embedding(command)
 
 
 def _retrieve(args: argparse.Namespace) -> int:

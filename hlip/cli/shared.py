@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..arguments import Argument, OneOf, add_arguments, argument, field_argument
 from ..embed.baselines import PREFIX, Pool, SliceEncoder, read_slices
 from ..embed.encoders import model_digest
 from ..embed.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
-from ..embed.loop import MAX_TOKENS, Dtype, Options, Unit
+from ..embed.loop import Options, Unit
 from ..embed.open_clip import HUB
 from ..embed.parts import parts_of
 from ..embed.table import Embeddings
@@ -49,41 +50,64 @@ SAID = {
 Said = dict[str, tuple[float | None, float | None]]  # share and cosine by class
 
 
+def positive(text: str) -> int:
+    """A number of at least 1, as a `type` of argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+MODEL_HELP = "a saved or released model: its folder, its file, or its name on the hub"
+DEVICE = argument(
+    "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)"
+)
+MODEL = (argument("--model", required=True, help=MODEL_HELP), DEVICE)
+ENCODER = (  # for `load_encoder`
+    argument(
+        "--model",
+        required=True,
+        help=f"{MODEL_HELP}; or a 2D model in open_clip's format: {PREFIX}FOLDER, {PREFIX}{HUB}OWNER/NAME",
+    ),
+    DEVICE,
+    argument("--pool", choices=get_args(Pool), help="of a 2D model: how its slices become a study (default: mean)"),
+    argument(
+        "--slices",
+        type=Path,
+        metavar="JSON",
+        help="of a 2D model: the slices to see, {study: {scan: [index, ...]}}; studies that are not listed are seen "
+        "whole",
+    ),
+)
+FIGURES = (  # how figures are made of embeddings and labels
+    argument("--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"),
+    argument(
+        "--draws",
+        type=positive,
+        default=DRAWS,
+        metavar="N",
+        help="how often studies are drawn anew, for intervals (default: %(default)s)",
+    ),
+    argument("--seed", type=int, default=0, help="of all that is drawn at random (default: %(default)s)"),
+)
+TEMPLATES = argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
+RESULTS = argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write into")
+
+
 def add_command(
     commands: Any,
     name: str,
     run: Callable[[argparse.Namespace], int | None] | None,
     summary: str,
     description: str,
+    arguments: Iterable[Argument | OneOf] = (),
     epilog: str | None = None,
 ) -> argparse.ArgumentParser:
     """Add a command to subparsers; `run` gives its exit status. Description and epilog are shown line by line."""
     raw = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=raw)
     command.set_defaults(run=run)
+    add_arguments(command, arguments)
     return command
-
-
-def add_model(command: argparse.ArgumentParser, of_slices: bool = False) -> None:
-    """Add `--model` and `--device`; with `of_slices` also what 2D models need, for `load_encoder`."""
-    also = f"; or a 2D model in open_clip's format: {PREFIX}FOLDER, {PREFIX}{HUB}OWNER/NAME" if of_slices else ""
-    command.add_argument(
-        "--model", required=True, help=f"a saved or released model: its folder, its file, or its name on the hub{also}"
-    )
-    command.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: auto)"
-    )
-    if of_slices:
-        command.add_argument(
-            "--pool", choices=get_args(Pool), help="of a 2D model: how its slices become a study (default: mean)"
-        )
-        command.add_argument(
-            "--slices",
-            type=Path,
-            metavar="JSON",
-            help="of a 2D model: the slices to see, {study: {scan: [index, ...]}}; studies that are not listed are "
-            "seen whole",
-        )
 
 
 def load_model(args: argparse.Namespace) -> HLIPModel:
@@ -114,50 +138,21 @@ def _on_device(model: Model, device: str) -> Model:
         raise ValueError(f"--device {device}: cannot be used ({str(error).splitlines()[0]})") from error
 
 
-def add_embedding(command: argparse.ArgumentParser) -> None:
-    """Add what says how studies are embedded."""
-    command.add_argument(
-        "--max_tokens",
-        type=int,
-        default=MAX_TOKENS,
-        metavar="N",
-        help="studies run together up to so many patch tokens; more is faster on GPUs and needs more memory "
-        "(default: %(default)s)",
+def embedding_arguments() -> tuple[Argument, ...]:
+    """Of how studies are embedded."""
+    processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (
+        field_argument(Options, "max_tokens", metavar="N"),
+        field_argument(Options, "dtype"),
+        argument(
+            "--workers",
+            type=int,
+            default=min(4, max(1, processors - 1)),
+            metavar="N",
+            help="processes that read studies while the model runs; 0 for none (default: %(default)s)",
+        ),
+        field_argument(Options, "one_scan", metavar="SEED"),
     )
-    command.add_argument(
-        "--dtype",
-        choices=get_args(Dtype),
-        default="auto",
-        help="type of matrix products (default: bf16 on GPUs, and on CPUs with instructions for it; otherwise fp32)",
-    )
-    command.add_argument(
-        "--workers",
-        type=int,
-        default=min(4, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)),
-        metavar="N",
-        help="processes that read studies while the model runs; 0 for none (default: %(default)s)",
-    )
-    command.add_argument(
-        "--one_scan",
-        type=int,
-        metavar="SEED",
-        help="show the model one scan of each study, drawn at random: the baseline of one scan a study",
-    )
-
-
-def add_figures(command: argparse.ArgumentParser) -> None:
-    """Add what says how figures are had of embeddings and labels."""
-    command.add_argument(
-        "--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"
-    )
-    command.add_argument(
-        "--draws",
-        type=positive,
-        default=DRAWS,
-        metavar="N",
-        help="how often studies are drawn anew, for intervals (default: %(default)s)",
-    )
-    command.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: %(default)s)")
 
 
 def check_results(folder: Path) -> None:
@@ -166,32 +161,28 @@ def check_results(folder: Path) -> None:
     check_folder(folder)
 
 
-def positive(text: str) -> int:
-    """A number of at least 1, as a `type` of argparse."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
-
-
-def add_prompts(command: argparse.ArgumentParser, prompt: str) -> None:
-    """Add what says which prompts studies are compared with.
+def prompt_arguments(prompt: str) -> tuple[Argument, ...]:
+    """Of the prompts that studies are compared with.
 
     prompt: the help of `--prompt`.
     """
-    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=prompt)
-    command.add_argument(
-        "--template",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=f"sentence with {{}} for the prompt; repeat to average over several (default: {PROMPT_TEMPLATE!r})",
+    tasks = ", ".join(list_tasks())
+    return (
+        argument("--prompt", action="append", default=[], metavar="TEXT", help=prompt),
+        argument(
+            "--template",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help=f"sentence with {{}} for the prompt; repeat to average over several (default: {PROMPT_TEMPLATE!r})",
+        ),
+        argument(
+            "--prompts",
+            metavar="TASK",
+            help=f"classes and templates, in place of both: {tasks}, or FILE.yaml (see hlip eval --help)",
+        ),
+        TEMPLATES,
     )
-    command.add_argument(
-        "--prompts",
-        metavar="TASK",
-        help=f"classes and templates, in place of both: {', '.join(list_tasks())}, or FILE.yaml (see hlip eval --help)",
-    )
-    command.add_argument("--templates", metavar="NAME", help="which of the task's templates (default: its first)")
 
 
 def read_prompts(args: argparse.Namespace, texts: Sequence[str]) -> Task:

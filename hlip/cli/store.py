@@ -6,12 +6,12 @@ import argparse
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..arguments import argument, one_of
 from ..output import write_json, write_whole
 from ..prepare.masks import read_masks
 from ..prepare.tables import read_names
@@ -21,6 +21,46 @@ from ..store.tools import merge, select, split_at_random, stats, verify
 from ..terminal import say
 from ..train.plot import draw_stats
 from .shared import add_command, picture_format, report_unjoined
+
+STORE = argument("store", type=Path, metavar="STORE", help="folder of the store")
+SPLIT = (
+    argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new store for each part"),
+    one_of(
+        argument(
+            "--fractions",
+            nargs="+",
+            type=finite_number,
+            metavar="F",
+            help="shares of the studies, drawn at random; add up to 1",
+        ),
+        argument(
+            "--list", type=Path, metavar="FILE", help="uids of the first part, one a line; the others are the second"
+        ),
+        required=True,
+    ),
+    argument("--seed", type=int, default=0, help="of the drawing for --fractions (default: 0)"),
+    STORE,
+)
+STATS = (
+    argument(
+        "--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg; a .json is written beside it"
+    ),
+    STORE,
+)
+MERGE = (
+    argument("stores", nargs="+", type=Path, metavar="STORE", help="stores to join, in this order"),
+    argument("--out", required=True, type=Path, metavar="STORE", help="the new store"),
+)
+SLICES = (
+    argument("masks", type=Path, metavar="MASKS", help="folder of masks in NIfTI"),
+    argument("--out", required=True, type=Path, metavar="JSON", help="file to write"),
+    argument(
+        "--store", required=True, type=Path, metavar="STORE", help="store of the studies that the masks belong to"
+    ),
+)
+SLICES_DESCRIPTION = """\
+List the slices that show a lesion, for --slices of other commands. MASKS holds STUDY/SCAN.nii.gz, named as
+in the store, on the voxels of the scan's own file."""
 
 
 def add(commands: Any) -> None:
@@ -33,58 +73,16 @@ def add(commands: Any) -> None:
         "Look at, check, join and share out stores, which `hlip prepare` writes.",
     )
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
-    info = _action(actions, "info", _info, "say what a store holds")
-    checked = _action(actions, "verify", _verify, "read every byte of a store; exit status 1 if anything is wrong")
-    joined = _action(
-        actions, "merge", _merge, "join stores of one recipe into a new one; shards are linked where possible"
-    )
-    joined.add_argument("stores", nargs="+", type=Path, metavar="STORE", help="stores to join, in this order")
-    joined.add_argument("--out", required=True, type=Path, metavar="STORE", help="the new store")
-    counted = _action(actions, "stats", _stats, "count scans per study, slices per scan and planes, and draw them")
-    counted.add_argument(
-        "--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg; a .json is written beside it"
-    )
-    for command in (info, checked, counted, _add_split(actions)):
-        command.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
-    _add_slices(actions)
-
-
-def _action(actions: Any, name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
-    return add_command(actions, name, run, text, f"{text[0].upper()}{text[1:]}.")
-
-
-def _add_split(actions: Any) -> argparse.ArgumentParser:
-    split = _action(actions, "split", _split, "copy the studies of a store into new ones, a part each")
-    split.add_argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new store for each part")
-    parts = split.add_mutually_exclusive_group(required=True)
-    parts.add_argument(
-        "--fractions",
-        nargs="+",
-        type=finite_number,
-        metavar="F",
-        help="shares of the studies, drawn at random; add up to 1",
-    )
-    parts.add_argument(
-        "--list", type=Path, metavar="FILE", help="uids of the first part, one a line; the others are the second"
-    )
-    split.add_argument("--seed", type=int, default=0, help="of the drawing for --fractions (default: 0)")
-    return split
-
-
-def _add_slices(actions: Any) -> None:
-    slices = add_command(
-        actions,
-        "slices",
-        _slices,
-        "list the slices that show a lesion, for 2D models that are to see only these",
-        "List the slices that show a lesion, for --slices of other commands. MASKS holds STUDY/SCAN.nii.gz, named as\n"
-        "in the store, on the voxels of the scan's own file.",
-    )
-    slices.add_argument("masks", type=Path, metavar="MASKS", help="folder of masks in NIfTI")
-    slices.add_argument("--out", required=True, type=Path, metavar="JSON", help="file to write")
-    slices.add_argument(
-        "--store", required=True, type=Path, metavar="STORE", help="store of the studies that the masks belong to"
-    )
+    for name, run, text, arguments in (
+        ("info", _info, "say what a store holds", [STORE]),
+        ("verify", _verify, "read every byte of a store; exit status 1 if anything is wrong", [STORE]),
+        ("merge", _merge, "join stores of one recipe into a new one; shards are linked where possible", MERGE),
+        ("stats", _stats, "count scans per study, slices per scan and planes, and draw them", STATS),
+        ("split", _split, "copy the studies of a store into new ones, a part each", SPLIT),
+    ):
+        add_command(actions, name, run, text, f"{text[0].upper()}{text[1:]}.", arguments)
+    text = "list the slices that show a lesion, for 2D models that are to see only these"
+    add_command(actions, "slices", _slices, text, SLICES_DESCRIPTION, SLICES)
 
 
 def _info(args: argparse.Namespace) -> None:

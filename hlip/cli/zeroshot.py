@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..arguments import argument
 from ..evaluate.evaluation import compare, scale_of, zeroshot_classifier
 from ..output import write_json
 from ..read.scan import ScanError
@@ -15,16 +16,16 @@ from ..study import Study
 from ..terminal import say
 from .shared import (
     FILES_HELP,
+    MODEL,
     SAID,
     SHARE,
     SOME_LEFT_OUT,
     add_command,
-    add_model,
-    add_prompts,
     as_json,
     bars,
     load_model,
     load_studies,
+    prompt_arguments,
     read_prompts,
     rejected_lines,
     rejections,
@@ -51,13 +52,20 @@ exit status:
 
 def add(commands: Any) -> None:
     """Add `zeroshot` to the subparsers of `hlip`."""
-    command = add_command(
-        commands, "zeroshot", _zeroshot, "say which of several prompts describes a study best", DESCRIPTION, EPILOG
+    add_command(
+        commands,
+        "zeroshot",
+        _zeroshot,
+        "say which of several prompts describes a study best",
+        DESCRIPTION,
+        [
+            argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP),
+            *prompt_arguments("a class in words; repeat for each"),
+            argument("--out", type=Path, metavar="FILE", help="also write all of it to this JSON file"),
+            *MODEL,
+        ],
+        EPILOG,
     )
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help=FILES_HELP)
-    add_prompts(command, "a class in words; repeat for each")
-    command.add_argument("--out", type=Path, metavar="FILE", help="also write all of it to this JSON file")
-    add_model(command)
 
 
 def _zeroshot(args: argparse.Namespace) -> int:

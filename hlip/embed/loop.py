@@ -49,9 +49,11 @@ class Options:
     """What embeddings depend on beside model and studies.
 
     unit: what an embedding is of: a whole study, a scan as if it were a study of its own, or both.
-    max_tokens: of a batch, if it is not one study. Which studies share a batch changes the last bits.
-    dtype: of products of matrices; "auto" is bf16 on GPUs, and on CPUs that have instructions for it, otherwise fp32.
-    one_scan: of each study only one scan is seen, drawn with this seed; None for all. See `inputs.one_scan`.
+    max_tokens: studies run together up to so many patch tokens; more is faster on GPUs and needs more memory
+    dtype: type of matrix products (default: bf16 on GPUs, and on CPUs with instructions for it; otherwise fp32)
+    one_scan: show the model one scan of each study, drawn at random: the baseline of one scan a study
+
+    A batch that is one study may have more tokens. Which studies share a batch changes the last bits.
     """
 
     unit: Unit = "study"
