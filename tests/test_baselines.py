@@ -549,7 +549,7 @@ def test_the_extra_is_named_where_open_clip_is_missing(tmp_path: Path, monkeypat
 def test_lists_of_slices(content: str, tmp_path: Path) -> None:
     path = tmp_path / "slices.json"
     path.write_text('{"s": {"flair": [1, 2], "t1": []}}')
-    assert read_slices(path) == {"s": {"flair": [1, 2], "t1": []}}
+    assert read_slices(path) == {"s": {"flair": (1, 2), "t1": ()}}
     path.write_text(content)
     with pytest.raises(ValueError, match=r"slices.json: not a readable list of slices"):
         read_slices(path)

@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.weights import weights_digest
-from ..read.safe import as_texts, read_json
+from ..read.safe import as_texts, read_json, short
+from ..read.schema import structure
 from ..store.store import Store
 from ..study import Study
 from .open_clip import check_size, write_known
 
 Pool = Literal["mean", "max"]
 PREFIX = "open_clip:"
+Slices = dict[str, dict[str, tuple[int, ...]]]
 
 
-class SliceEncoder:
+class SliceEncoder(nn.Module):
     """A 2D model of open_clip that sees the slices of a study one by one.
 
     A slice is a row of a prepared scan's first axis. Its grey values become three equal channels and go through the
@@ -63,16 +65,13 @@ class SliceEncoder:
             raise ValueError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}")
         if batch < 1:
             raise ValueError(f"batch must be positive, got {batch}")
+        super().__init__()
         self.model, self.transform, self.tokenizer = model.eval(), transform, tokenizer
         self.pool, self.slices, self.batch = pool, slices or {}, batch
 
     @property
     def logit_scale(self) -> Tensor:
         return self.model.logit_scale.detach().reshape(())
-
-    @property
-    def module(self) -> nn.Module:
-        return self.model
 
     @property
     def device(self) -> torch.device:
@@ -82,10 +81,6 @@ class SliceEncoder:
         """A hash of weights, image processing, pooling and slices."""
         transform = re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform))  # functions are shown with their addresses
         return weights_digest(self.model, [self.pool, self.slices, transform])
-
-    def to(self, device: torch.device | str) -> SliceEncoder:
-        self.model.to(device)
-        return self
 
     @classmethod
     def from_pretrained(
@@ -197,24 +192,21 @@ class SliceEncoder:
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts: (K, E), of unit length. The model's tokenizer cuts a text that is too long."""
-        features = self.model.encode_text(self.tokenizer(as_texts(texts)).to(self.device))
-        return F.normalize(features.float(), dim=-1)
+        tokens = self.tokenizer(as_texts(texts)).to(self.device)
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
 
-def read_slices(path: Path | str) -> dict[str, dict[str, list[int]]]:
+def read_slices(path: Path | str) -> Slices:
     """Read which slices to see: a JSON object of studies, each an object of scans by name, each a list of indices.
 
     Raises:
-        ValueError: not such a file, or a study without a slice; names it.
+        ValueError: not such a file, a negative index, or a study without a slice; names it.
     """
     try:
-        content = read_json(Path(path))
-        for uid, scans in content.items():
-            if not any(scans.values()):
-                raise ValueError(f"study {uid} has no slice")
-            for name, rows in scans.items():
-                if not isinstance(rows, list) or any(type(row) is not int or row < 0 for row in rows):
-                    raise ValueError(f"study {uid}, scan {name}: expected a list of indices from 0")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        slices = structure(Slices, read_json(Path(path)))
+        for uid, scans in slices.items():
+            if min((row for rows in scans.values() for row in rows), default=-1) < 0:
+                raise ValueError(f"{uid}: expected at least one index, and all from 0, got {short(scans)}")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable list of slices ({error})") from error
-    return content
+    return slices

@@ -58,7 +58,7 @@ class Embedder:
             encode = functools.partial(model.similarities, texts=embed_prompts(model, prompts))
             facts = [model.digest(), list(map(list, prompts))]
             digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest
-        return cls(model.module, model.device, one_by_one, encode, digest)
+        return cls(model, model.device, one_by_one, encode, digest)
 
 
 def packed(vision: VisionConfig, studies: Iterable[Study], max_tokens: int) -> Iterator[tuple[TokenBatch, list[Study]]]:

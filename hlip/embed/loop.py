@@ -158,14 +158,14 @@ def _embed_job(
         among.wait()
         if not among.first:
             return None
-        tables = parts.read()
+        whole = Embeddings.joined(parts.read())
         lost, left_out = [list(pair) for pair in studies.lost], [list(astuple(scan)) for scan in studies.left_out]
         facts = {
             "job": job,
-            "failed": lost + [pair for table in tables for pair in table.facts["failed"]],
-            "left_out": left_out + [scan for table in tables for scan in table.facts.get("left_out", ())],
+            "failed": lost + whole.facts["failed"],
+            "left_out": left_out + whole.facts["left_out"],
         }
-        whole = replace(Embeddings.joined(tables), facts=facts)
+        whole = replace(whole, facts=facts)
         if len(whole) and out is not None:
             write_whole(out, lambda file: whole.write(file, out.suffix))
         parts.remove()
@@ -310,47 +310,39 @@ def _evaluating(encoder: Embedder, options: Options) -> Iterator[None]:
 
 def _part(encoder: Embedder, loaded: Iterable[_Loaded], done: Callable[[int], Any] = lambda size: None) -> Embeddings:
     """The embeddings of batches as one table; `done` is told how many studies each had."""
+    tables = [_encoded(encoder, _Loaded(0))]  # without rows, as there may be no batch
+    for read in loaded:
+        tables.append(_encoded(encoder, read))
+        done(read.size)
+    return Embeddings.joined(tables)
+
+
+def _encoded(encoder: Embedder, read: _Loaded) -> Embeddings:
     rows: list[tuple[str, str, int]] = []
     vectors: list[np.ndarray] = []
-    failed: list[tuple[str, str]] = []
-    left_out: list[Rejection] = []
-    for read in loaded:
-        failed += read.failed
-        left_out += read.left_out
-        for batch, names in read.batches:
-            _encode(encoder, batch, names, rows, vectors, failed)
-        done(read.size)
+    failed = list(read.failed)
+    for batch, names in read.batches:
+        try:
+            embeddings = encoder.encode(batch).float().cpu().numpy()
+        except torch.cuda.OutOfMemoryError as error:
+            if len(names) > 1:
+                raise ValueError(f"a batch of {len(names)} studies does not fit: lower max_tokens") from error
+            failed.append((names[0][0], "does not fit into the device's memory"))
+            continue
+        for (uid, scan), heads in zip(names, embeddings.reshape(len(names), -1, embeddings.shape[-1]), strict=True):
+            if np.isfinite(heads).all():
+                rows += [(uid, scan, head) for head in range(len(heads))]
+                vectors += [*heads]
+            else:
+                failed.append((uid, f"the embedding of {f'scan {scan}' if scan else 'the study'} is not finite"))
     study, scan, head = zip(*rows, strict=True) if rows else ((), (), ())
     return Embeddings(
         np.array(study, dtype=str),
         np.array(scan, dtype=str),
         np.array(head, dtype=np.int8),
         np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32),
-        {"failed": [list(pair) for pair in failed], "left_out": [list(astuple(scan)) for scan in left_out]},
+        {"failed": [list(pair) for pair in failed], "left_out": [list(astuple(scan)) for scan in read.left_out]},
     )
-
-
-def _encode(
-    encoder: Embedder,
-    batch: Any,
-    names: Rows,
-    rows: list[tuple[str, str, int]],
-    vectors: list[np.ndarray],
-    failed: list[tuple[str, str]],
-) -> None:
-    try:
-        embeddings = encoder.encode(batch).float().cpu().numpy()
-    except torch.cuda.OutOfMemoryError as error:
-        if len(names) > 1:
-            raise ValueError(f"a batch of {len(names)} studies does not fit: lower max_tokens") from error
-        failed.append((names[0][0], "does not fit into the device's memory"))
-        return
-    for (uid, scan), heads in zip(names, embeddings.reshape(len(names), -1, embeddings.shape[-1]), strict=True):
-        if not np.isfinite(heads).all():
-            failed.append((uid, f"the embedding of {f'scan {scan}' if scan else 'the study'} is not finite"))
-            continue
-        rows += [(uid, scan, head) for head in range(len(heads))]
-        vectors += [*heads]
 
 
 def _shares(cost: Sequence[float], count: int) -> list[list[int]]:

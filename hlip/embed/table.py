@@ -19,6 +19,7 @@ from ..read.safe import check_format, parse_json
 from ..read.tensors import load_arrays
 
 SUFFIXES = (".parquet", ".npz")
+COLUMNS = ("study", "scan", "head", "embedding")
 FORMAT = 1  # of files; those without a number are of the first
 
 
@@ -98,8 +99,7 @@ class Embeddings:
     def write(self, file: IO[bytes], suffix: str) -> None:
         """Write as `.parquet` or `.npz`, with the facts as JSON."""
         if suffix == ".npz":
-            arrays = {name: getattr(self, name) for name in ("study", "scan", "head", "embedding")}
-            write_arrays(file, self.facts, **arrays)
+            write_arrays(file, self.facts, **{name: getattr(self, name) for name in COLUMNS})
             return
         pyarrow, parquet = need_pyarrow()
         flat = pyarrow.array(np.ascontiguousarray(self.embedding, dtype=np.float32).ravel())
@@ -125,42 +125,18 @@ class Embeddings:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: expected embeddings in a file that ends in {' or '.join(SUFFIXES)}")
         try:
-            return cls._read_npz(path) if path.suffix == ".npz" else cls._read_parquet(path)
+            columns, facts = read_arrays(path) if path.suffix == ".npz" else _read_parquet(path)
+            types = zip(COLUMNS, (str, str, np.int8, np.float32), strict=True)
+            return cls(*(columns[name].astype(kind) for name, kind in types), facts)
         except (OSError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path}: not a readable file of embeddings ({error})") from error
 
     @classmethod
-    def _read_npz(cls, path: Path) -> Embeddings:
-        content, facts = read_arrays(path)
-        study, scan = content["study"].astype(str), content["scan"].astype(str)
-        return cls(study, scan, content["head"].astype(np.int8), content["embedding"].astype(np.float32), facts)
-
-    @classmethod
-    def _read_parquet(cls, path: Path) -> Embeddings:
-        _, parquet = need_pyarrow()
-        check_regular(path)
-        about = parquet.read_metadata(path)
-        check_format(int((about.metadata or {}).get(b"hlip_format", FORMAT)), FORMAT)
-        # Of a damaged file, looking at its columns one by one would end the process.
-        width = getattr(about.schema.to_arrow_schema().field("embedding").type, "list_size", 1)
-        if about.num_rows * width > 100 * path.stat().st_size:
-            raise ValueError("it unpacks to more than 100 times its size")
-        table = parquet.read_table(path)
-        column = table["embedding"].combine_chunks()
-        embedding = column.flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
-        study, scan = (np.array(table[name].to_pylist(), dtype=str) for name in ("study", "scan"))
-        facts = parse_json((table.schema.metadata or {}).get(b"hlip", b"{}"))
-        return cls(study, scan, table["head"].to_numpy().astype(np.int8), embedding, facts)
-
-    @classmethod
     def joined(cls, tables: Sequence[Embeddings]) -> Embeddings:
-        """The rows of all tables, with the facts of the first. One without rows may be of any width."""
+        """The rows of all tables, and what they left out. One without rows may be of any width."""
+        facts = {key: [item for table in tables for item in table.facts.get(key, ())] for key in ("failed", "left_out")}
         tables = [table for table in tables if len(table)] or tables[:1]
-        study, scan, head, embedding = (
-            np.concatenate([getattr(table, name) for table in tables])
-            for name in ("study", "scan", "head", "embedding")
-        )
-        return cls(study, scan, head, embedding, tables[0].facts)
+        return cls(*(np.concatenate([getattr(table, name) for table in tables]) for name in COLUMNS), facts)
 
 
 def write_arrays(file: IO[bytes], facts: dict[str, Any], **arrays: Any) -> None:
@@ -173,6 +149,23 @@ def read_arrays(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
     content = load_arrays(path)
     check_format(content["format"].tolist() if "format" in content else FORMAT, FORMAT)
     return content, parse_json(str(content["facts"]))
+
+
+def _read_parquet(path: Path) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    """As `read_arrays`, of Parquet."""
+    _, parquet = need_pyarrow()
+    check_regular(path)
+    about = parquet.read_metadata(path)
+    check_format(int((about.metadata or {}).get(b"hlip_format", FORMAT)), FORMAT)
+    # Of a damaged file, looking at its columns one by one would end the process.
+    width = getattr(about.schema.to_arrow_schema().field("embedding").type, "list_size", 1)
+    if about.num_rows * width > 100 * path.stat().st_size:
+        raise ValueError("it unpacks to more than 100 times its size")
+    table = parquet.read_table(path)
+    columns = {name: np.array(table[name].to_pylist(), dtype=str) for name in ("study", "scan")}
+    embedding = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    facts = parse_json((table.schema.metadata or {}).get(b"hlip", b"{}"))
+    return {**columns, "head": table["head"].to_numpy(), "embedding": embedding}, facts
 
 
 def need_pyarrow() -> tuple[Any, Any]:
