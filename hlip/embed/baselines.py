@@ -203,7 +203,7 @@ def read_slices(path: Path | str) -> Slices:
         ValueError: not such a file, a negative index, or a study without a slice; names it.
     """
     try:
-        slices = structure(Slices, read_json(Path(path)))
+        slices: Slices = structure(Slices, read_json(Path(path)))
         for uid, scans in slices.items():
             if min((row for rows in scans.values() for row in rows), default=-1) < 0:
                 raise ValueError(f"{uid}: expected at least one index, and all from 0, got {short(scans)}")

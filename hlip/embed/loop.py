@@ -335,13 +335,13 @@ def _encoded(encoder: Embedder, read: _Loaded) -> Embeddings:
                 vectors += [*heads]
             else:
                 failed.append((uid, f"the embedding of {f'scan {scan}' if scan else 'the study'} is not finite"))
-    study, scan, head = zip(*rows, strict=True) if rows else ((), (), ())
+    uids, scans, numbers = zip(*rows, strict=True) if rows else ((), (), ())
     return Embeddings(
-        np.array(study, dtype=str),
-        np.array(scan, dtype=str),
-        np.array(head, dtype=np.int8),
+        np.array(uids, dtype=str),
+        np.array(scans, dtype=str),
+        np.array(numbers, dtype=np.int8),
         np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32),
-        {"failed": [list(pair) for pair in failed], "left_out": [list(astuple(scan)) for scan in read.left_out]},
+        {"failed": [list(pair) for pair in failed], "left_out": [list(astuple(lost)) for lost in read.left_out]},
     )
 
 

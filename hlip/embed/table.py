@@ -127,7 +127,7 @@ class Embeddings:
         try:
             columns, facts = read_arrays(path) if path.suffix == ".npz" else _read_parquet(path)
             types = zip(COLUMNS, (str, str, np.int8, np.float32), strict=True)
-            return cls(*(columns[name].astype(kind) for name, kind in types), facts)
+            return cls(**{name: columns[name].astype(kind) for name, kind in types}, facts=facts)
         except (OSError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise ValueError(f"{path}: not a readable file of embeddings ({error})") from error
 
@@ -136,7 +136,8 @@ class Embeddings:
         """The rows of all tables, and what they left out. One without rows may be of any width."""
         facts = {key: [item for table in tables for item in table.facts.get(key, ())] for key in ("failed", "left_out")}
         tables = [table for table in tables if len(table)] or tables[:1]
-        return cls(*(np.concatenate([getattr(table, name) for table in tables]) for name in COLUMNS), facts)
+        columns = {name: np.concatenate([getattr(table, name) for table in tables]) for name in COLUMNS}
+        return cls(**columns, facts=facts)
 
 
 def write_arrays(file: IO[bytes], facts: dict[str, Any], **arrays: Any) -> None:
