@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hlip.cli import main as cli
+from commands import run
 from hlip.train import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +210,7 @@ def _check_script(name: str, arguments: Sequence[str]) -> None:
             stack.enter_context(mock.patch.object(home, parse, _parse_then_stop(getattr(home, parse))))
         try:
             if name == "hlip.cli":
-                cli.main(list(arguments))
+                sys.exit(run(*arguments))
             elif script:
                 runpy.run_path(name, run_name="__main__")
             else:
@@ -259,7 +259,7 @@ def run_command(words: Sequence[str]) -> None:
         os.environ.update(settings)
         return
     if words[0] == "hlip":
-        status = cli.main(words[1:])
+        status = run(*words[1:])
         if status != 0:
             raise ValueError(f"{shlex.join(words)}: exit status {status}")
         return

@@ -150,7 +150,7 @@ class Job:
         """A hash of the weights of a model that was read with a case's files in its folder, and of what it computes."""
         import torch
 
-        from hlip.cli import main as cli
+        from commands import run
         from hlip.model.clip import HLIPModel, create_model
 
         top = {"pretrained_vision": "vit", "text": "bert", "pretrained_text": "bert", "released": "released"}
@@ -166,7 +166,7 @@ class Job:
         elif way == "pretrained_vision":
             model = create_model("tiny", pretrained_vision=folder)
         elif way == "convert":
-            if cli.main(["convert", str(folder), str(folder.with_name("converted"))]):
+            if run("convert", folder, folder.with_name("converted")):
                 raise ValueError(f"{folder} was not converted")
             model = HLIPModel.from_pretrained(folder.with_name("converted"))
         elif way == "init":

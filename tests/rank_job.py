@@ -8,14 +8,14 @@ import sys
 
 import torch
 
-from hlip.cli import main as cli
+from commands import run as command
 
 
 def run(rank: int, size: int, port: int, arguments: list[str]) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
-    sys.exit(cli.main(arguments))
+    sys.exit(command(*arguments))
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import hlip
-from hlip.cli import main as cli
+from commands import run
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig, preset
 from hlip.model.weights import read_json
 from hlip.prepare.recipe import RECIPES, Recipe, Window, load_recipe
@@ -54,7 +54,7 @@ def every_option() -> list[tuple[str, argparse.Action]]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(argparse.ArgumentParser, "parse_args", keep)
-        cli.main([])
+        run()
     return list(options(parsers[0], "hlip"))
 
 
@@ -77,8 +77,7 @@ def test_no_option_takes_other_than_finite_numbers() -> None:
 def test_a_command_refuses_a_number_that_is_not_finite(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["prepare", "in", "--out", "store", f"--timeout={text}"],
                     ["probe", "e.npz", "--out", "out", "--labels", "l.csv", f"--c={text}"]):  # fmt: skip
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(command)
+        assert run(*command) == 2
         assert text in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hlip.cli.main import main
+from commands import run as command
 from hlip.read.scan import Rejection, ScanError
 from hlip.store.format import INFO, read_rejections, read_shard, shard_file, write_shard
 from hlip.store.store import Store, StudyDataset
@@ -255,7 +255,7 @@ def test_a_store_that_lacks_a_fact_is_named(damaged: Path, key: str, capsys: pyt
     file.write_text(json.dumps(content))
     with pytest.raises(ScanError, match=rf"store\.json: .*lacks {key}\b"):
         Store(damaged)
-    assert main(["store", "info", str(damaged)]) == 2
+    assert command("store", "info", damaged) == 2
     assert str(file) in capsys.readouterr().err
 
 
@@ -347,7 +347,7 @@ def test_stats(path: Path, tmp_path: Path) -> None:
 
 def test_store_commands(path: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*args: object) -> int:
-        return main(["store", *map(str, args)])
+        return command("store", *args)
 
     assert run("info", path) == 0
     assert "10 studies, 30 scans" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hlip
-from hlip.cli import main as cli
+from commands import run as status
 from hlip.embed.table import Embeddings
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
@@ -34,7 +34,7 @@ def old(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def run(*words: object) -> None:
-    assert cli.main([str(word) for word in words]) == 0
+    assert status(*words) == 0
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
