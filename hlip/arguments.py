@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -31,6 +31,17 @@ def argument(*names: str, **settings: Any) -> Argument:
 def one_of(*arguments: Argument, required: bool = False) -> OneOf:
     """Hold arguments that exclude each other."""
     return OneOf(arguments, required)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Make a `type` of argparse for whole numbers from `least`."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {value}")
+        return value
+
+    return number
 
 
 def add_arguments(parser: argparse._ActionsContainer, arguments: Iterable[Argument | OneOf]) -> None:

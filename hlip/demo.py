@@ -26,6 +26,7 @@ import yaml
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .arguments import add_arguments, argument
 from .output import csv_text, replacing_folder
 
 VERSION = 1
@@ -380,15 +381,22 @@ def make_demo(out: Path, train: int = 600, test: int = 250, seed: int = 0, worke
     return out
 
 
+SIZES = (
+    argument("--train", type=int, default=600, help="training studies (default: %(default)s)"),
+    argument("--test", type=int, default=250, help="held-out studies (default: %(default)s)"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo data set: real anatomy, synthetic pathology.")
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=600, help="training studies (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=250, help="held-out studies (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="everything follows from it (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes (default: one per processor)")
-    args = parser.parse_args()
-    make_demo(args.out, args.train, args.test, args.seed, args.workers)
+    arguments = (
+        argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default: %(default)s)"),
+        *SIZES,
+        argument("--seed", type=int, default=0, help="everything follows from it (default: %(default)s)"),
+        argument("--workers", type=int, help="processes (default: one per processor)"),
+    )
+    add_arguments(parser, arguments)
+    make_demo(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

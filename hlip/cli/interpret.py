@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..arguments import argument
 from ..evaluate.evaluation import compare, scale_of, zeroshot_classifier
@@ -31,6 +29,7 @@ from .shared import (
     Said,
     add_command,
     as_json,
+    bar,
     bars,
     check_results,
     load_model,
@@ -111,7 +110,7 @@ def _interpret(args: argparse.Namespace) -> int:
     texts = zeroshot_classifier(model, task, args.templates)
     against = texts[names.index(args.against)] if args.against else None
     target = texts[names.index(args.target)]
-    result = relevance(model, study, target, args.layers, against, args.normalize, _bar("going back", "layer"))
+    result = relevance(model, study, target, args.layers, against, args.normalize, bar("layer", "going back"))
     said = said_of(task, compare(model, [study], texts)[1][0], scale_of(model)) if len(texts) > 1 else {}
     title = f"{result.uid}: relevance to {args.target!r}" + (f" against {args.against!r}" if args.against else "")
     with replacing_folder(args.out) as folder:
@@ -161,7 +160,7 @@ def _fill(
     }
     if study.left_out:
         facts["Scans left out"] = "; ".join(f"{scan.scan} ({scan.rule}: {scan.reason})" for scan in study.left_out)
-    write_text(folder / "page.html", page(study, result, title, facts, said, caption, _bar("drawing scans", "scan")))
+    write_text(folder / "page.html", page(study, result, title, facts, said, caption, bar("scan", "drawing scans")))
     overlays: list[str | None] = [None] * len(result.maps)
     if grids is not None:
         (folder / "overlays").mkdir()
@@ -184,10 +183,6 @@ def _fill(
         "left_out": rejections(study.left_out),
     }
     write_json(folder / "relevance.json", content)
-
-
-def _bar(description: str, unit: str) -> Any:
-    return functools.partial(tqdm, desc=description, unit=unit, disable=None)
 
 
 def _check_out(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ..arguments import argument, one_of
+from ..arguments import argument, at_least, one_of
 from ..embed.table import Embeddings
 from ..evaluate.labels import LabelTable, read_label_table
 from ..evaluate.metrics import AUC, auc_intervals, interval
@@ -22,7 +20,7 @@ from ..evaluate.probe import PARTS, PROTOCOLS, SAME_CLASS, Probe, ProbeData, dra
 from ..output import table, write_csv, write_json, write_whole
 from ..read.safe import finite_number
 from ..terminal import say
-from .shared import FIGURES, RESULTS, add_command, check_results, positive, report_unjoined
+from .shared import FIGURES, RESULTS, add_command, bar, check_results, report_unjoined
 
 DESCRIPTION = """\
 Fit a logistic regression for each class on the embeddings of studies, and score it on studies that it has not seen.
@@ -62,7 +60,7 @@ FIT = (  # how studies are split, and probes fitted
     ),
     argument(
         "--minimum",
-        type=positive,
+        type=at_least(1),
         default=5,
         metavar="N",
         help="leave out classes with fewer positives or negatives in any part (default: 5)",
@@ -118,7 +116,7 @@ def add(commands: Any) -> None:
 def _probe(args: argparse.Namespace) -> None:
     check_results(args.out)
     if args.c and min(args.c) <= 0:
-        raise ValueError(f"--c must be positive, got {min(args.c):g}")
+        raise ValueError(f"--c must be got {min(args.c):g}")
     if args.apply:
         _apply(args)
         return
@@ -135,8 +133,7 @@ def _probe(args: argparse.Namespace) -> None:
     test = data.of("test")
     probes, aucs = {}, {}
     for m, name in enumerate(names):
-        bar = functools.partial(tqdm, desc=name, unit="class", disable=None)
-        probes[name] = fit_probe(data, m, not args.as_is, args.c, bar, args.jobs)
+        probes[name] = fit_probe(data, m, not args.as_is, args.c, bar("class", name), args.jobs)
         scores = probes[name].scores(data.embeddings[m][test])
         aucs[name] = auc_intervals(data.labels[test], scores, args.draws, args.seed)
         if late := probes[name].facts["not_converged"]:

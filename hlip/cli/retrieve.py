@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from ..arguments import argument
+from ..arguments import argument, at_least
 from ..embed.baselines import PREFIX
-from ..embed.loop import embed
 from ..embed.texts import check_lengths, embed_texts
 from ..evaluate.retrieve import DIRECTIONS, KS, Pairs, draw_recall, nearest, reports_of, retrieve
 from ..output import table, write_csv, write_json, write_whole
@@ -23,18 +20,16 @@ from ..store.store import Store
 from ..study import join_report
 from ..terminal import say
 from .shared import (
-    EMBEDDINGS,
     ENCODER,
     RESULTS,
     add_command,
+    bar,
     check_results,
     embedding_arguments,
     embedding_options,
-    keeping_parts,
+    embeddings_of,
     load_encoder,
     open_studies,
-    positive,
-    read_embeddings,
     report_failed,
     report_unjoined,
 )
@@ -79,7 +74,7 @@ def add(commands: Any) -> None:
             argument(
                 "--k",
                 nargs="+",
-                type=positive,
+                type=at_least(1),
                 default=KS,
                 metavar="K",
                 help=f"recall at each (default: {' '.join(map(str, KS))})",
@@ -92,7 +87,7 @@ def add(commands: Any) -> None:
                 metavar="UID",
                 help="show the studies and reports nearest to it; repeat",
             ),
-            argument("--top", type=positive, default=5, metavar="N", help="how many to show (default: 5)"),
+            argument("--top", type=at_least(1), default=5, metavar="N", help="how many to show (default: 5)"),
             *embedding_arguments(),
         ],
         EPILOG,
@@ -105,25 +100,30 @@ def _retrieve(args: argparse.Namespace) -> int:
     with processes() as among:
         model = load_encoder(args)
         check_lengths(model, args.query)
-        if args.embeddings is not None:
-            made = read_embeddings(args.embeddings, model) if among.first else None
-        else:
-            out = args.out / EMBEDDINGS
-            with keeping_parts(out):
-                made = embed(model, open_studies([args.store], model), options, out, args.workers, among)
+        studies = None if args.embeddings else open_studies([args.store], model)
+        made = embeddings_of(args, model, studies, options, among)
     if made is None:
         return 0
-    bar = functools.partial(tqdm, disable=None)
-    pairs = Pairs.embed(model, store, made, progress=functools.partial(bar, desc="reports", unit="batch"))
+    pairs = Pairs.embed(model, store, made, progress=bar("batch", "reports"))
     if absent := [uid for uid in args.study if uid not in pairs.uids]:
         raise ValueError(f"--study {absent[0]}: has no embedding")
-    figures = retrieve(pairs, args.k, functools.partial(bar, desc="ranking", unit="block"))
+    figures = retrieve(pairs, args.k, bar("block", "ranking"))
     report_unjoined("without report, left out", pairs.without_report)
     report_unjoined("without embedding, left out", pairs.without_embedding)
     report_unjoined("not in the store, left out", pairs.not_in_store)
-    queries = [_answer(pairs, text, embed_texts(model, [text])[0], args.top) for text in args.query]
-    studies = [_neighbours(pairs, uid, args.top) for uid in args.study]
-
+    queries = [
+        {"query": text, "studies": _near(pairs, embed_texts(model, [text])[0], pairs.image, args.top)}
+        for text in args.query
+    ]
+    neighbours = []
+    for uid in args.study:
+        i = pairs.uids.index(uid)
+        image = pairs.image[0, i]
+        near = {
+            "studies": _near(pairs, image, pairs.image, args.top, leave=i),
+            "reports": _near(pairs, image, pairs.text, args.top),
+        }
+        neighbours.append({"study": uid, **near})
     names = [f"{figure['direction']}, head {figure['head']}" for figure in figures]
     columns = [figure["ranks"].tolist() for figure in figures]
     write_csv(args.out / "ranks.csv", [["study", *names], *zip(pairs.uids, *columns, strict=True)])
@@ -136,10 +136,10 @@ def _retrieve(args: argparse.Namespace) -> int:
         "embeddings": made.facts,
         "figures": [{key: value for key, value in figure.items() if key != "ranks"} for figure in figures],
         "queries": queries,
-        "nearest": studies,
+        "nearest": neighbours,
     }
     write_json(args.out / "retrieve.json", content)
-    _print(figures, queries, studies)
+    _print(figures, [*queries, *neighbours])
     say(f"{args.out}: retrieve.json, ranks.csv, recall.png")
     return report_failed(made, "retrieve")
 
@@ -168,29 +168,15 @@ def _checked_store(args: argparse.Namespace) -> Store:
     return store
 
 
-def _answer(pairs: Pairs, text: str, query: Tensor, top: int) -> dict[str, Any]:
-    """The studies that a text fits, by the first head."""
-    studies = nearest(query, pairs.image[0], top)
-    return {"query": text, "studies": [_entry(pairs, *near) for near in studies]}
+def _near(pairs: Pairs, query: Tensor, gallery: Tensor, top: int, leave: int | None = None) -> list[dict[str, Any]]:
+    """The studies or reports of a gallery that are nearest to an embedding, by the first head."""
+    return [
+        {"study": pairs.uids[i], "similarity": round(similarity, 6), "text": pairs.texts[0][i]}
+        for i, similarity in nearest(query, gallery[0], top, leave)
+    ]
 
 
-def _neighbours(pairs: Pairs, uid: str, top: int) -> dict[str, Any]:
-    """The studies nearest to a study, and the reports that fit it, by the first head."""
-    i = pairs.uids.index(uid)
-    studies = nearest(pairs.image[0, i], pairs.image[0], top, leave=i)
-    reports = nearest(pairs.image[0, i], pairs.text[0], top)
-    return {
-        "study": uid,
-        "studies": [_entry(pairs, *near) for near in studies],
-        "reports": [_entry(pairs, *near) for near in reports],
-    }
-
-
-def _entry(pairs: Pairs, i: int, similarity: float) -> dict[str, Any]:
-    return {"study": pairs.uids[i], "similarity": round(similarity, 6), "text": pairs.texts[0][i]}
-
-
-def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]], studies: Sequence[Any]) -> None:
+def _print(figures: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> None:
     several = len(figures) > len(DIRECTIONS)
     for figure in figures:
         head = f" (head {figure['head']})" if several else ""
@@ -200,7 +186,7 @@ def _print(figures: Sequence[dict[str, Any]], queries: Sequence[dict[str, Any]],
         say(f"  median rank {figure['median_rank']:g}")
         if figure["texts"] == 1:
             say("  all texts are the same, so these figures say nothing", file=sys.stderr)
-    for answer in (*queries, *studies):
+    for answer in answers:
         for what in ("studies", "reports"):
             if what in answer:
                 say(f"{what} nearest to {answer.get('query') or answer['study']!r}")

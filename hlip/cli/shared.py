@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..arguments import Argument, OneOf, add_arguments, argument, field_argument
+from ..arguments import Argument, OneOf, add_arguments, argument, at_least, field_argument
 from ..embed.baselines import PREFIX, Pool, SliceEncoder, read_slices
 from ..embed.encoders import model_digest
 from ..embed.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
-from ..embed.loop import Options, Unit
+from ..embed.loop import Options, Unit, embed
 from ..embed.open_clip import HUB
 from ..embed.parts import parts_of
 from ..embed.table import Embeddings
@@ -29,6 +30,7 @@ from ..model.clip import HLIPModel
 from ..model.memory import keep_memory
 from ..output import check_folder, new_figure, table
 from ..prepare.studies import load_study
+from ..processes import Processes
 from ..read.files import near
 from ..read.scan import Rejection, ScanError
 from ..store.store import Store
@@ -38,7 +40,7 @@ from ..train.plot import FORMATS
 
 Model = TypeVar("Model", HLIPModel, SliceEncoder)
 FILES_HELP = "image files, which together are one study; or folders, each of which holds the scans of one study"
-EMBEDDINGS = "embeddings.npz"  # what commands that make embeddings by the way call them
+EMBEDDINGS, SIMILARITIES = "embeddings.npz", "similarities.npz"  # what commands that make them by the way call them
 SOME_LEFT_OUT = 3
 SHARE = "share_among_these_prompts"  # in JSON
 # What is said of a task's classes, by its kind.
@@ -48,13 +50,6 @@ SAID = {
     "similarity": "cosine",
 }
 Said = dict[str, tuple[float | None, float | None]]  # share and cosine by class
-
-
-def positive(text: str) -> int:
-    """A number of at least 1, as a `type` of argparse."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
 
 
 MODEL_HELP = "a saved or released model: its folder, its file, or its name on the hub"
@@ -82,7 +77,7 @@ FIGURES = (  # how figures are made of embeddings and labels
     argument("--head", type=int, metavar="N", help="which of the model's embeddings, if it gives several of a study"),
     argument(
         "--draws",
-        type=positive,
+        type=at_least(1),
         default=DRAWS,
         metavar="N",
         help="how often studies are drawn anew, for intervals (default: %(default)s)",
@@ -146,7 +141,7 @@ def embedding_arguments() -> tuple[Argument, ...]:
         field_argument(Options, "dtype"),
         argument(
             "--workers",
-            type=int,
+            type=at_least(0),
             default=min(4, max(1, processors - 1)),
             metavar="N",
             help="processes that read studies while the model runs; 0 for none (default: %(default)s)",
@@ -250,19 +245,15 @@ def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Stud
 
 
 def embedding_options(args: argparse.Namespace, unit: Unit = "study") -> Options:
-    """Of the arguments of `add_embedding`.
+    """Of the arguments of `embedding_arguments`.
 
     Raises:
-        ValueError: arguments that do not go together, or out of range.
+        ValueError: arguments that do not go together.
     """
-    if args.workers < 0:
-        raise ValueError(f"--workers: expected 0 or more, got {args.workers}")
     if args.slices and args.one_scan is not None:
         raise ValueError("--slices does not go with --one_scan: it says what to see")
     if args.slices and unit != "study":
         raise ValueError("--slices does not go with scans embedded by themselves: it says what to see of a study")
-    if unit == "both" and args.one_scan is not None:
-        raise ValueError("--scans embeds every scan, --one_scan sees only one: give one of them")
     return Options(unit, args.max_tokens, args.dtype, args.one_scan)
 
 
@@ -277,17 +268,36 @@ def keeping_parts(out: Path) -> Iterator[None]:
         raise KeyboardInterrupt(f"{parts_of(out)} keeps what is finished: run this again to go on") from None
 
 
-def read_embeddings(path: Path, model: HLIPModel | SliceEncoder) -> Embeddings:
-    """Read what `hlip embed` wrote.
+def embeddings_of(
+    args: argparse.Namespace,
+    model: HLIPModel | SliceEncoder,
+    studies: Studies | None,
+    options: Options,
+    among: Processes,
+    prompts: Sequence[Sequence[str]] | None = None,
+) -> Embeddings | None:
+    """What the file of `--embeddings` holds; or else the embeddings of studies, or with prompts their similarities to
+    these, which are kept in the folder of `--out`. None on all processes but the first.
 
     Raises:
-        ValueError: not such a file, or it says that another model made it.
+        ValueError: not a file that `hlip embed` wrote, or it says that another model made it.
     """
-    made = Embeddings.read(path)
+    if studies is not None:
+        out = args.out / (EMBEDDINGS if prompts is None else SIMILARITIES)
+        with keeping_parts(out):
+            return embed(model, studies, options, out, args.workers, among, prompts)
+    if not among.first:
+        return None
+    made = Embeddings.read(args.embeddings)
     made_by = made.facts.get("job", {}).get("model")
     if made_by is not None and made_by != model_digest(model):
-        raise ValueError(f"{path}: made by another model than --model, or with other --pool or --slices")
+        raise ValueError(f"{args.embeddings}: made by another model than --model, or with other --pool or --slices")
     return made
+
+
+def bar(unit: str, description: str | None = None) -> Any:
+    """tqdm for units, on a terminal."""
+    return functools.partial(tqdm, desc=description, unit=unit, disable=None)
 
 
 def report_failed(made: Embeddings, command: str) -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..arguments import argument, one_of
 from ..output import write_json, write_whole
@@ -20,7 +17,7 @@ from ..store.store import Store
 from ..store.tools import merge, select, split_at_random, stats, verify
 from ..terminal import say
 from ..train.plot import draw_stats
-from .shared import add_command, picture_format, report_unjoined
+from .shared import add_command, bar, picture_format, report_unjoined
 
 STORE = argument("store", type=Path, metavar="STORE", help="folder of the store")
 SPLIT = (
@@ -101,7 +98,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    problems = verify(args.store, _bar("shard"))
+    problems = verify(args.store, bar("shard"))
     for problem in problems:
         say(problem)
     verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "whole"
@@ -129,7 +126,7 @@ def _split(args: argparse.Namespace) -> None:
         if out.exists():
             raise ValueError(f"{out}: exists already")
     for chosen, out in zip(parts, args.out, strict=True):
-        report = select(store, chosen, out, _bar("shard"))
+        report = select(store, chosen, out, bar("shard"))
         say(f"{out}: {report.studies} studies, {report.scans} scans")
 
 
@@ -143,7 +140,7 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _slices(args: argparse.Namespace) -> None:
-    masks = read_masks(Store(args.store), args.masks, _bar("mask"))
+    masks = read_masks(Store(args.store), args.masks, bar("mask"))
     seen = {uid: scans for uid, scans in masks.items() if any(scans.values())}
     report_unjoined(
         "whose lesions no prepared slice shows, to be seen whole", [uid for uid in masks if uid not in seen]
@@ -153,7 +150,3 @@ def _slices(args: argparse.Namespace) -> None:
     write_json(args.out, seen)
     shown = sum(len(rows) for scans in seen.values() for rows in scans.values())
     say(f"{args.out}: {shown} slices of {sum(map(len, seen.values()))} scans, {len(seen)} studies")
-
-
-def _bar(unit: str) -> Any:
-    return functools.partial(tqdm, unit=unit, disable=None)

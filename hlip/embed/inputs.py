@@ -62,10 +62,7 @@ class StoreStudies(Studies):
         store.check_finished()
         self.store = store
         self.uids = store.uids.tolist()
-        if patch_size is None:
-            self.scan_tokens, self.tokens = np.zeros(len(store.shapes), np.int64), np.zeros(len(store), np.int64)
-            return
-        self.scan_tokens = store.scan_tokens(patch_size)
+        self.scan_tokens = store.scan_tokens(patch_size) if patch_size else np.zeros(len(store.shapes), np.int64)
         self.tokens = np.add.reduceat(self.scan_tokens, store.first[:-1])
 
     def read(self, i: int) -> Study:

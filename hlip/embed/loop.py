@@ -65,7 +65,7 @@ class Options:
         if self.unit not in get_args(Unit):
             raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
         if self.unit == "both" and self.one_scan is not None:
-            raise ValueError("one scan of each study, or every scan: not both")
+            raise ValueError("every scan by itself (scans) or one scan of each study (one_scan): not both")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {self.max_tokens}")
 

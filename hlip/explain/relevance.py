@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from hlip_kernels import Level, StudyLayout, regroup
 
-from ..embed.texts import check_lengths
+from ..embed.texts import embed_prompts
 from ..model.clip import HLIPModel
 from ..model.encoder import Block, Stream
 from ..objective import at_least_float32
@@ -108,16 +108,12 @@ def relevance(
 @torch.no_grad()
 def _embedding(model: HLIPModel, text: str | Tensor) -> Tensor:
     """(E), of unit length, on the model's device."""
-    if not isinstance(text, (str, Tensor)):
-        raise ValueError(f"expected a text, or its embedding, got {text!r}")
     if isinstance(text, str):
-        check_lengths(model, [text])
-    embedding = model.encode_text([text])[0] if isinstance(text, str) else text.to(model.device)
-    if embedding.shape != (model.config.embed_dim,):
-        raise ValueError(
-            f"expected a text, or its embedding of ({model.config.embed_dim}), got {tuple(embedding.shape)}"
-        )
-    return F.normalize(embedding, dim=0)
+        return embed_prompts(model, [[text]])[0]
+    shape = tuple(text.shape) if isinstance(text, Tensor) else repr(text)
+    if shape != (model.config.embed_dim,):
+        raise ValueError(f"expected a text, or its embedding of ({model.config.embed_dim}), got {shape}")
+    return F.normalize(text.to(model.device), dim=0)
 
 
 def _carried_back(
@@ -170,15 +166,11 @@ def _gradients(
         grads: of the stream that it returns.
     """
     seen: dict[str, Tensor] = {}
-
-    def see_qkv(module: nn.Module, args: Any, out: Tensor) -> None:
-        seen["qkv"] = out
-
-    def see_out(module: nn.Module, args: tuple[Tensor]) -> None:
-        seen["out"] = args[0]
-
     attention = block.attn
-    hooks = [attention.qkv.register_forward_hook(see_qkv), attention.proj.register_forward_pre_hook(see_out)]
+    hooks = [
+        attention.qkv.register_forward_hook(lambda module, args, out: seen.update(qkv=out)),
+        attention.proj.register_forward_pre_hook(lambda module, args: seen.update(out=args[0])),
+    ]
     try:
         with torch.enable_grad():
             result = block(stream, layout, previous, level)
