@@ -20,17 +20,12 @@ class OneOf(NamedTuple):
     """Arguments of which a user gives one; none of them, too, unless it is required."""
 
     arguments: tuple[Argument, ...]
-    required: bool
+    required: bool = False
 
 
 def argument(*names: str, **settings: Any) -> Argument:
     """Hold what `ArgumentParser.add_argument` takes, to be added by `add_arguments`."""
     return Argument(names, settings)
-
-
-def one_of(*arguments: Argument, required: bool = False) -> OneOf:
-    """Hold arguments that exclude each other."""
-    return OneOf(arguments, required)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import argument, one_of
+from ..arguments import OneOf, argument
 from ..embed.baselines import PREFIX, SliceEncoder
 from ..embed.inputs import StoreStudies
 from ..embed.texts import check_lengths
@@ -93,9 +93,11 @@ def add(commands: Any) -> None:
         DESCRIPTION,
         [
             argument("task", metavar="TASK", help=f"{', '.join(list_tasks())}, or FILE.yaml"),
-            one_of(
-                argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)"),
-                argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model"),
+            OneOf(
+                (
+                    argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)"),
+                    argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model"),
+                ),
                 required=True,
             ),
             argument("--labels", type=Path, metavar="CSV", help="label table (default: the store's labels)"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import argument, at_least, one_of
+from ..arguments import OneOf, argument, at_least
 from ..embed.table import Embeddings
 from ..evaluate.labels import LabelTable, read_label_table
 from ..evaluate.metrics import AUC, auc_intervals, interval
@@ -96,15 +96,19 @@ def add(commands: Any) -> None:
                 metavar="NAME",
                 help="what to call the models in results (default: the files' names)",
             ),
-            one_of(
-                argument(
-                    "--classes",
-                    nargs="+",
-                    default=[],
-                    metavar="COLUMN",
-                    help="columns of labels to probe for (default: all)",
+            OneOf(
+                (
+                    argument(
+                        "--classes",
+                        nargs="+",
+                        default=[],
+                        metavar="COLUMN",
+                        help="columns of labels to probe for (default: all)",
+                    ),
+                    argument(
+                        "--protocol", choices=sorted(PROTOCOLS), help="the columns that this benchmark is probed for"
+                    ),
                 ),
-                argument("--protocol", choices=sorted(PROTOCOLS), help="the columns that this benchmark is probed for"),
             ),
             *FIGURES,
             *FIT,

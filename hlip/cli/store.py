@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..arguments import argument, one_of
+from ..arguments import OneOf, argument
 from ..output import write_json, write_whole
 from ..prepare.masks import read_masks
 from ..prepare.tables import read_names
@@ -22,16 +22,21 @@ from .shared import add_command, bar, picture_format, report_unjoined
 STORE = argument("store", type=Path, metavar="STORE", help="folder of the store")
 SPLIT = (
     argument("--out", required=True, nargs="+", type=Path, metavar="STORE", help="a new store for each part"),
-    one_of(
-        argument(
-            "--fractions",
-            nargs="+",
-            type=finite_number,
-            metavar="F",
-            help="shares of the studies, drawn at random; add up to 1",
-        ),
-        argument(
-            "--list", type=Path, metavar="FILE", help="uids of the first part, one a line; the others are the second"
+    OneOf(
+        (
+            argument(
+                "--fractions",
+                nargs="+",
+                type=finite_number,
+                metavar="F",
+                help="shares of the studies, drawn at random; add up to 1",
+            ),
+            argument(
+                "--list",
+                type=Path,
+                metavar="FILE",
+                help="uids of the first part, one a line; the others are the second",
+            ),
         ),
         required=True,
     ),

@@ -237,8 +237,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     """In evaluation mode, and without gradients of parameters."""
     training = module.training
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.eval()
-    module.requires_grad_(False)
+    module.eval().requires_grad_(False)
     try:
         yield
     finally:
