@@ -102,7 +102,6 @@ def run(args: argparse.Namespace) -> None:
         pretrain(args, stores["train"].path, args.out / "one_scan", text, max_scans=1)
 
     model = HLIPModel.from_pretrained(args.out / "model")
-    control = HLIPModel.from_pretrained(shuffled / "model")
     torch.manual_seed(args.seed)
     untrained = create_model(MODEL, pretrained_text=text).eval()
     task = load_task(data / "prompts.yaml")
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {
         "auc_untrained": area(untrained),
         "auc_trained": macro_auc(labels, shares),
-        "auc_shuffled_reports": area(control),
+        "auc_shuffled_reports": area(HLIPModel.from_pretrained(shuffled / "model")),
         "auc_one_scan": area(model, one_each),
         "auc_scan_types": scan_types_auc(train, test, np.stack([known[uid] for uid in train.uids]), labels, args.seed),
     }
@@ -185,8 +184,11 @@ def pretrain(
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // args.processes)
-    script = Path(__file__).with_name("pretrain.py")
-    subprocess.run([*launcher, str(script), *flags], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    subprocess.run(
+        [*launcher, str(Path(__file__).with_name("pretrain.py")), *flags],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
 
 
 def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
@@ -201,9 +203,8 @@ def shuffle_reports(path: Path, out: Path, seed: int) -> Path:
         }
         for i, (uid, entry) in enumerate(entries.items())
     }
-    target = out / "shuffled_reports.json"
-    write_text(target, json.dumps(mixed))
-    return target
+    write_text(out / "shuffled_reports.json", json.dumps(mixed))
+    return out / "shuffled_reports.json"
 
 
 def one_scan_each(studies: Sequence[Study], seed: int) -> list[Study]:

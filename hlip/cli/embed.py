@@ -81,8 +81,7 @@ def _embed(args: argparse.Namespace) -> int:
     with processes() as among, keeping_parts(args.out):
         model = load_encoder(args)
         if among.first:
-            dtype = options.on(model.device).dtype
-            say(f"hlip embed: on {model.device}, products in {dtype}", file=sys.stderr)
+            say(f"hlip embed: on {model.device}, products in {options.on(model.device).dtype}", file=sys.stderr)
         made = embed(model, open_studies(args.files, model), options, args.out, args.workers, among)
     if made is None:
         return 0

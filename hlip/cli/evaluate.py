@@ -140,8 +140,18 @@ def _eval(args: argparse.Namespace) -> int:
             _check_join(args, [*made.study.tolist(), *(uid for uid, _ in made.facts.get("failed", ()))], labels)
     if made is None:
         return 0
-    rest = (args.allow_unmatched, args.draws, args.seed, args.head)
-    found = evaluate(task, made, labels, model, args.templates, *rest, compared=of_slices)
+    scored = evaluate(
+        task,
+        made,
+        labels,
+        model,
+        args.templates,
+        args.allow_unmatched,
+        args.draws,
+        args.seed,
+        args.head,
+        compared=of_slices,
+    )
     facts = {
         "model": shown_name(args.model),
         "data": shown_name(args.data or args.embeddings),
@@ -154,12 +164,12 @@ def _eval(args: argparse.Namespace) -> int:
         "left_out": made.facts.get("failed", []),
         "left_out_scans": made.facts.get("left_out", []),
     }
-    write_evaluation(found, args.out, facts)
-    say(f"{task.name}: {sizes(found)}; percent, with 95% intervals")
-    say(*table(zip(*table_rows(found), strict=True)))
-    if len(rows := class_rows(found)) > 1 and len(rows[0]) > 3:
+    write_evaluation(scored, args.out, facts)
+    say(f"{task.name}: {sizes(scored)}; percent, with 95% intervals")
+    say(*table(zip(*table_rows(scored), strict=True)))
+    if len(rows := class_rows(scored)) > 1 and len(rows[0]) > 3:
         say("", *table(rows))
-    for note in found.notes:
+    for note in scored.notes:
         say(f"note: {note}")
     say(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
     return report_failed(made, "eval")

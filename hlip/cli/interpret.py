@@ -37,6 +37,7 @@ from .shared import (
     read_prompts,
     rejected_lines,
     rejections,
+    said_lines,
     said_of,
     study_paths,
 )
@@ -117,7 +118,7 @@ def _interpret(args: argparse.Namespace) -> int:
         _fill(folder, args, model, study, result, grids, said, title, SAID[task.kind])
     say(f"{title}, {args.layers} layers; cosine {result.similarity:.3f}")
     if said:
-        say(f"  {SAID[task.kind]}", *bars((name, *pair) for name, pair in said.items()))
+        say(*said_lines(task, said))
     shares = zip(result.names, result.shares.tolist(), strict=True)
     say("  share of the relevance", *bars((name, share, None) for name, share in shares))
     say(*rejected_lines(rejections(study.left_out)))

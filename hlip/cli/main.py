@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
         return train.run(argv[1:])
-    with guarded_streams():
-        return _main(argv)
+    return _main(argv)
 
 
+@guarded_streams()
 def _main(argv: list[str]) -> int:
     parser = _Parser(
         prog="hlip",

@@ -131,8 +131,7 @@ def _probe(args: argparse.Namespace) -> None:
     made = [Embeddings.read(path) for path in paths]
     labels = _read_labels(args)
     split = read_split(args.split, labels) if args.split else None
-    rest = (args.seed, args.patients, args.minimum, args.head)
-    data = ProbeData.join(labels, made, split, tuple(args.fractions), *rest)
+    data = ProbeData.join(labels, made, split, tuple(args.fractions), args.seed, args.patients, args.minimum, args.head)
     _report_join(data)
     test = data.of("test")
     probes, aucs = {}, {}
@@ -143,15 +142,14 @@ def _probe(args: argparse.Namespace) -> None:
         if late := probes[name].facts["not_converged"]:
             say(f"{name}: did not converge for {', '.join(late)}", file=sys.stderr)
         # What goes into a probe's file says where it comes from.
-        facts = {"embeddings": made[m].facts, "labels": args.labels.name, "head": args.head}
-        probes[name].facts.update(facts)
+        probes[name].facts.update(embeddings=made[m].facts, labels=args.labels.name, head=args.head)
     for m, name in enumerate(names):
         uids = [data.uids[i] for i in test]
         _write_scores(args.out / f"{name}.scores.csv", uids, probes[name], data.embeddings[m][test])
         write_whole(args.out / f"{name}.probe.npz", probes[name].write)
     write_csv(args.out / "split.csv", [["study", "split"], *zip(data.uids, data.parts.tolist(), strict=True)])
-    studies = {part: len(data.of(part)) for part in PARTS}
-    _write_figures(args, data, {"studies": studies}, data.left_out, aucs, probes)
+    content = {"studies": {part: len(data.of(part)) for part in PARTS}}
+    _write_figures(args, data, content, data.left_out, aucs, probes)
 
 
 def _read_labels(args: argparse.Namespace) -> LabelTable:
@@ -283,6 +281,5 @@ def _cell(value: Any) -> Any:
 
 
 def _write_scores(path: Path, uids: Sequence[str], probe: Probe, embeddings: np.ndarray) -> None:
-    scores = probe.scores(embeddings).tolist()
-    rows = [[uid, *map(_cell, row)] for uid, row in zip(uids, scores, strict=True)]
+    rows = [[uid, *map(_cell, row)] for uid, row in zip(uids, probe.scores(embeddings).tolist(), strict=True)]
     write_csv(path, [["study", *probe.classes], *rows])

@@ -199,6 +199,11 @@ def said_of(task: Task, similarities: np.ndarray, scale: float) -> Said:
     return {name: (shares.get(name), cosines.get(name)) for name in {**shares, **cosines}}
 
 
+def said_lines(task: Task, said: Said) -> list[str]:
+    """The same, to be printed."""
+    return [f"  {SAID[task.kind]}", *bars((name, *pair) for name, pair in said.items())]
+
+
 def as_json(said: Said) -> dict[str, dict[str, float]]:
     """Shares, and cosines, by class."""
     columns = zip(*said.values(), strict=True) if said else ((), ())

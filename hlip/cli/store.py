@@ -106,8 +106,7 @@ def _verify(args: argparse.Namespace) -> int:
     problems = verify(args.store, bar("shard"))
     for problem in problems:
         say(problem)
-    verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "whole"
-    say(f"{args.store}: {verdict}")
+    say(f"{args.store}: " + (f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "whole"))
     return 1 if problems else 0
 
 

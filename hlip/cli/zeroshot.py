@@ -17,18 +17,16 @@ from ..terminal import say
 from .shared import (
     FILES_HELP,
     MODEL,
-    SAID,
-    SHARE,
     SOME_LEFT_OUT,
     add_command,
     as_json,
-    bars,
     load_model,
     load_studies,
     prompt_arguments,
     read_prompts,
     rejected_lines,
     rejections,
+    said_lines,
     said_of,
     study_paths,
 )
@@ -77,8 +75,6 @@ def _zeroshot(args: argparse.Namespace) -> int:
     texts = zeroshot_classifier(model, task, args.templates)
     seen: list[Study] = []
     failed: dict[str, ScanError] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    lines: dict[str, list[str]] = {}
 
     def remembered() -> Iterator[Study]:
         for study in load_studies(groups, model, failed):
@@ -86,16 +82,16 @@ def _zeroshot(args: argparse.Namespace) -> int:
             yield study
 
     _, similarities = compare(model, remembered(), texts)
-    for study, row in zip(seen, similarities, strict=True):
-        said = said_of(task, row, scale_of(model))
-        entries[study.uid] = as_json(said) | {"scans": study.names, "left_out": rejections(study.left_out)}
-        lines[study.uid] = [f"  {SAID[task.kind]}", *bars((name, *pair) for name, pair in said.items())]
+    said = {study.uid: said_of(task, row, scale_of(model)) for study, row in zip(seen, similarities, strict=True)}
+    entries: dict[str, dict[str, Any]] = {
+        study.uid: as_json(said[study.uid]) | {"scans": study.names, "left_out": rejections(study.left_out)}
+        for study in seen
+    }
     for uid, error in failed.items():
-        lost = [{"scan": "", "rule": error.rule, "reason": error.reason}]
-        entries[uid] = {SHARE: {}, "cosine": {}, "scans": [], "left_out": lost}
+        entries[uid] = as_json({}) | {"scans": [], "left_out": rejections([error.of(uid, "")])}
     if args.out:
         write_json(args.out, entries)
     for uid, entry in entries.items():
-        say(uid, *lines.get(uid, ()), f"  scans: {', '.join(entry['scans']) or 'none that can be used'}")
-        say(*rejected_lines(entry["left_out"]))
+        say(uid, *(said_lines(task, said[uid]) if uid in said else ()))
+        say(f"  scans: {', '.join(entry['scans']) or 'none that can be used'}", *rejected_lines(entry["left_out"]))
     return SOME_LEFT_OUT if any(entry["left_out"] for entry in entries.values()) else 0

@@ -56,8 +56,7 @@ class Embedder:
         digest = model.digest
         if prompts is not None:
             encode = functools.partial(model.similarities, texts=embed_prompts(model, prompts))
-            facts = [model.digest(), list(map(list, prompts))]
-            digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest
+            digest = hashlib.sha256(json.dumps([model.digest(), list(map(list, prompts))]).encode()).hexdigest
         return cls(model, model.device, one_by_one, encode, digest)
 
 

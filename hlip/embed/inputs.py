@@ -40,11 +40,9 @@ class Studies(Protocol):
 
     def read(self, i: int) -> Study:
         """Study `i`. Raises ScanError or ValueError if it cannot be used, and names the file."""
-        ...
 
     def digest(self) -> str:
         """A hash of what `read` returns, or of all that it depends on."""
-        ...
 
 
 class StoreStudies(Studies):

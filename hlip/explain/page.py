@@ -79,8 +79,7 @@ def page(
         "figures": "\n".join(figures),
         "data": json.dumps(data),  # numbers and base64 only
     }
-    template = PAGE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))
 
 
 def _html(text: str) -> str:
