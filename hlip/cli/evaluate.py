@@ -169,8 +169,7 @@ def _eval(args: argparse.Namespace) -> int:
     say(*table(zip(*table_rows(scored), strict=True)))
     if len(rows := class_rows(scored)) > 1 and len(rows[0]) > 3:
         say("", *table(rows))
-    for note in scored.notes:
-        say(f"note: {note}")
+    say(*(f"note: {note}" for note in scored.notes))
     say(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
     return report_failed(made, "eval")
 

@@ -150,8 +150,7 @@ def _prepare(args: argparse.Namespace) -> int:
     say(f"  reports: {store.has_report.sum()} of {len(store)} studies")
     if labels := store.labels[0]:
         say(f"  labels: {', '.join(labels)}")
-    for rule, count in report.rejected.items():
-        say(f"  rejected by {rule}: {count}")
+    say(*(f"  rejected by {rule}: {count}" for rule, count in report.rejected.items()))
     return SOME_REJECTED if report.rejected else 0
 
 

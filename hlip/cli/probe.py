@@ -172,8 +172,7 @@ def _report_join(data: ProbeData) -> None:
     say(f"{len(data.uids)} studies with labels and embeddings: {parts}; {len(data.classes)} classes")
     report_unjoined("without label", data.without_label)
     report_unjoined("without embedding", data.without_embedding)
-    for name, reason in data.left_out.items():
-        say(f"left out {name}: {reason}", file=sys.stderr)
+    say(*(f"left out {name}: {reason}" for name, reason in data.left_out.items()), file=sys.stderr)
 
 
 def _apply(args: argparse.Namespace) -> None:

@@ -181,8 +181,8 @@ def _print(figures: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]])
     for figure in figures:
         head = f" (head {figure['head']})" if several else ""
         say(f"{figure['direction']}{head}: {figure['studies']} studies, {figure['texts']} different texts")
-        for k, value in figure["recall"].items():
-            say(f"  recall at {k:<4} {value:6.1%}   random {figure['chance'][k]:6.1%}")
+        chance = figure["chance"]
+        say(*(f"  recall at {k:<4} {value:6.1%}   random {chance[k]:6.1%}" for k, value in figure["recall"].items()))
         say(f"  median rank {figure['median_rank']:g}")
         if figure["texts"] == 1:
             say("  all texts are the same, so these figures say nothing", file=sys.stderr)

@@ -29,6 +29,7 @@ from ..evaluate.tasks import PROMPT_TEMPLATE, Kind, Task, list_tasks, load_task
 from ..model.clip import HLIPModel
 from ..model.memory import keep_memory
 from ..output import check_folder, new_figure, table
+from ..prepare.discover import find_studies
 from ..prepare.studies import load_study
 from ..processes import Processes
 from ..read.files import near
@@ -231,18 +232,15 @@ def bars(rows: Iterable[tuple[str, float | None, float | None]]) -> list[str]:
 def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Studies:
     """A store; or, but not for 2D models, a study list, or what `study_paths` takes."""
     if len(paths) == 1 and (paths[0] / "shards").is_dir():
-        store = Store(paths[0])
         if isinstance(model, HLIPModel):
-            return StoreStudies(store, model.config.vision.patch_size)
-        model.check_slices(store)
+            return StoreStudies(Store(paths[0]), model.config.vision.patch_size)
+        model.check_slices(store := Store(paths[0]))
         return StoreStudies(store)
     if not isinstance(model, HLIPModel):
         raise ValueError(
             f"{paths[0]}: no store; a 2D model does not say how scans are prepared: hlip prepare does that"
         )
     if len(paths) == 1 and paths[0].suffix.lower() in (".json", ".csv") and not paths[0].is_dir():
-        from ..prepare.discover import find_studies
-
         return ListedStudies(find_studies(paths[0], progress=tqdm), model.config.preprocess)
     if stores := [path for path in paths if (path / "shards").is_dir()]:
         raise ValueError(f"{stores[0]} is a store: give it alone")
@@ -307,8 +305,11 @@ def bar(unit: str, description: str | None = None) -> Any:
 
 def report_failed(made: Embeddings, command: str) -> int:
     """Say which studies and scans were left out; the exit status."""
-    lost = [(uid, reason) for uid, reason in made.facts.get("failed", ())]
-    lost += [(f"{uid}, scan {scan}", f"{rule}: {reason}") for uid, scan, rule, reason in made.facts.get("left_out", ())]
+    scans = made.facts.get("left_out", ())
+    lost = [
+        *made.facts.get("failed", ()),
+        *((f"{uid}, scan {scan}", f"{rule}: {why}") for uid, scan, rule, why in scans),
+    ]
     for what, reason in lost[:SHOWN]:
         say(f"hlip {command}: left out {what}: {reason}", file=sys.stderr)
     if len(lost) > SHOWN:
@@ -367,5 +368,5 @@ def load_studies(groups: list[Path | list[Path]], model: HLIPModel, failed: dict
             failed[name] = error
             if isinstance(paths, list) or len(failed) == len(groups):
                 raise
-            continue
-        yield study
+        else:
+            yield study

@@ -95,17 +95,14 @@ def _info(args: argparse.Namespace) -> None:
     say("  common shapes (D, H, W): " + ", ".join(f"{shape} {count / scans:.0%}" for shape, count in shapes))
     say(f"  reports: {store.has_report.sum()} of {len(store)} studies")
     say(f"  labels: {', '.join(store.labels[0]) or 'none'}")
-    for key in ("format", "recipe_hash", "shards", "hidden_ids"):
-        if store.info:
-            say(f"  {key}: {store.info[key]}")
     if store.info:
+        say(*(f"  {key}: {store.info[key]}" for key in ("format", "recipe_hash", "shards", "hidden_ids")))
         say(f"  recipe: {json.dumps(store.info['recipe'])}")
 
 
 def _verify(args: argparse.Namespace) -> int:
     problems = verify(args.store, bar("shard"))
-    for problem in problems:
-        say(problem)
+    say(*problems)
     say(f"{args.store}: " + (f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "whole"))
     return 1 if problems else 0
 

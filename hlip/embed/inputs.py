@@ -136,7 +136,8 @@ class FileStudies(Studies):
         return load_study(self.groups[i], self.recipe, uid=self.uids[i])
 
     def digest(self) -> str:
-        return _digest(self.uids, (file for group in self.groups for file in _files(group)), self.recipe)
+        files = (file for group in self.groups for file in (_below(group) if isinstance(group, Path) else group))
+        return _digest(self.uids, files, self.recipe)
 
 
 class ListedStudies(Studies):
@@ -165,11 +166,8 @@ class ListedStudies(Studies):
         return _digest(self.uids, files, self.recipe)
 
 
-def _files(group: Path | list[Path]) -> Iterator[Path]:
-    if isinstance(group, list):
-        yield from group
-    elif group.is_dir():
-        yield from sorted(path for path in group.rglob("*") if path.is_file())
+def _below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _digest(uids: Sequence[str], files: Iterator[Path], recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..model.plan import TokenBatch
 from ..output import write_whole
 from ..processes import Processes
 from ..read.scan import Rejection
+from ..read.schema import check_ranges, check_types
 from ..store.tools import cut
 from ..study import Study
 from ..terminal import guard_streams
@@ -62,12 +63,10 @@ class Options:
     one_scan: int | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        check_types(self)
+        check_ranges(self, {"at least 1": ["max_tokens"]})
         if self.unit == "both" and self.one_scan is not None:
             raise ValueError("every scan by itself (scans) or one scan of each study (one_scan): not both")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be positive, got {self.max_tokens}")
 
     def on(self, device: torch.device) -> Options:
         """With "auto" resolved."""
@@ -111,7 +110,7 @@ def embed(
     if not isinstance(studies, Studies):
         if out is not None or among.size > 1:
             raise ValueError("a job that is kept or shared needs studies of a store, in files or on a list")
-        table = _embed_given(encoder, studies, options)
+        table: Embeddings | None = _embed_given(encoder, studies, options)
     else:
         if out is None and among.size > 1:
             raise ValueError("several processes need a file to write to")
@@ -122,11 +121,8 @@ def embed(
             if among.first:
                 tqdm.write(f"{out}: holds these embeddings already", file=sys.stderr)
             return Embeddings.read(out) if among.first else None
-        whole = _embed_job(encoder, studies, options, out, workers, among, job)
-        if whole is None:
-            return None
-        table = whole
-    if len(table) == 0 and (failed := table.facts["failed"]):
+        table = _embed_job(encoder, studies, options, out, workers, among, job)
+    if table is not None and len(table) == 0 and (failed := table.facts["failed"]):
         several = f"none of {len(failed)} studies could be embedded; the first: " if len(failed) > 1 else ""
         raise ValueError(f"{several}{failed[0][1]}")
     return table
