@@ -107,7 +107,7 @@ def test_workers_and_modes_change_nothing(store: Store, tiny_model: hlip.HLIPMod
     coarse = embed(tiny_model, studies, Options(dtype="bf16"))
     assert coarse.embedding.dtype == np.float32
     assert 1e-4 < np.abs(coarse.embedding - plain.embedding).max() < 0.1
-    with pytest.raises(ValueError, match="max_tokens must be positive"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         Options(max_tokens=0)
 
 

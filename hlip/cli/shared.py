@@ -305,11 +305,8 @@ def bar(unit: str, description: str | None = None) -> Any:
 
 def report_failed(made: Embeddings, command: str) -> int:
     """Say which studies and scans were left out; the exit status."""
-    scans = made.facts.get("left_out", ())
-    lost = [
-        *made.facts.get("failed", ()),
-        *((f"{uid}, scan {scan}", f"{rule}: {why}") for uid, scan, rule, why in scans),
-    ]
+    lost = list(made.facts.get("failed", ()))
+    lost += [(f"{uid}, scan {scan}", f"{rule}: {reason}") for uid, scan, rule, reason in made.facts.get("left_out", ())]
     for what, reason in lost[:SHOWN]:
         say(f"hlip {command}: left out {what}: {reason}", file=sys.stderr)
     if len(lost) > SHOWN:
