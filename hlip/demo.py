@@ -389,13 +389,10 @@ SIZES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo data set: real anatomy, synthetic pathology.")
-    arguments = (
-        argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default: %(default)s)"),
-        *SIZES,
-        argument("--seed", type=int, default=0, help="everything follows from it (default: %(default)s)"),
-        argument("--workers", type=int, help="processes (default: one per processor)"),
-    )
-    add_arguments(parser, arguments)
+    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default: %(default)s)")
+    add_arguments(parser, SIZES)
+    parser.add_argument("--seed", type=int, default=0, help="everything follows from it (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per processor)")
     make_demo(**vars(parser.parse_args()))
 
 

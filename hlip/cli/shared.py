@@ -257,6 +257,8 @@ def embedding_options(args: argparse.Namespace, unit: Unit = "study") -> Options
         raise ValueError("--slices does not go with --one_scan: it says what to see")
     if args.slices and unit != "study":
         raise ValueError("--slices does not go with scans embedded by themselves: it says what to see of a study")
+    if unit == "both" and args.one_scan is not None:
+        raise ValueError("--scans embeds every scan, --one_scan sees only one: give one of them")
     return Options(unit, args.max_tokens, args.dtype, args.one_scan)
 
 

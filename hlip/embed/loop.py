@@ -66,7 +66,7 @@ class Options:
         check_types(self)
         check_ranges(self, {"at least 1": ["max_tokens"]})
         if self.unit == "both" and self.one_scan is not None:
-            raise ValueError("every scan by itself (scans) or one scan of each study (one_scan): not both")
+            raise ValueError("one scan of each study, or every scan: not both")
 
     def on(self, device: torch.device) -> Options:
         """With "auto" resolved."""
