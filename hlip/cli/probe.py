@@ -120,7 +120,7 @@ def add(commands: Any) -> None:
 def _probe(args: argparse.Namespace) -> None:
     check_results(args.out)
     if args.c and min(args.c) <= 0:
-        raise ValueError(f"--c must be got {min(args.c):g}")
+        raise ValueError(f"--c must be positive, got {min(args.c):g}")
     if args.apply:
         _apply(args)
         return
