@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hlip.evaluate.labels import read_label_table, read_labels
+from hlip.evaluate.labels import read_column, read_label_table, read_labels
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def test_a_table_and_what_is_no_label(path: Path) -> None:
     assert table.uids == ["train_1_a", "train_2_a", "train_3_a"]
     assert table.classes == ("a", "b")
     assert table.values.tolist() == [[1, -1], [0, -1], [1, 1]]
-    assert table.words["train_2_a"] == {"age": "0", "set": "test", "empty": ""}
+    words = {name: read_column(table.table, name)["train_2_a"] for name in ("age", "set", "empty")}
+    assert words == {"age": "0", "set": "test", "empty": ""}
     assert read_label_table(path, ["b"]).classes == ("b",)
 
 
@@ -31,7 +32,9 @@ def test_volumes_of_a_study_agree_on_labels_and_need_not_on_others(path: Path) -
     )
     table = read_label_table(path)
     assert (table.uids, table.values.tolist()) == (["valid_7_a", "o"], [[1], [0]])
-    assert table.words == {"valid_7_a": {"set": "x"}, "o": {"set": "y"}}
+    assert read_column(table.table, "set") == {"valid_7_a": "x", "o": "y"}
+    with pytest.raises(ValueError, match=r"labels.csv: line 3: another kernel of study valid_7_a"):
+        read_column(table.table, "kernel")
     path.write_text("study,a\nu,1\nu,0\n")
     with pytest.raises(ValueError, match="line 3: another row of labels of study u"):
         read_label_table(path, ["a"])

@@ -29,6 +29,7 @@ from hlip.evaluate.probe import (
     read_split,
     split_at_random,
 )
+from hlip.prepare.tables import Table
 
 
 def embeddings_of(uids: Sequence[str], array: np.ndarray, head: int = 0) -> Embeddings:
@@ -49,7 +50,9 @@ def planted(n: int = 240, width: int = 12, seed: int = 0) -> tuple[list[str], np
 
 def table_of(uids: list[str], labels: np.ndarray, words: dict[str, dict[str, str]] | None = None) -> LabelTable:
     classes = tuple("abcdefgh"[: labels.shape[1]])
-    return LabelTable(Path("labels.csv"), uids, classes, labels, words or {uid: {} for uid in uids})
+    path = Path("labels.csv")
+    rows = tuple((i, uid, (words or {}).get(uid, {})) for i, uid in enumerate(uids, 2))
+    return LabelTable(path, uids, classes, labels, Table(path, tuple(rows[0][2]), rows))
 
 
 def write_table(path: Path, uids: Sequence[str], labels: np.ndarray, classes: Sequence[str]) -> Path:

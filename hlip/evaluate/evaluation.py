@@ -7,7 +7,7 @@ Shapes: N studies, or scans where these are scored; K classes, T prompts (see `t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,22 @@ from . import metrics
 from .labels import MISSING, SHOWN, check_join
 from .tasks import Task
 
-Figures = Callable[[np.ndarray], dict[str, np.ndarray]]  # counts (D, N) to values (D) by result key
+
+@dataclass(frozen=True)
+class Part:
+    """Classes that are scored together: all of a task, or those of a subtask.
+
+    prefix: of result keys.
+    names: (k).
+    labels, scores: (N, k).
+    cuts: (k) - a score above is positive.
+    """
+
+    prefix: str
+    names: Sequence[str]
+    labels: np.ndarray
+    scores: np.ndarray
+    cuts: np.ndarray
 
 
 def zeroshot_classifier(model: TextEncoder, task: Task, templates: str | None = None) -> Tensor:
@@ -137,29 +152,63 @@ def evaluate(
         similarities = similarities_of(similarities, zeroshot_classifier(model, task, templates))
     lost = {uid for uid, _ in embeddings.facts.get("failed", ())} - set(uids)  # of one read in part, the rest is scored
     labels = {uid: row for uid, row in labels.items() if uid not in lost}
-    notes = check_join(uids, labels, allow_unmatched)
-    if lost:
-        notes.append(f"left out {len(lost)} studies that could not be read: {', '.join(sorted(lost)[:SHOWN])}")
+    notes = [f"left out {len(lost)} studies that could not be read: {', '.join(sorted(lost)[:SHOWN])}"] if lost else []
+    scores = task.scores(similarities, scale_of(model))
+    return measure(task, uids, scores, labels, allow_unmatched, draws, seed, scans, notes)
+
+
+def measure(
+    task: Task,
+    uids: list[str],
+    scores: np.ndarray,
+    labels: Mapping[str, np.ndarray],
+    allow_unmatched: bool = False,
+    draws: int = metrics.DRAWS,
+    seed: int = 0,
+    scans: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Compare what any model says of studies with their labels.
+
+    Args:
+        scores: (N, K), as `Task.scores` gives them.
+        labels, allow_unmatched, draws, seed: as of `evaluate`.
+        scans: (N) names, where scans are scored by themselves.
+        notes: on what was left out before.
+
+    Raises:
+        ValueError: as `evaluate`; a study of several classes of which it can have one; a score that is not finite.
+    """
+    one_class = task.kind == "multi-class"
+    notes = [*check_join(uids, labels, allow_unmatched), *notes]
     truth = np.array([labels.get(uid, np.full(len(task.names), MISSING)) for uid in uids])
-    known = (truth == 1).any(1) if task.kind == "multi-class" else (truth != MISSING).any(1)
+    known = (truth == 1).any(1) if one_class else (truth != MISSING).any(1)
     joined = np.array([uid in labels for uid in uids])
     if not known[joined].all():
-        what = "of none of the classes" if task.kind == "multi-class" else "without any label"
+        what = "of none of the classes" if one_class else "without any label"
         notes.append(f"left out {int((joined & ~known).sum())} {'scans' if scans else 'studies'} {what}")
     if not known.any():
         raise ValueError(f"task {task.name}: no study has a label")
     uids, scans = (list(itertools.compress(names, known)) for names in (uids, scans))
-    truth, scores = truth[known], task.scores(similarities[known], scale_of(model))
-    find = _multi_class if task.kind == "multi-class" else _multi_label
-    figures, thresholds, more = find(task, uids, truth, scores)
-    values = {key: float(value[0]) for key, value in figures(metrics.once(len(uids))).items()}
+    truth, scores = truth[known], scores[known]
+    metrics.check_scores(truth, scores, uids)
+    parts = _one_class(task, uids, truth, scores) if one_class else [_any_class(task, truth, scores)]
+    lacking = ~(truth == 1).any(0) if one_class else ~metrics.scorable(truth)
+    if lacking.any():
+        names = ", ".join(itertools.compress(task.names, lacking))
+        left_out = f"left out of the means, without positives or negatives: {names}"
+        notes.append(f"no study of class {names}: what needs one has no value" if one_class else left_out)
+    values = {key: float(value[0]) for key, value in _figures(task, parts, metrics.once(len(uids))).items()}
     if all(np.isnan(value) for value in values.values()):
-        raise ValueError(f"task {task.name}: no figure can be had: {'; '.join(notes + more)}")
-    drawn = [figures(counts) for counts in _draw(uids, draws, seed)]
+        raise ValueError(f"task {task.name}: no figure can be had: {'; '.join(notes)}")
+    drawn = [_figures(task, parts, counts) for counts in _draw(uids, draws, seed)]
     intervals = {
         key: metrics.interval(np.concatenate([draw[key] for draw in drawn])) if drawn else None for key in values
     }
-    return Evaluation(task, uids, truth, scores, values, intervals, thresholds, notes + more, scans)
+    cuts = zip(task.names, parts[0].cuts.tolist(), strict=True)
+    at_cuts = not one_class and not {*metrics.AT_THRESHOLD}.isdisjoint(task.metrics)
+    thresholds = dict(itertools.compress(cuts, ~lacking)) if at_cuts else {}
+    return Evaluation(task, uids, truth, scores, values, intervals, thresholds, notes, scans)
 
 
 def _rows(task: Task, embeddings: Embeddings, head: int | None) -> tuple[list[str], list[str], np.ndarray]:
@@ -181,85 +230,49 @@ def _draw(uids: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
         yield counts[:, rows]
 
 
-def _multi_label(
-    task: Task, uids: list[str], labels: np.ndarray, scores: np.ndarray
-) -> tuple[Figures, dict[str, float], list[str]]:
-    """The task's figures as a function of counts, thresholds by class, and notes."""
-    metrics.check_scores(labels, scores, uids)
-    scored = np.flatnonzero(metrics.scorable(labels))
-    if len(scored) == 0:
+def _any_class(task: Task, labels: np.ndarray, scores: np.ndarray) -> Part:
+    """All of a task of which a study may be of any number of classes."""
+    scored = metrics.scorable(labels)
+    if not scored.any():
         raise ValueError(f"task {task.name}: no class has both positive and negative studies")
-    lacking = [name for k, name in enumerate(task.names) if k not in scored]
-    notes = [f"left out of the means, without positives or negatives: {', '.join(lacking)}"] if lacking else []
-    at_threshold = [name for name in task.metrics if name in metrics.AT_THRESHOLD]
-    thresholds = {
-        task.names[k]: task.threshold
-        if isinstance(task.threshold, float)
-        else metrics.roc_threshold(labels[:, k], scores[:, k], task.threshold)
-        for k in (scored.tolist() if at_threshold else ())
-    }
-    # Of a class that cannot be scored, every draw is not-a-number, whatever the threshold.
-    cuts = np.array([thresholds.get(name, 0.5) for name in task.names])
-
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
-        columns = {"auc": metrics.auc(labels, scores, counts)}
-        columns |= metrics.at_threshold(labels, scores, cuts, counts) if at_threshold else {}
-        values = {}
-        for name, key in zip(task.metrics, task.headline, strict=True):
-            values[key] = metrics.mean(columns[name][:, scored])
-            values |= {f"{task.names[k]}_{name}": column for k, column in enumerate(columns[name].T)}
-        return values
-
-    return figures, thresholds, notes
+    cuts = np.full(len(task.names), task.threshold if isinstance(task.threshold, float) else np.nan)
+    if not isinstance(task.threshold, float):
+        for k in np.flatnonzero(scored):
+            cuts[k] = metrics.roc_threshold(labels[:, k], scores[:, k], task.threshold)
+    return Part("", task.names, labels, scores, cuts)
 
 
-def _multi_class(
-    task: Task, uids: list[str], labels: np.ndarray, scores: np.ndarray
-) -> tuple[Figures, dict[str, float], list[str]]:
-    """As `_multi_label`."""
+def _one_class(task: Task, uids: Sequence[str], labels: np.ndarray, scores: np.ndarray) -> list[Part]:
+    """All of a task of which a study is of one class, and its subtasks: softmax over their classes alone."""
     for row in np.flatnonzero((labels == 1).sum(1) > 1)[:1]:
-        names = [name for name, label in zip(task.names, labels[row], strict=True) if label == 1]
+        names = list(itertools.compress(task.names, labels[row] == 1))
         raise ValueError(f"task {task.name}: study {uids[row]} is of {len(names)} classes: {', '.join(names)}")
-    true = labels.argmax(1)
-    one_hot = (true[:, None] == np.arange(len(task.names))).astype(np.int64)
-    metrics.check_scores(one_hot, scores, uids)
-    lacking = [name for k, name in enumerate(task.names) if not one_hot[:, k].any()]
-    notes = [f"no study of class {', '.join(lacking)}: what needs one has no value"] if lacking else []
-    subtasks = [_subtask(f"{name}_", members, task, true, scores) for name, members in task.subtasks.items()]
-    subtasks = subtasks or [_subtask("", task.names, task, true, scores)]
-    whole = metrics.scorable(one_hot).all()
-
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
-        values = {}
-        if "auc" in task.metrics:
-            aucs = metrics.auc(one_hot, scores, counts)
-            values["macro_auc"] = metrics.mean(aucs) if whole else np.full(len(counts), np.nan)
-            values |= {f"{name}_auc": column for name, column in zip(task.names, aucs.T, strict=True)}
-        for subtask in subtasks:
-            values |= subtask(counts)
-        return values
-
-    return figures, {}, notes
+    parts = []
+    for name, members in {"": task.names, **task.subtasks}.items():
+        numbers = [task.names.index(name) for name in members]
+        is_class = labels[:, numbers] == 1
+        inside = np.where(is_class.any(1, keepdims=True), is_class, MISSING)
+        shares = scores[:, numbers] / scores[:, numbers].sum(1, keepdims=True)
+        parts.append(Part(f"{name}_" * bool(name), members, inside, shares, np.full(len(numbers), 0.5)))
+    return parts
 
 
-def _subtask(prefix: str, members: Sequence[str], task: Task, true: np.ndarray, scores: np.ndarray) -> Figures:
-    """The figures of some classes of a multi-class task, by softmax over them alone.
-
-    Args:
-        prefix: of its result keys; empty if it is the whole task, whose AUC has another name.
-        true, scores: of all the task's classes.
-    """
-    numbers = [task.names.index(name) for name in members]
-    places = np.full(len(task.names), MISSING)
-    places[numbers] = np.arange(len(numbers))
-    place = places[true]  # of a study's class among the members; -1 of one of none of them
-    chosen = scores[:, numbers] / scores[:, numbers].sum(1, keepdims=True)
-    labels = np.where(place[:, None] == MISSING, MISSING, place[:, None] == np.arange(len(numbers)))
-
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
-        values = metrics.of_guesses(place, chosen.argmax(1), len(numbers), counts)
-        if prefix:
-            values["auc"] = metrics.auc(labels, chosen, counts).mean(1)
-        return {f"{prefix}{name}": column for name, column in values.items() if name in task.metrics}
-
-    return figures
+def _figures(task: Task, parts: Sequence[Part], counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Values (D) by result key."""
+    values = {}
+    for part in parts:
+        columns = {"auc": metrics.auc(part.labels, part.scores, counts)}
+        columns |= metrics.at_threshold(part.labels, part.scores, part.cuts, counts)
+        if task.kind == "multi-class":
+            true = np.where((part.labels == 1).any(1), part.labels.argmax(1), MISSING)
+            means = metrics.of_guesses(true, part.scores.argmax(1), len(part.names), counts)
+            means["auc"] = columns["auc"].mean(1)
+        else:
+            scored = metrics.scorable(part.labels)
+            means = {name: metrics.mean(column[:, scored]) for name, column in columns.items()}
+        for name in task.metrics:
+            values[f"{part.prefix or 'macro_' * (name == 'auc')}{name}"] = means[name]
+            if not part.prefix or 2 < len(part.names) < len(task.names):  # else they are other figures once more
+                of_classes = zip(part.names, columns[name].T, strict=True)
+                values |= {f"{part.prefix}{label}_{name}": column for label, column in of_classes}
+    return values

@@ -22,15 +22,14 @@ SHOWN = 10  # studies that a message names
 class LabelTable(NamedTuple):
     """Labels of studies. values: (N, K) int64 of 0, 1 and -1, which marks a missing one.
 
-    words: of every study, the cells of the columns that hold something else; those may tell a split or a patient.
-        Columns in which rows of a study differ are left out.
+    table: all columns, of which some may tell a split or a patient.
     """
 
     path: Path
     uids: list[str]
     classes: tuple[str, ...]
     values: np.ndarray
-    words: dict[str, dict[str, str]]
+    table: Table
 
 
 def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTable:
@@ -63,17 +62,18 @@ def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTabl
     if not chosen:
         raise ValueError(f"{path}: no column of labels 0 and 1 (there are {', '.join(table.columns) or 'no columns'})")
     values = table.by_study(lambda row: tuple(_code(row[name]) for name in chosen), "row of labels")
-    array = np.array(list(values.values()), dtype=np.int64)
-    return LabelTable(Path(path), list(values), chosen, array, _words(table, chosen))
+    return LabelTable(table.path, list(values), chosen, np.array(list(values.values()), dtype=np.int64), table)
 
 
-def _words(table: Table, labels: Sequence[str]) -> dict[str, dict[str, str]]:
-    words: dict[str, dict[str, str]] = {}
-    several: set[str] = set(labels)
-    for _, uid, row in table.rows:
-        known = words.setdefault(uid, {name: row[name].strip() for name in table.columns if name not in several})
-        several |= {name for name in known if known[name] != row[name].strip()}
-    return {uid: {name: cell for name, cell in cells.items() if name not in several} for uid, cells in words.items()}
+def read_column(table: Table, name: str) -> dict[str, str]:
+    """The words of a column by study, of which all rows of a study must have the same.
+
+    Raises:
+        ValueError: no such column, or another word in a later row; names it.
+    """
+    if name not in table.columns:
+        raise ValueError(f"{table.path}: has no column {name} (there are {', '.join(table.columns)})")
+    return table.by_study(lambda row: row[name].strip(), name)
 
 
 def _code(cell: str) -> int | None:
@@ -83,22 +83,6 @@ def _code(cell: str) -> int | None:
     except ValueError:
         return None
     return int(value) if value in (0, 1, MISSING) else None
-
-
-def _store_table(store: Store, classes: Sequence[str]) -> LabelTable:
-    names, values = store.labels
-    if absent := [name for name in classes if name not in names]:
-        raise ValueError(
-            f"{store.path}: the store has no labels for {', '.join(absent)} (it has {', '.join(names) or 'none'}): "
-            "give --labels, or the task's `columns`"
-        )
-    values = values[:, [names.index(name) for name in classes]]
-    values = np.where(np.isnan(values), MISSING, values)
-    for row, column in np.argwhere(~np.isin(values, (0, 1, MISSING)))[:1].tolist():
-        raise ValueError(
-            f"{store.path}: study {store.uids[row]}: the label {classes[column]} is {values[row, column]:g}"
-        )
-    return LabelTable(store.path, store.uids.tolist(), tuple(classes), values.astype(np.int64), {})
 
 
 def read_labels(source: Path | str | Store, columns: Sequence[str]) -> dict[str, np.ndarray]:
@@ -111,10 +95,25 @@ def read_labels(source: Path | str | Store, columns: Sequence[str]) -> dict[str,
         ValueError: no such column, or a label that is neither 0, 1 nor missing; names it.
     """
     columns = as_texts(columns, "columns")
-    wanted = list(dict.fromkeys(columns))
-    table = _store_table(source, wanted) if isinstance(source, Store) else read_label_table(source, wanted)
-    places = [table.classes.index(name) for name in columns]
-    return dict(zip(table.uids, table.values[:, places], strict=True))
+    if isinstance(source, Store):
+        return dict(zip(source.uids.tolist(), _of_store(source, columns), strict=True))
+    table = read_label_table(source, list(dict.fromkeys(columns)))
+    return dict(zip(table.uids, table.values[:, [table.classes.index(name) for name in columns]], strict=True))
+
+
+def _of_store(store: Store, columns: Sequence[str]) -> np.ndarray:
+    names, values = store.labels
+    if absent := [name for name in dict.fromkeys(columns) if name not in names]:
+        raise ValueError(
+            f"{store.path}: the store has no labels for {', '.join(absent)} (it has {', '.join(names) or 'none'}): "
+            "give --labels, or the task's `columns`"
+        )
+    values = np.nan_to_num(values[:, [names.index(name) for name in columns]], nan=MISSING)
+    for row, column in np.argwhere(~np.isin(values, (0, 1, MISSING)))[:1].tolist():
+        raise ValueError(
+            f"{store.path}: study {store.uids[row]}: the label {columns[column]} is {values[row, column]:g}"
+        )
+    return values.astype(np.int64)
 
 
 def unjoined(uids: Iterable[str], labels: Iterable[str]) -> tuple[list[str], list[str]]:

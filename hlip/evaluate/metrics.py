@@ -72,22 +72,21 @@ def auc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarra
         labels, scores: (N, K); scores are larger for the class, in any unit.
         counts: (D, N).
     """
-    return np.stack([_auc(y, s, counts) for y, s in zip(labels.T, scores.T, strict=True)], axis=1)
-
-
-def _auc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    order = np.argsort(scores, kind="stable")
-    order = order[labels[order] >= 0]
-    if len(order) == 0:
-        return np.full(len(counts), np.nan)
-    ordered = scores[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))  # of runs of equal scores
-    drawn = counts[:, order]
-    positive = np.add.reduceat(drawn * (labels[order] == 1), starts, axis=1)
-    negative = np.add.reduceat(drawn * (labels[order] == 0), starts, axis=1)
-    below = np.cumsum(negative, axis=1) - negative / 2  # an equal score counts half
-    with np.errstate(invalid="ignore"):
-        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+    areas = np.full((len(counts), labels.shape[1]), np.nan)
+    for k, (label, score) in enumerate(zip(labels.T, scores.T, strict=True)):
+        order = np.argsort(score, kind="stable")
+        order = order[label[order] != MISSING]
+        if len(order) == 0:
+            continue
+        ordered = score[order]
+        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))  # of runs of equal scores
+        positive, negative = (
+            np.add.reduceat(counts[:, order] * (label[order] == value), starts, axis=1) for value in (1, 0)
+        )
+        below = np.cumsum(negative, axis=1) - negative / 2  # an equal score counts half
+        with np.errstate(invalid="ignore"):
+            areas[:, k] = (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+    return areas
 
 
 def macro_auc(labels: np.ndarray, scores: np.ndarray) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from ..embed.table import Embeddings, read_arrays, write_arrays
 from ..output import label, new_figure
 from ..prepare.tables import Table, read_names
-from .labels import MISSING, LabelTable
+from .labels import MISSING, LabelTable, read_column
 from .metrics import AUC, need_sklearn
 
 # Inverse strengths of the L2 penalty to choose from, for standardised embeddings. Values of a unit-length embedding
@@ -132,12 +132,10 @@ class ProbeData:
 
 
 def _patients(table: LabelTable, uids: Sequence[str], column: str) -> list[str]:
-    if column not in set().union(*table.words.values()):
-        raise ValueError(f"{table.path}: has no column {column} of words that are one for each study")
-    names = [table.words[uid].get(column, "") for uid in uids]
-    if not all(names):
-        raise ValueError(f"{table.path}: study {uids[names.index('')]} has no {column}")
-    return names
+    names = read_column(table.table, column)
+    if lacking := [uid for uid in uids if not names[uid]]:
+        raise ValueError(f"{table.path}: study {lacking[0]} has no {column}")
+    return [names[uid] for uid in uids]
 
 
 def _some(uids: Sequence[str], count: int = 3) -> str:
@@ -181,13 +179,10 @@ def read_split(given: Sequence[str], table: LabelTable) -> dict[str, str]:
     """
     if len(given) == 1:
         name = given[0]
-        if any(name in words for words in table.words.values()):
-            cells = {uid: words[name] for uid, words in table.words.items()}
+        if name in table.table.columns:
+            cells = read_column(table.table, name)
         elif Path(name).is_file():
-            other = Table.read(name)
-            if "split" not in other.columns:
-                raise ValueError(f"{name}: has no column 'split'")
-            cells = other.by_study(lambda row: row["split"].strip(), "split")
+            cells = read_column(Table.read(name), "split")
         else:
             raise ValueError(f"--split {name}: neither a column of {table.path} nor a file")
         return {uid: _part(cell, uid, name) for uid, cell in cells.items() if cell}
@@ -332,23 +327,18 @@ def _fit(
         warnings.simplefilter("always", ConvergenceWarning)
         search.fit(x, y)
     finished = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-    return *_folded(search.best_estimator_), search.best_params_["logisticregression__C"], finished
+    *scalers, regression = search.best_estimator_
+    weight, bias = regression.coef_[0], float(regression.intercept_[0])
+    for scaler in scalers:  # folded in, so that embeddings are read as they are
+        weight = weight / scaler.scale_
+        bias -= float(weight @ scaler.mean_)
+    return weight, bias, search.best_params_["logisticregression__C"], finished
 
 
 def _strongest(results: Mapping[str, Any]) -> int:
     """The first, which has the strongest penalty, of those whose AUC differs from the best by no more than rounding."""
     scores = results["mean_test_score"]
     return int(np.argmax(scores >= np.nanmax(scores) - EQUAL))
-
-
-def _folded(pipeline: Any) -> tuple[np.ndarray, float]:
-    """Weights (E) and bias for embeddings that are not standardised."""
-    regression = pipeline[-1]
-    weight, bias = regression.coef_[0], float(regression.intercept_[0])
-    if len(pipeline) > 1:
-        weight = weight / pipeline[0].scale_
-        bias -= float(weight @ pipeline[0].mean_)
-    return weight, bias
 
 
 def draw_bars(classes: Sequence[str], models: Mapping[str, AUC], file: IO[bytes], kind: str) -> None:

@@ -63,13 +63,11 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 def table_rows(evaluation: Evaluation) -> list[list[str]]:
     """Header, this run with its intervals, and published rows, in percent."""
-    keys = evaluation.task.headline
+    keys, published = evaluation.task.headline, evaluation.task.published
     rows = [["", *keys], [OURS, *(_percent(evaluation, key) for key in keys)]]
-    published = evaluation.task.published
-    for name, values in published.rows.items():
-        known = dict(zip(published.columns, values, strict=True))
-        figures = [known.get(key) for key in keys]
-        rows.append([name, *("" if value is None else f"{value:.1f}" for value in figures)])
+    for name, figures in published.rows.items():
+        given = dict(zip(published.columns, figures, strict=True))
+        rows.append([name, *("" if (value := given.get(key)) is None else f"{value:.1f}" for key in keys)])
     return rows
 
 
@@ -110,14 +108,11 @@ def _plain(text: str) -> str:
 
 
 def _scores(evaluation: Evaluation) -> list[list[Any]]:
-    classes = evaluation.task.names
-    scan = ["scan"] if evaluation.scans else []
-    rows: list[list[Any]] = [["study", *scan, *classes, *(f"{name}_label" for name in classes)]]
-    names = (
-        zip(evaluation.uids, evaluation.scans, strict=True) if evaluation.scans else zip(evaluation.uids, strict=True)
-    )
-    for name, scores, labels in zip(names, evaluation.scores.tolist(), evaluation.labels.tolist(), strict=True):
-        rows.append([*name, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
+    classes, columns = evaluation.task.names, ("study", "scan") if evaluation.scans else ("study",)
+    rows: list[list[Any]] = [[*columns, *classes, *(f"{name}_label" for name in classes)]]
+    uids = zip(evaluation.uids, evaluation.scans, strict=True) if evaluation.scans else zip(evaluation.uids)
+    for names, scores, labels in zip(uids, evaluation.scores.tolist(), evaluation.labels.tolist(), strict=True):
+        rows.append([*names, *map(repr, scores), *("" if label == MISSING else label for label in labels)])
     return rows
 
 

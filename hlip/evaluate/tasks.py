@@ -72,17 +72,14 @@ class Published:
     rows: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rows = {name: self._figures(name, row) for name, row in self.rows.items()}
-        object.__setattr__(self, "rows", rows)
-
-    def _figures(self, name: str, row: Any) -> tuple[float | None, ...]:
-        try:
-            figures = tuple(None if value is None else finite_number(value) for value in row)
-        except (TypeError, ValueError):
-            figures = ()
-        if isinstance(row, str) or len(figures) != len(self.columns):
-            raise ValueError(f"{name}: expected {len(self.columns)} numbers or nulls, got {row!r}")
-        return figures
+        for name, row in self.rows.items():
+            try:
+                figures = tuple(None if value is None else finite_number(value) for value in row)
+            except (TypeError, ValueError):
+                figures = ()
+            if isinstance(row, str) or len(figures) != len(self.columns):
+                raise ValueError(f"{name}: expected {len(self.columns)} numbers or nulls, got {row!r}")
+            self.rows[name] = figures
 
 
 @dataclass(frozen=True)
@@ -118,17 +115,19 @@ class Task:
         if not self.classes:
             raise ValueError("classes: expected names with values, got none")
         given = [*self.classes, *self.merged]
-        _check_names(given)
+        plain = ((name, " ".join(unicodedata.normalize("NFKC", name).casefold().split())) for name in given)
+        _check_apart(plain, "are the same but for capitals and spaces")
         _check_known(given, {"columns": self.columns, "groups": self.groups, **_under("reworded", self.reworded)})
-        for where, kind in (("subtasks", "multi-class"), ("merged", "pairs")):
-            if getattr(self, where) and self.kind != kind:
-                raise ValueError(f"{where}: only a task of kind {kind} has them")
         self._set_prompts()
-        _check_known(self.classes, _under("subtasks", self.subtasks) | _under("merged", self.merged))
-        for where, groups in (("subtasks", self.subtasks), ("merged", self.merged)):
+        for where, groups, kind in (("subtasks", self.subtasks, "multi-class"), ("merged", self.merged, "pairs")):
+            if groups and self.kind != kind:
+                raise ValueError(f"{where}: only a task of kind {kind} has them")
+            _check_known(self.classes, _under(where, groups))
             for name, members in groups.items():
                 if len(set(members)) < max(2, len(members)):
                     raise ValueError(f"{where}.{name}: expected at least two of the classes, got {list(members)}")
+        if len(self.names) < (2 if self.kind == "multi-class" else 1):
+            raise ValueError(f"classes: too few ({len(self.names)} with a column) for a task of kind {self.kind}")
         self._set_templates()
         self._set_figures()
 
@@ -145,10 +144,10 @@ class Task:
             self.reworded[choice] = {name: pair for name, pair in pairs.items() if name in kept}
         scored = [name for name in (*kept, *self.merged) if columns[name] is not None and name not in parts]
         self._set("columns", {name: columns[name] for name in scored})
-        if len(scored) < (2 if self.kind == "multi-class" else 1):
-            raise ValueError(f"classes: too few ({len(scored)} with a column) for a task of kind {self.kind}")
-        if self.kind == "multi-class":
-            _check_apart(self.classes)
+        if self.kind == "multi-class":  # or neither class would be more like a study
+            _check_apart(
+                ((name, str(sorted(pair.positive))) for name, pair in self.classes.items()), "have the same prompts"
+            )
 
     def _pair(self, value: Any, where: str) -> Pair:
         pair: Pair = structure(Pair, value if isinstance(value, (Mapping, Pair)) else {"positive": value}, where)
@@ -161,22 +160,19 @@ class Task:
 
     def _set_templates(self) -> None:
         given = self.templates if isinstance(self.templates, Mapping) else {"default": self.templates}
-        sets: dict[str, dict[str, Texts]] = {}
-        choices: dict[str, Any] = structure(dict[str, Any], given, "templates")
-        for choice, value in choices.items():
-            where = f"templates.{choice}"
-            sets[choice] = structure(dict[str, Texts], value if isinstance(value, Mapping) else {ALL: value}, where)
-            for text in (text for texts in sets[choice].values() for text in texts):
+        by_group = {choice: value if isinstance(value, Mapping) else {ALL: value} for choice, value in given.items()}
+        self._set("templates", structure(dict[str, dict[str, Texts]], by_group, "templates"))
+        for choice, sentences in self.templates.items():
+            for text in (text for texts in sentences.values() for text in texts):
                 if text.count("{}") != 1 or {"{", "}"} & set(text.replace("{}", "")):
-                    raise ValueError(f"{where}: expected exactly one {{}} in {text!r}, and no other brace")
+                    raise ValueError(f"templates.{choice}: expected exactly one {{}} in {text!r}, and no other brace")
             for name in self.classes:
-                if not {self.groups.get(name), ALL} & sets[choice].keys():
-                    raise ValueError(f"{where}: none for the group {self.groups.get(name)!r} of {name}")
-        if not sets:
+                if not {self.groups.get(name), ALL} & sentences.keys():
+                    raise ValueError(f"templates.{choice}: none for the group {self.groups.get(name)!r} of {name}")
+        if not self.templates:
             raise ValueError("templates: expected sentences, got none")
-        if unknown := [choice for choice in self.reworded if choice not in sets]:
+        if unknown := [choice for choice in self.reworded if choice not in self.templates]:
             raise ValueError(f"reworded: there are no templates {unknown[0]!r}")
-        self._set("templates", sets)
 
     def _set_figures(self) -> None:
         self._set("metrics", self.metrics or Texts(USUAL[self.kind]))
@@ -189,13 +185,12 @@ class Task:
                 self._set("threshold", finite_number(self.threshold))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"threshold: expected lowest, highest or a number, got {self.threshold!r}") from error
-        released: dict[str, str] = {}
         for key, name in self.released.items():
             if ("{}" in key) != ("{}" in name):
                 raise ValueError(f"released.{key}: expected a name, with {{}} where the key has it, got {name!r}")
-            classes = self.names if "{}" in key else [""]
-            released |= {key.replace("{}", k): name.replace("{}", k) for k in classes}
-        self._set("released", released)
+        keys = ((key, self.names if "{}" in key else [""]) for key in self.released)
+        names = {key.replace("{}", k): self.released[key].replace("{}", k) for key, classes in keys for k in classes}
+        self._set("released", names)
 
     @property
     def names(self) -> list[str]:
@@ -311,18 +306,9 @@ def _check_known(classes: Collection[str], named: Mapping[str, Iterable[str]]) -
             raise ValueError(f"{where}: there is no class {unknown[0]!r}")
 
 
-def _check_apart(classes: Mapping[str, Pair]) -> None:
-    """Raises ValueError where two classes have the same prompts, so that neither is more like a study."""
-    names: dict[tuple[str, ...], str] = {}
-    for name, pair in classes.items():
-        if (other := names.setdefault(tuple(sorted(pair.positive)), name)) != name:
-            raise ValueError(f"classes: {other!r} and {name!r} have the same prompts")
-
-
-def _check_names(classes: Iterable[str]) -> None:
-    """Raises ValueError where names of classes are the same but for capitals, spaces and forms of Unicode."""
+def _check_apart(classes: Iterable[tuple[str, str]], are: str) -> None:
+    """Raises ValueError where what stands beside two names is the same."""
     names: dict[str, str] = {}
-    for name in classes:
-        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        if (other := names.setdefault(plain, name)) != name:
-            raise ValueError(f"classes: {other!r} and {name!r} are the same but for capitals and spaces")
+    for name, what in classes:
+        if (other := names.setdefault(what, name)) != name:
+            raise ValueError(f"classes: {other!r} and {name!r} {are}")
