@@ -134,7 +134,7 @@ def test_every_draw_is_what_scikit_learn_finds_on_its_studies() -> None:
     labels = np.where(RNG.random(n) < 0.1, -1, RNG.random(n) < 0.4).astype(int)
     scores = np.round(np.clip(RNG.random(n) * 0.8 + 0.2 * (labels == 1), 0, 1), 1)
     classes, guesses = RNG.integers(-1, 3, n), RNG.integers(0, 3, n)
-    (counts,) = metrics.draw(n, 40, seed=3)
+    (counts,) = metrics.draw(range(n), 40, seed=3)
     assert counts.shape == (40, n)
     assert (counts.sum(1) == n).all()
     aucs = metrics.auc(labels[:, None], scores[:, None], counts)[:, 0]
@@ -168,12 +168,12 @@ def test_draws_without_a_class_have_no_value() -> None:
 
 
 def test_draws_are_seeded_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = np.concatenate(list(metrics.draw(10, 25, seed=1)))
+    whole = np.concatenate(list(metrics.draw(range(10), 25, seed=1)))
     monkeypatch.setattr(metrics, "CHUNK", 70)
-    pieces = list(metrics.draw(10, 25, seed=1))
+    pieces = list(metrics.draw(range(10), 25, seed=1))
     assert [len(piece) for piece in pieces] == [7, 7, 7, 4]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
-    assert (whole != np.concatenate(list(metrics.draw(10, 25, seed=2)))).any()
+    assert (whole != np.concatenate(list(metrics.draw(range(10), 25, seed=2)))).any()
 
 
 def test_the_interval_of_an_auc_has_the_width_that_theory_gives() -> None:
@@ -185,7 +185,7 @@ def test_the_interval_of_an_auc_has_the_width_that_theory_gives() -> None:
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     error = np.sqrt((auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (n - 1) * (q2 - auc**2)) / n**2)
     pair = labels[:, None], scores[:, None]
-    values = np.concatenate([metrics.auc(*pair, counts)[:, 0] for counts in metrics.draw(2 * n, 1000, 0)])
+    values = np.concatenate([metrics.auc(*pair, counts)[:, 0] for counts in metrics.draw(range(2 * n), 1000, 0)])
     low, high = metrics.interval(values) or (0.0, 0.0)
     assert low < auc < high
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)

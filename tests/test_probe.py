@@ -215,7 +215,7 @@ def test_auc_is_scikit_learns_and_so_is_every_draw() -> None:
     labels[:, 2] = np.where(np.arange(80) < 2, np.arange(80), -1)  # one positive, one negative: many draws lack one
     scores = rng.integers(0, 9, (80, 3)) / 8  # many ties
     auc = auc_intervals(labels, scores, 50, seed=4)
-    (counts,) = metrics.draw(80, 50, seed=4)
+    (counts,) = metrics.draw(range(80), 50, seed=4)
     drawn = np.full((50, 3), np.nan)
     for k in range(3):
         known = labels[:, k] >= 0

@@ -7,7 +7,7 @@ Shapes: N studies, or scans where these are scored; K classes, T prompts (see `t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -201,7 +201,7 @@ def measure(
     values = {key: float(value[0]) for key, value in _figures(task, parts, metrics.once(len(uids))).items()}
     if all(np.isnan(value) for value in values.values()):
         raise ValueError(f"task {task.name}: no figure can be had: {'; '.join(notes)}")
-    drawn = [_figures(task, parts, counts) for counts in _draw(uids, draws, seed)]
+    drawn = [_figures(task, parts, counts) for counts in metrics.draw(uids, draws, seed)]
     intervals = {
         key: metrics.interval(np.concatenate([draw[key] for draw in drawn])) if drawn else None for key in values
     }
@@ -222,23 +222,14 @@ def _rows(task: Task, embeddings: Embeddings, head: int | None) -> tuple[list[st
         raise ValueError(f"task {task.name} scores scans by themselves (hlip embed --scans): {error}") from error
 
 
-def _draw(uids: Sequence[str], draws: int, seed: int) -> Iterator[np.ndarray]:
-    """As `metrics.draw`, but of rows: a study is drawn with all its scans."""
-    places = {uid: place for place, uid in enumerate(dict.fromkeys(uids))}
-    rows = np.array([places[uid] for uid in uids])
-    for counts in metrics.draw(len(places), draws, seed):
-        yield counts[:, rows]
-
-
 def _any_class(task: Task, labels: np.ndarray, scores: np.ndarray) -> Part:
     """All of a task of which a study may be of any number of classes."""
     scored = metrics.scorable(labels)
     if not scored.any():
         raise ValueError(f"task {task.name}: no class has both positive and negative studies")
     cuts = np.full(len(task.names), task.threshold if isinstance(task.threshold, float) else np.nan)
-    if not isinstance(task.threshold, float):
-        for k in np.flatnonzero(scored):
-            cuts[k] = metrics.roc_threshold(labels[:, k], scores[:, k], task.threshold)
+    for k in np.flatnonzero(scored & np.isnan(cuts)):
+        cuts[k] = metrics.roc_threshold(labels[:, k], scores[:, k], task.threshold)
     return Part("", task.names, labels, scores, cuts)
 
 

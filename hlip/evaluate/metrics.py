@@ -9,7 +9,7 @@ Shapes: N studies, D draws, K classes. Labels are 0, 1, or -1 where a label is m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -54,15 +54,20 @@ def once(num_studies: int) -> np.ndarray:
     return np.ones((1, num_studies))
 
 
-def draw(num_studies: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """(d, N) float64 of how often each study occurs in a draw of N, until there are D of them."""
+def draw(names: Sequence[Hashable], draws: int, seed: int) -> Iterator[np.ndarray]:
+    """(d, N) float64 of how often each of N rows is drawn with replacement, until there are D draws of as many rows.
+
+    Rows of one name, such as the scans of a study, are drawn together.
+    """
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    rows, n = [places[name] for name in names], len(places)
     random = np.random.default_rng(seed)
-    size = max(1, CHUNK // num_studies)
+    size = max(1, CHUNK // n)
     for first in range(0, draws, size):
         count = min(size, draws - first)
-        chosen = random.integers(num_studies, size=(count, num_studies))
-        flat = (chosen + np.arange(count)[:, None] * num_studies).ravel()
-        yield np.bincount(flat, minlength=count * num_studies).reshape(count, num_studies).astype(np.float64)
+        chosen = random.integers(n, size=(count, n))
+        flat = (chosen + np.arange(count)[:, None] * n).ravel()
+        yield np.bincount(flat, minlength=count * n).reshape(count, n).astype(np.float64)[:, rows]
 
 
 def auc(labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -135,7 +140,7 @@ def auc_intervals(labels: np.ndarray, scores: np.ndarray, draws: int = DRAWS, se
         ValueError: a class without a positive or a negative, a score that is not a number, or shapes that differ.
     """
     macro = macro_auc(labels, scores)
-    drawn = np.concatenate([auc(labels, scores, counts) for counts in draw(len(labels), draws, seed)])
+    drawn = np.concatenate([auc(labels, scores, counts) for counts in draw(range(len(labels)), draws, seed)])
     low, high = np.array([interval(column) or (np.nan, np.nan) for column in drawn.T]).T
     macro_drawn = mean(drawn)
     value = auc(labels, scores, once(len(labels)))[0]
