@@ -132,9 +132,9 @@ def test_every_layout_is_read(layout: str, tmp_path: Path) -> None:
 def test_hub_folder_is_read_from_its_json_and_no_code_of_it_runs(bert_folder: str, tmp_path: Path) -> None:
     name = "clip_vit_base_scan_study_token1176"
     folder = hub_folder(tmp_path / "hub", seeded(name), name, context_length=77, hf_tokenizer_name="some/tokenizer")
-    loaded = hlip.HLIPModel.load(str(folder))
-    assert str(folder / "hlip" / "model_configs" / f"{name}.json") in loaded.how
-    assert loaded.model.config == replace(
+    loaded, identity = hlip.HLIPModel.load(str(folder))
+    assert str(folder / "hlip" / "model_configs" / f"{name}.json") in identity.how
+    assert loaded.config == replace(
         preset(name), text=replace(preset(name).text, name="some/tokenizer", context_length=77)
     )
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
@@ -200,9 +200,9 @@ def test_what_shapes_tell(name: str, tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_the_name_of_the_training_run_says_which_model(called: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "epoch_5.pt"
     torch.save({"name": f"DATE_2025_05_01-MODEL_{called}", "state_dict": seeded(name)}, path)
-    loaded = hlip.HLIPModel.load(str(path))
-    assert loaded.model.config == preset(name)
-    assert "as the training run was called" in loaded.how
+    loaded, identity = hlip.HLIPModel.load(str(path))
+    assert loaded.config == preset(name)
+    assert "as the training run was called" in identity.how
     path = tmp_path / "more.pt"  # a part of another name says nothing
     torch.save({"name": f"x{called}8", "state_dict": seeded(name)}, path)
     with pytest.raises(ValueError, match="differ in what weights do not tell"):
@@ -214,18 +214,18 @@ def test_one_scan_position_is_added_to_every_token(tmp_path: Path) -> None:
     state = seeded(name)
     row = torch.randn(1, 1, 48, generator=torch.Generator().manual_seed(1))
     save_file({**state, "visual.trunk.sequential_posemb": row}, tmp_path / "old.safetensors")
-    loaded = hlip.HLIPModel.load(str(tmp_path / "old.safetensors"))
-    assert "its one scan position is added" in loaded.how
-    assert loaded.model.config.vision.max_scans == 1
+    loaded, identity = hlip.HLIPModel.load(str(tmp_path / "old.safetensors"))
+    assert "its one scan position is added" in identity.how
+    assert loaded.config.vision.max_scans == 1
     state["visual.trunk.spatial_posemb"] = state["visual.trunk.spatial_posemb"] + row[:, :, None, None]
     save_file(state, tmp_path / "summed.safetensors")
     summed = hlip.HLIPModel.from_pretrained(tmp_path / "summed.safetensors")
     batch = hlip.pack([random_study([(16, 48, 48)]), random_study([(16, 48, 48)] * 2)], (8, 24, 24))
     with torch.no_grad():
-        torch.testing.assert_close(loaded.model.visual.trunk(batch), summed.visual.trunk(batch), rtol=1e-3, atol=1e-4)
-    loaded.model.save_open_clip(tmp_path / "back")
+        torch.testing.assert_close(loaded.visual.trunk(batch), summed.visual.trunk(batch), rtol=1e-3, atol=1e-4)
+    loaded.save_open_clip(tmp_path / "back")
     assert torch.equal(load_file(tmp_path / "back" / "model.safetensors")["visual.trunk.sequential_posemb"], row)
-    assert hlip.HLIPModel.from_pretrained(tmp_path / "back").config == loaded.model.config
+    assert hlip.HLIPModel.from_pretrained(tmp_path / "back").config == loaded.config
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_absent_logit_bias_begins_anew(name: str, value: float, tmp_path: Path) 
     state = seeded(name)
     del state["logit_bias"]
     save_file(state, tmp_path / "weights.safetensors")
-    model, how, _ = hlip.HLIPModel.load(str(tmp_path / "weights.safetensors"))
+    model, (_, how, _) = hlip.HLIPModel.load(str(tmp_path / "weights.safetensors"))
     assert float(model.logit_bias.detach()) == pytest.approx(value, abs=1e-5)
     assert "no logit_bias" in how
 
@@ -256,9 +256,9 @@ def test_another_width_of_the_embedding_is_the_same_model(tmp_path: Path) -> Non
 def test_a_checkpoint_of_our_trainer_says_which_model(tmp_path: Path) -> None:
     name = "vit_base_multiscan_h3_token1176"
     torch.save({"config": {"model": name}, "step": 3, "model": seeded(name)}, tmp_path / "checkpoint.pt")
-    loaded = hlip.HLIPModel.load(str(tmp_path / "checkpoint.pt"))
-    assert loaded.model.config == preset(name)
-    assert not loaded.guessed
+    loaded, identity = hlip.HLIPModel.load(str(tmp_path / "checkpoint.pt"))
+    assert loaded.config == preset(name)
+    assert not identity.guessed
 
 
 def trained(model: hlip.HLIPModel, out: Path) -> Path:
@@ -303,13 +303,13 @@ def test_a_checkpoint_of_a_model_of_its_own_is_read_without_flags(own: str, bert
     expected = model.encode_text(texts)
     path = trained(model, tmp_path / "run")
     shutil.rmtree(tmp_path / "bert")
-    loaded = hlip.HLIPModel.load(str(path))
-    assert not loaded.guessed
-    assert str(path) in loaded.how
+    loaded, identity = hlip.HLIPModel.load(str(path))
+    assert not identity.guessed
+    assert str(path) in identity.how
     assert run("convert", path, tmp_path / "converted") == 0
     begun = make_model(TrainConfig(tmp_path, init=str(path), lock_text=False))
     assert begun.config == replace(config, text=replace(text, locked=False))
-    for again in (loaded.model, hlip.HLIPModel.from_pretrained(tmp_path / "converted"), begun.eval()):
+    for again in (loaded, hlip.HLIPModel.from_pretrained(tmp_path / "converted"), begun.eval()):
         assert again.config.vision == config.vision
         assert again.config.recipe == config.recipe
         assert_same(again.state_dict(), model.state_dict())
@@ -327,9 +327,9 @@ def test_a_checkpoint_from_before_says_no_more_than_its_shapes(bert_folder: str,
     torch.save(content, path)
     with pytest.raises(ValueError, match="differ in what weights do not tell"):
         hlip.HLIPModel.load(str(path))
-    loaded = hlip.HLIPModel.load(str(path), name, tmp_path / "bert")
-    assert loaded.model.config == model.config
-    assert_same(loaded.model.state_dict(), model.state_dict())
+    loaded, identity = hlip.HLIPModel.load(str(path), name, tmp_path / "bert")
+    assert loaded.config == model.config
+    assert_same(loaded.state_dict(), model.state_dict())
     checkpoints = Checkpoints(TrainConfig(Path("store"), tmp_path / "run"), Processes())
     again = hlip.create_model(name, text=text)
     assert checkpoints.load(again, torch.optim.AdamW(again.parameters()), torch.amp.GradScaler("cpu")) == 3

@@ -48,8 +48,8 @@ def add(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    model, how, _ = HLIPModel.load(args.source, args.model, args.text)
-    say(f"{args.source}: {how}", *describe(model.config))
+    model, (config, how, _) = HLIPModel.load(args.source, args.model, args.text)
+    say(f"{args.source}: {how}", *describe(config))
     if args.layout == "hlip":
         model.save_pretrained(args.target)
     else:

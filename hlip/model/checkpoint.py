@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -56,14 +56,6 @@ Layout = Literal["hlip", "open_clip"]
 OURS = ("text/*.json", "text/vocab.txt")
 
 
-class Loaded(NamedTuple):
-    """A model in evaluation mode, and how its configuration is known. See `Identity`."""
-
-    model: Any
-    how: str
-    guessed: bool
-
-
 class Saved(nn.Module):
     """A model that is written to folders and read from them: the base of `HLIPModel`."""
 
@@ -94,15 +86,8 @@ class Saved(nn.Module):
                 content["text"]["name"] = name.resolve().name
             (partial / "config.json").write_text(json.dumps(content, indent=1))
 
-        own = ("config.json", "model.safetensors", "text/config.json", *(f"text/{name}" for name in TOKENIZER_FILES))
-
-        def is_older(path: Path) -> bool:
-            try:
-                return _only(path, own) and "vision" in read_json(path / "config.json")
-            except ValueError:
-                return False
-
-        _write(Path(folder), fill, is_older)
+        own = ("text/config.json", "config.json", "model.safetensors", *(f"text/{name}" for name in TOKENIZER_FILES))
+        _write(Path(folder), fill, own)
 
     def save_open_clip(self, folder: Path | str, name: str | None = None) -> str:
         """Write the model to `folder`, whole or not at all, in the layout of the released models: flat weights, and
@@ -131,8 +116,8 @@ class Saved(nn.Module):
             (partial / OPEN_CLIP_CONFIG).write_text(json.dumps(whole, indent=4) + "\n")
             _save_tokenizer(self, partial)
 
-        own = ("model.safetensors", OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", *TOKENIZER_FILES)
-        _write(Path(folder), fill, lambda path: (path / OPEN_CLIP_CONFIG).is_file() and _only(path, own))
+        own = (OPEN_CLIP_CONFIG, "model.safetensors", f"{CONFIGS}/*.json", *TOKENIZER_FILES)
+        _write(Path(folder), fill, own)
         return name
 
     def push_to_hub(self, repo_id: str, layout: Layout = "hlip", private: bool = False) -> None:
@@ -172,15 +157,17 @@ class Saved(nn.Module):
         Raises:
             ValueError: nothing usable there; names the file and the reason.
         """
-        loaded = cls.load(name, model, text)
-        if loaded.guessed:
-            lines = describe(loaded.model.config)
-            log.warning("%s: %s" + "\n%s" * len(lines), name, loaded.how, *lines)
-        return loaded.model
+        loaded, (config, how, guessed) = cls.load(name, model, text)
+        if guessed:
+            lines = describe(config)
+            log.warning("%s: %s" + "\n%s" * len(lines), name, how, *lines)
+        return loaded
 
     @classmethod
-    def load(cls, name: Path | str, model: str | None = None, text: Path | str | None = None) -> Loaded:
-        """As `from_pretrained`; says how the configuration is known, too."""
+    def load(
+        cls: type[Model], name: Path | str, model: str | None = None, text: Path | str | None = None
+    ) -> tuple[Model, Identity]:
+        """Read a model as `from_pretrained` does. Returns it and how its configuration is known."""
         path = _find(str(name))
         weights, own, (config, how, guessed) = _identify(path, model)
         if text is not None:
@@ -201,7 +188,7 @@ class Saved(nn.Module):
             built.text.tokenizer_source = str(path)
         how += "".join(f"; no {key}, so it begins anew" for key in optional if key not in weights.state)
         load_strict(built, weights.state, weights.path, optional)
-        return Loaded(built.eval(), how, guessed)
+        return built.eval(), Identity(config, how, guessed)
 
 
 Model = TypeVar("Model", bound=Saved)
@@ -221,17 +208,29 @@ def _find(name: str) -> Path:
 
 
 def _identify(path: Path, model: str | None) -> tuple[Weights, Source | None, Identity]:
-    """The weights of a file or folder, the text tower's files where it is ours, and its configuration."""
-    if path.is_dir() and _is_ours(path):
-        own = path / "config.json"
-        identity = _own_config(str(own), lambda: read_text(own, MOST_SETTINGS), model)
-        return read_weights(path / "model.safetensors"), path / "text", identity
-    weights = read_weights(path if path.is_file() else find_weights(path))
-    if weights.files:
-        identity = _own_config(f"{weights.path}, config.json", lambda: weights.files.get("config.json", ""), model)
-        texts = {name.removeprefix("text/"): text for name, text in weights.files.items() if name.startswith("text/")}
-        return weights, TextFiles(f"{weights.path}, text", texts), identity
-    return weights, None, identify(weights, path if path.is_dir() else None, model)
+    """The weights of a file or folder, the text tower's files where it is ours, and its configuration.
+
+    Raises:
+        ValueError: not a configuration, or not that of `model`; names where it stands.
+    """
+    ours = path.is_dir() and _is_ours(path)
+    weights = read_weights(path / "model.safetensors" if ours else path if path.is_file() else find_weights(path))
+    if not ours and not weights.files:
+        return weights, None, identify(weights, path if path.is_dir() else None, model)
+    where = str(path / "config.json") if ours else f"{weights.path}, config.json"
+    try:
+        content = read_text(Path(where), MOST_SETTINGS) if ours else weights.files.get("config.json", "")
+        config = ModelConfig.from_dict(parse_json(content, finite=True))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}: not a readable model configuration ({error})") from error
+    try:
+        if model is not None:
+            published_name(config, model)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    texts = {name.removeprefix("text/"): text for name, text in weights.files.items() if name.startswith("text/")}
+    source = path / "text" if ours else TextFiles(f"{weights.path}, text", texts)
+    return weights, source, Identity(config, f"as {where} says")
 
 
 def _check_size(config: ModelConfig, weights: Weights) -> None:
@@ -260,20 +259,6 @@ def _is_described(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("text", OPEN_CLIP_CONFIG, CONFIGS))
 
 
-def _own_config(where: str, read: Callable[[], str], model: str | None) -> Identity:
-    """The configuration in a text. Raises ValueError, naming `where`, if it is none, or not that of `model`."""
-    try:
-        config = ModelConfig.from_dict(parse_json(read(), finite=True))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: not a readable model configuration ({error})") from error
-    if model is not None:
-        try:
-            published_name(config, model)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    return Identity(config, f"as {where} says")
-
-
 def _save_weights(model: Saved, path: Path) -> None:
     with usual_permissions(path):
         save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, path)
@@ -291,15 +276,12 @@ def _save_tokenizer(model: Saved, folder: Path) -> bool:
     return True
 
 
-def _only(folder: Path, own: tuple[str, ...]) -> bool:
-    """Whether every file in `folder` is one of those."""
+def _write(folder: Path, fill: Callable[[Path], Any], own: tuple[str, ...]) -> None:
+    """Replace `folder` by what `fill` writes, whole or not at all, if it is new, empty, or an older model: it holds the
+    first of the files `own`, and no others than those."""
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()]
-    return all(any(fnmatch.fnmatch(file, one) for one in own) for file in files)
-
-
-def _write(folder: Path, fill: Callable[[Path], Any], is_older: Callable[[Path], bool]) -> None:
-    """Replace `folder` by what `fill` writes, whole or not at all, if it is new, empty, or `is_older` says so."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_older(folder))):
+    older = own[0] in files and all(any(fnmatch.fnmatch(file, pattern) for pattern in own) for file in files)
+    if folder.exists() and not older and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a saved model: choose a new folder, or remove it")
     with replacing_folder(folder) as partial:
         fill(partial)

@@ -38,26 +38,17 @@ ASIDE = ("head.", "fc_norm.", "decoder", "mask_token")
 OWN = ("reg_token", "sequential_posemb", "attn_pool.", "weighted_average.")
 
 
-class VisualHead(nn.Module):
-    """The projection of the encoder's outputs to the embedding: (B, P, F) to (B, P, E)."""
-
-    def __init__(self, features: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(features, embed_dim, bias=False)
-        nn.init.normal_(self.proj.weight, std=features**-0.5)
-
-    def forward(self, outputs: Tensor) -> Tensor:
-        return self.proj(outputs)
-
-
 class VisualTower(nn.Module):
-    """Encoder and projection. Returns (B, P, E) or, unless `config.per_prefix`, (B, E)."""
+    """Encoder and projection, if the model has one. Returns (B, P, E) or, unless `config.per_prefix`, (B, E)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.per_prefix = config.per_prefix
         self.trunk = StudyEncoder(config.vision)
-        self.head = VisualHead(config.vision.num_features, config.embed_dim) if config.projection else nn.Identity()
+        self.head = nn.Sequential()
+        if config.projection:
+            self.head.proj = nn.Linear(config.vision.num_features, config.embed_dim, bias=False)
+            nn.init.normal_(self.head.proj.weight, std=config.vision.num_features**-0.5)
 
     def forward(self, batch: PackedBatch | TokenBatch) -> Tensor:
         outputs = self.trunk(batch)

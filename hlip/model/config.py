@@ -232,28 +232,29 @@ def _published(
     size: Literal["base", "large"] = "base",
     text: TextConfig | None = None,
     embed_dim: int = 512,
+    projection: bool = True,
+    per_prefix: bool = True,
     patch_dropout: float = 0.25,
     objective: str = "clip",
     **vision: Any,
 ) -> tuple[ModelConfig, str]:
-    """A released model. Later ones give an embedding for each prefix row; `ALIASES` undoes that for older names."""
+    """A released model and for whom it is. Models of the first release give one embedding a study, later ones one for
+    each prefix row."""
     width, heads, depth = {"base": (768, 12, 12), "large": (1024, 16, 24)}[size]
+    shape = tuple(g * p for g, p in zip(grid, patch_size, strict=True))
     return ModelConfig(
         VisionConfig(
             width, heads, patch_size=patch_size, grid=grid, levels=level_pattern(pattern, depth),
             patch_dropout=patch_dropout, drop_path=0.2, **vision,
         ),
         text or TextConfig(),
-        _recipe(tuple(g * p for g, p in zip(grid, patch_size, strict=True))),
+        # Head CT's recipe makes scans of the same shape as brain MRI's, which comes first.
+        next((recipe for recipe in RECIPES.values() if recipe.shape == shape), None),
         embed_dim=embed_dim,
-        per_prefix=True,
+        projection=projection,
+        per_prefix=per_prefix,
         objective=objective,
     ), advice  # fmt: skip
-
-
-def _recipe(shape: tuple[int, ...]) -> Recipe | None:
-    """The recipe that makes scans of this shape: head CT's makes the same as brain MRI's, which comes first."""
-    return next((recipe for recipe in RECIPES.values() if recipe.shape == shape), None)
 
 
 _CHEST_TEXT = TextConfig(CXR_BERT, context_length=512, locked=True)
@@ -275,10 +276,12 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, up to 40 scans a study; PubMedBERT"
     ),
     "vit_base_multiscan_h2_token588": _published(
-        "scan+study", (16, 16, 16), (3, 14, 14), "brain MRI or head CT, up to 40 scans, half the tokens; PubMedBERT"
+        "scan+study", (16, 16, 16), (3, 14, 14), "brain MRI or head CT, up to 40 scans, half the tokens; PubMedBERT",
+        per_prefix=False,
     ),
     "vit_base_multiscan_h3_token1176": _published(
-        "slice+scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, up to 40 scans, three levels; PubMedBERT"
+        "slice+scan+study", (8, 16, 16), (6, 14, 14), "brain MRI or head CT, up to 40 scans, three levels; PubMedBERT",
+        per_prefix=False,
     ),
     "hlip-2025_10_08": _published(
         "scan+study", advice="brain MRI and head CT, any number of scans; PubMedBERT", **_HEAD
@@ -302,6 +305,10 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "slice+scan", max_scans=0, advice="chest CT, one scan a study, impression and findings apart; CXR-BERT, locked",
         head="dinotxt", num_prefix=2, embed_dim=768, objective="dual", **_CHEST,
     ),
+    "siglip_vit_base_singlescan_h2_token2744": _published(
+        "slice+scan", max_scans=0, advice="chest CT, one scan a study, SigLIP with attention pooling; CXR-BERT, locked",
+        head="attention_pool", embed_dim=768, projection=False, per_prefix=False, objective="siglip", **_CHEST,
+    ),
     # Small enough to train on two CPU cores in minutes; the initial weights are about Xavier's.
     "demo": (
         ModelConfig(
@@ -320,38 +327,33 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "the demo: small synthetic brain MRI; any BERT",
     ),
 }  # fmt: skip
-MODELS["siglip_vit_base_singlescan_h2_token2744"] = (
-    replace(
-        MODELS["clip_vit_base_slice_scan_token2744"][0],
-        vision=replace(MODELS["clip_vit_base_slice_scan_token2744"][0].vision, head="attention_pool"),
-        embed_dim=768,
-        projection=False,
-        per_prefix=False,
-        objective="siglip",
-    ),
-    "chest CT, one scan a study, SigLIP with attention pooling; CXR-BERT, locked",
-)
-# The models of the paper's first release, which gave one embedding a study.
-for _name in ("vit_base_multiscan_h2_token588", "vit_base_multiscan_h3_token1176"):
-    MODELS[_name] = (replace(MODELS[_name][0], per_prefix=False), MODELS[_name][1])
-# Other names, of other releases and of the hub: of which model, and what differs.
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit_base_singlescan_h2_token2744": ("clip_vit_base_slice_scan_token2744", {"per_prefix": False}),
-    "vit_base_multiscan_h2_token1176": ("clip_vit_base_scan_study_token1176", {"per_prefix": False}),
-    "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568": ("hlip-2025_10_08", {}),
-    "clip_vit_base_singlescan_h2_token2744": ("clip_vit_base_slice_scan_token2744", {"per_prefix": False}),
-    "clip_vit_base_multiscan_h2_token1176": ("clip_vit_base_scan_study_token1176", {"per_prefix": False}),
-    "clip_vit_base_multiscan_h2_token588": ("vit_base_multiscan_h2_token588", {}),
-    "clip_vit_base_multiscan_h3_token1176": ("vit_base_multiscan_h3_token1176", {}),
-    "hlip-2025-10-08": ("hlip-2025_10_08", {}),
+# Other names of those models, of other releases and of the hub.
+ALIASES: dict[str, str] = {
+    "vit_base_singlescan_h2_token2744": "clip_vit_base_slice_scan_token2744",
+    "vit_base_multiscan_h2_token1176": "clip_vit_base_scan_study_token1176",
+    "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568": "hlip-2025_10_08",
+    "clip_vit_base_singlescan_h2_token2744": "clip_vit_base_slice_scan_token2744",
+    "clip_vit_base_multiscan_h2_token1176": "clip_vit_base_scan_study_token1176",
+    "clip_vit_base_multiscan_h2_token588": "vit_base_multiscan_h2_token588",
+    "clip_vit_base_multiscan_h3_token1176": "vit_base_multiscan_h3_token1176",
+    "hlip-2025-10-08": "hlip-2025_10_08",
+    "ablate_seqposemb_clip_vit_base_multiscan_h2_dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
+    "clip-vit_base-scan_study-dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
+    "ablate_seqposemb_clip_vit_base_multiscan_h3_dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
+    "clip-vit_base-slice_scan_study-dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
+    "ablate_seqposemb_clip_vit_large_multiscan_h2_dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
+    "clip-vit_large-scan_study-dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
+    "ablate_seqposemb_clip_vit_large_multiscan_h3_dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
+    "clip-vit_large-slice_scan_study-dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
 }
-for _size in ("base", "large"):
-    for _levels, _old in {"scan_study": "h2", "slice_scan_study": "h3"}.items():
-        for _name in (
-            f"ablate_seqposemb_clip_vit_{_size}_multiscan_{_old}_dualdinotxt1568",
-            f"clip-vit_{_size}-{_levels}-dualdinotxt1568",
-        ):
-            ALIASES[_name] = f"clip_vit_{_size}_{_levels}_dualdinotxt1568", {}
+# Those under which the model gave one embedding a study, where it now gives one for each prefix row.
+ONE_EMBEDDING = frozenset(
+    [
+        f"{prefix}vit_base_{name}"
+        for prefix in ("", "clip_")
+        for name in ("singlescan_h2_token2744", "multiscan_h2_token1176")
+    ]
+)
 
 
 def preset(name: str) -> ModelConfig:
@@ -360,12 +362,11 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ValueError: there is none; names the closest, or all.
     """
-    if name in ALIASES:
-        model, changes = ALIASES[name]
-        return replace(MODELS[model][0], **changes)
-    if name not in MODELS:
+    model = ALIASES.get(name, name)
+    if model not in MODELS:
         raise ValueError(f"unknown model {name!r}{hint(name, [*MODELS, *ALIASES], MODELS)}")
-    return MODELS[name][0]
+    config = MODELS[model][0]
+    return replace(config, per_prefix=False) if name in ONE_EMBEDDING else config
 
 
 def list_models() -> dict[str, str]:

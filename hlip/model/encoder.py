@@ -288,7 +288,7 @@ class StudyEncoder(nn.Module):
             return self.attn_pool(y, layout)
         if self.config.head == "weighted_average":
             return self.weighted_average(y, layout)
-        mean = patch_mean(y, layout)[:, None]
+        mean = _reduce("mean", y, _runs(layout))[:, None]
         if self.config.head == "average":
             return mean
         prefix = take(y, layout.prefix_rows("study")).unflatten(0, (layout.num_studies, layout.num_prefix))
@@ -306,11 +306,6 @@ class StudyEncoder(nn.Module):
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """Some rows of x (R, C). Their gradient is written to zeros in one pass, which indexing takes three for."""
     return F.embedding(rows, x)
-
-
-def patch_mean(rows: Tensor, layout: StudyLayout) -> Tensor:
-    """The mean of each study's patch rows: (R, C) to (B, C)."""
-    return _reduce("mean", rows, _runs(layout))
 
 
 def prefix_mean(prefix: Tensor, layout: StudyLayout, level: Level) -> Tensor:

@@ -96,21 +96,19 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     fitting = [name for name in names() if Shapes.of_config(preset(name))._replace(embed_dim=embed_dim) == shapes]
     models = [name for name in fitting if name in MODELS]  # each by one of its names
     files = _json_files(folder) if folder else {}
-    guessed = False
-    if model is None and weights.name in MODELS:  # a checkpoint of our own trainer
-        model = weights.name
-    if model is not None:
-        config, how = preset(model), f"{model}, as told"
-        if model in files:
-            config = config_of_json(files[model], read_json(files[model]))
-    elif len(files) > 1 and len(_families(inside := [name for name in files if name in fitting])) == 1:
+    inside = [name for name in files if name in fitting]
+    told = model or (weights.name if weights.name in MODELS else "")  # by a checkpoint of our own trainer
+    called, path, guessed = told, files.get(told), False
+    if told:
+        how = f"{told}, as told"
+    elif len(files) > 1 and len(_families(inside)) == 1:
         path = files[inside[0]]
-        config, how = config_of_json(path, read_json(path)), f"{inside[0]}, the only one of {path.parent} that fits"
+        how = f"{inside[0]}, the only one of {path.parent} that fits"
     elif len(files) == 1:
         (path,) = files.values()
-        config, how = config_of_json(path, read_json(path)), f"as {path} says"
+        how = f"as {path} says"
     elif called := _in_run_name(weights.name, fitting):
-        config, how, guessed = preset(called), f"{called}, as the training run was called {weights.name!r}", True
+        how, guessed = f"{called}, as the training run was called {weights.name!r}", True
     elif not fitting:
         raise ValueError(
             f"{weights.path}: fits no released model: {shapes}; if it has the levels of one, name it with "
@@ -123,8 +121,8 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
         )
     else:
         rest = f" ({', '.join(models[1:])} fits too, and has the same levels)" if models[1:] else ""
-        config, guessed = preset(fitting[0]), True
-        how = f"{fitting[0]}, guessed from its shapes{rest}"
+        called, how, guessed = fitting[0], f"{fitting[0]}, guessed from its shapes{rest}", True
+    config = config_of_json(path, read_json(path)) if path else preset(called)
     if config.projection and embed_dim:
         config = replace(config, embed_dim=embed_dim)
     sequence = weights.state.get("visual.trunk.sequential_posemb")
@@ -191,23 +189,24 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _in_run_name(run: str, fitting: list[str]) -> str | None:
-    """The model that a training run is called after, in any spelling."""
+def _in_run_name(run: str, fitting: list[str]) -> str:
+    """The model that a training run is called after, in any spelling; empty if it is none."""
     for spelled in (str, _spelling):
         called = [(name, rf"(?<![a-z0-9]){re.escape(spelled(name))}(?![a-z0-9])") for name in fitting]
         likely = [name for name, pattern in called if re.search(pattern, spelled(run))]
         if likely:
             return max(likely, key=len)
-    return None
+    return ""
 
 
 def _of_trunk(path: Path, trunk: str, pooled: bool) -> str:
     known = [name for name in names() if (preset(name).vision.head == "attention_pool") == pooled]
-    same = [name for name in known if trunk in (name, name.replace("clip_", "", 1))]
-    same += [name for name in known if _spelling(name) == _spelling(trunk)]
+    same = [name for name in known if _spelling(name) == _spelling(trunk)]
     if not same:
         raise ValueError(f"{path}: unknown model {trunk!r}{hint(trunk, known)}")
-    return same[0]
+    return min(
+        same, key=lambda name: trunk not in (name, name.replace("clip_", "", 1))
+    )  # another spelling is of another release
 
 
 def published_name(config: ModelConfig, name: str | None = None) -> str:

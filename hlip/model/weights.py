@@ -21,6 +21,7 @@ from ..read import safe
 from ..read.files import near
 from ..read.paths import check_memory, check_within
 from ..read.safe import check_format
+from ..read.schema import structure
 from ..read.tensors import check_safetensors, load_tensors
 
 log = logging.getLogger(__name__)
@@ -66,26 +67,24 @@ def read_weights(path: Path) -> Weights:
         raise ValueError(f"{path}: not readable weights (no such file{near(path)})")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: not readable weights (weights end in {', '.join(SUFFIXES)})")
+    name, files = "", dict[str, str]()
     try:
-        content: Any = _load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+            check_memory(path)
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
         if isinstance(content, Mapping):
             check_format(content.get("hlip_format", FORMAT), FORMAT)
+            files = structure(dict[str, str], content.get(FILES, {}), FILES)
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:  # the last two: no room to map
         raise ValueError(f"{path}: not readable weights ({str(error).splitlines()[0]})") from error
-    name = ""
-    files: Any = content.get(FILES, {}) if isinstance(content, Mapping) else {}
-    if not isinstance(files, dict) or not all(type(text) is str for item in files.items() for text in item):
-        raise ValueError(f"{path}: not readable weights ({FILES} are not texts by name)")
     for _ in range(4):  # wrappings; a file may also refer to itself
-        if not isinstance(content, Mapping):
-            break
-        config = content.get("config")
-        run = config.get("model") if isinstance(config, Mapping) else content.get("name")
+        fields = content if isinstance(content, Mapping) else {}
+        config = fields.get("config")
+        run = config.get("model") if isinstance(config, Mapping) else fields.get("name")
         name = run if isinstance(run, str) and run else name
-        inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+        inner = [fields[key] for key in ("state_dict", "model") if isinstance(fields.get(key), Mapping)]
+        content = inner[0] if inner else content
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path}: not readable weights (it holds {type(content).__name__}, no tensors by name)")
     state: dict[str, Tensor] = {}
@@ -101,12 +100,6 @@ def read_weights(path: Path) -> Weights:
         if not UNUSED.fullmatch(plain):
             state[plain] = value
     return Weights(path, state, name, files)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    check_safetensors(path)
-    check_memory(path)
-    return load_file(path)
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path, optional: tuple[str, ...] = ()) -> set[str]:
