@@ -28,11 +28,11 @@ from ..read.safe import MOST_SETTINGS, parse_json, read_text
 from .config import BERT_BASE, ModelConfig
 from .released import (
     CONFIGS,
+    NAMES,
     OPEN_CLIP_CONFIG,
     Identity,
     describe,
     identify,
-    names,
     open_clip_json,
     published_name,
 )
@@ -129,10 +129,8 @@ class Saved(nn.Module):
         hub, errors = hub_library(repo_id)
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
-            if layout == "hlip":
-                self.save_pretrained(folder)
-            else:
-                self.save_open_clip(folder)
+            save: Any = self.save_pretrained if layout == "hlip" else self.save_open_clip
+            save(folder)
             api = hub.HfApi()
             try:
                 api.create_repo(repo_id, private=private, exist_ok=True)
@@ -201,10 +199,11 @@ def _find(name: str) -> Path:
         if not path.is_file():
             path = local_folder(name, *TOKENIZER_FILES, *OURS, OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", weights=True)
     except ValueError as error:
-        hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in names() else ""
+        hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in NAMES else ""
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
-    described = path.is_file() and path.name in WEIGHT_FILES and _is_described(path.parent)
-    return path.parent if described and find_weights(path.parent) == path else path
+    described = any((path.parent / file).exists() for file in ("text", OPEN_CLIP_CONFIG, CONFIGS))
+    is_model = described and path.is_file() and path.name in WEIGHT_FILES and find_weights(path.parent) == path
+    return path.parent if is_model else path
 
 
 def _identify(path: Path, model: str | None) -> tuple[Weights, Source | None, Identity]:
@@ -253,10 +252,6 @@ def _is_ours(folder: Path) -> bool:
     if path.is_file() and "vision" in read_json(path):
         raise ValueError(f"{folder}: not a saved model: it has no folder 'text'")
     return False
-
-
-def _is_described(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("text", OPEN_CLIP_CONFIG, CONFIGS))
 
 
 def _save_weights(model: Saved, path: Path) -> None:
