@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import heapq
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -124,6 +126,45 @@ def processes() -> Iterator[Processes]:
         yield join()
     finally:
         leave()
+
+
+def share(cost: np.ndarray, parts: int, size: int | None = None) -> list[np.ndarray]:
+    """Share indices out so that the largest sum of costs is small: the costliest first, to the part that has least.
+
+    Args:
+        cost: (n), 0 or more.
+        size: of every part; None for any, but no part stays empty.
+
+    Returns:
+        The indices of each part, increasing.
+    """
+    members: list[list[int]] = [[] for _ in range(parts)]
+    heap = [(0.0, 0, place) for place in range(parts)]
+    order = np.argsort(-cost, kind="stable").tolist()
+    for i in order:
+        load, count, place = heapq.heappop(heap)
+        members[place].append(i)
+        if size is None or count + 1 < size:
+            heapq.heappush(heap, (load + float(cost[i]), count + 1, place))
+    shares = [np.sort(np.array(indices, dtype=np.int64)) for indices in members]
+    return _swap(cost, shares) if size is not None else shares
+
+
+def _swap(cost: np.ndarray, parts: list[np.ndarray], most: int = 64) -> list[np.ndarray]:
+    """Exchange pairs between the part that has most and that which has least, as long as it helps."""
+    loads = np.array([cost[indices].sum() for indices in parts])
+    for _ in range(most):
+        high, low = int(loads.argmax()), int(loads.argmin())
+        gap = loads[high] - loads[low]
+        change = cost[parts[high]][:, None] - cost[parts[low]][None]
+        best = np.abs(change - gap / 2)
+        i, j = np.unravel_index(int(best.argmin()), best.shape)
+        if not 0 < change[i, j] < gap or gap <= 0.005 * loads.mean():
+            break
+        parts[high][i], parts[low][j] = parts[low][j], parts[high][i]
+        loads[high] -= change[i, j]
+        loads[low] += change[i, j]
+    return [np.sort(indices) for indices in parts]
 
 
 def say_error(*lines: str) -> None:

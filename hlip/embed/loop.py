@@ -6,7 +6,6 @@ Shapes: N studies, B studies of a batch, P embeddings of a study, E embedding.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
@@ -25,7 +24,7 @@ from ..model.clip import HLIPModel
 from ..model.memory import release_memory
 from ..model.plan import TokenBatch
 from ..output import write_whole
-from ..processes import Processes
+from ..processes import Processes, share
 from ..read.scan import Rejection
 from ..read.schema import check_ranges, check_types
 from ..store.tools import cut
@@ -263,7 +262,7 @@ def _embedded(
     """This process' share of the parts that are not there, one by one."""
     missing = among.agree([number for number in range(len(units)) if number not in parts.finished])
     cost = [sum(_tokens(studies, i, options) for batch in units[number] for i in batch) for number in missing]
-    mine = [missing[i] for i in _shares(cost, among.size)[among.rank]]
+    mine = [missing[i] for i in share(np.array(cost), among.size)[among.rank]]
     batches = [batch for number in mine for batch in units[number]]
     loader = DataLoader(
         _Reader(studies, batches, encoder.batches, options),
@@ -339,17 +338,6 @@ def _encoded(encoder: Embedder, read: _Loaded) -> Embeddings:
         np.stack(vectors) if vectors else np.empty((0, 0), dtype=np.float32),
         {"failed": [list(pair) for pair in failed], "left_out": [list(astuple(lost)) for lost in read.left_out]},
     )
-
-
-def _shares(cost: Sequence[float], count: int) -> list[list[int]]:
-    """Indices for each process, increasing: the costliest first, to the process that has least."""
-    members: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0.0, process) for process in range(count)]
-    for i in sorted(range(len(cost)), key=lambda i: -cost[i]):
-        load, process = heapq.heappop(heap)
-        members[process].append(i)
-        heapq.heappush(heap, (load + cost[i], process))
-    return [sorted(indices) for indices in members]
 
 
 def _begin_worker(worker: int) -> None:

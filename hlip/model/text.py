@@ -10,10 +10,11 @@ Shapes: N texts, W width of the BERT, E embedding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,13 @@ class TextTower(nn.Module):
         here = isinstance(self.source, TextFiles) or Path(self.source).is_dir()
         bare = source is not None and here and not has_tokenizer(source)
         self.tokenizer_source: Source = config.name if bare else self.source
-        try:
+        with _reading(self.source):
             if pretrained:
                 self.transformer = _pretrained(local_folder(str(self.source), *TOKENIZER_FILES, weights=True))
             else:
                 there = here or source is not None
                 bert = read_bert_config(self.source) if there else bert_config(BERT_BASE)
                 self.transformer = BertModel(bert, add_pooling_layer=False)
-        except ImportError:
-            raise  # says what to install
-        except Exception as error:  # sizes that do not go together may fail anywhere in transformers
-            raise _unreadable(self.source, error) from error
         longest = self.transformer.config.max_position_embeddings
         if config.context_length > longest:
             raise ValueError(
@@ -118,13 +115,8 @@ class TextTower(nn.Module):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        source = self.tokenizer_source
-        try:
-            return read_tokenizer(source)
-        except ImportError:
-            raise
-        except Exception as error:  # damaged files may fail anywhere in transformers and tokenizers
-            raise _unreadable(source, error) from error
+        with _reading(self.tokenizer_source):
+            return read_tokenizer(self.tokenizer_source)
 
     def files(self) -> dict[str, str]:
         """The content of `TextFiles`: plain values from which the tower is built again, without its weights. No
@@ -166,17 +158,14 @@ class TextTower(nn.Module):
 
     def _tokens(self, texts: Sequence[str]) -> Any:
         texts = as_texts(texts)
-        try:
-            tokens = self.tokenizer(
+        tokenizer = self.tokenizer
+        with _reading(self.tokenizer_source):
+            tokens = tokenizer(
                 texts, padding=True, truncation=True, max_length=self.config.context_length, return_tensors="pt"
             )
-            last, known = int(tokens["input_ids"].max()), self.transformer.config.vocab_size
-            if last >= known:
-                raise ValueError(f"its tokenizer gives token {last}, the tower has {known}")
-        except ImportError:
-            raise
-        except Exception as error:  # damaged files may fail anywhere in tokenizers
-            raise _unreadable(self.tokenizer_source, error) from error
+            last, most = int(tokens["input_ids"].max()), self.transformer.config.vocab_size
+            if last >= most:
+                raise ValueError(f"its tokenizer gives token {last}, the tower has {most}")
         return tokens
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -198,13 +187,9 @@ def bert_config(content: Mapping[str, Any]) -> Any:
     for key, plain in PLAIN.items():
         if content.get(key, plain) != plain:
             raise ValueError(f"{key} is {short(content[key])}, expected {plain!r}")
-    fields: dict[str, Any] = {}
-    for key, (least, most) in BERT_FIELDS.items():
-        value = content.get(key)
-        if value is None:
-            continue
-        check_number(key, value, least, most)
-        fields[key] = value
+    fields = {key: content[key] for key in BERT_FIELDS if content.get(key) is not None}
+    for key, value in fields.items():
+        check_number(key, value, *BERT_FIELDS[key])
     if (activation := content.get("hidden_act", "gelu")) not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {short(activation)}, expected one of {', '.join(ACTIVATIONS)}")
     return BertConfig(**fields, hidden_act=activation, attn_implementation="sdpa")
@@ -218,9 +203,17 @@ def check_number(key: str, value: object, least: float, most: float) -> None:
         raise ValueError(f"{key} is {short(value)}, expected {name} from {least} to {most}")
 
 
-def _unreadable(source: Source, error: Exception) -> ValueError:
-    reason = " ".join((str(error) or type(error).__name__).split())
-    return ValueError(f"text tower {str(source)!r}: not a readable BERT folder or hub name ({reason})")
+@contextlib.contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Raise ValueError, which names `source`, for any error within: damaged files, and sizes that do not go together,
+    may fail anywhere in transformers and tokenizers."""
+    try:
+        yield
+    except ImportError:
+        raise  # says what to install
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(f"text tower {str(source)!r}: not a readable BERT folder or hub name ({reason})") from error
 
 
 def read_bert_config(source: Source) -> Any:

@@ -87,11 +87,10 @@ def _options(files: Path | TextFiles, contents: Mapping[str, Mapping[str, Any]])
             value = content.get(key)
             if key.endswith("_token") and isinstance(value, dict):
                 value = value.get("content")
-            if value is None:
-                continue
-            if type(value) is not kind:
+            if type(value) is kind:
+                options[key] = value
+            elif value is not None:
                 raise ValueError(f"{path_of(files, name)}: {key} is {short(value)}, expected {kind.__name__}")
-            options[key] = value
     return options
 
 

@@ -14,9 +14,9 @@ import dataclasses
 import functools
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -55,8 +55,8 @@ class Checkpoints:
         self.folder = config.out / "checkpoints"
         self.config, self.world = config, world
         self.data: dict[str, Any] = {}  # what tells the data set from others
-        self.thread: threading.Thread | None = None
-        self.failure: OSError | None = None
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
         self.saved = time.monotonic()
 
     def all(self) -> list[Path]:
@@ -65,12 +65,11 @@ class Checkpoints:
 
     def are_resumed(self) -> bool:
         """Raises ValueError where there are some, and the run does not go on from them."""
-        there = bool(self.all())
-        if there and self.config.resume == "false":
+        if self.config.resume == "false" and self.all():
             raise ValueError(
                 f"{self.config.out} holds checkpoints: pass --resume auto to go on, or choose another folder"
             )
-        return self.config.resume == "true" or there
+        return self.config.resume == "true" or bool(self.all())
 
     def is_overdue(self) -> bool:
         return self.config.save_minutes is not None and time.monotonic() - self.saved > 60 * self.config.save_minutes
@@ -95,8 +94,7 @@ class Checkpoints:
         if self.world.rank == 0:
             state[FILES] = model.files()
             state = tree_map(lambda value: value.cpu().clone() if isinstance(value, torch.Tensor) else value, state)
-            self.thread = threading.Thread(target=self._write, args=(state, step))
-            self.thread.start()
+            self.pending = self.writer.submit(self._write, state, step)
 
     def attempt(self, model: HLIPModel, optimizer: Optimizer, step: int, log: Log, last: bool) -> OSError | None:
         """Save. A failure is reported, and returned if there is no later chance."""
@@ -137,16 +135,13 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
             kept = self.all()
             left = f"{kept[-1].name} is whole" if kept else "there is none yet"
-            self.failure = OSError(f"{path}: the checkpoint could not be written ({error}); {left}")
+            raise OSError(f"{path}: the checkpoint could not be written ({error}); {left}") from error
 
     def wait(self) -> None:
         """Wait for the save under way; raise the OSError that it failed with."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """Restore the latest that is whole. Returns the number of steps done.
@@ -183,11 +178,6 @@ class Checkpoints:
             raise ValueError(f"{path}: not a checkpoint of this run ({error})") from error
 
 
-def whole_model(model: HLIPModel) -> dict[str, Any]:
-    """All weights on the first process, whatever the model is shared by; must be called on all."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
 def fixed_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that a continued run must share, as plain values."""
     return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key not in FREE}
@@ -221,8 +211,8 @@ def with_changes(model: ModelConfig, config: TrainConfig) -> ModelConfig:
 
 
 def save_model(model: HLIPModel, folder: Path, world: Processes) -> None:
-    """Write the trained model, whole, on the first process."""
-    state = whole_model(model)
+    """Write the trained model, whole, on the first process; must be called on all."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.first:
         try:
             rebuilt(model, model.config, state).save_pretrained(folder)

@@ -295,9 +295,8 @@ def read_arguments(arguments: list[str], prog: str, description: str) -> TrainCo
         shown = {name: None if value is MISSING else plain(value) for name, value in (DEFAULTS | settings).items()}
         say(*yaml.safe_dump(shown, sort_keys=False).splitlines())
         parser.exit()
-    for name, default in DEFAULTS.items():
-        if default is MISSING and name not in settings:
-            parser.error(f"{name}: is missing; give --{name}")
+    if "data" not in settings:
+        parser.error("data: is missing; give --data")
     try:
         return TrainConfig(**settings)
     except ValueError as error:
@@ -337,10 +336,10 @@ def value_of(name: str, given: Any) -> Any:
     """
     kind = KINDS[name]
     kinds = get_args(kind) or (kind,)
+    value = given
     try:
         if len(given or "") > MOST_VALUE:
             raise ValueError(f"a value of length {len(given)} (at most {MOST_VALUE})")
-        value = given
         if isinstance(given, list):
             value = [parse_yaml(item) if isinstance(item, str) else item for item in given]
         elif isinstance(given, str) and not {str, Path} & set(kinds):

@@ -47,11 +47,13 @@ class MicroBatches(Dataset):
         seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0]) >> 1
         tokens = plan(batch, self.model.vision, training=True, seeds=[item.seed for item in items])
         objective = OBJECTIVES[self.model.objective]
-        drawn = []
-        for study, item in zip(studies, items, strict=True):
-            random = np.random.default_rng([item.seed, 1])
-            report = study.impression, study.findings
-            drawn.append(objective.draw_text(report, self.texts, self.sentence_dropout, random))
+        drawn = [
+            objective.draw_text(
+                (study.impression, study.findings), self.texts, self.sentence_dropout,
+                np.random.default_rng([item.seed, 1]),
+            )
+            for study, item in zip(studies, items, strict=True)
+        ]  # fmt: skip
         return MicroBatch(tokens, objective.texts(*zip(*drawn, strict=True)), batch.uids, seed)
 
 

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..output import shown_name, write_text
+from ..output import shown_name, write_json, write_text
 from ..processes import Processes
 from ..read.safe import parse_json, read_lines
 from ..terminal import say
@@ -136,18 +136,15 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class Terminated:
-    """Whether SIGTERM came, which clusters send before they take a machine away."""
-
-    def __init__(self) -> None:
-        self.flag = False
-
-    def __enter__(self) -> Terminated:
-        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "flag", True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+@contextlib.contextmanager
+def noticing_sigterm() -> Iterator[threading.Event]:
+    """Yield an event that is set when SIGTERM comes, which clusters send before they take a machine away."""
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Meter:
@@ -170,14 +167,10 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         now = time.perf_counter()
-        span = now - self.since
-        rates = {"studies_per_second": self.studies / span, "tokens_per_second": self.tokens / span}
-        rates["data_wait"] = self.waited / span
+        totals = {"studies_per_second": self.studies, "tokens_per_second": self.tokens, "data_wait": self.waited}
+        rates = {name: total / (now - self.since) for name, total in totals.items()}
         self.since, self.studies, self.tokens, self.waited = now, 0, 0, 0.0
         return rates
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
 
 
 def report_not_finite(step: int, loss: float, norm: float, uids: list[str], out: Path, world: Processes) -> NoReturn:
@@ -185,7 +178,7 @@ def report_not_finite(step: int, loss: float, norm: float, uids: list[str], out:
     parts = world.gather({"loss": loss, "studies": uids})
     path = out / "not_finite.json"
     if world.first:
-        write_text(path, json.dumps({"step": step + 1, "grad_norm": norm, "ranks": parts}, indent=1) + "\n")
+        write_json(path, {"step": step + 1, "grad_norm": norm, "ranks": parts})
     raise ValueError(
         f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; its studies are in {path}. Lower lr, or "
         "look at them; the last checkpoint is from before"
@@ -214,7 +207,8 @@ class Watch:
     def __init__(self, world: Processes, minutes: float, folder: Path) -> None:
         self.world, self.seconds, self.folder = world, minutes * 60, folder
         self.every = min(10.0, self.seconds / 4)
-        self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store()) if world.size > 1 else None
+        shared = dist.distributed_c10d._get_default_store() if world.size > 1 else dist.HashStore()
+        self.store = dist.PrefixStore("watch", shared)
         self.here: dict[str, Any] = {}
         self.beats = 0
         self.done = threading.Event()
@@ -230,12 +224,9 @@ class Watch:
         self._tell()
 
     def _tell(self) -> None:
-        if self.store is not None:
-            self.store.set(str(self.world.rank), json.dumps({**self.here, "beats": self.beats}))
+        self.store.set(str(self.world.rank), json.dumps({**self.here, "beats": self.beats}))
 
     def _all(self) -> list[dict[str, Any]]:
-        if self.store is None:
-            return [self.here]
         return [json.loads(self.store.get(str(rank))) for rank in range(self.world.size)]
 
     def _ask(self, question: Callable[[], Any]) -> Any:
@@ -280,7 +271,7 @@ class Watch:
                 f"{self.folder / 'stalled.json'}",
                 file=sys.stderr,
             )
-        write_text(self.folder / "stalled.json", json.dumps(behind, indent=1) + "\n")
+        write_json(self.folder / "stalled.json", behind)
         os._exit(STALLED)
 
     def close(self) -> None:

@@ -77,16 +77,14 @@ def _figures(line: str) -> dict[str, float] | None:
         entry = parse_json(line)
     except ValueError:
         return None
-    if not isinstance(entry, dict):
-        return None
-    if "event" in entry:
+    if isinstance(entry, dict) and "event" in entry:
         return {}
-    values = list(entry.values())
-    if type(entry.get("step")) is not int or not all(type(value) in (int, float) for value in values):
-        return None
-    if any(abs(value) > MOST for value in values if type(value) is int):
-        return None
-    return entry
+    figures = isinstance(entry, dict) and type(entry.get("step")) is int and all(map(_is_figure, entry.values()))
+    return entry if figures else None
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= MOST)
 
 
 def draw(runs: Sequence[Run], file: IO[bytes], kind: str) -> None:

@@ -14,6 +14,7 @@ import functools
 import logging
 import re
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from .checkpoints import Checkpoints, check_agreement, make_model, save_model
 from .config import TrainConfig, read_arguments
 from .held_out import HeldOut
 from .loader import keeps_features, locked_features, read_batches
-from .log import Log, Meter, Terminated, Watch, check_loggers, memory_gb, report_not_finite, warn
+from .log import Log, Meter, Watch, check_loggers, memory_gb, noticing_sigterm, report_not_finite, warn
 from .precheck import check_data, check_texts
 from .sampler import Cost, StepSampler
 from .step import DTYPES, Optimizer, backward, peak_lr, start, wrap
@@ -146,7 +147,7 @@ class Run:
         watch = Watch(world, config.stall_minutes, config.out)
         progress = tqdm(total=steps, initial=first_step, desc="pre-training", unit="step", disable=not world.first)
         self.wrapped.train()
-        with Terminated() as terminated, contextlib.closing(watch), progress:
+        with noticing_sigterm() as terminated, contextlib.closing(watch), progress:
             for step in range(first_step, steps):
                 plan, done, last = self.sampler.plan(step), step + 1, step + 1 == steps
                 mine = plan.ranks[world.rank]
@@ -160,7 +161,7 @@ class Run:
                 loss, outputs = backward(self.wrapped, compare, pieces, device, autocast, optimizer.scaler.scale)
                 norm = optimizer.limit(world)
                 spoilt, overdue, stop = world.any(
-                    optimizer.is_spoilt(loss, norm), self.checkpoints.is_overdue(), terminated.flag
+                    optimizer.is_spoilt(loss, norm), self.checkpoints.is_overdue(), terminated.is_set()
                 )
                 if spoilt:
                     report_not_finite(step, float(loss), norm, uids, config.out, world)
@@ -190,7 +191,7 @@ class Run:
                 watch.at(done, "ending" if last else "start", [])
             else:
                 save_model(model, config.out / "model", world)
-                log.event("end", seconds=round(meter.seconds(), 1))
+                log.event("end", seconds=round(time.perf_counter() - meter.started, 1))
             world.gather(None)  # nobody leaves while others still wait for an answer
         if failure:
             raise failure

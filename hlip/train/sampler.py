@@ -7,7 +7,6 @@ and there is no state to save but the number of steps done. Ranks only share a s
 from __future__ import annotations
 
 import functools
-import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from ..model.config import VisionConfig
+from ..processes import share
 
 
 class Item(NamedTuple):
@@ -48,9 +48,8 @@ class Cost:
     def __init__(self, vision: VisionConfig) -> None:
         self.linear = len(vision.levels) * (4 + 2 * vision.mlp_ratio) * vision.width**2
         layers = {level: vision.levels.count(level) for level in ("slice", "scan", "study")}
-        self.scan = 2 * vision.width * layers["scan"]
-        self.study = 2 * vision.width * layers["study"]
-        self.slice = 2 * vision.width * layers["slice"] / vision.grid[0]  # of one of a scan's slices, as they are small
+        slices = layers["slice"] / vision.grid[0]  # a slice is small beside its scan
+        self.scan, self.study = (2 * vision.width * count for count in (layers["scan"] + slices, layers["study"]))
         self.kept = 1 - vision.patch_dropout
 
     def __call__(self, tokens: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -58,7 +57,7 @@ class Cost:
         tokens = tokens * self.kept
         square = np.add.reduceat(tokens**2, bounds[:-1])
         total = np.add.reduceat(tokens, bounds[:-1])
-        return self.linear * total + (self.scan + self.slice) * square + self.study * total**2
+        return self.linear * total + self.scan * square + self.study * total**2
 
 
 class StepSampler(Sampler):
@@ -112,9 +111,6 @@ class StepSampler(Sampler):
         self.plan = functools.lru_cache(256)(self._plan)  # a step is planned ahead to be read, and again to be run
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def __len__(self) -> int:
-        return sum(len(self._plan(step).ranks[self.rank]) for step in range(self.first_step, self.steps))
-
     def __iter__(self) -> Iterator[list[Item]]:
         for step in range(self.first_step, self.steps):
             yield from self.plan(step).ranks[self.rank]
@@ -127,17 +123,12 @@ class StepSampler(Sampler):
         studies = self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
         random = np.random.default_rng([self.seed, 1, step])
         seeds = random.integers(2**62, size=len(studies))
-        counts = self.num_scans[studies]
-        keys = random.random(counts.sum())  # a random order of every study's scans
-        kept = counts if self.max_scans is None else np.minimum(counts, self.max_scans)
-        items, first = [], 0
-        for study, count, keep, seed in zip(
-            studies.tolist(), counts.tolist(), kept.tolist(), seeds.tolist(), strict=True
-        ):
-            scans = range(count) if keep == count else np.sort(np.argsort(keys[first : first + count])[:keep]).tolist()
-            items.append(Item(study, tuple(scans), seed))
-            first += count
-        return items
+        ends = np.cumsum(self.num_scans[studies])
+        keys = np.split(random.random(ends[-1]), ends[:-1])  # a random order of every study's scans
+        return [
+            Item(study, tuple(np.sort(np.argsort(order)[: self.max_scans]).tolist()), seed)
+            for study, order, seed in zip(studies.tolist(), keys, seeds.tolist(), strict=True)
+        ]
 
     def _plan(self, step: int) -> StepPlan:
         items = self.batch(step)
@@ -159,50 +150,9 @@ class StepSampler(Sampler):
         )
 
 
-def share(cost: np.ndarray, parts: int, size: int | None = None) -> list[np.ndarray]:
-    """Share indices out so that the largest sum of costs is small: the costliest first, to the part that has least.
-
-    Args:
-        cost: (n), 0 or more.
-        size: of every part; None for any, but no part stays empty.
-
-    Returns:
-        The indices of each part, increasing.
-    """
-    members: list[list[int]] = [[] for _ in range(parts)]
-    heap = [(0.0, 0, place) for place in range(parts)]
-    order = np.argsort(-cost, kind="stable").tolist()
-    for i in order:
-        load, count, place = heapq.heappop(heap)
-        members[place].append(i)
-        if size is None or count + 1 < size:
-            heapq.heappush(heap, (load + float(cost[i]), count + 1, place))
-    shares = [np.sort(np.array(indices, dtype=np.int64)) for indices in members]
-    return _swap(cost, shares) if size is not None else shares
-
-
-def _swap(cost: np.ndarray, parts: list[np.ndarray], most: int = 64) -> list[np.ndarray]:
-    """Exchange pairs between the part that has most and that which has least, as long as it helps."""
-    loads = np.array([cost[indices].sum() for indices in parts])
-    for _ in range(most):
-        high, low = int(loads.argmax()), int(loads.argmin())
-        gap = loads[high] - loads[low]
-        change = cost[parts[high]][:, None] - cost[parts[low]][None]
-        best = np.abs(change - gap / 2)
-        i, j = np.unravel_index(int(best.argmin()), best.shape)
-        if not 0 < change[i, j] < gap or gap <= 0.005 * loads.mean():
-            break
-        parts[high][i], parts[low][j] = parts[low][j], parts[high][i]
-        loads[high] -= change[i, j]
-        loads[low] += change[i, j]
-    return [np.sort(indices) for indices in parts]
-
-
 def pieces_within(tokens: np.ndarray, most: int) -> int:
     """Into how many pieces `share` must cut studies so that none holds more than `most` tokens, or one study."""
-    pieces = max(1, int(np.ceil(tokens.sum() / most)))
-    while pieces < len(tokens):
+    for pieces in range(max(1, int(np.ceil(tokens.sum() / most))), len(tokens)):
         if all(len(piece) == 1 or tokens[piece].sum() <= most for piece in share(tokens, pieces)):
-            break
-        pieces += 1
-    return min(pieces, len(tokens))
+            return pieces
+    return len(tokens)

@@ -122,13 +122,10 @@ def detach(outputs: Outputs) -> Outputs:
 @contextlib.contextmanager
 def synchronised(model: Any, last: bool) -> Iterator[None]:
     """Gradients are reduced over the processes with the last piece only."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-        return
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
-    yield
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
 
 
 def start(config: TrainConfig) -> tuple[torch.device, Processes]:
