@@ -98,9 +98,10 @@ def find_studies(
     check_join(reports, texts, set(keys))
     check_join(labels, numbers, set(keys))
     check_texts(reports, [texts[key] for key in keys if key in texts])
-    for i, (study, key) in enumerate(zip(studies, keys, strict=True)):
-        report = texts[key]._asdict() if key in texts else {}
-        studies[i] = replace(study, **report, labels=numbers.get(key, study.labels))
+    studies = [
+        replace(study, labels=numbers.get(key, study.labels), **(texts[key]._asdict() if key in texts else {}))
+        for study, key in zip(studies, keys, strict=True)
+    ]
     return Found(studies, sorted(search.rejected, key=attrgetter("study", "scan", "rule", "reason")))
 
 
@@ -164,19 +165,17 @@ class _Search:
         """The studies at a path; see `find_studies`. wanted: as `Table.labels` takes it."""
         kind = "folder" if is_folder(path) else path.suffix.lower()
         if kind == ".json":
-            studies = self.listed(read_json_list(path, base, rules), base)
-        elif kind == ".csv":
+            return self.listed(read_json_list(path, base, rules), base)
+        if kind == ".csv":
             rows = read_csv_list(path, base, rules, wanted)
-            studies = self.listed(rows, base) if any(row.scans for row in rows) else self.listed_in_folder(rows, base)
-        elif kind == "folder":
-            studies = self.folder(path)
-            if not studies and not self.rejected:
-                raise ValueError(f"{path}: no scans ({WANTED}) in this folder")
-        elif path.exists():
+            return self.listed(rows, base) if any(row.scans for row in rows) else self.listed_in_folder(rows, base)
+        if kind == "folder":
+            if (studies := self.folder(path)) or self.rejected:
+                return studies
+            raise ValueError(f"{path}: no scans ({WANTED}) in this folder")
+        if path.exists():
             raise ValueError(f"{path}: expected a folder, a study list (.json) or a table (.csv)")
-        else:
-            raise ValueError(f"{path}: no such file or folder{near(path)}")
-        return studies
+        raise ValueError(f"{path}: no such file or folder{near(path)}")
 
     def headers(self, files: Iterable[str]) -> dict[str, Header | ScanError | None]:
         """The headers of those of the files that may be DICOM."""
@@ -231,22 +230,22 @@ class _Search:
 
     def _keep_series_in_one_study(self, headers: dict[str, dict[str, Header]]) -> None:
         """Of a series that lies in two studies with the same instances, drop the one of the later study."""
-        homes: dict[str, set[str]] = defaultdict(set)
+        homes: dict[str, dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
         for uid, files in headers.items():
             for header in files.values():
-                homes[header.series].add(uid)
-        for series, uids in homes.items():
+                homes[header.series][uid].append(header)
+        for series, studies in homes.items():
             seen: dict[str, str] = {}
-            for uid in sorted(uids) if len(uids) > 1 else ():
-                mine = [header for header in headers[uid].values() if header.series == series]
+            for uid, mine in sorted(studies.items()):
                 other = next((seen[header.instance] for header in mine if header.instance in seen), None)
                 if other is None:
                     seen.update({header.instance: uid for header in mine if header.instance})
                     continue
                 for header in mine:
                     del headers[uid][header.path]
-                reason = f"a series of study {other}, with the same instances"
-                self.rejected.append(Rejection(uid, series, "duplicate", reason))
+                self.rejected.append(
+                    Rejection(uid, series, "duplicate", f"a series of study {other}, with the same instances")
+                )
 
     def listed(self, rows: Sequence[StudyRecord[Named]], base: Path) -> list[StudyRecord[ScanSource]]:
         """The studies of a list with paths, by uid."""
@@ -265,8 +264,14 @@ class _Search:
         kept = []
         for name, path in row.scans:
             if path.is_relative_to(base) and Path(os.path.normpath(path.relative_to(base))).parts[:1] == ("..",):
-                reason = "the path leads out of the list's folder: write it absolute, or give another root"
-                self.rejected.append(Rejection(row.uid, name or printable(path.name), "outside", reason))
+                self.rejected.append(
+                    Rejection(
+                        row.uid,
+                        name or printable(path.name),
+                        "outside",
+                        "the path leads out of the list's folder: write it absolute, or give another root",
+                    )
+                )
             else:
                 kept.append((name, path))
         return kept
@@ -288,8 +293,11 @@ class _Search:
         kept = []
         for study, repeated in zip(studies, find_repeated(parts, self.workers, self.progress), strict=True):
             for i, first in repeated.items():
-                reason = f"the same image as {study.scans[first].name}"
-                self.rejected.append(Rejection(study.uid, study.scans[i].name, "duplicate", reason))
+                self.rejected.append(
+                    Rejection(
+                        study.uid, study.scans[i].name, "duplicate", f"the same image as {study.scans[first].name}"
+                    )
+                )
             scans = tuple(replace(scan, offsets=()) for i, scan in enumerate(study.scans) if i not in repeated)
             if scans:
                 kept.append(replace(study, scans=scans))
@@ -324,9 +332,7 @@ def _doubt_large(root: Path, names: Mapping[str, Mapping[str, str]]) -> None:
 def _has_fixed(place: Path, root: Path, files: Collection[str]) -> bool:
     """Whether a volume of CT-RATE also lies in `valid_fixed` beside `valid`, where its header is mended."""
     parts = place.parts
-    if volume_study(place.name) == stem(place.name):
-        return False
-    return any(
+    return volume_study(place.name) != stem(place.name) and any(
         str(root.joinpath(*parts[:i], f"{parts[i]}_fixed", *parts[i + 1 :])) in files for i in range(len(parts) - 1)
     )
 

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,8 +68,10 @@ def prepare(
         OSError: `out` cannot be written. What is finished stays, and the next run goes on.
     """
     if workers < 1 or shard_scans < 1 or not 0 < scan_seconds < math.inf:
-        got = f"{workers}, {shard_scans} and {scan_seconds}"
-        raise ValueError(f"workers, shard_scans and scan_seconds must be positive and finite, got {got}")
+        raise ValueError(
+            "workers, shard_scans and scan_seconds must be positive and finite, got "
+            f"{workers}, {shard_scans} and {scan_seconds}"
+        )
     pyarrow()  # asked for now, not after hours
     out = Path(out)
     found = in_order(found if salt is None else hash_ids(found, salt))
@@ -95,22 +96,21 @@ def prepare(
         return report
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"no space left ({error.strerror}); the finished shards stay: make room and run this again"
-            raise OSError(error.errno, reason, str(out)) from error
+            raise OSError(
+                error.errno,
+                f"no space left ({error.strerror}); the finished shards stay: make room and run this again",
+                str(out),
+            ) from error
         raise
 
 
 def _run(job: PrepareJob, engine: Engine, workers: int, slurm: Mapping[str, Any], progress: bool) -> None:
     pending = [k for k in range(len(job.plan.shards)) if not job.is_done(k)]
     with _bar(job.plan, pending, progress) as tick:
-        if not pending:
-            return
-        if engine == "local":
-            run_local(job, pending, workers, tick)
-        elif engine == "ray":
-            run_ray(job, pending, workers, tick)
-        else:
-            run_slurm(job, pending, workers, tick, job.plan.out / "work" / "slurm", slurm)
+        if pending:
+            run_array = partial(run_slurm, folder=job.plan.out / "work" / "slurm", options=slurm)
+            engines: dict[Engine, Callable[..., None]] = {"local": run_local, "ray": run_ray, "slurm": run_array}
+            engines[engine](job, pending, workers, tick)
 
 
 def prepare_study(
@@ -166,10 +166,6 @@ def _for_the_store(reason: str, scan: ScanSource) -> str:
     return encodable(reason)
 
 
-def _begin(notify: Callable[[Event], None], s: int, m: int) -> None:
-    notify(Event((s, m), 0, 0))
-
-
 @dataclass(frozen=True)
 class PrepareJob:
     """The job of a plan, a unit of which is a shard (see `workers.Job`)."""
@@ -180,20 +176,18 @@ class PrepareJob:
 
     def run(self, unit: int, notify: Callable[[Event], None]) -> None:
         torch.set_num_threads(1)  # there is a worker for every CPU
-        recipe = self.recipe
-        write_shard(
-            shard_file(self.plan.out, unit),
-            self._studies(unit, notify),
-            recipe.to_dict(),
-            recipe.hash,
-            self.plan.out / "work",
-        )
+        file, studies = shard_file(self.plan.out, unit), self._studies(unit, notify)
+        write_shard(file, studies, self.recipe.to_dict(), self.recipe.hash, self.plan.out / "work")
 
     def _studies(self, k: int, notify: Callable[[Event], None]) -> Iterator[StudyRecord[PreparedScan]]:
         blamed = self._blamed(k)
         for s, source in enumerate(self.plan.studies(k)):
             left_out = {m: why for (at, m), why in blamed.items() if at == s}
-            study = prepare_study(source, self.recipe, left_out, partial(_begin, notify, s), self.plan.hidden)
+
+            def begin(m: int, s: int = s) -> None:
+                notify(Event((s, m), 0, 0))
+
+            study = prepare_study(source, self.recipe, left_out, begin, self.plan.hidden)
             notify(Event(None, 1, len(source.scans)))
             yield study
 
@@ -255,14 +249,14 @@ def _remove_temporary(work: Path) -> None:
 def _bar(plan: Plan, pending: Sequence[int], show: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar of studies, which starts at those of earlier runs, with scans a second beside it."""
     total, left = sum(shard[0] for shard in plan.shards), sum(plan.shards[k][0] for k in pending)
-    start, done = time.monotonic(), 0
+    done = 0
     with tqdm(total=total, initial=total - left, desc="preparing", unit="study", disable=not show) as bar:
 
         def tick(studies: int, scans: int) -> None:
             nonlocal done
             done += scans
             if studies:
-                bar.set_postfix_str(f"{done / max(1e-9, time.monotonic() - start):.1f} scans/s", False)
+                bar.set_postfix_str(f"{done / max(1e-9, bar.format_dict['elapsed']):.1f} scans/s", False)
                 bar.update(studies)
 
         yield tick

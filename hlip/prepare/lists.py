@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,19 @@ def read_json_list(path: Path, root: Path, rules: SectionRules) -> list[StudyRec
     Raises:
         ValueError: not such a file; names it and the study.
     """
-    studies = []
-    for uid, entry in read_json_studies(path, "study list").items():
-        try:
-            given = [key for key in ("scans", "recons", "series") if isinstance(entry, dict) and key in entry]
-            if len(given) != 1 or not isinstance(entry[given[0]], dict if given == ["series"] else list):
-                raise ValueError("expected an object with a list of 'scans', or of 'recons', or an object 'series'")
-            check_keys(entry, ("scans", "recons", "series", *TEXTS), also=True)
-            scans = _listed(given[0], entry[given[0]], root, uid)
-            for key in TEXTS:
-                if not isinstance(entry.get(key, []), list):
-                    raise ValueError(f"'{key}' must be a list of sentences")
-            report = report_of(_texts(entry), rules)
-        except ValueError as error:
-            raise ValueError(f"{path}: study {uid}: {error}") from error
-        studies.append(StudyRecord(uid, scans, *report))
-    return studies
 
+    def read(uid: str, entry: Any) -> StudyRecord[Named]:
+        given = [key for key in ("scans", "recons", "series") if isinstance(entry, dict) and key in entry]
+        if len(given) != 1 or not isinstance(entry[given[0]], dict if given == ["series"] else list):
+            raise ValueError("expected an object with a list of 'scans', or of 'recons', or an object 'series'")
+        check_keys(entry, ("scans", "recons", "series", *TEXTS), also=True)
+        scans = _listed(given[0], entry[given[0]], root, uid)
+        texts = {key: entry[key] for key in TEXTS if key in entry}
+        if alone := [key for key, value in texts.items() if not isinstance(value, list)]:
+            raise ValueError(f"'{alone[0]}' must be a list of sentences")
+        return StudyRecord(uid, scans, *report_of(texts, rules))
 
-def _texts(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in TEXTS if key in entry}
+    return list(read_json_studies(path, "study list", read).values())
 
 
 def _listed(key: str, scans: Any, root: Path, uid: str) -> tuple[Named, ...]:
@@ -78,17 +71,14 @@ def each_once(paths: list[Path]) -> list[Path]:
         ValueError: a path occurs twice.
     """
     paths = sorted(paths)
-    for path, following in pairwise(paths):
-        if path == following:
-            raise ValueError(f"{path}: the same scan is given twice")
+    if twice := [path for path, following in pairwise(paths) if path == following]:
+        raise ValueError(f"{twice[0]}: the same scan is given twice")
     return paths
 
 
 def _series_path(study: Path, name: str) -> Path:
-    for path in (study / f"{name}{suffix}" for suffix in (TENSOR_SUFFIX, *NIFTI_SUFFIXES)):
-        if is_file(path):
-            return path
-    return study / name
+    places = [study / f"{name}{suffix}" for suffix in (TENSOR_SUFFIX, *NIFTI_SUFFIXES)]
+    return next(filter(is_file, places), study / name)
 
 
 def _recon_path(root: Path, name: str) -> Path:
@@ -98,7 +88,7 @@ def _recon_path(root: Path, name: str) -> Path:
         return root / name
     folder = Path(f"{split}_{rest[0]}", f"{split}_{rest[0]}_{rest[1]}", name)
     places = [root / name, root / folder, root / f"{split}_fixed" / folder, root / split / folder]
-    return next((path for path in places if is_file(path)), root / name)
+    return next(filter(is_file, places), root / name)
 
 
 def read_csv_list(
@@ -115,16 +105,15 @@ def read_csv_list(
     """
     table = Table.read(path)
     say_misspelt(table, PATH_COLUMNS)
-    column = next((name for name in PATH_COLUMNS if name in table.columns), None)
+    column = next((name for name in PATH_COLUMNS if name in table.columns), "")
     texts = text_columns(table)
     reports = table_reports(table, rules) if texts else {}
     labels = table.labels({*texts, *PATH_COLUMNS}, wanted)
     files: dict[str, list[Path]] = defaultdict(list)
-    for line, uid, row in table.rows:
-        if column is not None:
-            if not _is_file_name(row[column].strip()):
-                raise ValueError(f"{path}: line {line}: no {column}")
-            files[uid].append(root / row[column].strip())
+    for line, uid, row in table.rows if column else ():
+        if not _is_file_name(row[column].strip()):
+            raise ValueError(f"{path}: line {line}: no {column}")
+        files[uid].append(root / row[column].strip())
     studies = []
     for uid, study_labels in labels.items():
         try:

@@ -60,9 +60,8 @@ def in_order(found: Found) -> Found:
         in_order = tuple(sorted(scans, key=lambda scan: scan.name))
         studies.append(replace(study, uid=uid, impression=impression, findings=findings, scans=in_order))
     studies.sort(key=lambda study: study.uid)
-    for study, following in pairwise(studies):
-        if study.uid == following.uid:
-            raise ValueError(f"two studies are named {study.uid}")
+    if twice := [study.uid for study, following in pairwise(studies) if study.uid == following.uid]:
+        raise ValueError(f"two studies are named {twice[0]}")
     rejected = sorted(
         (Rejection(*map(encodable, (r.study, r.scan, r.rule, r.reason))) for r in found.rejected), key=astuple
     )
@@ -78,10 +77,10 @@ def hash_sources(found: Found) -> str:
     for study in found.studies:
         for scan in study.scans:
             files = [os.path.relpath(file, root) for file in scan.files]
-            what = [scan.name, scan.kind, scan.modality, scan.description, files, _size(scan.files[0])]
-            digest.update(json.dumps(what).encode() + b"\n")
-        text = [study.uid, study.impression, study.findings, list(study.labels.items())]
-        digest.update(json.dumps(text).encode() + b"\n\n")
+            facts = [scan.name, scan.kind, scan.modality, scan.description, files, _size(scan.files[0])]
+            digest.update(json.dumps(facts).encode() + b"\n")
+        facts = [study.uid, study.impression, study.findings, list(study.labels.items())]
+        digest.update(json.dumps(facts).encode() + b"\n\n")
     for rejection in found.rejected:
         digest.update(json.dumps(asdict(rejection)).encode() + b"\n")
     return digest.hexdigest()[:32]

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ..read.readers import read_scan
 from ..read.rules import Rules, check_count, check_volume, plain_values
-from ..read.safe import read_settings, read_yaml
+from ..read.safe import read_settings, read_yaml, readable
 from ..read.scan import ScanError, ScanSource, Volume
-from ..read.schema import check_types, structure
+from ..read.schema import check_ranges, check_types, structure
 from ..study import PreparedScan
 
 VERSION = 1  # to be raised whenever reading or preprocessing changes what a scan looks like
@@ -76,9 +76,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.size) < 1:
-            raise ValueError(f"size must be positive, got {self.size}")
-        if self.crop and (min(self.crop) < 1 or self.crop[0] > self.size[1] or self.crop[1] > self.size[2]):
+        check_ranges(self, {"at least 1": ("size", "crop", "native"), "above 0": ("spacing",)})
+        if self.crop and (self.crop[0] > self.size[1] or self.crop[1] > self.size[2]):
             raise ValueError(f"crop {self.crop} must fit into the slices of size {self.size}")
         if bool(self.percentiles) == bool(self.windows):
             raise ValueError(f"either percentiles or windows, got {self.percentiles} and {self.windows}")
@@ -86,10 +85,8 @@ class Recipe:
             raise ValueError(f"percentiles must increase within 0 to 100, got {self.percentiles}")
         if len({window.name for window in self.windows}) < len(self.windows):
             raise ValueError(f"windows need names of their own, got {[window.name for window in self.windows]}")
-        if self.spacing and (self.native or not min(self.spacing) > 0):
-            raise ValueError(f"spacing must be positive, and without native, got {self.spacing} and {self.native}")
-        if self.native and min(self.native) < 1:
-            raise ValueError(f"native must be the voxels of a patch, got {self.native}")
+        if self.spacing and self.native:
+            raise ValueError(f"either spacing or native, got {self.spacing} and {self.native}")
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
@@ -119,8 +116,11 @@ class Recipe:
         axes = self.axes(array.shape, spacing, volume.prepared)
         side = max(max(axis.length + axis.black, axis.resized) for axis in axes[1:])
         if side > self.rules.max_side:
-            reason = f"slices of {side} voxels a side before they are cut, expected at most {self.rules.max_side}"
-            raise ScanError(volume.path, reason, "too_large")
+            raise ScanError(
+                volume.path,
+                f"slices of {side} voxels a side before they are cut, expected at most {self.rules.max_side}",
+                "too_large",
+            )
         result = (axes[0].spacing, axes[1].spacing, axes[2].spacing)
         scans = []
         for window in self._windows(volume):
@@ -178,8 +178,7 @@ class Recipe:
             return self.windows
         low, high = percentiles(volume.array, self.percentiles)
         if not low < high:
-            reason = f"no contrast: percentiles {self.percentiles} are both {low:g}"
-            raise ScanError(volume.path, reason, "no_contrast")
+            raise ScanError(volume.path, f"no contrast: percentiles {self.percentiles} are both {low:g}", "no_contrast")
         return (Window(low, high),)
 
     def to_dict(self) -> dict[str, Any]:
@@ -347,24 +346,21 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path in RECIPES:
         return RECIPES[name_or_path]
     path = Path(name_or_path)
-    of_model = path.is_dir()
-    if not of_model and path.suffix.lower() not in (".yaml", ".yml"):
+    if path.is_dir():
+        return _recipe_of_model(path / "config.json")
+    if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(
             f"unknown recipe {name_or_path!r}: expected {', '.join(RECIPES)}, a file that ends in .yaml, or a model's "
             "folder"
         )
-    try:
-        if of_model:
-            path /= "config.json"
-            config = read_settings(path)
-            content = config.get("recipe") if isinstance(config, Mapping) else None
-            if content is None:
-                raise ValueError("this model was saved without a recipe")
-        else:
-            content = read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable recipe ({error})") from error
-    try:
+    with readable(path, "recipe"):
+        return Recipe.from_dict(read_yaml(path))
+
+
+def _recipe_of_model(path: Path) -> Recipe:
+    with readable(path, "recipe"):
+        config = read_settings(path)
+        content = config.get("recipe") if isinstance(config, Mapping) else None
+        if content is None:
+            raise ValueError("this model was saved without a recipe")
         return Recipe.from_dict(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

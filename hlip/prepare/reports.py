@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..read.files import printable, why
-from ..read.safe import MOST_TEXT, check_keys, read_text, read_yaml
-from ..read.schema import structure
+from ..read.files import printable
+from ..read.safe import MOST_TEXT, check_keys, read_text, read_yaml, readable
+from ..read.schema import check_types, structure
 from .tables import Table, read_json_studies
 
 logger = logging.getLogger(__name__)
@@ -89,18 +89,15 @@ class SectionRules:
     unlabelled: Literal["impression", "findings"] = "findings"
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for section in ("impression", "findings", "other"):
-            for heading in getattr(self, section):
-                if not isinstance(heading, str) or heading != " ".join(heading.lower().split()) or not heading:
-                    raise ValueError(f"{section}: a heading must be words in lower case, got {heading!r}")
-                if heading in seen:
-                    raise ValueError(f"{section}: heading {heading!r} is given twice")
-                seen.add(heading)
+        check_types(self)
+        given = [(name, heading) for name in ("impression", "findings", "other") for heading in getattr(self, name)]
+        for i, (section, heading) in enumerate(given):
+            if heading != " ".join(heading.lower().split()) or not heading:
+                raise ValueError(f"{section}: a heading must be words in lower case, got {heading!r}")
+            if any(heading == before for _, before in given[:i]):
+                raise ValueError(f"{section}: heading {heading!r} is given twice")
         if not self.impression or not self.findings:
             raise ValueError("impression and findings each need at least one heading")
-        if self.unlabelled not in ("impression", "findings"):
-            raise ValueError(f"unlabelled must be 'impression' or 'findings', got {self.unlabelled!r}")
 
     @classmethod
     def read(cls, path: Path | str) -> SectionRules:
@@ -109,10 +106,8 @@ class SectionRules:
         Raises:
             ValueError: not such a file; names it and the field.
         """
-        try:
+        with readable(Path(path), "file of section rules"):
             return structure(cls, read_yaml(Path(path), texts=True))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not readable section rules ({error})") from error
 
     def split(self, text: str) -> ReportText:
         """The impression and the findings in a report's text.
@@ -231,29 +226,24 @@ def read_reports(path: Path | str, rules: SectionRules | None = None) -> dict[st
         return table_reports(table, rules)
     if path.suffix.lower() != ".json":
         raise ValueError(f"{path}: reports must be a .json or .csv file, or a folder of .txt files")
-    reports = {}
-    for uid, entry in read_json_studies(path, "file of reports").items():
-        try:
-            entry = entry if isinstance(entry, dict) else {"report": entry}
-            check_keys((key.lower().removesuffix("_en") for key in entry), _SPELLINGS, also=True)
-            reports[uid] = report_of(entry, rules)
-        except ValueError as error:
-            raise ValueError(f"{path}: study {uid}: {error}") from error
-    return reports
+
+    def read(uid: str, entry: Any) -> ReportText:
+        entry = entry if isinstance(entry, dict) else {"report": entry}
+        check_keys((key.lower().removesuffix("_en") for key in entry), _SPELLINGS, also=True)
+        return report_of(entry, rules)
+
+    return read_json_studies(path, "file of reports", read)
 
 
 def _folder_reports(folder: Path, rules: SectionRules) -> dict[str, ReportText]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not p.name.startswith("."))
     reports = {}
-    for file in files:
+    for file in sorted(p for p in folder.iterdir() if p.suffix.lower() == ".txt" and not p.name.startswith(".")):
         if file.is_symlink():
             raise ValueError(f"{file}: a report must be a file, not a link")
         if printable(file.stem) in reports:
             raise ValueError(f"{file}: the study has another report")
-        try:
+        with readable(file, "report"):
             reports[printable(file.stem)] = rules.split(read_text(file, MOST_TEXT))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: not a readable report ({why(error)})") from error
     if not reports:
         raise ValueError(f"{folder}: no reports (.txt) in this folder")
     return reports

@@ -32,33 +32,35 @@ def make_scans(
         elif kind is not None:
             scans.append(ScanSource(name, kind, (Path(path),)))
     for key in sorted(series):
-        scan = _series(series[key], uid, rejected)
-        if scan is not None:
-            scans.append(scan)
+        scans += _series(series[key], uid, rejected)
     return scans
 
 
-def _series(headers: Sequence[Header], uid: str, rejected: list[Rejection]) -> ScanSource | None:
+def _series(headers: Sequence[Header], uid: str, rejected: list[Rejection]) -> list[ScanSource]:
+    """The scan of a series, unless none of its files is an image."""
     headers = sorted(headers, key=attrgetter("position", "instance", "path"))
     first = headers[0]
     name = f"{first.number:04d}" + (f"-{clean(first.description)}" if first.description else "")
+    shown = [header for header in headers if header.is_image]
     images: dict[tuple[str, int], Header] = {}
-    copies = []
-    for header in headers:
+    for header in shown:
         # Some de-identified archives give every slice one instance UID: only the position tells those apart.
-        key = (header.instance or header.path, header.position)
-        if header.is_image and images.setdefault(key, header) is not header:
-            copies.append(header)
+        images.setdefault((header.instance or header.path, header.position), header)
     if not images:
-        reason = f"{len(headers)} files of modality {first.modality or '?'} without rows of pixels"
-        rejected.append(Rejection(uid, name, "no_image", reason))
-        return None
-    if copies:
-        reason = f"{len(copies)} files repeat an instance of the series"
-        rejected.append(Rejection(uid, name, "copy", reason))
+        rejected.append(
+            Rejection(
+                uid,
+                name,
+                "no_image",
+                f"{len(headers)} files of modality {first.modality or '?'} without rows of pixels",
+            )
+        )
+        return []
+    if copies := len(shown) - len(images):
+        rejected.append(Rejection(uid, name, "copy", f"{copies} files repeat an instance of the series"))
     files = tuple(Path(header.path) for header in images.values())
     offsets = tuple(header.offset for header in images.values())
-    return ScanSource(name, "dicom", files, first.modality, first.description, offsets)
+    return [ScanSource(name, "dicom", files, first.modality, first.description, offsets)]
 
 
 def named(scans: Iterable[ScanSource]) -> tuple[ScanSource, ...]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..output import FORMULA
 from ..read.files import printable, stem
-from ..read.safe import as_texts, read_json, read_lines, unique_keys
+from ..read.safe import as_texts, read_json, read_lines, readable, unique_keys
 
 logger = logging.getLogger(__name__)
 STUDY_COLUMNS = ("study", "study_uid", "VolumeName")
@@ -25,21 +25,25 @@ def _as_written(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
-def read_json_studies(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object with one entry per study, none of them twice.
+def read_json_studies(path: Path, what: str, read: Callable[[str, Any], Value]) -> dict[str, Value]:
+    """Read a JSON object with one entry per study, none of them twice; `read` makes a value of a study and its entry.
 
     Raises:
-        ValueError: not such a file; names it.
+        ValueError: not such a file; names it, and the study.
     """
-    try:
+    with readable(path, what):
         content = read_json(path)
         if isinstance(content, dict):
             content = unique_keys([(printable(uid), entry) for uid, entry in content.items()])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable {what} ({error})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected an object with one entry per study")
-    return content
+    values = {}
+    for uid, entry in content.items():
+        try:
+            values[uid] = read(uid, entry)
+        except ValueError as error:
+            raise ValueError(f"{path}: study {uid}: {error}") from error
+    return values
 
 
 def read_names(path: Path) -> list[str]:
@@ -48,11 +52,8 @@ def read_names(path: Path) -> list[str]:
     Raises:
         ValueError: not such a file; names it.
     """
-    try:
-        with contextlib.closing(read_lines(path)) as lines:
-            return list(dict.fromkeys(filter(None, map(str.strip, lines))))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable list of studies ({error})") from error
+    with readable(path, "list of studies"), contextlib.closing(read_lines(path)) as lines:
+        return list(dict.fromkeys(filter(None, map(str.strip, lines))))
 
 
 @dataclass(frozen=True)
@@ -74,31 +75,27 @@ class Table:
             ValueError: not such a file; names it, and the line.
         """
         path = Path(path)
-        try:
-            with contextlib.closing(read_lines(path)) as lines:
-                reader = csv.DictReader(lines)
-                columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
-                reader.fieldnames = columns
-                uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
-                if uid_column is None:
-                    raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}")
-                if len(set(columns)) < len(columns):
-                    raise ValueError(f"line {reader.line_num}: column {max(columns, key=columns.count)!r} occurs twice")
-                rows = []
-                for row in reader:
-                    line = reader.line_num
-                    if None in row or None in row.values():
-                        raise ValueError(f"line {line}: expected {len(columns)} cells")
-                    row = {name: _as_written(cell) for name, cell in row.items()}
-                    uid = row[uid_column].strip()
-                    uid = volume_study(uid) if uid_column == "VolumeName" else uid
-                    if not uid:
-                        raise ValueError(f"line {line}: no {uid_column}")
-                    rows.append((line, printable(uid), {k: v for k, v in row.items() if k != uid_column}))
-        except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
-            raise ValueError(f"{path}: not a readable table ({error})") from error
-        if not rows:
-            raise ValueError(f"{path}: not a readable table (it has no rows)")
+        with readable(path, "table"), contextlib.closing(read_lines(path)) as lines:
+            reader = csv.DictReader(lines)
+            columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
+            if uid_column is None:
+                raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}")
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"line {reader.line_num}: column {max(columns, key=columns.count)!r} occurs twice")
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"line {reader.line_num}: expected {len(columns)} cells")
+                cells = {name: _as_written(cell) for name, cell in row.items()}
+                uid = cells.pop(uid_column).strip()
+                if not uid:
+                    raise ValueError(f"line {reader.line_num}: no {uid_column}")
+                uid = volume_study(uid) if uid_column == "VolumeName" else uid
+                rows.append((reader.line_num, printable(uid), cells))
+            if not rows:
+                raise ValueError("it has no rows")
         return cls(path, tuple(name for name in columns if name != uid_column), tuple(rows))
 
     def labels(self, leave: Collection[str] = (), wanted: Collection[str] | None = None) -> dict[str, dict[str, float]]:
@@ -118,13 +115,11 @@ class Table:
             raise ValueError(f"{self.path}: no column {absent[0]!r} of labels; there are {', '.join(self.columns)}")
         given = [name for name in self.columns if name and name not in leave and (wanted is None or name in wanted)]
         columns = [name for name in given if self._numbers(name, strict=wanted is not None)]
-        if wanted is None:
-            likely = self.likely_labels(leave)
-            if others := ", ".join(name for name in columns if name not in likely):
-                what = "columns that are not taken as labels unless they are asked for (--label_columns)"
-                logger.warning("%s: %s: %s", self.path, what, others)
-            columns = likely
-        return self.by_study(lambda row: {n: float(cell) for n in columns if (cell := row[n].strip())}, "labels")
+        likely = columns if wanted is not None else self.likely_labels(leave)
+        if others := ", ".join(name for name in columns if name not in likely):
+            what = "columns that are not taken as labels unless they are asked for (--label_columns)"
+            logger.warning("%s: %s: %s", self.path, what, others)
+        return self.by_study(lambda row: {n: float(cell) for n in likely if (cell := row[n].strip())}, "labels")
 
     def likely_labels(self, leave: Collection[str] = ()) -> list[str]:
         """The columns, but for those of `leave`, whose numbers all lie within -1 and 1, one value for each study."""

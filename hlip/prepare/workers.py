@@ -93,8 +93,10 @@ def run_local(job: Job, units: Sequence[int], workers: int, tick: Tick) -> None:
                         job.blame(*worker.late, "timeout", f"it took more than {job.step_seconds:g} s")
                     elif deaths[worker.unit, worker.step] == TRIES:
                         if worker.step is None:
-                            ended = f"a worker process ended {TRIES} times outside of all scans ({reason})"
-                            raise RuntimeError(f"{ended}: there may be too little memory for {workers} workers")
+                            raise RuntimeError(
+                                f"a worker process ended {TRIES} times outside of all scans ({reason}): there may be "
+                                f"too little memory for {workers} workers"
+                            )
                         job.blame(worker.unit, worker.step, "crash", f"it ended the process {TRIES} times ({reason})")
                     waiting.appendleft(worker.unit)
                     continue

@@ -7,13 +7,14 @@ of any length. Functions raise `OSError` or `ValueError` with the reason alone; 
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import functools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from .paths import check_regular, check_text
 MOST_YAML = 2**18  # bytes, for which the parser takes seconds
 MOST_TEXT = 2**24  # bytes of a report, or of one line of a table
 MOST_SETTINGS = 2**24  # bytes of the configuration of a model or store
+
+
+@contextlib.contextmanager
+def readable(path: Path, what: str) -> Iterator[None]:
+    """Whatever is wrong with a file becomes a ValueError that names it, and what it was to be."""
+    try:
+        yield
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable {what} ({error})") from error
 
 
 def read_text(path: Path, most: int | None = None) -> str:
