@@ -353,12 +353,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"unknown recipe {name_or_path!r}: expected {', '.join(RECIPES)}, a file that ends in .yaml, or a model's "
             "folder"
         )
-    with readable(path, "recipe"):
+    with readable(path, "a readable recipe"):
         return Recipe.from_dict(read_yaml(path))
 
 
 def _recipe_of_model(path: Path) -> Recipe:
-    with readable(path, "recipe"):
+    with readable(path, "a readable recipe"):
         config = read_settings(path)
         content = config.get("recipe") if isinstance(config, Mapping) else None
         if content is None:

@@ -106,7 +106,7 @@ class SectionRules:
         Raises:
             ValueError: not such a file; names it and the field.
         """
-        with readable(Path(path), "file of section rules"):
+        with readable(Path(path), "readable section rules"):
             return structure(cls, read_yaml(Path(path), texts=True))
 
     def split(self, text: str) -> ReportText:
@@ -242,7 +242,7 @@ def _folder_reports(folder: Path, rules: SectionRules) -> dict[str, ReportText]:
             raise ValueError(f"{file}: a report must be a file, not a link")
         if printable(file.stem) in reports:
             raise ValueError(f"{file}: the study has another report")
-        with readable(file, "report"):
+        with readable(file, "a readable report"):
             reports[printable(file.stem)] = rules.split(read_text(file, MOST_TEXT))
     if not reports:
         raise ValueError(f"{folder}: no reports (.txt) in this folder")

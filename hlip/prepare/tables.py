@@ -31,7 +31,7 @@ def read_json_studies(path: Path, what: str, read: Callable[[str, Any], Value]) 
     Raises:
         ValueError: not such a file; names it, and the study.
     """
-    with readable(path, what):
+    with readable(path, f"a readable {what}"):
         content = read_json(path)
         if isinstance(content, dict):
             content = unique_keys([(printable(uid), entry) for uid, entry in content.items()])
@@ -52,7 +52,7 @@ def read_names(path: Path) -> list[str]:
     Raises:
         ValueError: not such a file; names it.
     """
-    with readable(path, "list of studies"), contextlib.closing(read_lines(path)) as lines:
+    with readable(path, "a readable list of studies"), contextlib.closing(read_lines(path)) as lines:
         return list(dict.fromkeys(filter(None, map(str.strip, lines))))
 
 
@@ -75,7 +75,7 @@ class Table:
             ValueError: not such a file; names it, and the line.
         """
         path = Path(path)
-        with readable(path, "table"), contextlib.closing(read_lines(path)) as lines:
+        with readable(path, "a readable table"), contextlib.closing(read_lines(path)) as lines:
             reader = csv.DictReader(lines)
             columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns

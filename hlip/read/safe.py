@@ -29,11 +29,11 @@ MOST_SETTINGS = 2**24  # bytes of the configuration of a model or store
 
 @contextlib.contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Whatever is wrong with a file becomes a ValueError that names it, and what it was to be."""
+    """Whatever is wrong with a file becomes a ValueError that names it, and what it was to be: "a readable table"."""
     try:
         yield
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable {what} ({error})") from error
+        raise ValueError(f"{path}: not {what} ({error})") from error
 
 
 def read_text(path: Path, most: int | None = None) -> str:
