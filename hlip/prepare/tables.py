@@ -25,7 +25,9 @@ def _as_written(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
-def read_json_studies(path: Path, what: str, read: Callable[[str, Any], Value]) -> dict[str, Value]:
+def read_json_studies(
+    path: Path, what: str, read: Callable[[str, Any], Any] = lambda uid, entry: entry
+) -> dict[str, Any]:
     """Read a JSON object with one entry per study, none of them twice; `read` makes a value of a study and its entry.
 
     Raises:
