@@ -68,10 +68,8 @@ def prepare(
         OSError: `out` cannot be written. What is finished stays, and the next run goes on.
     """
     if workers < 1 or shard_scans < 1 or not 0 < scan_seconds < math.inf:
-        raise ValueError(
-            "workers, shard_scans and scan_seconds must be positive and finite, got "
-            f"{workers}, {shard_scans} and {scan_seconds}"
-        )
+        got = f"{workers}, {shard_scans} and {scan_seconds}"
+        raise ValueError(f"workers, shard_scans and scan_seconds must be positive and finite, got {got}")
     pyarrow()  # asked for now, not after hours
     out = Path(out)
     found = in_order(found if salt is None else hash_ids(found, salt))
@@ -96,11 +94,8 @@ def prepare(
         return report
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"no space left ({error.strerror}); the finished shards stay: make room and run this again",
-                str(out),
-            ) from error
+            reason = f"no space left ({error.strerror}); the finished shards stay: make room and run this again"
+            raise OSError(error.errno, reason, str(out)) from error
         raise
 
 
