@@ -327,7 +327,7 @@ def test_a_checkpoint_from_before_says_no_more_than_its_shapes(bert_folder: str,
     torch.save(content, path)
     with pytest.raises(ValueError, match="differ in what weights do not tell"):
         hlip.HLIPModel.load(str(path))
-    loaded, identity = hlip.HLIPModel.load(str(path), name, tmp_path / "bert")
+    loaded, _ = hlip.HLIPModel.load(str(path), name, tmp_path / "bert")
     assert loaded.config == model.config
     assert_same(loaded.state_dict(), model.state_dict())
     checkpoints = Checkpoints(TrainConfig(Path("store"), tmp_path / "run"), Processes())
