@@ -119,12 +119,15 @@ UNKNOWN = "no reason is known"
 ROUNDING = "sums in another order: attention and norms have other kernels"
 FOLLOWS = "a figure of weights or embeddings that are rounded apart"
 NAMED = "names are written without the folder in which they lie"
+ALONE = "only one side has it"
 REASONS = (  # a file and its field, as patterns, and why they differ, since 26ff414 at the earliest
     ("*.png", "*", "a picture of figures that are compared themselves"),
     ("map/*", "*", FOLLOWS),
     ("found/*", "*", FOLLOWS),
     ("pairs/*", "*", FOLLOWS),
     ("read/*", "*", FOLLOWS),
+    ("eval/table.*", "*", FOLLOWS),
+    ("*/lock", ALONE, "a run holds the lock of its folder"),
     ("probe/*", "*", FOLLOWS),
     ("both.parquet", "*hlip_format*", "files say their format"),
     ("*", "*seconds*", "time"),
@@ -244,7 +247,8 @@ def compared(base: Path, new: Path) -> Iterator[str]:
         if file.startswith("said/") or "events.out.tfevents" in file:
             continue
         if file not in files[0] or file not in files[1]:
-            yield f"DIFFERS {file}: only {'base' if file in files[0] else 'new'} has it"
+            side, reason = "base" if file in files[0] else "new", next(why_alone(file), UNKNOWN)
+            yield f"{'DIFFERS' if reason == UNKNOWN else 'differs'} {file}: only {side} has it: {reason}"
         elif (base / file).read_bytes() == (new / file).read_bytes():
             yield f"same    {file}"
         else:
@@ -265,6 +269,11 @@ def differences(file: str, old: Path, new: Path) -> Iterator[str]:
     for reason, names in reasons.items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         yield f"{'DIFFERS' if reason == UNKNOWN else 'differs'} {file}: {', '.join(names[:4])}{more}: {reason}"
+
+
+def why_alone(file: str) -> Iterator[str]:
+    """The reasons why one side alone has a file."""
+    return (reason for pattern, name, reason in REASONS if name == ALONE and fnmatch.fnmatch(file, pattern))
 
 
 def why(file: str, field: str, old: Any, new: Any) -> str | None:
