@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from hlip_kernels import once_differentiable
 
-from .prepare.reports import split_sentences
+from .prepare.reports import split_items, split_sentences
 from .study import join_report
 
 
@@ -34,6 +35,37 @@ class Outputs(NamedTuple):
     scale: Tensor
     bias: Tensor | None = None
 
+
+TextsName = Literal["report", "shuffled", "sentence", "item", "items"]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How training words the text of a study.
+
+    texts: of the first side, and what `findings` is of the second, see `TrainConfig`.
+    sentence_dropout: share of sentences or items that is left out.
+    prefix: in front of every text.
+    findings_prefix: in front of those of the second side; `prefix` if None.
+    """
+
+    texts: TextsName = "report"
+    sentence_dropout: float = 0.0
+    findings: Literal["findings", "report"] = "findings"
+    prefix: str = ""
+    findings_prefix: str | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a study has the same text at every step."""
+        return self.texts == "report" and self.sentence_dropout == 0 and self.findings == "findings"
+
+    def split(self, text: str) -> list[str]:
+        """The pieces of a text: its sentences, or its items."""
+        return split_items(text) if self.texts in ("item", "items") else split_sentences(text)
+
+
+WHOLE = Wording()
 
 # By the name that files of models have for them; a class enters itself.
 OBJECTIVES: dict[str, Clip] = {}
@@ -68,36 +100,30 @@ class Clip:
         """P: the first embeddings of a study, each of which is compared with a text of its own."""
         return len(self.sides)
 
-    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
+    def texts(self, impressions: Sequence[str], findings: Sequence[str], wording: Wording = WHOLE) -> list[str]:
         """The texts that N studies are compared with: N for the first pair, N for the next."""
-        return [join_report(*sections) for sections in zip(impressions, findings, strict=True)]
+        sections = zip(impressions, findings, strict=True)
+        return [wording.prefix + join_report(*study) for study in sections]
 
-    def sentences(self, impression: str, findings: str) -> tuple[list[str], str]:
-        """The sentences of which training draws, and the findings beside them."""
-        return split_sentences(impression) + split_sentences(findings), ""
+    def pieces(
+        self, impression: str, findings: str, wording: Wording, random: np.random.Generator
+    ) -> tuple[list[str], str]:
+        """The pieces of a report of which training draws, and the findings beside them."""
+        return wording.split(impression) + wording.split(findings), ""
 
-    def draw_text(
-        self, report: tuple[str, str], texts: str, dropout: float, random: np.random.Generator
-    ) -> tuple[str, str]:
-        """An impression and findings as a step of training reads them.
-
-        Args:
-            texts: "report" for all sentences; "shuffled" for all in random order; "sentence" for one.
-            dropout: share of sentences that is left out.
-        """
-        if texts == "report" and dropout == 0:
+    def draw_text(self, report: tuple[str, str], wording: Wording, random: np.random.Generator) -> tuple[str, str]:
+        """An impression and findings as a step of training reads them."""
+        pieces, findings = ([], "") if wording.fixed else self.pieces(*report, wording, random)
+        if not pieces:
             return report
-        sentences, findings = self.sentences(*report)
-        if not sentences:
-            return report
-        keep = random.random(len(sentences)) >= dropout
-        keep[random.integers(len(sentences))] = True
-        sentences = [sentence for sentence, kept in zip(sentences, keep, strict=True) if kept]
-        if texts == "shuffled":
-            random.shuffle(sentences)
-        elif texts == "sentence":
-            sentences = [sentences[int(random.integers(len(sentences)))]]
-        return " ".join(sentences), findings
+        keep = random.random(len(pieces)) >= wording.sentence_dropout
+        keep[random.integers(len(pieces))] = True
+        pieces = [piece for piece, kept in zip(pieces, keep, strict=True) if kept]
+        if wording.texts in ("shuffled", "items"):
+            random.shuffle(pieces)
+        elif wording.texts in ("sentence", "item"):
+            pieces = [pieces[int(random.integers(len(pieces)))]]
+        return " ".join(pieces), findings
 
     def outputs(self, model: nn.Module, image: Tensor, text: Tensor) -> Outputs:
         """The pairs to compare, of the embeddings of B studies, (B, P, E), and of their P * B texts, (P * B, E)."""
@@ -166,7 +192,8 @@ class SigLip(Clip):
 class Dual(Clip):
     """A study's first embedding is compared with its impression, the second with its findings, each at a temperature of
     its own. Either section stands in for the other if that is empty. Training varies the impression alone; an absent
-    one is drawn of the findings' sentences.
+    one is drawn of the findings' sentences. With the findings "report", the whole report stands for both sections, and
+    the second text is all of its pieces in random order.
 
     Source: HLIP's released models of October 2025. Their key `logit_bias` holds the findings' temperature.
     """
@@ -175,12 +202,20 @@ class Dual(Clip):
     temperatures: ClassVar = ("logit_scale", "logit_bias")
     sides: ClassVar = ("impressions", "findings")
 
-    def texts(self, impressions: Sequence[str], findings: Sequence[str]) -> list[str]:
+    def texts(self, impressions: Sequence[str], findings: Sequence[str], wording: Wording = WHOLE) -> list[str]:
         pairs = list(zip(impressions, findings, strict=True))
-        return [first or second for first, second in pairs] + [second or first for first, second in pairs]
+        prefix = wording.prefix if wording.findings_prefix is None else wording.findings_prefix
+        return [wording.prefix + (first or second) for first, second in pairs] + [
+            prefix + (second or first) for first, second in pairs
+        ]
 
-    def sentences(self, impression: str, findings: str) -> tuple[list[str], str]:
-        return split_sentences(impression) or split_sentences(findings), findings
+    def pieces(
+        self, impression: str, findings: str, wording: Wording, random: np.random.Generator
+    ) -> tuple[list[str], str]:
+        if wording.findings == "report":
+            pieces, _ = super().pieces(impression, findings, wording, random)
+            return pieces, " ".join(pieces[i] for i in random.permutation(len(pieces)))
+        return wording.split(impression) or wording.split(findings), findings
 
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,37 @@ TRAIN = Path(__file__).parents[1] / "train"
 
 FILES = sorted(RECIPES.glob("*.yaml"))
 
-# HLIP (arXiv 2505.21862), appendix B.
-HEAD: dict[str, Any] = {
-    "lr": 1e-4, "lr_batch": 128, "batch_size": 256, "warmup": 2000, "betas": (0.9, 0.95), "weight_decay": 0.2,
-    "epochs": 20, "max_scans": 10, "patch_dropout": 0.25, "drop_path": 0.2, "lock_text": False,
-    "grad_checkpointing": True,
+# HLIP (arXiv 2505.21862), appendix B; the released commands; the blog post of November 2025.
+COMMON: dict[str, Any] = {
+    "weight_decay": 0.2, "eps": 1e-6, "grad_clip": 0.0, "precision": "fp16", "grad_checkpointing": True,
+    "lr_batch": None, "drop_path": 0.2, "sentence_dropout": 0.0,
 }  # fmt: skip
-DINOTXT: dict[str, Any] = {**HEAD, "patch_dropout": 0.5}
-CHEST: dict[str, Any] = {
-    "lr": 1e-5, "lr_batch": 64, "batch_size": 512, "warmup": 47, "betas": (0.9, 0.98), "weight_decay": 0.2,
-    "epochs": 20, "max_scans": 1, "patch_dropout": 0.0, "drop_path": 0.2, "lock_text": True,
-    "grad_checkpointing": True,
+COLUMNS = ("max_scans", "batch_size", "lr", "warmup", "patch_dropout", "betas", "epochs", "texts", "findings", "prefix")
+MRI, CT, ANY = "This MRI study shows: ", "This CT study shows: ", "This study shows: "
+SCANS, ONE_SCAN = "clip_vit_base_scan_study_token1176", "clip_vit_base_slice_scan_token2744"
+TOKEN588, THREE_LEVELS = "vit_base_multiscan_h2_token588", "vit_base_multiscan_h3_token1176"
+SIGLIP, DUAL_CHEST = "siglip_vit_base_singlescan_h2_token2744", "clip_vit_base_slice_scan_dualdinotxt2744"
+DUAL, DUAL_SLICE = (f"clip_vit_base_{levels}_dualdinotxt1568" for levels in ("scan_study", "slice_scan_study"))
+# The model, and its settings: an item, or all items of the whole report, of which a second side sees findings or all.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "brain_mri": (SCANS, 10, 256, 2e-4, 2000, 0.25, 0.95, 20, "items", "findings", MRI),
+    "brain_mri_token588": (TOKEN588, 10, 256, 2e-4, 2000, 0.25, 0.95, 20, "items", "findings", MRI),
+    "brain_mri_h3": (THREE_LEVELS, 10, 256, 2e-4, 2000, 0.25, 0.95, 20, "items", "findings", MRI),
+    "head_ct": (SCANS, 10, 256, 2e-4, 2000, 0.25, 0.95, 20, "items", "findings", CT),
+    "hlip-2025_10_08": ("hlip-2025_10_08", 8, 768, 4e-4, 2400, 0.5, 0.95, 25, "item", "findings", ANY),
+    "hlip-2025_10_08_unmasked": ("hlip-2025_10_08", 8, 768, 5e-5, 400, 0.0, 0.95, 5, "item", "findings", ANY),
+    "ablation_mri": ("hlip-2025_10_08", 8, 384, 3e-4, 1600, 0.5, 0.95, 25, "item", "findings", ANY),
+    "ablation_ct": ("hlip-2025_10_08", 10, 256, 2e-4, 2500, 0.25, 0.95, 20, "item", "findings", ANY),
+    "dual": (DUAL, 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
+    "dual_slice": (DUAL_SLICE, 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
+    "dual_large": (DUAL.replace("base", "large"), 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
+    "dual_large_slice": (DUAL_SLICE.replace("base", "large"), 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
+    "dual_unmasked": (None, 8, 768, 5e-5, 400, 0.0, 0.95, 5, "item", "report", ANY),
+    "dual_mr_rate": (DUAL, 6, 256, 2e-4, 2400, 0.0, 0.98, 40, "item", "findings", "This study shows:"),
+    "chest_ct": (ONE_SCAN, 1, 512, 8e-5, 47, 0.0, 0.98, 20, "items", "findings", ""),
+    "siglip_chest_ct": (SIGLIP, 1, 512, 8e-5, 47, 0.0, 0.95, 20, "items", "findings", ""),
+    "dual_chest_ct": (DUAL_CHEST, 1, 512, 1e-4, 100, 0.0, 0.98, 30, "item", "report", ANY),
 }  # fmt: skip
-PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
-    "brain_mri": (HEAD, "clip"),
-    "head_ct": (HEAD, "clip"),
-    "hlip-2025_10_08": (DINOTXT, "clip"),
-    "dual": (DINOTXT, "dual"),
-    "dual_large": (DINOTXT, "dual"),
-    "chest_ct": (CHEST, "clip"),
-    "dual_chest_ct": (CHEST, "dual"),
-    "siglip_chest_ct": (CHEST, "siglip"),
-}
 
 
 def settings_of(
@@ -67,26 +77,37 @@ def test_a_recipe_has_the_published_settings(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings_of(recipe, monkeypatch=monkeypatch, capsys=capsys)
-    expected, objective = PUBLISHED[recipe.stem]
-    assert {name: getattr(config, name) for name in expected} == expected
-    assert (str(config.data), str(config.out)) == ("STORE", "RUN")
-    assert config.model is not None
-    model: ModelConfig = preset(config.model)
-    assert model.objective == objective
+    name, *values = PUBLISHED[recipe.stem]
+    expected = COMMON | dict(zip(COLUMNS, values, strict=True))
+    expected["betas"] = (0.9, expected["betas"])
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (str(config.data), str(config.out), config.model) == ("STORE", "RUN", name)
+    assert peak_lr(config) == config.lr
+    second = recipe.stem.endswith("_unmasked")
+    assert config.seed == (42 if second else 0)
+    model: ModelConfig = preset(name or DUAL)
     changed = with_changes(model, config)
-    assert changed == model  # what the recipe says of the model is what the model says of itself
-    scans = model.vision.levels[-1] == "study"
-    assert scans == (config.max_scans == 10)
-    assert config.texts == ("sentence" if objective == "dual" else "report")
-    assert config.vision == f"timm/vit_{'large' if model.vision.width == 1024 else 'base'}_patch16_224.mae"
-    assert peak_lr(config) == pytest.approx(2e-4 if scans else 8e-5)
-    assert config.precision == "bf16"
+    chest = config.max_scans == 1
+    lock = (config.lock_text, config.train_norms, config.locked_dropout)
+    assert lock == ((True, True, True) if chest else (False, None, None))
+    # What the recipe says of the model is what the model says of itself, but for masks and what is locked.
+    masks = replace(changed.vision, patch_dropout=model.vision.patch_dropout)
+    assert replace(changed, vision=masks, text=model.text) == model
+    vision = f"timm/vit_{'large' if model.vision.width == 1024 else 'base'}_patch16_224.mae"
+    assert config.vision == (None if second else vision)
+    assert config.scan_positions == ("batch" if model.vision.max_scans else "study")
+
+
+def test_every_value_of_a_recipe_has_a_source() -> None:
+    for path in FILES:
+        for line in path.read_text().splitlines():
+            assert not line or line.startswith(("#", "model: ")) or re.search(r"[^ ]  # \w", line), (path.name, line)
+        assert "not published" not in path.read_text().lower()
 
 
 def test_every_released_model_has_a_recipe() -> None:
     assert {path.stem for path in FILES} == PUBLISHED.keys()
-    named = {name for path in FILES for name in re.findall(r"model:? (\w[\w-]+_\w+)", path.read_text())}
-    assert named == set(list_models()) - {"demo"}
+    assert {values[0] for values in PUBLISHED.values()} - {None} == set(list_models()) - {"demo"}
 
 
 def test_a_flag_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

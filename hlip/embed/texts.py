@@ -26,7 +26,8 @@ def check_lengths(model: TextEncoder, texts: Sequence[str]) -> None:
     if isinstance(model, SliceEncoder):
         counts, most = model.count_tokens(texts)
     elif isinstance(model, HLIPModel):
-        counts = [len(tokens) for tokens in model.text.tokenizer(texts, verbose=False)["input_ids"]] if texts else []
+        cleaned = model.text.cleaned(texts) if texts else []
+        counts = [len(tokens) for tokens in model.text.tokenizer(cleaned, verbose=False)["input_ids"]] if texts else []
         most = model.config.text.context_length
     else:
         return

@@ -140,6 +140,7 @@ BERT_BASE: dict[str, Any] = {
     "intermediate_size": 3072,
     "max_position_embeddings": 512,
 }
+_LATER = ("train_norms", "locked_dropout", "clean")  # a file that lacks one means that it is false
 PUBMED_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"
 
@@ -152,7 +153,10 @@ class TextConfig:
     context_length: tokens of a text that are read.
     pooling: "cls" takes the first token of the last hidden state, "mean" the average over the text.
     locked: keep the transformer's weights fixed; its projection is trained all the same.
-    unlocked_layers: if it is locked, the last so many layers are trained nevertheless.
+    unlocked_layers: if it is locked, the last n of embeddings and layers are trained nevertheless.
+    train_norms: if it is locked, its LayerNorms are trained nevertheless.
+    locked_dropout: if it is locked, its dropout is on in training nevertheless.
+    clean: mend wrongly decoded characters of texts, decode HTML's, and make white space single; see `clean_text`.
     """
 
     name: str = PUBMED_BERT
@@ -160,6 +164,9 @@ class TextConfig:
     pooling: Literal["cls", "mean"] = "cls"
     locked: bool = False
     unlocked_layers: int = 0
+    train_norms: bool = False
+    locked_dropout: bool = False
+    clean: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -213,7 +220,11 @@ class ModelConfig:
         return self.recipe
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        for name in _LATER:
+            if not content["text"][name]:
+                del content["text"][name]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ModelConfig:
@@ -247,7 +258,7 @@ def _published(
             width, heads, patch_size=patch_size, grid=grid, levels=level_pattern(pattern, depth),
             patch_dropout=patch_dropout, drop_path=0.2, **vision,
         ),
-        text or TextConfig(),
+        replace(text or TextConfig(), clean=True),
         # Head CT's recipe makes scans of the same shape as brain MRI's, which comes first.
         next((recipe for recipe in RECIPES.values() if recipe.shape == shape), None),
         embed_dim=embed_dim,

@@ -54,11 +54,18 @@ class TokenBatch:
         )
 
 
-def plan(batch: PackedBatch, config: VisionConfig, training: bool, seeds: Sequence[int] | None = None) -> TokenBatch:
+def plan(
+    batch: PackedBatch,
+    config: VisionConfig,
+    training: bool,
+    seeds: Sequence[int] | None = None,
+    positions_seed: int | None = None,
+) -> TokenBatch:
     """Plan a batch for an encoder of this configuration.
 
     Args:
         seeds: of what is drawn in training, one per study; see `Draws`.
+        positions_seed: of the positions of scans, which all studies then draw alike.
 
     Scans beyond `config.max_scans`, and grids other than `config.grid`, take interpolated positions.
 
@@ -83,6 +90,8 @@ def plan(batch: PackedBatch, config: VisionConfig, training: bool, seeds: Sequen
         ) from error
     columns = [spatial_rows(place, layout, config.grid)]
     if config.max_scans:
+        if positions_seed is not None:
+            draws = Draws([positions_seed] * len(batch))
         numbers, factors = sequential_rows(scan, layout, config.max_scans, draws if training else None)
         columns.append((numbers + int(np.prod(config.grid)), factors))
     places = torch.from_numpy(np.concatenate([rows for rows, _ in columns], axis=1).astype(np.int32))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,15 +104,18 @@ class TextTower(nn.Module):
         nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
         if config.locked:
             self.transformer.requires_grad_(False)
-            for layer in self._unlocked():
-                layer.requires_grad_(True)
+            norms = [module for module in self.transformer.modules() if isinstance(module, nn.LayerNorm)]
+            for module in [*self._unlocked(), *(norms if config.train_norms else ())]:
+                module.requires_grad_(True)
 
     def _unlocked(self) -> list[nn.Module]:
-        """The layers of a locked tower that are trained."""
-        layers, count = list(self.transformer.encoder.layer), self.config.unlocked_layers
-        if count > len(layers):
-            raise ValueError(f"text tower {str(self.source)!r} has {len(layers)} layers, unlocked_layers is {count}")
-        return layers[len(layers) - count :]
+        """The parts of a locked tower that are trained, the last of its embeddings and layers."""
+        parts = [self.transformer.embeddings, *self.transformer.encoder.layer]
+        count = self.config.unlocked_layers
+        if count > len(parts):
+            have = f"has embeddings and {len(parts) - 1} layers"
+            raise ValueError(f"text tower {str(self.source)!r} {have}, unlocked_layers is {count}")
+        return parts[len(parts) - count :]
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -135,7 +139,7 @@ class TextTower(nn.Module):
 
     def train(self, mode: bool = True) -> TextTower:
         super().train(mode)
-        if self.config.locked:
+        if self.config.locked and not self.config.locked_dropout:
             self.transformer.eval()
             for layer in self._unlocked():
                 layer.train(mode)
@@ -143,8 +147,9 @@ class TextTower(nn.Module):
 
     @property
     def fixed(self) -> bool:
-        """Whether no part of the transformer is trained, so that the features of a text never change."""
-        return self.config.locked and self.config.unlocked_layers == 0
+        """Whether nothing of the transformer is trained or drawn, so that the features of a text never change."""
+        config = self.config
+        return config.locked and not (config.unlocked_layers or config.train_norms or config.locked_dropout)
 
     def features(self, texts: Sequence[str]) -> Tensor:
         """Pooled states of the BERT, before the projection: (N, W)."""
@@ -156,8 +161,13 @@ class TextTower(nn.Module):
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
 
-    def _tokens(self, texts: Sequence[str]) -> Any:
+    def cleaned(self, texts: Sequence[str]) -> list[str]:
+        """The texts as the tokenizer takes them."""
         texts = as_texts(texts)
+        return [clean_text(text) for text in texts] if self.config.clean else texts
+
+    def _tokens(self, texts: Sequence[str]) -> Any:
+        texts = self.cleaned(texts)
         tokenizer = self.tokenizer
         with _reading(self.tokenizer_source):
             tokens = tokenizer(
@@ -171,6 +181,22 @@ class TextTower(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """(N, E), not normalised."""
         return self.proj(self.features(texts))
+
+
+def clean_text(text: str) -> str:
+    """The text with wrongly decoded characters mended, HTML's decoded (twice, as some are encoded twice), and white
+    space made single. Case stays.
+
+    >>> clean_text("T2 &amp;amp; FLAIR  x")
+    'T2 & FLAIR x'
+
+    Source: open_clip's tokenizers, which released models were trained with.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ImportError("the model's texts are cleaned by ftfy: pip install 'hlip-kernels[text]'") from error
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def bert_config(content: Mapping[str, Any]) -> Any:

@@ -68,6 +68,8 @@ class SectionRules:
     impression, findings: headings of the sections that are kept, in lower case.
     other: headings of sections that are left out.
     unlabelled: the section that a text without any heading is.
+    entries: what is made of a list of texts that a section is given as: "joined" to running text, or "paragraphs",
+        which are items to train with.
     """
 
     impression: tuple[str, ...] = (
@@ -87,6 +89,7 @@ class SectionRules:
         "sequences", "signed by", "study", "technique", "technique and findings",
     )  # fmt: skip
     unlabelled: Literal["impression", "findings"] = "findings"
+    entries: Literal["joined", "paragraphs"] = "joined"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -198,6 +201,13 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def split_items(text: str) -> list[str]:
+    """The items of a report, in order: the lines that `normalise` keeps, which are paragraphs and a list's items. A
+    text of one line has its sentences."""
+    lines = [line for line in normalise(text).split("\n") if line]
+    return lines if len(lines) > 1 else split_sentences(text)
+
+
 def _ends_sentence(word: str, following: str) -> bool:
     """Whether a full stop behind `word` ends a sentence, if `following` is the first character after the space."""
     word = word.lstrip("([\"'").lower()
@@ -291,7 +301,7 @@ def report_of(entry: Mapping[str, Any], rules: SectionRules) -> ReportText:
         for value, key in zip(values, given, strict=True):
             if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 raise ValueError(f"'{key}' must be a text or a list of sentences")
-        joint = "\n" if section == "report" else " "
+        joint = "\n\n" if rules.entries == "paragraphs" else "\n" if section == "report" else " "
         texts[section] = joint.join(v if isinstance(v, str) else joint.join(v) for v in values)
     whole = rules.split(texts["report"])
     return ReportText(

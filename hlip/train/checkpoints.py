@@ -41,7 +41,7 @@ from ..processes import Processes
 from ..read.paths import check_within
 from ..read.safe import check_format
 from ..read.tensors import load_tensors
-from .config import FREE, TrainConfig, plain
+from .config import DEFAULTS, FREE, TrainConfig, plain
 from .log import Log
 from .step import Optimizer
 
@@ -143,11 +143,12 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-        """Restore the latest that is whole. Returns the number of steps done.
+    @functools.cached_property
+    def latest(self) -> tuple[Path, dict[str, Any]]:
+        """The latest that is whole: its file and content.
 
         Raises:
-            ValueError: there is none, or it is of another run; names the settings that differ.
+            ValueError: there is none.
         """
         saved = self.all()
         if not saved:
@@ -157,15 +158,30 @@ class Checkpoints:
         for path in reversed(saved):
             try:
                 check_within(path, self.folder)
-                state = load_tensors(path, checksums=True)
-                break
+                return path, load_tensors(path, checksums=True)
             except (OSError, ValueError) as error:
                 if path == saved[0]:
                     raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
                 logging.warning("%s: not a readable checkpoint (%s); going on from the one before", path, error)
+        raise AssertionError("the first checkpoint was read, or an error raised")
+
+    def model(self) -> HLIPModel:
+        """The model that a run goes on with, as it was configured when the run began."""
+        path, state = self.latest
+        return HLIPModel.from_pretrained(path, text=self.config.text) if FILES in state else make_model(self.config)
+
+    def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+        """Restore the latest that is whole. Returns the number of steps done.
+
+        Raises:
+            ValueError: there is none, or it is of another run; names the settings that differ.
+        """
+        path, state = self.latest
+        del self.latest  # it takes memory
         try:
             check_format(state.get("hlip_format", FORMAT), FORMAT)
-            before, now = state["config"] | state["data"], fixed_settings(self.config) | self.data
+            # A setting that a checkpoint lacks came later; its default is what was done before.
+            before, now = {**DEFAULTS, **state["config"], **state["data"]}, fixed_settings(self.config) | self.data
             changed = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
             if changed:
                 raise ValueError("; ".join(changed))
@@ -202,12 +218,17 @@ def rebuilt(model: HLIPModel, config: ModelConfig, state: dict[str, Any]) -> HLI
 
 
 def with_changes(model: ModelConfig, config: TrainConfig) -> ModelConfig:
-    rates = {name: getattr(config, name) for name in ("patch_dropout", "drop_path")}
-    vision = replace(model.vision, **{name: rate for name, rate in rates.items() if rate is not None})
-    locked = model.text.locked if config.lock_text is None else config.lock_text
-    return replace(
-        model, vision=vision, text=replace(model.text, locked=locked, unlocked_layers=config.unlocked_layers)
-    )
+    """The model as a run trains it: with the rates, and what of the text tower is trained, that its settings say."""
+
+    def given(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
+
+    vision = replace(model.vision, **given(patch_dropout=config.patch_dropout, drop_path=config.drop_path))
+    text = replace(
+        model.text, **given(locked=config.lock_text, unlocked_layers=config.unlocked_layers,
+                            train_norms=config.train_norms, locked_dropout=config.locked_dropout),
+    )  # fmt: skip
+    return replace(model, vision=vision, text=text)
 
 
 def save_model(model: HLIPModel, folder: Path, world: Processes) -> None:

@@ -11,11 +11,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..objective import TextsName, Wording
 from ..read.safe import check_finite, check_keys, hint, parse_yaml, read_yaml
 from ..read.schema import check_ranges, structure
 from ..terminal import say
-
-Texts = Literal["report", "shuffled", "sentence"]
 
 # Flags of the released training code that mean the same here.
 PUBLISHED_FLAGS = {
@@ -59,7 +58,9 @@ class TrainConfig:
         vision: 2D ViT for the encoder to begin with: a file, folder or hub name.
         init: model to begin with, in any layout: a folder, a training checkpoint, or a hub name.
         lock_text: keep the text tower fixed but for its projection; the model's own choice if not given.
-        unlocked_layers: of a locked text tower, the last so many layers are trained.
+        unlocked_layers: the last n of a locked text tower's embeddings and layers are trained.
+        train_norms: train the LayerNorms of a locked text tower; the model's own choice if not given.
+        locked_dropout: leave the dropout of a locked text tower on; the model's own choice if not given.
         patch_dropout: share of the patches that are left out in training; the model's own if not given.
         drop_path: rate of stochastic depth in the last block, rising to it from 0; the model's own if not given.
         val: store to evaluate on by zero-shot classification; needs `prompts`.
@@ -79,15 +80,22 @@ class TrainConfig:
             number of studies that is.
         max_scans: draw at most this many scans of a study at each step: 10 as published, 1 for the baseline that sees
             one random scan a study, null for all scans.
-        texts: what of a report a study is compared with: all of it; its sentences in random order; one sentence. Of the
-            objective "dual" the impression is treated so, findings are whole.
-        sentence_dropout: share of sentences left out at random, of reports that have more than one.
+        scan_positions: draw positions of scans for every study, or once for all studies of a batch.
+        texts: what of a report a study is compared with: all of it; its sentences in random order; one sentence; one
+            item, which is a paragraph or a list's item; all items in random order. Of the objective "dual" the
+            impression is treated so.
+        findings: what the second embedding of the objective "dual" is compared with: the findings, as they are; or the
+            whole report, its pieces in random order, of which the first text is made then, too.
+        sentence_dropout: share of sentences or items left out at random, of reports that have more than one.
+        prefix: text in front of every report.
+        findings_prefix: of the objective "dual", the one in front of findings; `prefix` if not given.
         local_loss: each process compares its own studies with all; less memory with many processes.
         lr: peak learning rate, after warm-up.
         lr_batch: studies of a step that lr is meant for; it is scaled in proportion to batch_size. Not scaled if not
             given.
         warmup: steps of linear warm-up; a cosine to zero follows.
         betas: of AdamW.
+        eps: of AdamW, beside the root of the second moment; 1e-6 in the released code.
         weight_decay: of AdamW, on matrices only.
         grad_clip: largest norm of the gradient; 0 for any.
         precision: of products; weights and optimizer are fp32 in any case.
@@ -110,6 +118,8 @@ class TrainConfig:
     init: str | None = None
     lock_text: bool | None = None
     unlocked_layers: int = 0
+    train_norms: bool | None = None
+    locked_dropout: bool | None = None
     patch_dropout: float | None = None
     drop_path: float | None = None
     val: Path | None = None
@@ -126,13 +136,18 @@ class TrainConfig:
     micro_tokens: int | None = None
     balance: Literal["studies", "cost"] = "studies"
     max_scans: int | None = 10
-    texts: Texts = "report"
+    scan_positions: Literal["study", "batch"] = "study"
+    texts: TextsName = "report"
+    findings: Literal["findings", "report"] = "findings"
     sentence_dropout: float = 0.0
+    prefix: str = ""
+    findings_prefix: str | None = None
     local_loss: bool = False
     lr: float = 2e-4
     lr_batch: int | None = None
     warmup: int = 2000
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
     weight_decay: float = 0.2
     grad_clip: float = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -160,10 +175,14 @@ class TrainConfig:
         if self.fsdp and self.balance == "cost":
             raise ValueError("fsdp needs balance 'studies': its processes must run as many pieces as one another")
 
+    @property
+    def wording(self) -> Wording:
+        return Wording(**{field.name: getattr(self, field.name) for field in fields(Wording)})
+
 
 FIELDS_IN = {
     "at least 1": ("batch_size", "log_every", "keep"),
-    "above 0": ("steps", "epochs", "lr", "lr_batch", "max_scans", "micro_tokens", "save_minutes"),
+    "above 0": ("steps", "epochs", "lr", "eps", "lr_batch", "max_scans", "micro_tokens", "save_minutes"),
     "0 or more": (
         "warmup", "weight_decay", "seed", "unlocked_layers", "eval_every", "save_every", "stall_minutes", "grad_clip",
         "workers",

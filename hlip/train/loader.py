@@ -16,12 +16,12 @@ from ..model.clip import HLIPModel
 from ..model.config import ModelConfig
 from ..model.memory import release_memory
 from ..model.plan import plan
-from ..objective import OBJECTIVES
+from ..objective import OBJECTIVES, WHOLE, Wording
 from ..processes import Processes
 from ..store.store import Store
 from ..study import pack
 from ..terminal import guard_streams
-from .config import Texts, TrainConfig
+from .config import TrainConfig
 from .sampler import Item, StepSampler
 from .step import MicroBatch
 
@@ -32,29 +32,28 @@ class MicroBatches(Dataset):
     """The micro-batches that `StepSampler` plans; what is drawn for one follows from its items' seeds alone.
 
     Args:
-        texts, sentence_dropout: see `TrainConfig`.
+        same_positions: draw the positions of scans once for all studies of a step.
     """
 
     def __init__(
-        self, store: Store, model: ModelConfig, texts: Texts = "report", sentence_dropout: float = 0.0
+        self, store: Store, model: ModelConfig, wording: Wording = WHOLE, same_positions: bool = False
     ) -> None:
-        self.store, self.model, self.texts, self.sentence_dropout = store, model, texts, sentence_dropout
+        self.store, self.model, self.wording, self.same_positions = store, model, wording, same_positions
 
     def __getitem__(self, items: Sequence[Item]) -> MicroBatch:
         """Raises ScanError where the store is damaged; names the file."""
         studies = [self.store.study(item.study, item.scans) for item in items]
         batch = pack(studies, self.model.vision.patch_size)
         seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0]) >> 1
-        tokens = plan(batch, self.model.vision, training=True, seeds=[item.seed for item in items])
+        positions = items[0].step_seed if self.same_positions else None
+        tokens = plan(batch, self.model.vision, True, [item.seed for item in items], positions)
         objective = OBJECTIVES[self.model.objective]
         drawn = [
-            objective.draw_text(
-                (study.impression, study.findings), self.texts, self.sentence_dropout,
-                np.random.default_rng([item.seed, 1]),
-            )
+            objective.draw_text((study.impression, study.findings), self.wording, np.random.default_rng([item.seed, 1]))
             for study, item in zip(studies, items, strict=True)
-        ]  # fmt: skip
-        return MicroBatch(tokens, objective.texts(*zip(*drawn, strict=True)), batch.uids, seed)
+        ]
+        impressions, findings = zip(*drawn, strict=True)
+        return MicroBatch(tokens, objective.texts(impressions, findings, self.wording), batch.uids, seed)
 
 
 def read_batches(
@@ -63,7 +62,7 @@ def read_batches(
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """The micro-batches of a rank's steps, read ahead; their texts as `features`, if there are any."""
     loader = DataLoader(
-        MicroBatches(store, model, config.texts, config.sentence_dropout),
+        MicroBatches(store, model, config.wording, config.scan_positions == "batch"),
         batch_size=None,
         sampler=sampler,
         num_workers=config.workers,
@@ -84,18 +83,14 @@ def outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def keeps_features(config: TrainConfig, model: HLIPModel) -> bool:
-    return model.text.fixed and config.texts == "report" and config.sentence_dropout == 0
-
-
-def locked_features(model: HLIPModel, store: Store, world: Processes) -> Features:
+def locked_features(model: HLIPModel, store: Store, world: Processes, wording: Wording = WHOLE) -> Features:
     """States of a fixed text tower for every report of the store, each read once: texts to (N, W).
 
     Reports are read in the same chunks whatever the number of processes, so that the states are the same bits.
     """
     model.eval()  # no dropout; a step sets what it needs
     impressions, findings = (store.manifest.column(name).to_pylist() for name in ("impression", "findings"))
-    unique = sorted(set(model.objective.texts(impressions, findings)))
+    unique = sorted(set(model.objective.texts(impressions, findings, wording)))
     chunks = [unique[i : i + 64] for i in range(0, len(unique), 64)]
     mine = tqdm(chunks[world.rank :: world.size], "reading reports", unit="chunk", disable=not world.first)
     with torch.no_grad():

@@ -172,8 +172,9 @@ def _tokens(config: TrainConfig, store: Store, model: HLIPModel) -> Iterator[str
     chosen = [reports[i] for i in random.permutation(len(reports))[:TEXTS]]
     if config.texts != "report":  # another text at every draw
         chosen *= -(-TEXTS // len(chosen))
-    drawn = [objective.draw_text(report, config.texts, config.sentence_dropout, random) for report in chosen]
-    texts = objective.texts(*zip(*drawn, strict=True))
+    drawn = [objective.draw_text(report, config.wording, random) for report in chosen]
+    impressions, findings = zip(*drawn, strict=True)
+    texts = objective.texts(impressions, findings, config.wording)
     for i, side in enumerate(objective.sides):
         seen = texts[i * len(drawn) : (i + 1) * len(drawn)]
         yield from _read(f"{store.path}: {len(seen)} {side} looked at:", seen, model.text)

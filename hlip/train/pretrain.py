@@ -30,7 +30,7 @@ from ..terminal import VisibleFormatter, guarded_streams, say
 from .checkpoints import Checkpoints, check_agreement, make_model, save_model
 from .config import TrainConfig, read_arguments
 from .held_out import HeldOut
-from .loader import keeps_features, locked_features, read_batches
+from .loader import locked_features, read_batches
 from .log import Log, Meter, Watch, check_loggers, memory_gb, noticing_sigterm, report_not_finite, warn
 from .precheck import check_data, check_texts
 from .sampler import Cost, StepSampler
@@ -95,13 +95,14 @@ class Run:
         epochs = (config.epochs or 0) * (len(store) // config.batch_size)
         self.steps = epochs if config.epochs else config.steps or DEFAULT_STEPS
         self.warnings = warn(check_data(config, store, self.steps), self.world)
-        self.model = model = make_model(config).to(self.device)
+        self.model = model = (self.checkpoints.model() if resume else make_model(config)).to(self.device)
         scan_tokens = np.split(store.scan_tokens(model.config.vision.patch_size), store.first[1:-1])  # study by study
         self.checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
         self.held_out = HeldOut.read(config, model.config)
         self.warnings += warn(check_texts(config, store, model), self.world)
         model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
-        self.features = locked_features(model, store, self.world) if keeps_features(config, model) else None
+        fixed = model.text.fixed and config.wording.fixed
+        self.features = locked_features(model, store, self.world, config.wording) if fixed else None
         self.wrapped = wrap(model, self.world, config.fsdp)
         if config.compile:
             model.visual.trunk.compile(dynamic=True)

@@ -18,11 +18,13 @@ from ..processes import share
 
 
 class Item(NamedTuple):
-    """A study to read: its index, which of its scans (increasing), and a seed for what is drawn from it later."""
+    """A study to read: its index, which of its scans (increasing), and seeds for what is drawn from it later, and for
+    all studies of its step alike."""
 
     study: int
     scans: tuple[int, ...]
     seed: int
+    step_seed: int = 0
 
 
 class StepPlan(NamedTuple):
@@ -123,10 +125,11 @@ class StepSampler(Sampler):
         studies = self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
         random = np.random.default_rng([self.seed, 1, step])
         seeds = random.integers(2**62, size=len(studies))
+        step_seed = int(np.random.default_rng([self.seed, 2, step]).integers(2**62))
         ends = np.cumsum(self.num_scans[studies])
         keys = np.split(random.random(ends[-1]), ends[:-1])  # a random order of every study's scans
         return [
-            Item(study, tuple(np.sort(np.argsort(order)[: self.max_scans]).tolist()), seed)
+            Item(study, tuple(np.sort(np.argsort(order)[: self.max_scans]).tolist()), seed, step_seed)
             for study, order, seed in zip(studies.tolist(), keys, seeds.tolist(), strict=True)
         ]
 

@@ -242,7 +242,7 @@ def make_optimizer(model: HLIPModel, config: TrainConfig) -> torch.optim.Optimiz
         {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
         {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0},  # not sharded, so not among the others
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def clip_gradient(model: nn.Module, most: float) -> float:
