@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def drawn(objective: str, wording: Wording, report: tuple[str, str] = REPORT, co
 )
 def test_texts_are_cleaned_as_in_the_release(given: str, cleaned: str) -> None:
     assert clean_text(given) == cleaned
+
+
+def test_without_ftfy_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match=r"pip install 'hlip-kernels\[text\]'"):
+        clean_text("x")
 
 
 def test_published_towers_clean_texts_and_older_models_do_not(bert_folder: str) -> None:

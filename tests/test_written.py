@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,16 @@ import torch
 import hlip
 from commands import run as status
 from hlip.embed.table import Embeddings
+from hlip.model.config import MODELS
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
+from hlip.processes import Processes
 from hlip.store.store import Store
 from hlip.store.tools import merge, verify
 from hlip.train import pretrain
+from hlip.train.checkpoints import Checkpoints
+from hlip.train.config import TrainConfig
+from hlip.train.step import Optimizer
 
 pytest.importorskip("pyarrow")
 WRITTEN = Path(__file__).with_name("written")
@@ -141,3 +147,33 @@ def test_a_run_goes_on(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses == pytest.approx(json.loads(Path("expected.json").read_text())["losses"], rel=2e-3)
     assert hlip.HLIPModel.from_pretrained("run/model").config.embed_dim == 16
+
+
+def test_a_run_goes_on_with_the_settings_that_it_had(old: Path) -> None:
+    """Of settings that came later, what was done before; of the model, what its checkpoint says."""
+    settings = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])
+    fixed = {name: settings[name] for name in ("steps", "batch_size", "warmup", "precision", "lr", "keep")}
+
+    def resumed(**changes: object) -> int:
+        config = TrainConfig(Path("store"), Path("run"), init="model", resume="auto", **{**fixed, **changes})  # type: ignore[arg-type]
+        checkpoints = Checkpoints(config, Processes())
+        model = checkpoints.model()
+        optimizer = Optimizer(model, config, 4, torch.device("cpu"))
+        return checkpoints.load(model, optimizer.adamw, optimizer.scaler)
+
+    assert resumed() == 2
+    later = {"eps": 1e-6, "texts": "items", "prefix": "x", "scan_positions": "batch", "train_norms": True,
+             "locked_dropout": True, "findings": "report"}  # fmt: skip
+    for name, value in later.items():
+        with pytest.raises(ValueError, match=f"step_00000002.pt: not a checkpoint of this run \\({name} was "):
+            resumed(**{name: value})
+
+
+def test_a_run_of_a_released_model_goes_on_with_what_its_name_meant(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another width, and texts as they are."""
+    config = hlip.HLIPModel.from_pretrained("model").config
+    today = replace(config, embed_dim=32, text=replace(config.text, clean=True))
+    monkeypatch.setitem(MODELS, "of_today", (today, "tests"))
+    settings = TrainConfig(Path("store"), Path("run"), model="of_today", text="bert", resume="auto")
+    resumed = Checkpoints(settings, Processes()).model().config
+    assert (resumed.embed_dim, resumed.text.clean) == (config.embed_dim, False)

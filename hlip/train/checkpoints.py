@@ -168,7 +168,13 @@ class Checkpoints:
     def model(self) -> HLIPModel:
         """The model that a run goes on with, as it was configured when the run began."""
         path, state = self.latest
-        return HLIPModel.from_pretrained(path, text=self.config.text) if FILES in state else make_model(self.config)
+        if FILES in state:
+            return HLIPModel.from_pretrained(path, text=self.config.text)
+        # Checkpoints did not hold their configuration, and widths were others, when no model cleaned texts.
+        name = self.config.model or DEFAULT_MODEL
+        begun = make_model(self.config) if self.config.init else HLIPModel.from_pretrained(path, name, self.config.text)
+        config = with_changes(begun.config, self.config)
+        return rebuilt(begun, replace(config, text=replace(config.text, clean=False)), begun.state_dict())
 
     def load(self, model: HLIPModel, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """Restore the latest that is whole. Returns the number of steps done.
