@@ -190,7 +190,7 @@ def test_a_step_of_a_recipe(name: str, bert_folder: str, tmp_path: Path) -> None
     """On a small model with the recipe's objective and head."""
     given = [f"--config={name}", "--data=STORE", "--batch_size=4", "--precision=fp32", "--warmup=0"]
     config = read_arguments(given, "hlip train", "")
-    released = preset(config.model or "clip_vit_base_scan_study_dualdinotxt1568")
+    released = preset(config.model or "")
     torch.manual_seed(0)
     vision = tiny_vision(
         num_prefix=released.vision.num_prefix, head=released.vision.head, max_scans=released.vision.max_scans

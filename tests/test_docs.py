@@ -330,7 +330,7 @@ def spans() -> list[tuple[str, str]]:
 FOREIGN = {
     "--shutdown-timeout", "--max_restarts", "--nproc_per_node",  # torchrun
     "--gpus-per-task", "--requeue", "--signal",  # Slurm
-    "--batch-size", "--accum-freq", "--save-frequency", "--num-scans",  # the released code, open_clip
+    "--batch-size", "--accum-freq", "--save-frequency", "--num-scans", "--lock-text", "--gather-with-grad",  # open_clip
     "--no-build-isolation", "--force-reinstall", "--no-deps", "--no-cache-dir",  # pip
     "--strict", "--exclude",  # mypy, auditwheel
 }  # fmt: skip

@@ -50,7 +50,7 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "dual_slice": (DUAL_SLICE, 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
     "dual_large": (DUAL.replace("base", "large"), 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
     "dual_large_slice": (DUAL_SLICE.replace("base", "large"), 8, 768, 5e-4, 2400, 0.5, 0.95, 20, "item", "report", ANY),
-    "dual_unmasked": (None, 8, 768, 5e-5, 400, 0.0, 0.95, 5, "item", "report", ANY),
+    "dual_unmasked": (DUAL, 8, 768, 5e-5, 400, 0.0, 0.95, 5, "item", "report", ANY),
     "dual_mr_rate": (DUAL, 6, 256, 2e-4, 2400, 0.0, 0.98, 40, "item", "findings", "This study shows:"),
     "chest_ct": (ONE_SCAN, 1, 512, 8e-5, 47, 0.0, 0.98, 20, "items", "findings", ""),
     "siglip_chest_ct": (SIGLIP, 1, 512, 8e-5, 47, 0.0, 0.95, 20, "items", "findings", ""),
@@ -85,7 +85,7 @@ def test_a_recipe_has_the_published_settings(
     assert peak_lr(config) == config.lr
     second = recipe.stem.endswith("_unmasked")
     assert config.seed == (42 if second else 0)
-    model: ModelConfig = preset(name or DUAL)
+    model: ModelConfig = preset(name)
     changed = with_changes(model, config)
     chest = config.max_scans == 1
     lock = (config.lock_text, config.train_norms, config.locked_dropout)
@@ -107,7 +107,7 @@ def test_every_value_of_a_recipe_has_a_source() -> None:
 
 def test_every_released_model_has_a_recipe() -> None:
     assert {path.stem for path in FILES} == PUBLISHED.keys()
-    assert {values[0] for values in PUBLISHED.values()} - {None} == set(list_models()) - {"demo"}
+    assert {values[0] for values in PUBLISHED.values()} == set(list_models()) - {"demo"}
 
 
 def test_a_flag_goes_before_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
