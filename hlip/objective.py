@@ -43,7 +43,7 @@ TextsName = Literal["report", "shuffled", "sentence", "item", "items"]
 class Wording:
     """How training words the text of a study.
 
-    texts: of the first side, and what `findings` is of the second, see `TrainConfig`.
+    texts, findings: what of a report the first side and the second side read; see `TrainConfig`.
     sentence_dropout: share of sentences or items that is left out.
     prefix: in front of every text.
     findings_prefix: in front of those of the second side; `prefix` if None.

@@ -170,7 +170,7 @@ class Checkpoints:
         path, state = self.latest
         if FILES in state:
             return HLIPModel.from_pretrained(path, text=self.config.text)
-        # Checkpoints did not hold their configuration, and widths were others, when no model cleaned texts.
+        # Of a checkpoint that does not say how its model was configured: no model cleaned texts then.
         name = self.config.model or DEFAULT_MODEL
         begun = make_model(self.config) if self.config.init else HLIPModel.from_pretrained(path, name, self.config.text)
         config = with_changes(begun.config, self.config)

@@ -160,9 +160,8 @@ def _tokens(config: TrainConfig, store: Store, model: HLIPModel) -> Iterator[str
     """Draw texts as steps do, and look at what the text tower reads of them."""
     objective = model.objective
     reports = [sections for sections in dict.fromkeys(_sections(store)) if join_report(*sections).strip()]
-    for name, column in (
-        zip(("impression", "findings"), zip(*reports, strict=True), strict=True) if objective.pairs > 1 else ()
-    ):
+    apart = objective.pairs > 1 and config.findings == "findings"
+    for name, column in zip(("impression", "findings"), zip(*reports, strict=True), strict=True) if apart else ():
         if (lacking := sum(not text.strip() for text in column)) >= MANY * len(reports):
             yield (
                 f"{store.path}: {lacking} of {len(reports)} different reports have no {name}, so that both embeddings "
