@@ -120,6 +120,7 @@ ROUNDING = "sums in another order: attention and norms have other kernels"
 FOLLOWS = "a figure of weights or embeddings that are rounded apart"
 NAMED = "names are written without the folder in which they lie"
 ALONE = "only one side has it"
+LATER = ("train_norms", "locked_dropout", "scan_positions", "findings", "prefix", "findings_prefix", "eps")
 REASONS = (  # a file and its field, as patterns, and why they differ, since 26ff414 at the earliest
     ("*.png", "*", "a picture of figures that are compared themselves"),
     ("map/*", "*", FOLLOWS),
@@ -137,6 +138,8 @@ REASONS = (  # a file and its field, as patterns, and why they differ, since 26f
     ("*/log.jsonl", "*memory_gb", "memory"),
     ("data/README.txt", "*", "the module that makes the demo set has another name"),
     ("*/text/*", "*", "the text tower's files are written from the values that are used"),
+    *(("*", f"*config.{name}", "a new setting, by default what was done") for name in LATER),  # of checkpoints
+    *(("*/log.jsonl", f"*.{name}", "a new setting, by default what was done") for name in LATER),
     ("*.pt", "hlip_*", "checkpoints hold the files of their model"),
     ("*/config.json", "text.name", NAMED),
     ("*/metrics.json", "*", NAMED),
