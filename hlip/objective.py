@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hlip_kernels import once_differentiable
 
-from .prepare.reports import split_items, split_sentences
+from .read.texts import split_items, split_sentences
 from .study import join_report
 
 

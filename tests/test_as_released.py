@@ -19,8 +19,9 @@ from hlip.model.encoder import StudyEncoder
 from hlip.model.plan import plan
 from hlip.model.text import TextTower, clean_text
 from hlip.objective import OBJECTIVES, Wording
-from hlip.prepare.reports import SectionRules, report_of, split_items
+from hlip.prepare.reports import SectionRules, report_of
 from hlip.processes import Processes
+from hlip.read.texts import split_items
 from hlip.train.checkpoints import with_changes
 from hlip.train.config import RECIPES, TrainConfig, read_arguments
 from hlip.train.loader import MicroBatches

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hlip.prepare.reports import ReportText, SectionRules, normalise, read_reports, split_sentences
+from hlip.prepare.reports import ReportText, SectionRules, read_reports
 from hlip.prepare.tables import Table
+from hlip.read.texts import normalise, split_sentences
 
 RULES = SectionRules()
 
@@ -140,10 +141,10 @@ TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=30).map("".join), st.list
 @given(TEXTS)
 def test_no_word_is_lost_between_sections(text: str) -> None:
     """The kept sections, the rest and the headings together are the text's words, in order."""
-    from hlip.prepare.reports import _tidy
+    from hlip.read.texts import tidy
 
-    pieces = list(RULES._pieces(_tidy(text)))
-    assert "".join(heading + body for _, heading, body in pieces) == _tidy(text)
+    pieces = list(RULES._pieces(tidy(text)))
+    assert "".join(heading + body for _, heading, body in pieces) == tidy(text)
     report = RULES.split(text)
     if len(pieces) > 1:
         for section, kept in (("impression", report.impression), ("findings", report.findings)):
