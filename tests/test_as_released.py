@@ -25,7 +25,7 @@ from hlip.read.texts import split_items
 from hlip.train.checkpoints import with_changes
 from hlip.train.config import RECIPES, TrainConfig, read_arguments
 from hlip.train.loader import MicroBatches
-from hlip.train.sampler import Cost, StepSampler
+from hlip.train.sampler import Cost, Item, StepSampler
 from hlip.train.step import Optimizer, backward, make_optimizer
 from tiny_store import make_store
 
@@ -184,6 +184,17 @@ def test_two_copies_of_a_study_are_alike_if_a_batch_draws_positions_once() -> No
     assert (one - other).abs().max() > 1e-3
     again, _ = encoder(plan(batch, encoder.config, True, [3, 4], positions_seed=8)).detach()
     assert (again - one).abs().max() > 1e-3
+
+
+def test_a_micro_batch_draws_positions_once_if_told(tmp_path: Path, bert_folder: str) -> None:
+    store = make_store(tmp_path / "store", [3, 3])
+    model = ModelConfig(tiny_vision(max_scans=40), TextConfig(bert_folder), TINY_RECIPE)
+    items = [Item(0, (0, 1, 2), 5), Item(1, (0, 1, 2), 6)]
+    for same in (True, False):
+        batch = MicroBatches(store, model, same_positions=same)[items]
+        one, other = batch.tokens.places.chunk(2)
+        assert torch.equal(one, other) is same
+        assert torch.equal(MicroBatches(store, model, same_positions=same)[items].tokens.places, batch.tokens.places)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

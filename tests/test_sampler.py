@@ -57,6 +57,7 @@ def test_a_resumed_run_goes_on_with_the_next_step() -> None:
     whole, rest = sampler(rank=1, world_size=2), sampler(rank=1, world_size=2, first_step=4)
     after = sum(len(whole.plan(step).ranks[1]) for step in range(4))
     assert list(whole)[after:] == list(rest)
+    assert (len(list(whole)), len(list(rest))) == (len(whole), len(rest))
     assert list(sampler(seed=4)) != list(sampler(seed=3))
 
 

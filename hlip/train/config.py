@@ -80,7 +80,7 @@ class TrainConfig:
             number of studies that is.
         max_scans: draw at most this many scans of a study at each step: 10 as published, 1 for the baseline that sees
             one random scan a study, null for all scans.
-        scan_positions: draw positions of scans for every study, or once for all studies of a batch.
+        scan_positions: draw positions of scans for every study, or once for all that a process encodes at once.
         texts: what of a report a study is compared with: all of it; its sentences in random order; one sentence; one
             item, which is a paragraph or a list's item; all items in random order. Of the objective "dual" the
             impression is treated so.

@@ -32,7 +32,7 @@ class MicroBatches(Dataset):
     """The micro-batches that `StepSampler` plans; what is drawn for one follows from its items' seeds alone.
 
     Args:
-        same_positions: draw the positions of scans once for all studies of a step.
+        same_positions: draw the positions of scans once for all studies of a micro-batch.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class MicroBatches(Dataset):
         studies = [self.store.study(item.study, item.scans) for item in items]
         batch = pack(studies, self.model.vision.patch_size)
         seed = int(np.random.SeedSequence([item.seed for item in items]).generate_state(1, np.uint64)[0]) >> 1
-        positions = items[0].step_seed if self.same_positions else None
-        tokens = plan(batch, self.model.vision, True, [item.seed for item in items], positions)
+        positions_seed = seed if self.same_positions else None
+        tokens = plan(batch, self.model.vision, True, [item.seed for item in items], positions_seed)
         objective = OBJECTIVES[self.model.objective]
         drawn = [
             objective.draw_text((study.impression, study.findings), self.wording, np.random.default_rng([item.seed, 1]))

@@ -18,13 +18,11 @@ from ..processes import share
 
 
 class Item(NamedTuple):
-    """A study to read: its index, which of its scans (increasing), and seeds for what is drawn from it later, and for
-    all studies of its step alike."""
+    """A study to read: its index, which of its scans (increasing), and a seed for what is drawn from it later."""
 
     study: int
     scans: tuple[int, ...]
     seed: int
-    step_seed: int = 0
 
 
 class StepPlan(NamedTuple):
@@ -113,6 +111,9 @@ class StepSampler(Sampler):
         self.plan = functools.lru_cache(256)(self._plan)  # a step is planned ahead to be read, and again to be run
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
+    def __len__(self) -> int:
+        return sum(len(self._plan(step).ranks[self.rank]) for step in range(self.first_step, self.steps))
+
     def __iter__(self) -> Iterator[list[Item]]:
         for step in range(self.first_step, self.steps):
             yield from self.plan(step).ranks[self.rank]
@@ -125,11 +126,10 @@ class StepSampler(Sampler):
         studies = self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
         random = np.random.default_rng([self.seed, 1, step])
         seeds = random.integers(2**62, size=len(studies))
-        step_seed = int(np.random.default_rng([self.seed, 2, step]).integers(2**62))
         ends = np.cumsum(self.num_scans[studies])
         keys = np.split(random.random(ends[-1]), ends[:-1])  # a random order of every study's scans
         return [
-            Item(study, tuple(np.sort(np.argsort(order)[: self.max_scans]).tolist()), seed, step_seed)
+            Item(study, tuple(np.sort(np.argsort(order)[: self.max_scans]).tolist()), seed)
             for study, order, seed in zip(studies.tolist(), keys, seeds.tolist(), strict=True)
         ]
 
