@@ -14,7 +14,7 @@ from commands import run
 from conftest import TINY_RECIPE
 from hlip.cli import interpret
 from hlip.evaluate.evaluation import zeroshot
-from hlip.evaluate.tasks import PROMPT_TEMPLATE, Task
+from hlip.evaluate.tasks import TEMPLATE, Task
 from hlip.explain.relevance import relevance
 from hlip.store.format import shard_file, write_shard
 from hlip.store.tools import finish
@@ -38,7 +38,7 @@ def test_interpret_files(
 
     model = hlip.HLIPModel.from_pretrained(model_folder)
     study = hlip.load_study(nifti_study, model.config.recipe)
-    classes = Task({name: [name] for name in ("glioma", "normal", "stroke")}, PROMPT_TEMPLATE)
+    classes = Task({name: [name] for name in ("glioma", "normal", "stroke")}, TEMPLATE)
     expected = zeroshot(model, [study], classes)[1][0].tolist()
     assert list(result["share_among_these_prompts"]) == list(result["cosine"]) == list(classes.classes)
     assert list(result["share_among_these_prompts"].values()) == pytest.approx(expected, abs=1e-5)
@@ -47,7 +47,7 @@ def test_interpret_files(
         cosines = (model.encode_text([text for (text,) in classes.sentences().values()]) @ image).tolist()
     assert list(result["cosine"].values()) == pytest.approx(cosines, abs=1e-5)
     assert result["left_out"] == []
-    texts = ["This MRI study shows: glioma.", "This MRI study shows: normal."]
+    texts = ["This study shows: glioma.", "This study shows: normal."]
     found = relevance(model, study, texts[0], "all", texts[1])
     saved = np.load(out / "relevance.npz", allow_pickle=False)
     assert saved["names"].tolist() == names

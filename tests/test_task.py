@@ -8,9 +8,9 @@ import yaml
 
 from hlip.evaluate.tasks import FOLDER, Task, list_tasks, load_task
 
-CHEST = ["macro_auc", "balanced_accuracy", "accuracy", "weighted_f1", "precision", "recall"]
+CHEST = ["macro_auc", "accuracy", "weighted_f1", "precision", "recall", "balanced_accuracy"]
 BRAIN = ["stroke_detection", "glioma_detection", "meningioma_detection", "metastasis_detection",
-         "tumor_classification", "disease_classification"]  # fmt: skip
+         "tumor_classification", "disease_classification", "anomaly_detection"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,21 @@ BRAIN = ["stroke_detection", "glioma_detection", "meningioma_detection", "metast
     [
         ("ct-rate", "pairs", 16, CHEST, 6),
         ("rad-chestct", "pairs", 15, CHEST, 6),
+        ("ct-rate-2026-04", "similarity", 16, CHEST, 1),
+        ("rad-chestct-2026-04", "similarity", 14, CHEST, 1),
         ("pub-brain-5", "multi-class", 5, [f"{each}_balanced_accuracy" for each in BRAIN] + ["macro_auc"], 3),
         ("pub-brain-5-gt", "multi-class", 5, [f"{each}_balanced_accuracy" for each in BRAIN] + ["macro_auc"], 5),
-        ("rsna", "similarity", 5, ["macro_auc"], 0),
+        ("pub-brain-5-2026-04", "multi-class", 5, [f"{each}_balanced_accuracy" for each in BRAIN] + ["macro_auc"], 6),
+        (
+            "pub-brain-5-gt-2026-04",
+            "multi-class",
+            5,
+            [f"{each}_balanced_accuracy" for each in BRAIN] + ["macro_auc"],
+            0,
+        ),
+        ("rsna", "similarity", 5, ["macro_auc"], 5),
+        ("rsna-2026-04", "similarity", 6, ["macro_auc"], 0),
+        ("mr-rate", "similarity", 37, ["macro_auc"], 2),
         ("cq500", "similarity", 11, ["macro_auc"], 0),
     ],
 )
@@ -29,29 +41,28 @@ def test_tasks_of_the_package(name: str, kind: str, classes: int, headline: list
     assert (task.name, task.kind, len(task.classes)) == (name, kind, classes)
     assert task.headline == headline
     assert len(task.published.rows) == published
-    assert set(task.published.columns) <= set(headline)
+    assert set(task.published.columns) <= {*headline, *(f"{each}_auc" for each in task.names)}
     assert len(task.prompts()) == len(task.classes) * (2 if kind == "pairs" else 1)
-    assert task.names == list(task.classes) and len(task.label_columns) == len(task.names)
+    assert len(task.label_columns) == len(task.names) == (14 if name.startswith("rad") else len(task.classes))
 
 
 def test_all_tasks_are_tested() -> None:
-    assert list_tasks() == ["cq500", "ct-rate", "pub-brain-5", "pub-brain-5-gt", "rad-chestct", "rsna"]
+    (tested,) = (mark.args[1] for mark in test_tasks_of_the_package.pytestmark)
+    assert list_tasks() == sorted(name for name, *_ in tested)
     assert all(yaml.safe_load(path.read_text()) for path in FOLDER.iterdir())
 
 
 def test_prompts_of_the_package() -> None:
     chest = load_task("ct-rate")
-    assert chest.sentences()["Lung nodule"] == ["The volume shows: Nodule."]
+    assert chest.sentences()["Lung nodule"] == ["The volume shows: Lung nodule."]
+    assert chest.sentences("organ")["Lung nodule"] == ["The lung shows: Nodule."]
     assert chest.sentences("organ", "negative")["Atelectasis"] == ["The lung shows: Not atelectatic."]
     assert chest.sentences("organ")["Hiatal hernia"] == ["The esophagus shows: Hiatal hernia."]
     with pytest.raises(ValueError, match="task ct-rate has no templates 'x': there are volume, organ"):
         chest.sentences("x")
     rad = load_task("rad-chestct")
     assert "Mosaic attenuation pattern" not in rad.classes
-    assert [each for each, column in rad.columns.items() if column == "calcification"] == [
-        "Coronary artery wall calcification",
-        "Arterial wall calcification",
-    ]
+    assert [each for each, column in rad.columns.items() if column == "calcification"] == ["Calcification"]
     assert rad.sentences() == {k: v for k, v in chest.sentences().items() if k in rad.classes}
     brain = load_task("pub-brain-5")
     assert brain.sentences()["Normal"] == ["This MRI study shows: No significant abnormalities."]
@@ -161,7 +172,7 @@ def test_all_that_published_protocols_hold(tmp_path: Path) -> None:
 templates:
   volume: "The volume shows: {}."
   organ: {heart: "The heart shows: {}.", "*": "The lung shows: {}."}
-reworded: {volume: {Lung nodule: {positive: Lung nodule, negative: Not lung nodule}}}
+reworded: {organ: {Lung nodule: {positive: Nodule, negative: Not nodule}}}
 merged: {Calcification: [Coronary artery wall calcification, Arterial wall calcification]}
 columns: {Mosaic attenuation pattern: null, Calcification: calcification, Lung nodule: nodule}
 threshold: highest
@@ -194,7 +205,8 @@ threshold: 0.5
 @pytest.mark.parametrize("name", list_tasks())
 def test_released_names_are_of_figures_that_there_are(name: str) -> None:
     task = load_task(name)
-    parts = [*task.classes, *task.subtasks]
+    parts = [*task.names, *task.subtasks, *task.means]
+    parts += [f"{part}_{each}" for part, members in task.subtasks.items() if len(members) == 3 for each in members]
     known = {*task.headline, *(f"{part}_{metric}" for part in parts for metric in task.metrics)}
     assert task.released and task.released.keys() <= known
     assert len(set(task.released.values())) == len(task.released)

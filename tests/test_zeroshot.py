@@ -84,7 +84,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     path.write_text("classes: {a: x, b: z}\ntemplates: It is {}.\n")
     assert load_task(path) == Task({"a": ["x"], "b": ["z"]}, ("It is {}.",), name="prompts")
     path.write_text("classes: {a: x, b: z}\n")
-    assert load_task(path, "Here is {}.") == Task({"a": "x", "b": "z"}, "Here is {}.", name="prompts")
+    assert load_task(path) == Task({"a": "x", "b": "z"}, "This study shows: {}.", name="prompts")
     bad = [
         "classes: {}",
         "classes: {a: x}",

@@ -13,7 +13,7 @@ from ..arguments import OneOf, argument
 from ..embed.baselines import PREFIX, SliceEncoder
 from ..embed.inputs import StoreStudies
 from ..embed.texts import check_lengths
-from ..evaluate.evaluation import evaluate
+from ..evaluate.evaluation import Evaluation, evaluate, measure
 from ..evaluate.labels import check_join, read_labels, unjoined
 from ..evaluate.metrics import need_sklearn
 from ..evaluate.report import (
@@ -27,6 +27,7 @@ from ..evaluate.report import (
     table_rows,
     write_evaluation,
 )
+from ..evaluate.scores import read_scores
 from ..evaluate.tasks import Task, list_tasks, load_task
 from ..model.clip import HLIPModel
 from ..output import shown_name, table, write_csv
@@ -80,11 +81,16 @@ Baselines: --one_scan SEED shows any model one random scan of each study. A 2D m
 its similarity to a prompt is the mean (--pool mean: over a scan's slices, then over scans) or the largest (--pool max)
 of its slices', and softmax is at its own temperature.
 
+With --scores no model is run: a row a study (or, of a task of scans, a scan: a column `scan`), a column a class, as in
+{SCORES}. Of a task of pairs or of your own they are probabilities of the class, of multi-class the classes' shares,
+which add up to 1, of similarity any number. Classes that the task merges may have their own columns.
+
 Under torchrun processes share the work, and change no figure. Exit status as of `hlip embed`."""
 
 
 def add(commands: Any) -> None:
     """Add `eval` to the subparsers of `hlip`."""
+    model, *encoder = ENCODER
     add_command(
         commands,
         "eval",
@@ -97,6 +103,13 @@ def add(commands: Any) -> None:
                 (
                     argument("--data", type=Path, metavar="INPUT", help="a store, or a study list (.json, .csv)"),
                     argument("--embeddings", type=Path, metavar="FILE", help="what `hlip embed` wrote with this model"),
+                    argument(
+                        "--scores",
+                        type=Path,
+                        metavar="CSV",
+                        help="what any model says, in place of --model: a column `study`, and one for each class with "
+                        "its probability (of kind similarity: its similarity)",
+                    ),
                 ),
                 required=True,
             ),
@@ -109,7 +122,8 @@ def add(commands: Any) -> None:
                 help="leave out studies without labels and labels without a study, instead of stopping",
             ),
             *FIGURES,
-            *ENCODER,
+            model._replace(settings=model.settings | {"required": False}),
+            *encoder,
             *embedding_arguments(),
         ],
         EPILOG,
@@ -120,6 +134,10 @@ def _eval(args: argparse.Namespace) -> int:
     need_sklearn()  # said now, not after hours
     check_results(args.out)
     task = load_task(args.task)
+    if args.scores is not None:
+        return _of_scores(args, task)
+    if args.model is None:
+        raise ValueError("--model is needed, unless --scores holds what a model said")
     prompts = task.prompts(args.templates)  # says so if there are no such templates
     if args.embeddings is not None and args.model.startswith(PREFIX):
         raise ValueError("--embeddings: a 2D model is scored by its slices; give --data")
@@ -152,6 +170,10 @@ def _eval(args: argparse.Namespace) -> int:
         args.head,
         compared=of_slices,
     )
+    if isinstance(studies, StoreStudies):
+        scored.notes.extend(task.notes_on_shapes(studies.store.shapes.tolist()))
+    elif isinstance(model, HLIPModel) and studies is not None:
+        scored.notes.extend(task.notes_on_shapes([model.config.preprocess.shape]))
     facts = {
         "model": shown_name(args.model),
         "data": shown_name(args.data or args.embeddings),
@@ -164,14 +186,32 @@ def _eval(args: argparse.Namespace) -> int:
         "left_out": made.facts.get("failed", []),
         "left_out_scans": made.facts.get("left_out", []),
     }
+    _write(args, scored, facts)
+    return report_failed(made, "eval")
+
+
+def _of_scores(args: argparse.Namespace, task: Task) -> int:
+    """Evaluate what a table says of studies; no model has a part in it."""
+    for flag in ("model", "templates", "head", "one_scan", "pool", "slices"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag}: has no part where --scores says what to compare with labels. Leave it out")
+    uids, scans, scores = read_scores(args.scores, task)
+    labels = _labels(args, task)
+    _check_join(args, uids, labels)
+    facts = {"scores": shown_name(args.scores), "labels": shown_name(args.labels)}
+    scored = measure(task, uids, scores, labels, args.allow_unmatched, args.draws, args.seed, scans)
+    _write(args, scored, facts | {"draws": args.draws, "seed": args.seed})
+    return 0
+
+
+def _write(args: argparse.Namespace, scored: Evaluation, facts: dict[str, Any]) -> None:
     write_evaluation(scored, args.out, facts)
-    say(f"{task.name}: {sizes(scored)}; percent, with 95% intervals")
+    say(f"{scored.task.name}: {sizes(scored)}; percent, with 95% intervals")
     say(*table(zip(*table_rows(scored), strict=True)))
     if len(rows := class_rows(scored)) > 1 and len(rows[0]) > 3:
         say("", *table(rows))
     say(*(f"note: {note}" for note in scored.notes))
     say(f"{args.out}: {', '.join([SCORES, METRICS, TABLE, MARKDOWN, PLOT])}")
-    return report_failed(made, "eval")
 
 
 def _check_head(head: int | None, model: HLIPModel | SliceEncoder) -> None:
@@ -193,8 +233,10 @@ def _labels(args: argparse.Namespace, task: Task) -> Mapping[str, np.ndarray]:
         raise ValueError(f"{args.data}: expected a store, or a study list (.json, .csv)")
     source = store if args.labels is None else args.labels
     if source is None:
-        raise ValueError(f"--labels is needed: {args.data or args.embeddings} is no store, which could have labels")
-    labels = read_labels(source, task.label_columns)
+        raise ValueError(
+            f"--labels is needed: {args.data or args.embeddings or args.scores} is no store, which could have labels"
+        )
+    labels = read_labels(source, task.label_columns, task.study)
     if store is not None:
         _check_join(args, store.uids.tolist(), labels)
     return labels

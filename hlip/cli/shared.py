@@ -25,7 +25,7 @@ from ..embed.parts import parts_of
 from ..embed.table import Embeddings
 from ..evaluate.labels import SHOWN
 from ..evaluate.metrics import DRAWS
-from ..evaluate.tasks import PROMPT_TEMPLATE, Kind, Task, list_tasks, load_task
+from ..evaluate.tasks import TEMPLATE, Kind, Task, list_tasks, load_task
 from ..model.clip import HLIPModel
 from ..model.memory import keep_memory
 from ..output import check_folder, new_figure, table
@@ -170,7 +170,7 @@ def prompt_arguments(prompt: str) -> tuple[Argument, ...]:
             action="append",
             default=[],
             metavar="TEXT",
-            help=f"sentence with {{}} for the prompt; repeat to average over several (default: {PROMPT_TEMPLATE!r})",
+            help=f"sentence with {{}} for the prompt; repeat to average over several (default: {TEMPLATE!r})",
         ),
         argument(
             "--prompts",
@@ -186,9 +186,9 @@ def read_prompts(args: argparse.Namespace, texts: Sequence[str]) -> Task:
     if args.prompts:
         if args.prompt or args.template:
             raise ValueError("give --prompts, or --prompt and --template, not both")
-        return load_task(args.prompts, PROMPT_TEMPLATE)
+        return load_task(args.prompts)
     kind: Kind = "multi-class" if len(texts) > 1 else "similarity"
-    return Task({text: text for text in texts}, args.template or PROMPT_TEMPLATE, kind)
+    return Task({text: text for text in texts}, args.template or TEMPLATE, kind)
 
 
 def said_of(task: Task, similarities: np.ndarray, scale: float) -> Said:

@@ -94,4 +94,5 @@ def _zeroshot(args: argparse.Namespace) -> int:
     for uid, entry in entries.items():
         say(uid, *(said_lines(task, said[uid]) if uid in said else ()))
         say(f"  scans: {', '.join(entry['scans']) or 'none that can be used'}", *rejected_lines(entry["left_out"]))
+    say(*(f"note: {note}" for note in task.notes_on_shapes([model.config.preprocess.shape])))
     return SOME_LEFT_OUT if any(entry["left_out"] for entry in entries.values()) else 0

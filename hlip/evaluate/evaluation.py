@@ -244,7 +244,8 @@ def _one_class(task: Task, uids: Sequence[str], labels: np.ndarray, scores: np.n
         is_class = labels[:, numbers] == 1
         inside = np.where(is_class.any(1, keepdims=True), is_class, MISSING)
         shares = scores[:, numbers] / scores[:, numbers].sum(1, keepdims=True)
-        parts.append(Part(f"{name}_" * bool(name), members, inside, shares, np.full(len(numbers), 0.5)))
+        half = np.full(len(numbers), np.nextafter(0.5, 0))  # so that a half is positive
+        parts.append(Part(f"{name}_" * bool(name), members, inside, shares, half))
     return parts
 
 
@@ -256,7 +257,9 @@ def _figures(task: Task, parts: Sequence[Part], counts: np.ndarray) -> dict[str,
         columns |= metrics.at_threshold(part.labels, part.scores, part.cuts, counts)
         if task.kind == "multi-class":
             true = np.where((part.labels == 1).any(1), part.labels.argmax(1), MISSING)
-            means = metrics.of_guesses(true, part.scores.argmax(1), len(part.names), counts)
+            pair = len(part.names) == 2  # of which the second counts at equal shares, as in the released tools
+            guess = part.scores[:, 1] >= part.scores[:, 0] if pair else part.scores.argmax(1)
+            means = metrics.of_guesses(true, guess, len(part.names), counts)
             means["auc"] = columns["auc"].mean(1)
         else:
             scored = metrics.scorable(part.labels)
@@ -266,4 +269,8 @@ def _figures(task: Task, parts: Sequence[Part], counts: np.ndarray) -> dict[str,
             if not part.prefix or 2 < len(part.names) < len(task.names):  # else they are other figures once more
                 of_classes = zip(part.names, columns[name].T, strict=True)
                 values |= {f"{part.prefix}{label}_{name}": column for label, column in of_classes}
+    for mean, members in task.means.items():
+        for name in task.metrics:
+            figures = np.stack([values[f"{member}_{name}"] for member in members], axis=1)
+            values[f"{mean}_{name}"] = metrics.mean(figures)
     return values

@@ -32,7 +32,7 @@ class LabelTable(NamedTuple):
     table: Table
 
 
-def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTable:
+def read_label_table(path: Path | str, classes: Sequence[str] = (), study: str = "") -> LabelTable:
     """Read a CSV: a column with the study's uid (`study`, `study_uid` or `VolumeName`) and a column for each class.
 
     A cell is 0, 1, or empty or -1 for a label that is missing. As in `hlip prepare`, of `VolumeName` the study is what
@@ -41,12 +41,17 @@ def read_label_table(path: Path | str, classes: Sequence[str] = ()) -> LabelTabl
     Args:
         classes: columns to take; if there are none, those that `hlip prepare` takes as labels (`Table.likely_labels`)
             and that hold only such cells.
+        study: another name for the column of uids, where the table has it.
 
     Raises:
         ValueError: no such table or column, a cell that is no label in a column asked for, or a study with several
             labels of a class; names it.
     """
-    table, classes = Table.read(path), as_texts(classes, "classes", 0)
+    return _labels_of(Table.read(path, study), as_texts(classes, "classes", 0))
+
+
+def _labels_of(table: Table, classes: Sequence[str]) -> LabelTable:
+    path = table.path
     if missing := [name for name in classes if name not in table.columns]:
         raise ValueError(f"{path}: has no column {', '.join(missing)} (there are {', '.join(table.columns)})")
     if len(set(classes)) < len(classes):
@@ -85,20 +90,26 @@ def _code(cell: str) -> int | None:
     return int(value) if value in (0, 1, MISSING) else None
 
 
-def read_labels(source: Path | str | Store, columns: Sequence[str]) -> dict[str, np.ndarray]:
+def read_labels(
+    source: Path | str | Store, columns: Sequence[str | Sequence[str]], study: str = ""
+) -> dict[str, np.ndarray]:
     """The labels in a table, as of `read_label_table`, or in a store, by study: uid to (K) int64.
 
     Args:
-        columns: of each class; one column may serve several classes.
+        columns: of each class, or several of which the first counts that there is; one may serve several classes.
+        study: as of `read_label_table`.
 
     Raises:
         ValueError: no such column, or a label that is neither 0, 1 nor missing; names it.
     """
-    columns = as_texts(columns, "columns")
-    if isinstance(source, Store):
-        return dict(zip(source.uids.tolist(), _of_store(source, columns), strict=True))
-    table = read_label_table(source, list(dict.fromkeys(columns)))
-    return dict(zip(table.uids, table.values[:, [table.classes.index(name) for name in columns]], strict=True))
+    table = source if isinstance(source, Store) else Table.read(source, study)
+    there = table.labels[0] if isinstance(table, Store) else table.columns
+    choices = [as_texts(names, "columns") for names in ([columns] if isinstance(columns, str) else columns)]
+    chosen = [next((name for name in names if name in there), names[0]) for names in choices]
+    if isinstance(table, Store):
+        return dict(zip(table.uids.tolist(), _of_store(table, chosen), strict=True))
+    labels = _labels_of(table, list(dict.fromkeys(chosen)))
+    return dict(zip(labels.uids, labels.values[:, [labels.classes.index(name) for name in chosen]], strict=True))
 
 
 def _of_store(store: Store, columns: Sequence[str]) -> np.ndarray:

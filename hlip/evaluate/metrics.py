@@ -163,7 +163,7 @@ def roc_threshold(labels: np.ndarray, scores: np.ndarray, of_equal: Literal["low
         raise ValueError("a threshold needs positives and negatives")
     above = scores[:, None] > CUTS
     missed, alarms = 1 - above[labels == 1].mean(0), above[labels == 0].mean(0)
-    distance = missed**2 + alarms**2
+    distance = np.sqrt(missed**2 + alarms**2)
     nearest = np.flatnonzero(distance == distance.min())
     return float(CUTS[nearest[0 if of_equal == "lowest" else -1]])
 

@@ -62,8 +62,9 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def table_rows(evaluation: Evaluation) -> list[list[str]]:
-    """Header, this run with its intervals, and published rows, in percent."""
-    keys, published = evaluation.task.headline, evaluation.task.published
+    """Header, this run with its intervals, and published rows, each beside the figure that it is of, in percent."""
+    published = evaluation.task.published
+    keys = list(dict.fromkeys([*evaluation.task.headline, *published.columns]))
     rows = [["", *keys], [OURS, *(_percent(evaluation, key) for key in keys)]]
     for name, figures in published.rows.items():
         given = dict(zip(published.columns, figures, strict=True))
@@ -88,7 +89,7 @@ def sizes(evaluation: Evaluation) -> str:
 
 
 def _percent(evaluation: Evaluation, key: str) -> str:
-    value, interval = evaluation.metrics[key], evaluation.intervals[key]
+    value, interval = evaluation.metrics.get(key, math.nan), evaluation.intervals.get(key)
     if math.isnan(value):
         return "-"
     return f"{100 * value:.1f}" + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else "")

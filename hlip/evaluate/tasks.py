@@ -9,18 +9,24 @@ Shapes: N studies, T prompts (those of the classes; of a task of pairs then the 
           pairs              any number of classes: softmax of each class' positive and negative prompt; or
           similarity         the same, by the cosine with one prompt, which ranks studies
     classes                  class: prompt or list of prompts; of pairs {positive: ..., negative: ...}
-    templates                sentences with {} for the prompt; or name: sentences, of which --templates chooses, and
-                             where sentences may differ by the class' group, {group: sentences, "*": those of the rest}
+    templates                sentences with {} for the prompt, "This study shows: {}." if there are none; or name:
+                             sentences, of which --templates chooses, and where sentences may differ by the class'
+                             group, {group: sentences, "*": those of the rest}
     groups                   class: group
     reworded                 name of templates: {class: prompts}, for classes that have other prompts with them
     merged                   class: classes, of pairs, that are scored as one in their place: by the largest share if
                              one is above a half, else by the smallest
-    columns                  class: its column in the label table, if it is not the class' name; null leaves it out
+    columns                  class: its column in the label table, if it is not the class' name; null leaves it out. A
+                             table without that column may have one of the class' name; of a merged class, its members'
+    study                    the label table's column of studies, if it is none of study, study_uid and VolumeName
     metrics                  auc; of pairs and similarity balanced_accuracy, accuracy, weighted_f1, precision, recall;
                              of multi-class balanced_accuracy and weighted_f1
     threshold                scores above it are positive: a number; or, of 100 cuts from 0 to 1 the one whose point of
                              the ROC curve is nearest to (0, 1), of equal ones the lowest (the default) or highest
-    subtasks                 name: classes, of multi-class: only their studies, and softmax over them alone
+    subtasks                 name: classes, of multi-class: only their studies, and softmax over them alone; also every
+                             class against the others, positive from a share of a half
+    means                    name: subtasks, of whose figures it is the mean
+    shape                    voxels (D, H, W) of the scans that the published figures are of
     unit                     study (the default), or scan: every scan is scored by itself, with its study's labels
     released                 result key: the same figure's name in the released tools' output; {} for each class
     published                source, columns (result keys), and rows: name: percentages
@@ -30,7 +36,7 @@ Shapes: N studies, T prompts (those of the classes; of a task of pairs then the 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -50,8 +56,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 USUAL = METRICS | {"similarity": ("auc",)}  # of a task that names none
 NONE = Texts()
-TEMPLATE = "This study shows: {}."
-PROMPT_TEMPLATE = "This MRI study shows: {}."  # where prompts are read that come without one, for no benchmark
+TEMPLATE = "This study shows: {}."  # of prompts that come without one
 ALL = "*"  # the group whose sentences are those of classes of any other
 
 
@@ -100,9 +105,12 @@ class Task:
     reworded: dict[str, dict[str, Any]] = field(default_factory=dict)
     merged: dict[str, Texts] = field(default_factory=dict)
     columns: dict[str, str | None] = field(default_factory=dict)
+    study: str = ""
     metrics: Texts = NONE
     threshold: Any = "lowest"
     subtasks: dict[str, Texts] = field(default_factory=dict)
+    means: dict[str, Texts] = field(default_factory=dict)
+    shape: Any = ()
     unit: Literal["study", "scan"] = "study"
     released: dict[str, str] = field(default_factory=dict)
     published: Published = field(default_factory=Published)
@@ -126,6 +134,7 @@ class Task:
             for name, members in groups.items():
                 if len(set(members)) < max(2, len(members)):
                     raise ValueError(f"{where}.{name}: expected at least two of the classes, got {list(members)}")
+        _check_known(self.subtasks, _under("means", self.means))
         if len(self.names) < (2 if self.kind == "multi-class" else 1):
             raise ValueError(f"classes: too few ({len(self.names)} with a column) for a task of kind {self.kind}")
         self._set_templates()
@@ -175,6 +184,12 @@ class Task:
             raise ValueError(f"reworded: there are no templates {unknown[0]!r}")
 
     def _set_figures(self) -> None:
+        try:
+            self._set("shape", tuple(map(int, self.shape)))
+        except (TypeError, ValueError):
+            self._set("shape", (0,))
+        if self.shape and (len(self.shape) != 3 or min(self.shape) < 1):
+            raise ValueError("shape: expected the numbers of slices, rows and columns of a scan")
         self._set("metrics", self.metrics or Texts(USUAL[self.kind]))
         if wrong := [metric for metric in self.metrics if metric not in METRICS[self.kind]]:
             raise ValueError(
@@ -198,16 +213,21 @@ class Task:
         return list(self.columns)
 
     @property
-    def label_columns(self) -> list[str]:
-        """The column of labels of each name; one may serve several."""
-        return [column for column in self.columns.values() if column is not None]
+    def label_columns(self) -> list[Texts]:
+        """Where the labels of each name may stand: the first of these columns that there is. One may serve several."""
+        return [
+            Texts(dict.fromkeys([column, name, *self.merged.get(name, ())]))
+            for name, column in self.columns.items()
+            if column is not None
+        ]
 
     @property
     def headline(self) -> list[str]:
         """Result keys of the whole task, in the order of the table."""
         if not self.subtasks:
             return ["macro_auc" if name == "auc" else name for name in self.metrics]
-        keys = [f"{name}_balanced_accuracy" for name in self.subtasks] if "balanced_accuracy" in self.metrics else []
+        parts = (*self.subtasks, *self.means)
+        keys = [f"{name}_balanced_accuracy" for name in parts] if "balanced_accuracy" in self.metrics else []
         return keys + (["macro_auc"] if "auc" in self.metrics else [])
 
     def sentences(
@@ -239,6 +259,16 @@ class Task:
         sides = [self.sentences(templates, side) for side in ("positive", "negative")]
         return [texts for sentences in sides for texts in sentences.values() if texts]
 
+    def notes_on_shapes(self, shapes: Iterable[Sequence[int] | None]) -> list[str]:
+        """A note where published figures are of scans of another shape than one of these; None is one of its own."""
+        others = [shape for shape in shapes if self.shape and (shape is None or tuple(shape) != self.shape)]
+        voxels = [" x ".join(map(str, shape)) if shape else "their own" for shape in (self.shape, *others[:1])]
+        return [
+            f"published figures of {self.name} are of scans of {voxels[0]} voxels, these have {theirs}: see `size` of "
+            "a recipe (hlip prepare --recipe FILE)"
+            for theirs in voxels[1:]
+        ]
+
     def scores(self, similarities: np.ndarray, scale: float) -> np.ndarray:
         """(N, T) similarities to (N, K) float64: shares, or the similarities if the task's kind is "similarity".
 
@@ -255,10 +285,16 @@ class Task:
         shares /= shares.sum(-1, keepdims=True)
         if self.kind == "multi-class":
             return shares
-        columns = dict(zip(self.classes, shares[..., 0].T, strict=True))
+        return self.merge(dict(zip(self.classes, shares[..., 0].T, strict=True)))
+
+    def merge(self, shares: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(N, K) of each class' (N) shares; those of merged classes stand for what they are merged into, unless it has
+        shares of its own."""
+        columns = dict(shares)
         for name, members in self.merged.items():
-            parts = np.stack([columns[member] for member in members])
-            columns[name] = np.where(parts.max(0) > 0.5, parts.max(0), parts.min(0))
+            if name not in columns:
+                parts = np.stack([columns[member] for member in members])
+                columns[name] = np.where(parts.max(0) > 0.5, parts.max(0), parts.min(0))
         return np.stack([columns[name] for name in self.names], axis=1)
 
 
@@ -267,11 +303,8 @@ def list_tasks() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_task(name: Path | str, template: str = TEMPLATE) -> Task:
+def load_task(name: Path | str) -> Task:
     """A task of the package by its name, or of a YAML file.
-
-    Args:
-        template: the sentence of a file that has none.
 
     Raises:
         ValueError: no such task; or a field that is missing, unknown or wrong: names file and field.
@@ -281,7 +314,7 @@ def load_task(name: Path | str, template: str = TEMPLATE) -> Task:
     if path.suffix not in (".yaml", ".yml") and not path.exists():
         raise ValueError(f"unknown task {str(name)!r}{hint(str(name), list_tasks(), [*list_tasks(), 'FILE.yaml'])}")
     try:
-        return structure(Task, {"name": path.stem, "templates": template, **_read(path)})
+        return structure(Task, {"name": path.stem, **_read(path)})
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable task ({error})") from error
 

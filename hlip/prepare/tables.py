@@ -70,8 +70,11 @@ class Table:
     rows: tuple[tuple[int, str, dict[str, str]], ...]
 
     @classmethod
-    def read(cls, path: Path | str) -> Table:
+    def read(cls, path: Path | str, study: str = "") -> Table:
         """Read a CSV. Of `VolumeName`, an image file's name, the study is what comes before the scan's number.
+
+        Args:
+            study: the column of studies, where there is one of this name.
 
         Raises:
             ValueError: not such a file; names it, and the line.
@@ -81,9 +84,10 @@ class Table:
             reader = csv.DictReader(lines)
             columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
-            uid_column = next((name for name in STUDY_COLUMNS if name in columns), None)
+            named = (study, *STUDY_COLUMNS) if study else STUDY_COLUMNS
+            uid_column = next((name for name in named if name in columns), None)
             if uid_column is None:
-                raise ValueError(f"needs a column of {', '.join(STUDY_COLUMNS)}")
+                raise ValueError(f"needs a column of {', '.join(named)}")
             if len(set(columns)) < len(columns):
                 raise ValueError(f"line {reader.line_num}: column {max(columns, key=columns.count)!r} occurs twice")
             rows = []

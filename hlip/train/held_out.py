@@ -7,7 +7,7 @@ import numpy as np
 from ..evaluate.evaluation import zeroshot
 from ..evaluate.labels import MISSING, read_labels
 from ..evaluate.metrics import macro_auc
-from ..evaluate.tasks import PROMPT_TEMPLATE, Task, load_task
+from ..evaluate.tasks import Task, load_task
 from ..model.clip import HLIPModel
 from ..model.config import ModelConfig
 from ..processes import Processes
@@ -31,7 +31,7 @@ class HeldOut:
         """
         if config.val is None or config.prompts is None:
             return None
-        task, store = load_task(config.prompts, PROMPT_TEMPLATE), Store(config.val)
+        task, store = load_task(config.prompts), Store(config.val)
         if task.unit != "study":
             raise ValueError(
                 f"prompts {config.prompts}: a task of scans; training evaluates studies: hlip eval does both"
@@ -39,7 +39,7 @@ class HeldOut:
         store.check_finished()
         store.scan_tokens(model.vision.patch_size)  # or an error before training, not after
         source = config.labels or config.val
-        table = read_labels(config.labels or store, task.label_columns)
+        table = read_labels(config.labels or store, task.label_columns, task.study)
         unknown = [uid for uid in store.uids if uid not in table or (table[uid] == MISSING).all()]
         if unknown:
             raise ValueError(f"{source}: no label for study {unknown[0]} ({len(unknown)} of {len(store)} lack one)")
