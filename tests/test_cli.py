@@ -114,13 +114,22 @@ def test_zeroshot_and_interpret_take_benchmarks(
         assert said in capsys.readouterr().out.splitlines()[1]
         scores = dict(zip(task.names, zeroshot(model, [study], task)[1][0].tolist(), strict=True))
         key = "cosine" if task.kind == "similarity" else "share_among_these_prompts"
-        assert entry[key] == pytest.approx(scores, abs=1e-5) and list(entry["cosine"]) == list(task.classes)
+        assert entry[key] == pytest.approx(scores, abs=1e-5) and entry["cosine"].keys() == task.classes.keys()
     args = ["--model", model_folder, "--prompts", "ct-rate", "--templates", "organ", "--target", "Emphysema"]
     assert run("interpret", *nifti_study, *args, "--out", tmp_path / "maps") == 0
     result = json.loads((tmp_path / "maps" / "relevance.json").read_text())
     assert len(result["cosine"]) == 16 and result["similarity"] == pytest.approx(
         result["cosine"]["Emphysema"], abs=1e-5
     )
+
+
+def test_zeroshot_tells_that_published_figures_are_of_another_grid(
+    nifti_study: list[Path], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task, told in (("pub-brain-5", True), ("cq500", False)):
+        assert run("zeroshot", *nifti_study, "--model", model_folder, "--prompts", task) == 0
+        note = "note: published figures of pub-brain-5 are of scans of 144 x 224 x 224 voxels"
+        assert (note in capsys.readouterr().out) == told
 
 
 def test_flags_may_have_hyphens(nifti_study: list[Path], model_folder: Path, tmp_path: Path) -> None:

@@ -244,6 +244,28 @@ def test_the_command_on_a_store(
     assert (tmp_path / "again" / "scores.csv").read_bytes() == first
 
 
+def test_scans_of_another_grid_than_the_models(
+    tiny_model: hlip.HLIPModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three times the slices that the model was made for, as its published figures were had; a note tells others."""
+    store = make_store(tmp_path / "store", [1, 2, 1, 2], [{"a": i % 2, "b": 1 - i % 2} for i in range(4)], (24, 16, 16))
+    task = tmp_path / "task.yaml"
+    task.write_text("classes: {a: glioma, b: stroke}\nshape: [24, 16, 16]\n")
+    args = ["--data", store.path, "--model", model_folder, "--out", tmp_path / "out", "--draws", 5, "--workers", 0]
+    args += ["--dtype", "fp32"]
+    assert run("eval", task, *args) == 0
+    assert "published figures" not in capsys.readouterr().out
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        found = [float(row["a"]) for row in csv.DictReader(file)]
+    _, expected = zeroshot(tiny_model, [store.study(i) for i in range(4)], load_task(task))
+    assert found == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+    task.write_text("classes: {a: glioma, b: stroke}\nshape: [8, 16, 16]\n")
+    assert run("eval", task, *args) == 0
+    note = "published figures of task are of scans of 8 x 16 x 16 voxels, these have 24 x 16 x 16"
+    assert note in capsys.readouterr().out
+    assert any(note in told for told in json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"])
+
+
 def test_scans_by_themselves(store: Store, model_folder: Path, pairs: Path, tmp_path: Path) -> None:
     pairs.write_text(f"{PAIRS}unit: scan\n")
     args = ["--model", model_folder, "--draws", 30, "--workers", 0]

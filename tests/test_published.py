@@ -96,6 +96,18 @@ def test_outputs_are_those_of_the_released_encoder(name: str) -> None:
 
 
 @torch.no_grad()
+def test_scans_of_144_slices() -> None:
+    """As the paper evaluated Pub-Brain-5 with a model of 48: 18 x 14 x 14 tokens, positions trilinear between its."""
+    name = "clip_vit_base_scan_study_token1176"
+    encoder, state = narrow(name)
+    study = scans_of(name, 2, 0, (18, 14, 14))
+    assert study[0].shape[-3:] == (144, 224, 224)
+    expected = released_encoder(state, RELEASED[name], HEADS, torch.stack(study))
+    found = encoder(hlip.pack([study], RELEASED[name].patch))[0]
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["clip_vit_base_scan_study_token1176", "clip_vit_base_scan_study_dualdinotxt1568"])
 def test_more_scans_than_positions(name: str) -> None:
     encoder, state = narrow(name)

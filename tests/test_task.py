@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from hlip.evaluate.labels import read_labels
 from hlip.evaluate.tasks import FOLDER, Task, list_tasks, load_task
 
 CHEST = ["macro_auc", "accuracy", "weighted_f1", "precision", "recall", "balanced_accuracy"]
@@ -70,6 +71,55 @@ def test_prompts_of_the_package() -> None:
     assert load_task("pub-brain-5-gt").subtasks == brain.subtasks
     head = load_task("cq500")
     assert head.sentences()["EDH"] == ["This study shows: extradural hemorrhage"]
+
+
+ENSEMBLE = [
+    "{}.", "{} identified.", "{} noted.", "{} seen.", "new {}.", "known {}.", "prominent {}.", "likely {}.",
+    "possibly {}.", "indicating {}.", "reflecting {}.", "representing {}.", "suggesting {}.", "indicative of {}.",
+    "suggestive of {}.", "related to {}.", "consistent with {}.", "compatible with {}.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in list_tasks() if "ensemble" in load_task(name).templates])
+def test_ensembles_are_the_released_ones(name: str) -> None:
+    chest = "chestct" in name or "ct-rate" in name
+    words = ["there is {}.", "{} is observed.", "{} is present.", "onsistent with {}.", "compatible with {}."]
+    for label, texts in load_task(name).sentences("ensemble").items():
+        (prompt,) = load_task(name).classes[label].positive
+        ends = ["{}."] if label == "Normal" else words if chest else ENSEMBLE
+        assert texts == [f"This study shows: {end.replace('{}', prompt)}" for end in ends]
+
+
+def test_prompts_of_the_chest_by_templates() -> None:
+    for name in ("ct-rate", "rad-chestct"):
+        task = load_task(name)
+        same = [k for k in task.classes if k not in ("Lung nodule", "Lung opacity")]
+        for templates, two in (("volume", ["Lung nodule", "Lung opacity"]), ("organ", ["Nodule", "Opacity"])):
+            positive, negative = (task.sentences(templates, side) for side in ("positive", "negative"))
+            organ = {"volume": "The volume"}.get(templates, "The lung")
+            for label, prompt in zip(("Lung nodule", "Lung opacity"), two, strict=True):
+                assert positive[label] == [f"{organ} shows: {prompt}."]
+                assert negative[label] == [f"{organ} shows: Not {prompt.lower()}."]
+            for k in same:
+                no = "Not atelectatic" if k == "Atelectasis" else f"Not {k.lower()}"
+                assert positive[k][0].partition(": ")[2] == f"{k}." and negative[k][0].partition(": ")[2] == f"{no}."
+    assert load_task("rad-chestct-2026-04").names == [*load_task("rad-chestct").names]
+    assert load_task("ct-rate-2026-04").names == load_task("ct-rate").names
+
+
+def test_where_labels_may_stand(tmp_path: Path) -> None:
+    task = load_task("rad-chestct")
+    assert dict(zip(task.names, task.label_columns, strict=True))["Calcification"] == (
+        "calcification", "Calcification", "Coronary artery wall calcification", "Arterial wall calcification",
+    )  # fmt: skip
+    path = tmp_path / "labels.csv"
+    path.write_text("NoteAcc_DEID,A,b,c\nu,1,0,1\n")
+    labels = read_labels(path, [("a", "A"), "b", ("c", "b")], "NoteAcc_DEID")
+    assert labels["u"].tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"has no column a \(there are A, b, c\)"):
+        read_labels(path, [("a", "d"), "b"], "NoteAcc_DEID")
+    with pytest.raises(ValueError, match="needs a column of study, study_uid, VolumeName"):
+        read_labels(path, ["b"])
 
 
 def test_published_figures() -> None:
@@ -145,6 +195,8 @@ def test_names_and_texts_of_a_task_are_what_is_written(tmp_path: Path) -> None:
         ("classes: {a: x, b: y}\nreworded: {default: {c: z}}", "reworded.default: there is no class 'c'"),
         ("classes: {a: x, b: {positive: y, negative: z}}", "classes.b: expected no negative prompt"),
         ("kind: pairs", "classes: is missing"),
+        ("classes: {a: x, b: y}\nmeans: {m: [s]}", "means.m: there is no class 's'"),
+        ("classes: {a: x, b: y}\nshape: [144, x]", "shape: expected the numbers of slices"),
         ("like: nothing", "no task 'nothing' comes with the package"),
         ("[1]", "expected fields"),
         ("a: [", "while parsing"),

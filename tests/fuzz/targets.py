@@ -28,7 +28,8 @@ from hlip.embed.baselines import read_slices
 from hlip.embed.table import Embeddings
 from hlip.evaluate.labels import read_label_table
 from hlip.evaluate.probe import Probe
-from hlip.evaluate.tasks import FOLDER, load_task
+from hlip.evaluate.scores import read_scores
+from hlip.evaluate.tasks import FOLDER, Task, load_task
 from hlip.model import config, released
 from hlip.model.clip import HLIPModel
 from hlip.model.config import ModelConfig, TextConfig, VisionConfig
@@ -138,6 +139,7 @@ class Lists:
         yield "reports.csv", b'study_uid,report\na,"Findings: x\nImpression: y"\nb,Normal.\n'
         yield "reports/a.txt", b"TECHNIQUE: MR\nFINDINGS: nothing\n\nIMPRESSION:\n1. normal\n"
         yield "labels.csv", b"study,split,stroke,bleed\na,train,1,0\nb,test,-1,\nc,val,0,1\n"
+        yield "scores.csv", b"study,scan,stroke\na,t1,0.25\nb,t1,-1e3\nc,t2,1\n"
         yield "sections.yaml", b"findings: [befund]\nimpression: [beurteilung, fazit]\nunlabelled: findings\n"
         yield "slices.json", b'{"a": {"t1": [0, 3], "t2": []}, "b": {"dwi": [7]}}'
 
@@ -156,6 +158,8 @@ class Lists:
         elif name == "labels.csv":
             read_label_table(path)
             Table.read(path).labels()
+        elif name == "scores.csv":
+            read_scores(path, Task({"stroke": "acute stroke"}, kind="similarity", unit="scan"))
         elif name == "sections.yaml":
             SectionRules.read(path).split("Befund: x\n\nFazit: y\nFindings: z")
         elif name == "slices.json":
