@@ -26,7 +26,8 @@ from hlip.embed.baselines import read_slices
 from hlip.embed.table import Embeddings
 from hlip.evaluate.labels import read_label_table
 from hlip.evaluate.probe import Probe
-from hlip.evaluate.tasks import load_task
+from hlip.evaluate.scores import read_scores
+from hlip.evaluate.tasks import Task, load_task
 from hlip.model.clip import HLIPModel
 from hlip.model.weights import read_weights
 from hlip.prepare.discover import find_study
@@ -54,7 +55,8 @@ def studies_of(path: Path) -> object:
 
 
 READERS: dict[str, Read] = {
-    "list.json": studies_of, "table.csv": Table.read, "labels.csv": read_label_table, "reports.json": read_reports,
+    "list.json": studies_of, "table.csv": Table.read, "labels.csv": read_label_table,
+    "scores.csv": lambda path: read_scores(path, Task({"a": "x"}, kind="similarity")), "reports.json": read_reports,
     "sections.yaml": SectionRules.read, "slices.json": read_slices, "task.yaml": load_task,
     "recipe.yaml": lambda path: load_recipe(str(path)), "a.npz": Embeddings.read, "a.parquet": Embeddings.read,
     "probe.npz": Probe.read, "log.jsonl": run_of, "weights.pt": read_weights, "weights.bin": read_weights,

@@ -94,14 +94,14 @@ def test_rad_chestct_is_scored_as_published(tmp_path: Path) -> None:
         assert found["metrics"][name] == pytest.approx(np.mean([row[name] for row in expected]), abs=1e-12)
     assert found["metrics"]["Calcification_accuracy"] == pytest.approx(expected[-1]["accuracy"], abs=1e-12)
     assert found["released"]["acc (radchestct)"] == found["metrics"]["accuracy"]
-    # The table that was released has columns named after the classes, and the studies' column has a name of its own.
+    # The tables that were released have columns named after the classes, and names of their own for the studies'.
+    write(tmp_path / "scores.csv", ["recon", *order], [f"s{i}" for i in range(300)], p)
     names = ["NoteAcc_DEID", *order]
     labels = write(tmp_path / "released.csv", names, [f"s{i}" for i in range(300)], y[:, [*range(13), 13, 13]])
     out = tmp_path / "again"
-    assert (
-        run("eval", "rad-chestct", "--scores", tmp_path / "out" / "scores.csv", "--labels", labels, "--out", out) == 0
-    )
-    assert json.loads((out / "metrics.json").read_text())["metrics"] == pytest.approx(found["metrics"], abs=1e-12)
+    for scores in (tmp_path / "scores.csv", tmp_path / "out" / "scores.csv"):
+        assert run("eval", "rad-chestct", "--scores", scores, "--labels", labels, "--out", out, "--draws", 5) == 0
+        assert json.loads((out / "metrics.json").read_text())["metrics"] == pytest.approx(found["metrics"], abs=1e-12)
 
 
 @pytest.mark.parametrize(("a", "b", "merged"), [(0.4, 0.6, 0.6), (0.4, 0.3, 0.3), (0.5, 0.45, 0.45)])
@@ -161,6 +161,16 @@ def test_pub_brain_5_has_all_figures_of_the_released_tools(name: str, tmp_path: 
     expected = pub_brain_5(y, logits)
     assert len(expected) == 45
     assert found["released"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_at_a_half_a_class_is_there(tmp_path: Path) -> None:
+    shares = np.array([[0.5, 0.5, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [0.25, 0.25, 0.5, 0, 0], [0, 0, 0, 1, 0]])
+    found = evaluated(
+        tmp_path, "pub-brain-5", *[[name.capitalize() for name in DISEASES]] * 2, shares, np.eye(5, dtype=int)[:4]
+    )
+    # Normal against the rest: 0 and 1 are called normal, of which 0 is. Normal and stroke: both are called stroke.
+    assert found["released"]["balanced_acc (pubbrain5_disease_normal)"] == pytest.approx((1 + 2 / 3) / 2)
+    assert found["released"]["weighted_f1 (pubbrain5_anomaly_stroke)"] == pytest.approx(1 / 2 * 2 / 3)
 
 
 def test_similarities_and_columns_of_one_label(tmp_path: Path) -> None:

@@ -114,10 +114,10 @@ def test_where_labels_may_stand(tmp_path: Path) -> None:
     )  # fmt: skip
     path = tmp_path / "labels.csv"
     path.write_text("NoteAcc_DEID,A,b,c\nu,1,0,1\n")
-    labels = read_labels(path, [("a", "A"), "b", ("c", "b")], "NoteAcc_DEID")
+    labels = read_labels(path, [("a", "A"), "b", ("c", "b")], ["NoteAcc_DEID"])
     assert labels["u"].tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match=r"has no column a \(there are A, b, c\)"):
-        read_labels(path, [("a", "d"), "b"], "NoteAcc_DEID")
+        read_labels(path, [("a", "d"), "b"], ["NoteAcc_DEID"])
     with pytest.raises(ValueError, match="needs a column of study, study_uid, VolumeName"):
         read_labels(path, ["b"])
 

@@ -171,7 +171,7 @@ def _eval(args: argparse.Namespace) -> int:
         compared=of_slices,
     )
     if isinstance(studies, StoreStudies):
-        scored.notes.extend(task.notes_on_shapes(studies.store.shapes.tolist()))
+        scored.notes.extend(task.notes_on_shapes(np.unique(studies.store.shapes, axis=0).tolist()))
     elif isinstance(model, HLIPModel) and studies is not None:
         scored.notes.extend(task.notes_on_shapes([model.config.preprocess.shape]))
     facts = {

@@ -243,7 +243,9 @@ def _one_class(task: Task, uids: Sequence[str], labels: np.ndarray, scores: np.n
         numbers = [task.names.index(name) for name in members]
         is_class = labels[:, numbers] == 1
         inside = np.where(is_class.any(1, keepdims=True), is_class, MISSING)
-        shares = scores[:, numbers] / scores[:, numbers].sum(1, keepdims=True)
+        shares = scores[:, numbers]
+        shares = shares + (shares.sum(1, keepdims=True) == 0)  # rounded to 0: none is nearer than another
+        shares /= shares.sum(1, keepdims=True)
         half = np.full(len(numbers), np.nextafter(0.5, 0))  # so that a half is positive
         parts.append(Part(f"{name}_" * bool(name), members, inside, shares, half))
     return parts

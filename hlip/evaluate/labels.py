@@ -32,7 +32,7 @@ class LabelTable(NamedTuple):
     table: Table
 
 
-def read_label_table(path: Path | str, classes: Sequence[str] = (), study: str = "") -> LabelTable:
+def read_label_table(path: Path | str, classes: Sequence[str] = (), study: Sequence[str] = ()) -> LabelTable:
     """Read a CSV: a column with the study's uid (`study`, `study_uid` or `VolumeName`) and a column for each class.
 
     A cell is 0, 1, or empty or -1 for a label that is missing. As in `hlip prepare`, of `VolumeName` the study is what
@@ -41,7 +41,7 @@ def read_label_table(path: Path | str, classes: Sequence[str] = (), study: str =
     Args:
         classes: columns to take; if there are none, those that `hlip prepare` takes as labels (`Table.likely_labels`)
             and that hold only such cells.
-        study: another name for the column of uids, where the table has it.
+        study: other names for the column of uids, where the table has one of them.
 
     Raises:
         ValueError: no such table or column, a cell that is no label in a column asked for, or a study with several
@@ -91,7 +91,7 @@ def _code(cell: str) -> int | None:
 
 
 def read_labels(
-    source: Path | str | Store, columns: Sequence[str | Sequence[str]], study: str = ""
+    source: Path | str | Store, columns: Sequence[str | Sequence[str]], study: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
     """The labels in a table, as of `read_label_table`, or in a store, by study: uid to (K) int64.
 

@@ -18,7 +18,7 @@ Shapes: N studies, T prompts (those of the classes; of a task of pairs then the 
                              one is above a half, else by the smallest
     columns                  class: its column in the label table, if it is not the class' name; null leaves it out. A
                              table without that column may have one of the class' name; of a merged class, its members'
-    study                    the label table's column of studies, if it is none of study, study_uid and VolumeName
+    study                    names of tables' column of studies, beside study, study_uid and VolumeName
     metrics                  auc; of pairs and similarity balanced_accuracy, accuracy, weighted_f1, precision, recall;
                              of multi-class balanced_accuracy and weighted_f1
     threshold                scores above it are positive: a number; or, of 100 cuts from 0 to 1 the one whose point of
@@ -105,7 +105,7 @@ class Task:
     reworded: dict[str, dict[str, Any]] = field(default_factory=dict)
     merged: dict[str, Texts] = field(default_factory=dict)
     columns: dict[str, str | None] = field(default_factory=dict)
-    study: str = ""
+    study: Texts = NONE
     metrics: Texts = NONE
     threshold: Any = "lowest"
     subtasks: dict[str, Texts] = field(default_factory=dict)

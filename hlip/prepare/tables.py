@@ -7,7 +7,7 @@ import csv
 import logging
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,11 +70,11 @@ class Table:
     rows: tuple[tuple[int, str, dict[str, str]], ...]
 
     @classmethod
-    def read(cls, path: Path | str, study: str = "") -> Table:
+    def read(cls, path: Path | str, study: Sequence[str] = ()) -> Table:
         """Read a CSV. Of `VolumeName`, an image file's name, the study is what comes before the scan's number.
 
         Args:
-            study: the column of studies, where there is one of this name.
+            study: names of the column of studies that count before the usual ones.
 
         Raises:
             ValueError: not such a file; names it, and the line.
@@ -84,7 +84,7 @@ class Table:
             reader = csv.DictReader(lines)
             columns = [_as_written(name).strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
-            named = (study, *STUDY_COLUMNS) if study else STUDY_COLUMNS
+            named = (*study, *STUDY_COLUMNS)
             uid_column = next((name for name in named if name in columns), None)
             if uid_column is None:
                 raise ValueError(f"needs a column of {', '.join(named)}")
