@@ -212,11 +212,14 @@ def untitled(page: str, language: str) -> list[str]:
 def test_files_that_pages_show_can_be_read(tmp_path: Path) -> None:
     sections, recipe = untitled("input.md", "yaml")
     (prompts,) = untitled("training.md", "yaml")
+    (slices,) = untitled("published.md", "yaml")
     (studies,) = untitled("input.md", "json")
-    for name, text in {"s.yaml": sections, "r.yaml": recipe, "p.yaml": prompts, "l.json": studies}.items():
+    texts = {"s.yaml": sections, "r.yaml": recipe, "p.yaml": prompts, "t.yaml": slices, "l.json": studies}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert SectionRules.read(tmp_path / "s.yaml").impression == ("beurteilung",)
     assert load_recipe(str(tmp_path / "r.yaml")).native == (8, 16, 16)
+    assert load_recipe(str(tmp_path / "t.yaml")).shape == load_task("pub-brain-5").shape
     assert list(load_task(tmp_path / "p.yaml").classes) == ["stroke", "normal"]
     found = find_studies(tmp_path / "l.json")  # the list is understood; its files are not there
     listed = {each.study for each in found.rejected} | {study.uid for study in found.studies}
@@ -224,7 +227,7 @@ def test_files_that_pages_show_can_be_read(tmp_path: Path) -> None:
     shown = {(block.page.name, block.language) for block in every_block() if block.language in ("json", "yaml")}
     assert shown == {
         ("input.md", "json"),
-        *((f"{name}.md", "yaml") for name in ("input", "recipes", "training", "tutorial")),
+        *((f"{name}.md", "yaml") for name in ("input", "published", "recipes", "training", "tutorial")),
     }
 
 
