@@ -195,7 +195,7 @@ def test_names_and_texts_of_a_task_are_what_is_written(tmp_path: Path) -> None:
         ("classes: {a: x, b: y}\nreworded: {default: {c: z}}", "reworded.default: there is no class 'c'"),
         ("classes: {a: x, b: {positive: y, negative: z}}", "classes.b: expected no negative prompt"),
         ("kind: pairs", "classes: is missing"),
-        ("classes: {a: x, b: y}\nmeans: {m: [s]}", "means.m: there is no class 's'"),
+        ("classes: {a: x, b: y}\nmeans: {m: [s]}", "means.m: there is no subtask 's'"),
         ("classes: {a: x, b: y}\nshape: [144, x]", "shape: expected the numbers of slices"),
         ("like: nothing", "no task 'nothing' comes with the package"),
         ("[1]", "expected fields"),

@@ -30,7 +30,8 @@ Shapes: N studies, T prompts (those of the classes; of a task of pairs then the 
     unit                     study (the default), or scan: every scan is scored by itself, with its study's labels
     released                 result key: the same figure's name in the released tools' output; {} for each class
     published                source, columns (result keys), and rows: name: percentages
-    like                     the name of a task that comes with the package, whose fields are taken where this has none
+    like                     the name of a task that comes with the package, whose fields are taken where this has none;
+                             without its `means` where this has subtasks
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Task:
             for name, members in groups.items():
                 if len(set(members)) < max(2, len(members)):
                     raise ValueError(f"{where}.{name}: expected at least two of the classes, got {list(members)}")
-        _check_known(self.subtasks, _under("means", self.means))
+        _check_known(self.subtasks, _under("means", self.means), "subtask")
         if len(self.names) < (2 if self.kind == "multi-class" else 1):
             raise ValueError(f"classes: too few ({len(self.names)} with a column) for a task of kind {self.kind}")
         self._set_templates()
@@ -326,17 +327,20 @@ def _read(path: Path) -> dict[str, Any]:
     like = content.pop("like", None)
     if like is not None and like not in list_tasks():
         raise ValueError(f"like: no task {like!r} comes with the package")
-    return content if like is None else {**_read(FOLDER / f"{like}.yaml"), **content}
+    base = {} if like is None else _read(FOLDER / f"{like}.yaml")
+    if "subtasks" in content:
+        base.pop("means", None)  # of its own subtasks
+    return {**base, **content}
 
 
 def _under(where: str, groups: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
     return {f"{where}.{name}": members for name, members in groups.items()}
 
 
-def _check_known(classes: Collection[str], named: Mapping[str, Iterable[str]]) -> None:
+def _check_known(there: Collection[str], named: Mapping[str, Iterable[str]], what: str = "class") -> None:
     for where, names in named.items():
-        if unknown := [name for name in names if name not in classes]:
-            raise ValueError(f"{where}: there is no class {unknown[0]!r}")
+        if unknown := [name for name in names if name not in there]:
+            raise ValueError(f"{where}: there is no {what} {unknown[0]!r}")
 
 
 def _check_apart(classes: Iterable[tuple[str, str]], are: str) -> None:
