@@ -240,7 +240,7 @@ def _one_class(task: Task, uids: Sequence[str], labels: np.ndarray, scores: np.n
         raise ValueError(f"task {task.name}: study {uids[row]} is of {len(names)} classes: {', '.join(names)}")
     parts = []
     for name, members in {"": task.names, **task.subtasks}.items():
-        numbers = [task.names.index(name) for name in members]
+        numbers = [task.names.index(member) for member in members]
         is_class = labels[:, numbers] == 1
         inside = np.where(is_class.any(1, keepdims=True), is_class, MISSING)
         shares = scores[:, numbers]

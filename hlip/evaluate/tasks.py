@@ -262,13 +262,14 @@ class Task:
 
     def notes_on_shapes(self, shapes: Iterable[Sequence[int] | None]) -> list[str]:
         """A note where published figures are of scans of another shape than one of these; None is one of its own."""
-        others = [shape for shape in shapes if self.shape and (shape is None or tuple(shape) != self.shape)]
-        voxels = [" x ".join(map(str, shape)) if shape else "their own" for shape in (self.shape, *others[:1])]
-        return [
-            f"published figures of {self.name} are of scans of {voxels[0]} voxels, these have {theirs}: see `size` of "
-            "a recipe (hlip prepare --recipe FILE)"
-            for theirs in voxels[1:]
-        ]
+        for shape in shapes if self.shape else ():
+            if shape is None or tuple(shape) != self.shape:
+                theirs, these = (" x ".join(map(str, size or ["any number"])) for size in (self.shape, shape))
+                return [
+                    f"published figures of {self.name} are of scans of {theirs} voxels, these have {these}: see `size` "
+                    "of a recipe (hlip prepare --recipe FILE)"
+                ]
+        return []
 
     def scores(self, similarities: np.ndarray, scale: float) -> np.ndarray:
         """(N, T) similarities to (N, K) float64: shares, or the similarities if the task's kind is "similarity".
