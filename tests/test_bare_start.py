@@ -24,7 +24,7 @@ SMALL = (
     "check.py --device cpu --size tiny --stages environment norm --out {rows}/check.md",
 )
 NEED_MORE = {  # and say so in a line
-    f"plot.py --results {bare.BENCH}/results --out {{rows}}": "the page needs pandas and matplotlib",
+    f"plot.py --results {bare.BENCH}/results --out {{rows}}": "pip install 'hlip-kernels[viz]'",
     "pointing.py": "make demo makes studies and model",
     "prepare.py": "pip install 'hlip-kernels",
     "store.py --throughput": "pip install 'hlip-kernels",
