@@ -3,14 +3,16 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 
 from commands import run
+from hlip.prepare.grid import Axis
 from hlip.prepare.masks import lesion_slices
-from hlip.prepare.recipe import Axis, Recipe, Window
+from hlip.prepare.recipe import Recipe, Window
 from hlip.read.rules import Rules
 from hlip.read.scan import Volume
 from hlip.store.store import Store
@@ -100,9 +102,10 @@ def test_a_mask_is_no_link_to_elsewhere(
     assert not (tmp_path / "s.json").exists()
 
 
-def test_slices_thinned_out_show_what_is_listed() -> None:
+@pytest.mark.parametrize("ways", [{}, {"depth": "nearest-exact"}, {"windowing": "last", "reorient": False}], ids=str)
+def test_slices_thinned_out_show_what_is_listed(ways: dict[str, Any]) -> None:
     """Whatever the depths, a slice is listed if most of it is lesion, and no other."""
-    recipe = Recipe(size=(8, 16, 16), crop=None, percentiles=None, windows=(Window(0, 100),), rules=Rules(min_slices=1))
+    recipe = Recipe((8, 16, 16), None, None, (Window(0, 100),), rules=Rules(min_slices=1), **ways)
     affine = np.diag([1.0, 1.0, 5.0, 1.0])
     for depth, first in itertools.product((6, 10, 13, 20, 31), range(5)):
         array = np.zeros((16, 16, depth), np.int16)

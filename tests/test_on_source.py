@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hlip.prepare.recipe import Axis, Recipe, Window
+from dicom_files import write_series
+from hlip.prepare.discover import find_study
+from hlip.prepare.grid import Axis
+from hlip.prepare.recipe import Recipe, Window
 from hlip.prepare.studies import load_study, load_study_on_grids
 from hlip.read.nifti import read_nifti
+from hlip.read.readers import read_scan
 
 TURN = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1.0]]) @ np.array([[1, 0, 0], [0, 0.8, -0.6], [0, 0.6, 0.8]])
 # Columns: where a file's three axes point to (x to the right, y anterior, z superior); the third has the thick slices.
@@ -29,6 +33,8 @@ RECIPES = {
     "native": replace(WINDOWED, native=(2, 3, 3)),
     "spacing": replace(WINDOWED, size=(40, 60, 60), crop=None, spacing=(2.5, 1.5, 1.5)),
 }
+RECIPES["squares as released"] = replace(RECIPES["squares"], depth="nearest-exact", rounding="truncate")
+RECIPES["spacing as released"] = replace(RECIPES["spacing"], sizes="floor", windowing="last", reorient=False)
 
 
 def save(path: Path, view: str, order: tuple[int, ...], marked: tuple[slice, ...]) -> Path:
@@ -120,6 +126,22 @@ def test_an_axis_undoes_its_resize(axis: Axis) -> None:
     assert inside.sum() > 5
     np.testing.assert_allclose(back[inside], np.arange(axis.length)[inside], atol=1e-4)
     np.testing.assert_allclose(weights.sum(1)[known], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_marked_place_of_a_dicom_series_that_is_not_turned(reverse: bool, tmp_path: Path) -> None:
+    array = np.full((40, 52, 20), 20, dtype=np.int16)
+    array[0], array[24:29, 13:19, 6:9] = 0, 100
+    affine = np.eye(4)
+    affine[:3, :3] = VIEWS["coronal"] * (1.6, 1.3, 4.0)
+    files = write_series(tmp_path / "dicom", array, affine, reverse=reverse)
+    recipe = RECIPES["spacing as released"]
+    study, (grid,) = load_study_on_grids(files, recipe)
+    back = recipe.on_source(grid, (study.scans[0] > 150).numpy())
+    (volume,) = read_scan(find_study(files).scans[0], recipe.rules)
+    truth = volume.array == 100
+    assert (back[truth] > 0.5).mean() > 0.6
+    assert (back[~truth] > 0.5).mean() < 0.005
 
 
 def test_loads_what_load_study_loads(nifti_study: list[Path]) -> None:

@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from hlip.prepare.recipe import RECIPES, Recipe, Window, load_recipe, percentiles, through_plane_first
+from hlip.prepare.grid import percentiles, through_plane_first
+from hlip.prepare.recipe import RECIPES, Recipe, Window, load_recipe
 from hlip.read.nifti import read_nifti
 from hlip.read.rules import Rules, later, plain_values
 from hlip.read.scan import ScanError, Volume
@@ -353,7 +354,7 @@ def test_percentiles_are_numpy_s(kind: type) -> None:
             np.testing.assert_allclose(percentiles(array, wanted), np.percentile(array, wanted), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["brain-mri", "head-ct", "chest-ct"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_json_and_yaml(name: str, tmp_path: Path) -> None:
     made = load_recipe(name)
     again = Recipe.from_dict(json.loads(json.dumps(made.to_dict())))
@@ -376,9 +377,13 @@ def test_a_recipe_file_says_only_what_differs(tmp_path: Path) -> None:
 def test_published_recipes_keep_their_hash() -> None:
     """Stores and models carry these: a change makes new ones of all."""
     assert {name: recipe.hash for name, recipe in RECIPES.items()} == {
-        "brain-mri": "a43baf40db79338946529dd7dc00069c",
-        "head-ct": "049648943b948b784f2978084b4ed4ad",
-        "chest-ct": "1466653737389ee5caac2631c5688918",
+        "brain-mri": "9e376eeb7d0855a6094a23e010e5818c",
+        "head-ct": "4f936bf63fb683868c99234191e36dd0",
+        "chest-ct": "48d61e3509d18abbe7f61a4c415cd515",
+        # as three published recipes were before they had `depth`, `rounding`, `sizes`, `windowing` and `reorient`
+        "brain-mri-linear": "a43baf40db79338946529dd7dc00069c",
+        "head-ct-linear": "049648943b948b784f2978084b4ed4ad",
+        "chest-ct-linear": "1466653737389ee5caac2631c5688918",
     }
 
 
@@ -391,6 +396,16 @@ def test_a_later_rule_at_its_default_is_as_if_it_were_not_there() -> None:
     assert plain_values(More(min_side=2)) == {**plain_values(Rules()), "min_side": 2}
 
 
+def test_what_came_later_is_left_out_at_its_default() -> None:
+    later_fields = {"depth", "rounding", "sizes", "windowing", "reorient"}
+    linear = load_recipe("chest-ct-linear")
+    assert not later_fields & linear.to_dict().keys()
+    explicit = {"depth": "linear", "rounding": "round", "sizes": "round", "windowing": "first", "reorient": True}
+    assert Recipe.from_dict({**linear.to_dict(), **explicit}) == linear
+    assert later_fields & load_recipe("chest-ct").to_dict().keys() == {"sizes", "windowing", "reorient"}
+    assert later_fields & load_recipe("brain-mri").to_dict().keys() == {"depth", "rounding"}
+
+
 def test_every_field_changes_the_hash() -> None:
     changed = [
         Recipe(),
@@ -401,6 +416,11 @@ def test_every_field_changes_the_hash() -> None:
         Recipe(spacing=(3, 1, 1), crop=None),
         Recipe(native=(8, 16, 16)),
         Recipe(rules=Rules(min_slices=6)),
+        Recipe(depth="nearest-exact"),
+        Recipe(rounding="truncate"),
+        Recipe(sizes="floor"),
+        Recipe(windowing="last"),
+        Recipe(reorient=False),
     ]
     assert len({made.hash for made in changed}) == len(changed)
     assert Recipe(percentiles=(1, 99)).hash == Recipe(percentiles=(1.0, 99.0)).hash
@@ -416,6 +436,8 @@ def test_every_field_changes_the_hash() -> None:
         ("size: [48, 256, true]", r"recipe.size\[2\]: expected a whole number, got True"),
         ("rules: {four_d: some}", "recipe.rules.four_d: expected .*, got 'some'"),
         ("rules: 3", "recipe.rules: expected fields, got 3"),
+        ("depth: nearest", "recipe.depth: expected one of linear, nearest-exact, got 'nearest'"),
+        ("reorient: 0", "recipe.reorient: expected true or false, got 0"),
         ("percentiles: [0, .nan]", r"recipe.percentiles\[1\]: expected a finite number, got '.nan'"),
         ("windows: [{low: 0}]", r"recipe.windows\[0\].high: is missing"),
         ("- 1", r"recipe: expected fields"),

@@ -72,13 +72,13 @@ def assert_equal(got: np.ndarray, want: np.ndarray) -> None:
 def test_brain_mri_from_nifti(view: str, suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"scan{suffix}"
     sitk.WriteImage(seen(view), str(file))
-    (got,) = prepare(load_recipe("brain-mri"), [file])
+    (got,) = prepare(load_recipe("brain-mri-linear"), [file])
     assert_equal(got, straight_line.brain_mri([file]))
 
 
 @pytest.mark.parametrize("file", [MNI, STATISTIC_MAP, DIPY / "aniso_vox.nii.gz"], ids=lambda file: file.name)
 def test_brain_mri_of_a_real_file(file: Path) -> None:
-    (got,) = prepare(load_recipe("brain-mri"), [file])
+    (got,) = prepare(load_recipe("brain-mri-linear"), [file])
     want = straight_line.brain_mri([file])
     assert np.abs(got.astype(int) - want).max() <= 1
 
@@ -101,7 +101,7 @@ def test_brain_mri_of_a_real_sheared_file(tmp_path: Path) -> None:
     image = nibabel.load(file)
     plain = nibabel.Nifti1Image(image.dataobj[..., 0], np.diag([*image.header.get_zooms()[:3], 1]))
     nibabel.save(plain, tmp_path / "plain.nii.gz")
-    (got,) = prepare(load_recipe("brain-mri"), [file])
+    (got,) = prepare(load_recipe("brain-mri-linear"), [file])
     assert_equal(got, straight_line.brain_mri([tmp_path / "plain.nii.gz"]))
 
 
@@ -110,7 +110,7 @@ def test_brain_mri_of_a_real_sheared_file(tmp_path: Path) -> None:
 def test_brain_mri_from_dicom(view: str, reverse: bool, tmp_path: Path) -> None:
     image = seen(view)
     files = write_series(tmp_path / "series", *array_and_affine(image), reverse=reverse)
-    (got,) = prepare(load_recipe("brain-mri"), files)
+    (got,) = prepare(load_recipe("brain-mri-linear"), files)
     assert_equal(got, straight_line.brain_mri(files))
     sitk.WriteImage(image, str(tmp_path / "scan.nii"))
     assert_equal(got, straight_line.brain_mri([tmp_path / "scan.nii"]))
@@ -120,14 +120,14 @@ def test_brain_mri_from_dicom(view: str, reverse: bool, tmp_path: Path) -> None:
 def test_brain_mri_in_every_transfer_syntax(syntax: str, tmp_path: Path) -> None:
     array, affine = array_and_affine(seen("oblique", (2.2, 1.8, 4.7)))
     files = write_series(tmp_path / "series", array, affine, transfer_syntax=syntax, slope=0.5, intercept=-20)
-    (got,) = prepare(load_recipe("brain-mri"), files)
+    (got,) = prepare(load_recipe("brain-mri-linear"), files)
     assert_equal(got, straight_line.brain_mri(files))
 
 
 @pytest.mark.parametrize("missing", [[7], [3, 20], [11, 12]])
 def test_missing_slices_are_interpolated(missing: list[int], tmp_path: Path) -> None:
     files = write_series(tmp_path / "series", *array_and_affine(seen("coronal")), missing=missing)
-    (got,) = prepare(load_recipe("brain-mri"), files)
+    (got,) = prepare(load_recipe("brain-mri-linear"), files)
     assert_equal(got, straight_line.brain_mri(files))
 
 
@@ -135,7 +135,7 @@ def test_a_rescale_of_every_slice_its_own(tmp_path: Path) -> None:
     array, affine = array_and_affine(seen("axial"))
     slopes = np.linspace(0.5, 2, array.shape[2]).round(3)
     files = write_series(tmp_path / "series", array, affine, slope=slopes, intercept=-slopes)
-    (got,) = prepare(load_recipe("brain-mri"), files)
+    (got,) = prepare(load_recipe("brain-mri-linear"), files)
     assert_equal(got, straight_line.brain_mri(files))
 
 
@@ -153,7 +153,7 @@ def hounsfield(image: sitk.Image) -> sitk.Image:
 def test_head_ct(view: str, tmp_path: Path) -> None:
     array, affine = array_and_affine(hounsfield(seen(view)))
     files = write_series(tmp_path / "series", array + 1024, affine, modality="CT", intercept=-1024)
-    got = prepare(load_recipe("head-ct"), files)
+    got = prepare(load_recipe("head-ct-linear"), files)
     for scan, want in zip(got, straight_line.head_ct(files), strict=True):
         assert_equal(scan, want)
 
@@ -166,14 +166,14 @@ def test_head_ct(view: str, tmp_path: Path) -> None:
 def test_chest_ct(spacing: tuple[float, float, float], tmp_path: Path) -> None:
     file = tmp_path / "scan.nii.gz"
     sitk.WriteImage(hounsfield(seen("axial", spacing)), str(file))
-    (got,) = prepare(load_recipe("chest-ct"), [file])
+    (got,) = prepare(load_recipe("chest-ct-linear"), [file])
     assert_equal(got, straight_line.chest_ct([file]))
 
 
 def test_chest_ct_is_axial_however_it_was_cut(tmp_path: Path) -> None:
     file = tmp_path / "scan.nii.gz"
     sitk.WriteImage(hounsfield(seen("coronal")), str(file))
-    (scan,) = load_recipe("chest-ct").prepare(ScanSource("scan", "nifti", (file,)))
+    (scan,) = load_recipe("chest-ct-linear").prepare(ScanSource("scan", "nifti", (file,)))
     assert (scan.plane, tuple(scan.image.shape)) == ("axial", (112, 336, 336))
     assert scan.spacing == pytest.approx((3, 1, 1), rel=0.02)
     assert_equal(scan.image.numpy(), straight_line.chest_ct([file]))

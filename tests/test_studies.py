@@ -12,7 +12,7 @@ import torch
 
 import hlip
 from dicom_files import write_series
-from hlip.prepare.recipe import Recipe, Window
+from hlip.prepare.recipe import RECIPES, Recipe, Window
 from hlip.prepare.studies import load_study
 from hlip.read.nifti import read_nifti
 from hlip.read.scan import ScanError
@@ -79,6 +79,20 @@ def test_a_single_file_is_a_study(folder: Path) -> None:
     study = load_study(folder / "a.nii")
     assert (study.uid, study.names) == ("a.nii", ["a.nii"])
     assert tuple(study.scans[0].shape) == Recipe().shape
+
+
+def test_a_recipe_may_be_given_by_its_name_or_file(folder: Path, tmp_path: Path) -> None:
+    def shown(recipe: Recipe | str | Path) -> list[np.ndarray]:
+        return [scan.numpy() for scan in load_study(folder, recipe).scans]
+
+    for name in ("brain-mri", "brain-mri-linear"):
+        np.testing.assert_array_equal(shown(name), shown(RECIPES[name]))
+    assert (shown("brain-mri")[0] != shown("brain-mri-linear")[0]).any()
+    (tmp_path / "mine.yaml").write_text("size: [2, 4, 4]\ncrop: [4, 4]\n")
+    for file in (tmp_path / "mine.yaml", str(tmp_path / "mine.yaml")):
+        np.testing.assert_array_equal(shown(file), shown(RECIPE))
+    with pytest.raises(ValueError, match="unknown recipe 'brain_mri'"):
+        load_study(folder, "brain_mri")
 
 
 def test_every_window_is_a_scan(folder: Path) -> None:

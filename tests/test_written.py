@@ -17,6 +17,7 @@ from hlip.embed.table import Embeddings
 from hlip.model.config import MODELS
 from hlip.prepare.discover import find_studies
 from hlip.prepare.job import prepare
+from hlip.prepare.recipe import Recipe
 from hlip.processes import Processes
 from hlip.store.store import Store
 from hlip.store.tools import merge, verify
@@ -88,6 +89,43 @@ def test_a_store_is_joined_with_one_of_today(old: Path) -> None:
     merge([old / "store", old / "new"], old / "both")
     assert len(Store("both")) == 12
     assert verify(old / "both") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("depth: nearest-exact", "recipe.depth not given, now nearest-exact"),
+        ("rules: {min_slices: 4}", "recipe.rules.min_slices 5, now 4"),
+    ],
+)
+@pytest.mark.parametrize("name", ["store", "unfinished"])
+def test_a_store_of_another_recipe_is_refused_by_the_field(name: str, change: str, words: str, old: Path) -> None:
+    recipe = old / "recipe.yaml"
+    kept = [line for line in recipe.read_text().splitlines() if not line.startswith("rules")]
+    recipe.write_text("\n".join([*kept, change]))
+    before = files_of(old / name)
+    with pytest.raises(ValueError, match=rf"{name}: was begun with another recipe \({words}\)"):
+        prepare(find_studies(Path("studies")), "recipe.yaml", name, shard_scans=2 if name == "unfinished" else 64)
+    assert {path: text for path, text in files_of(old / name).items() if path in before} == before
+
+
+def test_stores_of_two_recipes_are_not_joined(old: Path) -> None:
+    recipe = replace(hlip.load_recipe("recipe.yaml"), sizes="floor")
+    prepare(find_studies(Path("studies")), recipe, "new")
+    with pytest.raises(ValueError, match=r"new: its recipe\.sizes is floor, that of store not given"):
+        merge([Path("store"), Path("new")], old / "both")
+    assert not (old / "both").exists()
+
+
+def test_what_was_written_before_is_linear(old: Path) -> None:
+    """Fields that came later are at their defaults in a store, a model and a file that do not name them."""
+    stored = Recipe.from_dict(Store("store").info["recipe"])
+    modelled = hlip.HLIPModel.from_pretrained("model").config.recipe
+    for recipe in (stored, modelled, hlip.load_recipe("recipe.yaml"), hlip.load_recipe("model")):
+        assert recipe is not None
+        ways = (recipe.depth, recipe.rounding, recipe.sizes, recipe.windowing, recipe.reorient)
+        assert ways == ("linear", "round", "round", "first", True)
+    assert stored.hash == Store("store").info["recipe_hash"]
 
 
 def test_a_model_gives_the_same_embeddings(old: Path) -> None:

@@ -220,7 +220,7 @@ class ModelConfig:
         return self.recipe
 
     def to_dict(self) -> dict[str, Any]:
-        content = asdict(self)
+        content = asdict(self) | {"recipe": self.recipe and self.recipe.to_dict()}
         for name in _LATER:
             if not content["text"][name]:
                 del content["text"][name]

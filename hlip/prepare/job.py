@@ -26,12 +26,12 @@ from ..output import locked, replacing
 from ..read.paths import check_within
 from ..read.safe import read_json as read_plain
 from ..read.scan import Rejection, ScanError, ScanSource
-from ..store.format import FORMAT, pyarrow, read_info, read_json, shard_file, write_shard
+from ..store.format import pyarrow, read_info, read_json, shard_file, write_shard
 from ..store.tools import Report, finish
 from ..study import PreparedScan, StudyRecord
 from .discover import Found
-from .plan import Plan, compare_terms, encodable, hash_ids, hash_sources, hashed, in_order
-from .recipe import Recipe
+from .plan import Plan, compare_terms, encodable, hash_ids, in_order, terms_of
+from .recipe import Recipe, as_recipe
 from .workers import STEP_SECONDS, Engine, Event, Step, run_local, run_ray, run_slurm
 
 SHARD_SCANS = 64  # scans of a shard as they are found: 150 MB of brain MRI, and a minute's work to lose
@@ -39,7 +39,7 @@ SHARD_SCANS = 64  # scans of a shard as they are found: 150 MB of brain MRI, and
 
 def prepare(
     found: Found,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     out: Path | str,
     *,
     engine: Engine = "local",
@@ -55,6 +55,7 @@ def prepare(
     Worker processes are spawned: a script that calls this does so under `if __name__ == "__main__":`.
 
     Args:
+        recipe: or its name or file, as `load_recipe` takes it.
         engine: "local" for processes of this machine, "ray" or "slurm"; see `workers`.
         salt: if given, studies are named by salted hashes and nothing else that names them is kept; see `hash_ids`.
         shard_scans: a shard is closed before it would hold more; one study is never shared out.
@@ -72,14 +73,8 @@ def prepare(
         raise ValueError(f"workers, shard_scans and scan_seconds must be positive and finite, got {got}")
     pyarrow()  # asked for now, not after hours
     out = Path(out)
-    found = in_order(found if salt is None else hash_ids(found, salt))
-    terms = {
-        "format": FORMAT,
-        "recipe_hash": recipe.hash,
-        "source_hash": hash_sources(found),
-        "shard_scans": shard_scans,
-        "hidden_ids": salt is not None and hashed("", salt)[:8],
-    }
+    recipe, found = as_recipe(recipe), in_order(found if salt is None else hash_ids(found, salt))
+    terms = terms_of(found, recipe, shard_scans, salt)
     if not (out / "work").exists() and (report := _finished(out, terms)) is not None:
         return report
     try:

@@ -14,7 +14,7 @@ from ..read.nifti import read_nifti
 from ..read.paths import check_within
 from ..read.scan import ScanError, Volume
 from ..store.store import Store
-from .recipe import Recipe, through_plane_first
+from .recipe import Recipe
 
 Slices = dict[str, dict[str, list[int]]]  # by study and scan
 
@@ -29,7 +29,7 @@ def lesion_slices(mask: Volume, recipe: Recipe) -> tuple[list[int], int]:
         mask: on the voxels of the file that the scan was prepared from.
         recipe: by which it was.
     """
-    array, spacing, _ = through_plane_first(mask, axial=recipe.spacing is not None)
+    array, spacing, _ = recipe.depth_first(mask)
     axis = recipe.axes(array.shape, spacing, mask.prepared)[0]
     return axis.forward(np.flatnonzero(array.any(axis=(1, 2)))), len(array)
 

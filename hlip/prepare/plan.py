@@ -15,10 +15,11 @@ from typing import Any
 from ..output import replacing
 from ..read.paths import check_text
 from ..read.scan import Rejection, ScanSource
-from ..store.format import FOUND, read_json, write_rejections
+from ..store.format import FORMAT, FOUND, differing, read_json, read_shard, shard_files, write_rejections
 from ..store.tools import cut
 from ..study import StudyRecord
 from .discover import Found
+from .recipe import Recipe
 
 
 def hash_ids(found: Found, salt: str) -> Found:
@@ -117,7 +118,11 @@ class Plan:
         work = out / "work"
         file = work / "plan.json"
         if begun := os.path.lexists(file):
-            compare_terms(out, read_json(file, out, None)["terms"], terms)  # has a line for each shard
+            there = read_json(file, out, None)["terms"]  # the file has a line for each shard
+            if "recipe" not in there:  # of an older version
+                for _, shard in shard_files(out)[:1]:
+                    there["recipe"] = read_shard(shard).recipe
+            compare_terms(out, there, terms)
         shards, offset = [], 0
         with replacing(work / "sources.jsonl", work) as temporary, temporary.open("wb") as lines:
             for studies in cut(found.studies, lambda study: max(1, len(study.scans)), terms["shard_scans"]):
@@ -149,14 +154,29 @@ def _from_json(content: dict[str, Any]) -> StudyRecord[ScanSource]:
     return StudyRecord(**{**content, "scans": scans, "labels": dict(content["labels"])})
 
 
+def terms_of(found: Found, recipe: Recipe, shard_scans: int, salt: str | None) -> dict[str, Any]:
+    """What must not change while a store is made."""
+    return {
+        "format": FORMAT,
+        "recipe": json.loads(json.dumps(recipe.to_dict())),
+        "recipe_hash": recipe.hash,
+        "source_hash": hash_sources(found),
+        "shard_scans": shard_scans,
+        "hidden_ids": salt is not None and hashed("", salt)[:8],
+    }
+
+
 def compare_terms(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any]) -> None:
+    """Raises ValueError where a store was begun on other terms; names the field."""
     words = {
         "format": "in another format",
+        "recipe": "with another recipe",
         "recipe_hash": "with another recipe",
         "hidden_ids": "with ids hidden otherwise",
         "source_hash": "from other studies, reports or labels",
         "shard_scans": "with another shard_scans",
     }
     for key, how in words.items():
-        if there.get(key) != terms[key]:
-            raise ValueError(f"{out}: was begun {how} ({there.get(key)}, now {terms[key]}): choose another folder")
+        for name, value, now in differing(there, terms, (key,) if key in there or key != "recipe" else ()):
+            what = f"{name} " if "." in name else ""
+            raise ValueError(f"{out}: was begun {how} ({what}{value}, now {now}): choose another folder")

@@ -5,29 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ..read.readers import read_scan
-from ..read.rules import Rules, check_count, check_volume, plain_values
+from ..read.rules import Rules, check_count, check_volume, later, plain_values
 from ..read.safe import read_settings, read_yaml, readable
 from ..read.scan import ScanError, ScanSource, Volume
 from ..read.schema import check_ranges, check_types, structure
 from ..study import PreparedScan
+from .grid import Axis, Greys, as_written, percentiles, resample, through_plane_first
 
 VERSION = 1  # to be raised whenever reading or preprocessing changes what a scan looks like
-CHUNK = 16  # slices that are windowed and resized at a time
-
-# In-plane axes (rows, columns) that go with each through-plane axis; 0, 1, 2 are right, posterior, inferior.
-_PLANES = {2: (2, 1, 0), 1: (1, 2, 0), 0: (0, 2, 1)}
-_PLANE_NAMES = {2: "axial", 1: "coronal", 0: "sagittal"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,17 @@ class Recipe:
     spacing: (D, H, W) mm per voxel.
     native: (pd, ph, pw) voxels of a patch.
     rules: what a scan must be.
+    depth: along the through-plane axis, a slice of the result lies between two of the source ("linear"), or is the one
+        that covers its middle ("nearest-exact", as PyTorch calls it). In a slice, voxels always lie between others.
+    rounding: grey levels are rounded to whole ones once, at the end ("round"), or cut down to whole ones where
+        intensities become grey levels ("truncate").
+    sizes: with `spacing`, numbers of voxels are rounded ("round") or cut down ("floor") to whole ones.
+    windowing: intensities become grey levels before they are interpolated ("first") or after ("last").
+    reorient: turn the axes as above; else they stay as a NIfTI file has them, its last axis first, and as dcm2niix
+        would write a DICOM series.
+
+    The last five came later: what was made without them was made with their defaults. `RECIPES` sets them as the
+    published models saw their scans.
 
     Source: HLIP (arXiv 2505.21862), Appendix B.
     """
@@ -73,6 +77,11 @@ class Recipe:
     spacing: tuple[float, float, float] | None = None
     native: tuple[int, int, int] | None = None
     rules: Rules = field(default_factory=Rules)
+    depth: Literal["linear", "nearest-exact"] = later("linear")
+    rounding: Literal["round", "truncate"] = later("round")
+    sizes: Literal["round", "floor"] = later("round")
+    windowing: Literal["first", "last"] = later("first")
+    reorient: bool = later(True)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -104,14 +113,14 @@ class Recipe:
     def __call__(self, volume: Volume) -> list[PreparedScan]:
         """Returns a scan for each window.
 
-        Axial slices lie with rows to posterior and columns to the right, coronal ones inferior and right,
-        sagittal ones inferior and posterior.
+        Where axes are turned, axial slices lie with rows to posterior and columns to the right, coronal ones inferior
+        and right, sagittal ones inferior and posterior.
 
         Raises:
             ScanError: against the rules, or no contrast within a window.
         """
         check_volume(volume, self.rules)
-        array, spacing, plane = through_plane_first(volume, axial=self.spacing is not None)
+        array, spacing, plane = self.depth_first(volume)
         check_count(volume.path, len(array), self.rules)
         axes = self.axes(array.shape, spacing, volume.prepared)
         side = max(max(axis.length + axis.black, axis.resized) for axis in axes[1:])
@@ -124,7 +133,8 @@ class Recipe:
         result = (axes[0].spacing, axes[1].spacing, axes[2].spacing)
         scans = []
         for window in self._windows(volume):
-            image = _resample(array, window, axes)
+            truncated = self.rounding == "truncate" and not _is_grey(volume)
+            image = resample(array, axes, Greys(window.low, window.high, truncated, self.windowing == "last"))
             if image.min() == image.max():
                 raise ScanError(volume.path, f"no contrast within {window.low:g} to {window.high:g}", "no_contrast")
             name = "-".join(filter(None, (volume.part, window.name)))
@@ -137,14 +147,14 @@ class Recipe:
         Linear between the centres of patches; 0 where the scan was cut off.
 
         Args:
-            volume: only its shape, affine and `prepared` count; see `Volume.without_voxels`.
+            volume: only its grid counts; see `Volume.without_voxels`.
             values: (d, h, w) - for the patches that the prepared scan divides into.
 
         Returns:
             (X, Y, Z) float32, in the orientation of `volume`.
         """
         result = np.zeros(volume.array.shape, dtype=np.float32)
-        array, spacing, _ = through_plane_first(replace(volume, array=result), axial=self.spacing is not None)
+        array, spacing, _ = self.depth_first(replace(volume, array=result))
         axes = self.axes(array.shape, spacing, volume.prepared)
         depth, rows, columns = (axis.back(n) for axis, n in zip(axes, values.shape, strict=True))
         array[:] = np.einsum("id,dhw,jh,kw->ijk", depth, values.astype(np.float32), rows, columns, optimize=True)
@@ -152,27 +162,30 @@ class Recipe:
 
     def axes(self, shape: tuple[int, ...], spacing: tuple[float, ...], prepared: bool) -> list[Axis]:
         """What becomes of each axis, D, H and W."""
+        kept, black = self.shape or shape, (0, 0, 0)
         if prepared and (self.spacing or shape == self.shape):
-            kept = self.shape or shape
-            return [Axis(n, 0, n, k, mm) for n, k, mm in zip(shape, kept, spacing, strict=True)]
-        if self.native:
-            counts = [max(1, round(n / p)) * p for n, p in zip(shape, self.native, strict=True)]
-            return [Axis(n, 0, m, m, mm * n / m) for n, m, mm in zip(shape, counts, spacing, strict=True)]
-        assert self.shape
-        if self.spacing:
-            counts = [max(1, round(n * mm / to)) for n, mm, to in zip(shape, spacing, self.spacing, strict=True)]
-            return [
-                Axis(n, 0, m, k, mm * n / m) for n, m, k, mm in zip(shape, counts, self.shape, spacing, strict=True)
-            ]
-        side = max(shape[1:])
-        black = (0, side - shape[1], side - shape[2])
+            resized = shape
+        elif self.native:
+            resized = kept = tuple(max(1, round(n / p)) * p for n, p in zip(shape, self.native, strict=True))
+        elif self.spacing:
+            written = spacing if self.sizes == "round" else map(as_written, spacing)
+            counts = [n * mm / to for n, mm, to in zip(shape, written, self.spacing, strict=True)]
+            resized = tuple(max(1, round(count) if self.sizes == "round" else math.floor(count)) for count in counts)
+        else:
+            side = max(shape[1:])
+            resized, black = self.size, (0, side - shape[1], side - shape[2])
+        nearest = (self.depth == "nearest-exact", False, False)
         return [
-            Axis(n, b, m, k, mm * (n + b) / m)
-            for n, b, m, k, mm in zip(shape, black, self.size, self.shape, spacing, strict=True)
+            Axis(n, b, m, k, mm * (n + b) / m, exact)
+            for n, b, m, k, mm, exact in zip(shape, black, resized, kept, spacing, nearest, strict=True)
         ]
 
+    def depth_first(self, volume: Volume) -> tuple[np.ndarray, tuple[float, float, float], str]:
+        """As `through_plane_first` gives it."""
+        return through_plane_first(volume, axial=self.spacing is not None, reorient=self.reorient)
+
     def _windows(self, volume: Volume) -> tuple[Window, ...]:
-        if volume.prepared and volume.array.dtype == np.uint8:
+        if _is_grey(volume):
             return (Window(0, 255),)
         if not self.percentiles:
             return self.windows
@@ -202,122 +215,13 @@ class Recipe:
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis on its way: `length` voxels, with `black` ones around them, resized, and the middle kept.
-
-    kept: more than `resized` puts black around.
-    spacing: mm per voxel in the end.
-    """
-
-    length: int
-    black: int
-    resized: int
-    kept: int
-    spacing: float
-
-    @property
-    def margins(self) -> tuple[int, int]:
-        """Voxels before and after that are put around (cut off, if negative) after the resize."""
-        before = -((self.resized - self.kept) // 2) if self.resized >= self.kept else (self.kept - self.resized) // 2
-        return before, self.kept - self.resized - before
-
-    def forward(self, voxels: np.ndarray) -> list[int]:
-        """Which voxels of the result show some of the source more than any other: increasing. There may be none, as
-        where several come to lie between two voxels of the result."""
-        rows, places = self.sampled()
-        return rows[np.isin(np.floor(places + 0.5), voxels)].tolist()
-
-    def sampled(self) -> tuple[np.ndarray, np.ndarray]:
-        """The voxels of the result that are not black, and the place in the source that each is interpolated at."""
-        first = max(0, -self.margins[0])  # of the resized voxels, the first that is kept
-        count = min(self.resized, self.kept)
-        places = (np.arange(first, first + count) + 0.5) * (self.length / self.resized) - 0.5
-        return max(0, self.margins[0]) + np.arange(count), places.clip(0, self.length - 1)
-
-    def back(self, parts: int) -> np.ndarray:
-        """(length, parts) float32: what each voxel of the source takes of each of so many equal parts of the result,
-        linearly between their centres, and nothing where it was cut off."""
-        scale = self.resized / (self.length + self.black)
-        places = (np.arange(self.length) + self.black // 2 + 0.5) * scale + self.margins[
-            0
-        ]  # edges of voxels: 0, 1, ...
-        at = (places * parts / self.kept - 0.5).clip(0, parts - 1)
-        weights = (1 - np.abs(at[:, None] - np.arange(parts))).clip(0)
-        return np.where(((places > 0) & (places < self.kept))[:, None], weights, 0).astype(np.float32)
-
-
-def _resample(array: np.ndarray, window: Window, axes: Sequence[Axis]) -> Tensor:
-    """Window a (D, H, W) array and interpolate it linearly onto the axes' grid. Returns (D', H', W') uint8.
-
-    Goes through the result some slices at a time and reads only those that they lie between.
-    """
-    depth, rows, columns = axes
-    slices, places = depth.sampled()
-    below = places.astype(np.int64)
-    weights = torch.from_numpy((places - below).astype(np.float32))[:, None, None]
-    image = torch.zeros(tuple(axis.kept for axis in axes), dtype=torch.uint8)
-    for k in range(0, len(slices), CHUNK):
-        low, weight = below[k : k + CHUNK], weights[k : k + CHUNK]
-        high = np.minimum(low + 1, depth.length - 1)
-        needed, index = np.unique(np.concatenate([low, high]), return_inverse=True)
-        slab = torch.from_numpy(np.ascontiguousarray(array[needed], dtype=np.float32))
-        slab.clamp_(window.low, window.high).sub_(window.low).div_(window.high - window.low)
-        slab = _resize_slices(slab, rows, columns)
-        between = torch.lerp(slab[index[: len(low)]], slab[index[len(low) :]], weight)
-        image[slices[k] : slices[k] + len(low)] = between.mul_(255).round_().to(torch.uint8)
-    return image
-
-
-def _resize_slices(slab: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Returns the (N, H, W) slices with black around, resized, and their middle kept."""
-    before = [axis.black // 2 for axis in (columns, rows)]
-    after = [axis.black - axis.black // 2 for axis in (columns, rows)]
-    slab = F.pad(slab, (before[0], after[0], before[1], after[1])) if any(before + after) else slab
-    size = (rows.resized, columns.resized)
-    slab = F.interpolate(slab[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    margins = (*columns.margins, *rows.margins)
-    return F.pad(slab, margins) if any(margins) else slab
-
-
-def percentiles(array: np.ndarray, wanted: tuple[float, float]) -> tuple[float, float]:
-    """What `np.percentile` gives; by counting, where there are few different integers."""
-    if array.dtype.kind not in "iu" or array.dtype.itemsize > 2:
-        low, high = np.percentile(array.ravel("K"), wanted)
-        return float(low), float(high)
-    values = array.ravel("K")
-    least = int(values.min())
-    counts = np.zeros(int(values.max()) - least + 1, dtype=np.int64)
-    for k in range(0, len(values), 2**20):
-        counts += np.bincount(values[k : k + 2**20].astype(np.int64) - least, minlength=len(counts))
-    places = np.array(wanted) / 100 * (len(values) - 1)
-    ends = np.cumsum(counts)
-    below, above = (np.searchsorted(ends, end(places).astype(np.int64), side="right") for end in (np.floor, np.ceil))
-    low, high = least + below + (above - below) * (places - np.floor(places))
-    return float(low), float(high)
-
-
-def through_plane_first(volume: Volume, axial: bool = False) -> tuple[np.ndarray, tuple[float, float, float], str]:
-    """The volume as (D, H, W): the axis of largest spacing first, oriented to right, posterior, inferior.
-
-    Axes of equal spacing count as axial. With `axial`, the inferior axis comes first whatever the spacing.
-
-    Returns the array, a view; mm per voxel along its axes; and the plane's name.
-    """
-    from nibabel import orientations
-    from nibabel.affines import voxel_sizes
-
-    ornt = orientations.io_orientation(volume.affine)
-    wanted = orientations.axcodes2ornt(("R", "P", "I"))
-    array = orientations.apply_orientation(volume.array, orientations.ornt_transform(ornt, wanted))
-    spacing = voxel_sizes(volume.affine)[np.argsort(ornt[:, 0])]
-    through = 2 if axial or volume.prepared else max((2, 1, 0), key=lambda axis: round(float(spacing[axis]), 3))
-    mm = [math.nan if volume.prepared else float(spacing[axis]) for axis in _PLANES[through]]
-    return array.transpose(_PLANES[through]), (mm[0], mm[1], mm[2]), _PLANE_NAMES[through]
+def _is_grey(volume: Volume) -> bool:
+    """Whether its intensities are grey levels already, of 255."""
+    return volume.prepared and volume.array.dtype == np.uint8
 
 
 _CT = Rules(modalities=("CT",), hounsfield=True)
-RECIPES = {
+_LINEAR = {
     "brain-mri": Recipe(),
     "head-ct": Recipe(
         percentiles=None,
@@ -333,12 +237,25 @@ RECIPES = {
         rules=_CT,
     ),
 }
+# What the published models saw, and the same without the ways of their makers, as this package made it at first.
+RECIPES = {
+    "brain-mri": replace(_LINEAR["brain-mri"], depth="nearest-exact", rounding="truncate"),
+    "head-ct": replace(_LINEAR["head-ct"], depth="nearest-exact", rounding="truncate"),
+    "chest-ct": replace(_LINEAR["chest-ct"], sizes="floor", windowing="last", reorient=False),
+    **{f"{name}-linear": recipe for name, recipe in _LINEAR.items()},
+}
+PUBLISHED = tuple(_LINEAR)
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe that may be given by its name or file; see `load_recipe`."""
+    return load_recipe(str(recipe)) if isinstance(recipe, (str, Path)) else recipe
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """A recipe by its name, from a YAML file with the fields of `Recipe`, or that of a model, whose folder it is.
 
-    What a file leaves out is as in brain-mri.
+    What a file leaves out is as in brain-mri-linear.
 
     Raises:
         ValueError: neither a name nor a readable file or model, or fields that do not fit.
@@ -350,8 +267,8 @@ def load_recipe(name_or_path: str) -> Recipe:
         return _recipe_of_model(path / "config.json")
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(
-            f"unknown recipe {name_or_path!r}: expected {', '.join(RECIPES)}, a file that ends in .yaml, or a model's "
-            "folder"
+            f"unknown recipe {name_or_path!r}: expected {', '.join(PUBLISHED)}, a file that ends in .yaml, or a "
+            "model's folder; each name also with -linear"
         )
     with readable(path, "a readable recipe"):
         return Recipe.from_dict(read_yaml(path))

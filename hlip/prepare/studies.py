@@ -10,14 +10,14 @@ from pathlib import Path
 from ..read.scan import ScanError, ScanSource, Volume
 from ..study import PreparedScan, Study, StudyRecord
 from .discover import find_study
-from .recipe import Recipe
+from .recipe import Recipe, as_recipe
 
 logger = logging.getLogger(__name__)
 
 
 def load_study(
     paths: Path | str | Iterable[Path | str],
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     uid: str | None = None,
     impression: str = "",
     findings: str = "",
@@ -28,7 +28,8 @@ def load_study(
         paths: scan files, of which each must be usable; or one folder, in which scans that are not (a localiser, say)
             are left out with a warning, and listed in the study's `left_out`. Scans are taken in sorted order: a scan's
             place has a meaning.
-        recipe: how to preprocess them; `Recipe()`, which is brain MRI's, if None.
+        recipe: how to preprocess them, or a name or file as `load_recipe` takes it; `Recipe()`, which is
+            brain-mri-linear, if None.
         uid: the study's name; if None, that of the folder, or of the one that several files lie in, or of the first
             file.
 
@@ -41,7 +42,7 @@ def load_study(
 
 def load_study_on_grids(
     paths: Path | str | Iterable[Path | str],
-    recipe: Recipe | None = None,
+    recipe: Recipe | str | Path | None = None,
     uid: str | None = None,
     impression: str = "",
     findings: str = "",
@@ -54,7 +55,7 @@ def load_study_on_grids(
         uid = (Path(str(paths)) if folder else called_after(files)).resolve().name
     rejected = [replace(rejection, study=uid) for rejection in study.rejected]
     source = replace(study, uid=uid, impression=impression, findings=findings, rejected=rejected)
-    prepared = read_study(source, recipe or Recipe(), all_scans=not folder)
+    prepared = read_study(source, as_recipe(recipe or Recipe()), all_scans=not folder)
     return prepared.shown(), [scan.grid for scan in prepared.scans if scan.grid is not None]
 
 

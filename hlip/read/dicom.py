@@ -90,7 +90,7 @@ def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
         raise ScanError(path, f"expected one 3D volume, got {len(stacks)} at the same places", "four_d")
     stacks = stacks if rules.four_d == "split" else stacks[:1]
     return [
-        Volume(*_read_stack(path, stack, rules), path, *first[1:], f"t{t}" if len(stacks) > 1 else "")
+        Volume(*_read_stack(path, stack, rules), path, *first[1:], f"t{t}" if len(stacks) > 1 else "", rows_down=True)
         for t, stack in enumerate(stacks)
     ]
 

@@ -94,6 +94,7 @@ class Volume:
     description: the series', in words; empty if not known.
     part: which volume of a 4D image this is, such as "t3"; empty if it is the only one.
     prepared: the grid is that of a prepared scan (X, Y, Z are its W, H, D), and so are intensities of type uint8.
+    rows_down: a NIfTI file of it would have Y the other way round: DICOM's rows are counted from the top.
     """
 
     array: np.ndarray
@@ -103,6 +104,7 @@ class Volume:
     description: str = ""
     part: str = ""
     prepared: bool = False
+    rows_down: bool = False
 
     def without_voxels(self) -> Volume:
         """Its grid alone: an array of the same shape that takes no memory, of zeros."""

@@ -19,7 +19,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,10 @@ class Shard:
     recipe_hash: str
     rows: Columns
 
+    @property
+    def of_recipe(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "recipe_hash": self.recipe_hash}
+
 
 def write_shard(
     path: Path, studies: Iterable[StudyRecord[PreparedScan]], recipe: dict[str, Any], recipe_hash: str, work: Path
@@ -280,6 +284,23 @@ def write_rejections(path: Path, rejected: Iterable[Rejection], work: Path) -> N
 def write_json(path: Path, content: Any, work: Path) -> None:
     with replacing(path, work) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def differing(
+    content: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str] | None = None, where: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """The fields in which two objects differ: name, value and other value, in words; of objects within, their fields.
+
+    Args:
+        names: fields that are compared; all if None. One that is in neither object is the same in both.
+    """
+    for name in sorted({*content, *other}) if names is None else names:
+        value, another = content.get(name, "not given"), other.get(name, "not given")
+        if isinstance(value, Mapping) and isinstance(another, Mapping):
+            yield from differing(value, another, None, f"{where}{name}.")
+        elif value != another:
+            in_words, others = (text if isinstance(text, str) else short(text) for text in (value, another))
+            yield f"{where}{name}", in_words, others
 
 
 def shard_files(path: Path) -> list[tuple[int, Path]]:

@@ -26,6 +26,7 @@ from .format import (
     FOUND,
     Columns,
     Shard,
+    differing,
     manifest_of,
     pyarrow,
     read_rejections,
@@ -61,15 +62,15 @@ def finish(
         source_hash, shard_scans, hidden_ids: what `store.json` is to say of the preparation.
     """
     rejected = read_rejections(path / "shards" / FOUND, path)
-    recipes: dict[str, dict[str, Any]] = {}
+    recipe: dict[str, Any] = {}
 
     def read() -> Iterator[tuple[int, Columns]]:
         for number, file in shard_files(path):
             shard = read_shard(file)
             rejected.extend(shard.rejected)
-            recipes[shard.recipe_hash] = shard.recipe
-            if len(recipes) > 1:
-                raise ScanError(file, f"its recipe {shard.recipe_hash} is not that of the shards before it")
+            recipe.update({} if recipe else shard.of_recipe)
+            for name, value, other in differing(shard.of_recipe, recipe):
+                raise ScanError(file, f"its {name} is {value}, that of the shards before it {other}")
             yield number, shard.rows
 
     arrow, batch = pyarrow(), manifest_of(read())
@@ -81,11 +82,11 @@ def finish(
     rules = sorted(Counter(rejection.rule for rejection in rejected).items())
     report = Report(batch.num_rows, len(batch.column("shape").flatten()), dict(rules))
     write_json(path / "report.json", asdict(report), work)
-    recipe_hash, recipe = next(iter(recipes.items()), ("", {}))
     content = {
         "format": FORMAT,
-        "recipe_hash": recipe_hash,
-        "recipe": recipe,
+        "recipe_hash": "",
+        "recipe": {},
+        **recipe,
         "studies": report.studies,
         "scans": report.scans,
         "shards": len(shard_files(path)),
@@ -128,9 +129,8 @@ def verify(path: Path, progress: Progress = iter) -> list[str]:
                 problems.append(str(error))
                 continue
             problems.extend(_wrong_scans(file, shard))
-            known = [store.info.get(key) for key in ("recipe", "recipe_hash")]
-            if store.info and known != [shard.recipe, shard.recipe_hash]:
-                problems.append(f"{file}: its recipe is not the one that {path / 'store.json'} has")
+            for name, value, other in differing(shard.of_recipe, store.info, shard.of_recipe if store.info else ()):
+                problems.append(f"{file}: its {name} is {value}, {path / 'store.json'} has {other}")
             rejected.extend(shard.rejected)
             yield number, shard.rows
 
@@ -200,12 +200,11 @@ def _check_alike(stores: Sequence[Store]) -> None:
     homes: dict[str, Path] = {}
     for store in stores:
         store.check_finished(or_empty=True)
-        for key in ("recipe_hash", "hidden_ids"):
-            if store.info[key] != stores[0].info[key]:
-                raise ValueError(
-                    f"{store.path}: its {key} is {store.info[key]}, that of {stores[0].path} {stores[0].info[key]}; "
-                    "stores can be joined where these are the same"
-                )
+        for name, value, other in differing(store.info, stores[0].info, ("recipe", "recipe_hash", "hidden_ids")):
+            raise ValueError(
+                f"{store.path}: its {name} is {value}, that of {stores[0].path} {other}; stores can be joined where "
+                "these are the same"
+            )
         for uid in store.uids:
             if uid in homes:
                 raise ValueError(f"{store.path}: study {uid} is in {homes[uid]} too")
