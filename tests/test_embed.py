@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 import hlip
 from commands import run
-from conftest import random_study, tiny_vision
+from conftest import TINY_RECIPE, random_study, tiny_vision
 from hlip.embed.encoders import model_digest
 from hlip.embed.inputs import FileStudies, OneScan, StoreStudies, drawn_place, study_names
 from hlip.embed.loop import Options, embed
@@ -42,6 +43,19 @@ def test_bf16_by_default_where_there_are_instructions_for_it(
     assert table.facts["job"]["dtype"] == dtype
     named = embed(tiny_model, StoreStudies(store, PATCH), Options(dtype=dtype))  # type: ignore[arg-type]
     np.testing.assert_array_equal(table.embedding, named.embedding)
+
+
+def test_a_store_of_another_recipe_is_named(
+    store: Store, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{store.path}: its recipe.depth is linear, not nearest-exact as the model has it"
+    shutil.copytree(model_folder, tmp_path / "model")
+    for changes in ({}, {"depth": "nearest-exact"}):
+        recipe = replace(TINY_RECIPE, **changes)
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "recipe": recipe.to_dict()}))
+        assert run("embed", store.path, "--model", tmp_path / "model", "--out", tmp_path / f"{len(changes)}.npz") == 0
+        assert (words in capsys.readouterr().err) == bool(changes)
 
 
 @pytest.fixture(scope="module")

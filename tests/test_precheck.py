@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import hlip
-from conftest import random_study, tiny_vision
+from conftest import TINY_RECIPE, random_study, tiny_vision
 from hlip.model.config import TextConfig
+from hlip.read.rules import Rules
 from hlip.store.store import Store
 from hlip.train.config import TrainConfig
-from hlip.train.precheck import check_data, check_texts
+from hlip.train.precheck import check_data, check_texts, take_recipe
 from tiny_store import make_store
 
 SIZE = (8, 16, 16)
@@ -42,6 +43,27 @@ def read(path: Path, model: hlip.HLIPModel, **changes: Any) -> list[str]:
 
 def reports(*findings: str) -> dict[str, Any]:
     return {"reports": [("", each) for each in findings]}
+
+
+def test_a_model_keeps_the_recipe_of_the_scans_that_it_learns_from(tmp_path: Path, tiny_model: hlip.HLIPModel) -> None:
+    store, own = make_store(tmp_path / "a", [1] * 4), Rules(min_slices=7)
+    before = tiny_model.config
+    for recipe, said in (
+        (replace(TINY_RECIPE, rules=own), []),
+        (replace(TINY_RECIPE, size=(16, 18, 18)), []),  # scans of another shape: not what the store holds
+        (None, []),
+        (
+            replace(TINY_RECIPE, depth="nearest-exact", percentiles=(1, 99), rules=own),
+            ["recipe.depth is linear, not nearest-exact", "recipe.percentiles is [0.5, 99.5], not [1, 99]"],
+        ),
+    ):
+        tiny_model.config = replace(before, recipe=recipe)
+        warnings = take_recipe(tiny_model, store)
+        assert warnings == [
+            f"{store.path}: its {words} as the model has it; the model takes the store's" for words in said
+        ]
+        assert tiny_model.config.recipe == (replace(TINY_RECIPE, rules=own) if said else recipe)
+    tiny_model.config = before
 
 
 @pytest.fixture

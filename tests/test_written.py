@@ -94,7 +94,7 @@ def test_a_store_is_joined_with_one_of_today(old: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("depth: nearest-exact", "recipe.depth not given, now nearest-exact"),
+        ("depth: nearest-exact", "recipe.depth linear, now nearest-exact"),
         ("rules: {min_slices: 4}", "recipe.rules.min_slices 5, now 4"),
     ],
 )

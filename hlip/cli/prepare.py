@@ -35,7 +35,7 @@ INPUT = (
         "--recipe",
         required=True,
         metavar="NAME",
-        help="brain-mri, head-ct, chest-ct, FILE.yaml, or the folder of a model, for its own",
+        help="brain-mri, head-ct or chest-ct, each also with -linear; FILE.yaml; or the folder of a model, for its own",
     ),
     argument(
         "--root", type=Path, metavar="FOLDER", help="what paths of a list or table start from (default: its own folder)"

@@ -232,9 +232,12 @@ def bars(rows: Iterable[tuple[str, float | None, float | None]]) -> list[str]:
 def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Studies:
     """A store; or, but not for 2D models, a study list, or what `study_paths` takes."""
     if len(paths) == 1 and (paths[0] / "shards").is_dir():
+        store = Store(paths[0])
         if isinstance(model, HLIPModel):
-            return StoreStudies(Store(paths[0]), model.config.vision.patch_size)
-        model.check_slices(store := Store(paths[0]))
+            for words in model.config.recipe.unlike(store.info.get("recipe", {})) if model.config.recipe else ():
+                say(f"{store.path}: its {words} as the model has it", file=sys.stderr)
+            return StoreStudies(store, model.config.vision.patch_size)
+        model.check_slices(store)
         return StoreStudies(store)
     if not isinstance(model, HLIPModel):
         raise ValueError(

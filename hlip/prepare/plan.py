@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -158,7 +159,7 @@ def terms_of(found: Found, recipe: Recipe, shard_scans: int, salt: str | None) -
     """What must not change while a store is made."""
     return {
         "format": FORMAT,
-        "recipe": json.loads(json.dumps(recipe.to_dict())),
+        **({"recipe": recipe.spelt_out()} if isinstance(recipe, Recipe) else {}),
         "recipe_hash": recipe.hash,
         "source_hash": hash_sources(found),
         "shard_scans": shard_scans,
@@ -176,7 +177,12 @@ def compare_terms(out: Path, there: Mapping[str, Any], terms: Mapping[str, Any])
         "source_hash": "from other studies, reports or labels",
         "shard_scans": "with another shard_scans",
     }
+    if "recipe" in there and "recipe" in terms:
+        with contextlib.suppress(ValueError):  # what is no recipe differs as it is
+            there = {**there, "recipe": Recipe.from_dict(there["recipe"]).spelt_out()}
+    else:  # a recipe of the caller's own kind tells by its hash alone
+        del words["recipe"]
     for key, how in words.items():
-        for name, value, now in differing(there, terms, (key,) if key in there or key != "recipe" else ()):
+        for name, value, now in differing(there, terms, (key,)):
             what = f"{name} " if "." in name else ""
             raise ValueError(f"{out}: was begun {how} ({what}{value}, now {now}): choose another folder")

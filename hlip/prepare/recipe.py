@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from ..read.rules import Rules, check_count, check_volume, later, plain_values
 from ..read.safe import read_settings, read_yaml, readable
 from ..read.scan import ScanError, ScanSource, Volume
 from ..read.schema import check_ranges, check_types, structure
+from ..store.format import differing
 from ..study import PreparedScan
 from .grid import Axis, Greys, as_written, percentiles, resample, through_plane_first
 
@@ -206,6 +207,20 @@ class Recipe:
             ValueError: an unknown field, or a value that does not fit; names it.
         """
         return structure(cls, content, "recipe")
+
+    def unlike(self, stored: Mapping[str, Any]) -> list[str]:
+        """In words, the fields in which a store's recipe differs, if it makes scans of the same shape; rules aside."""
+        try:
+            other = Recipe.from_dict({**stored, "rules": {}})
+        except ValueError:  # it is of another kind
+            return []
+        fields = differing(other.spelt_out(), replace(self, rules=Rules()).spelt_out(), where="recipe.")
+        return [f"{name} is {value}, not {own}" for name, value, own in fields if other.shape == self.shape]
+
+    def spelt_out(self) -> dict[str, Any]:
+        """As `to_dict`, with all fields that came later."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     @property
     def hash(self) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 from ..output import replacing
 from ..read import safe
 from ..read.paths import check_regular
-from ..read.safe import MOST_SETTINGS, parse_json, read_lines
+from ..read.safe import MOST_SETTINGS, parse_json, read_lines, short
 from ..read.scan import Rejection, ScanError, damage
 from ..read.schema import structure
 from ..read.tensors import check_safetensors

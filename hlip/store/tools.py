@@ -69,7 +69,8 @@ def finish(
             shard = read_shard(file)
             rejected.extend(shard.rejected)
             recipe.update({} if recipe else shard.of_recipe)
-            for name, value, other in differing(shard.of_recipe, recipe):
+            if shard.recipe_hash != recipe["recipe_hash"]:
+                name, value, other = next(differing(shard.of_recipe, recipe))
                 raise ScanError(file, f"its {name} is {value}, that of the shards before it {other}")
             yield number, shard.rows
 

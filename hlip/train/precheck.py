@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from ..model.clip import HLIPModel
 from ..model.config import VisionConfig
 from ..model.text import TextTower
+from ..prepare.recipe import Recipe
 from ..store.store import Store
 from ..study import join_report
 from .config import TrainConfig
@@ -46,6 +48,17 @@ def check_texts(config: TrainConfig, store: Store, model: HLIPModel) -> list[str
         ValueError: its texts are alike, or unknown words; says why, and what to do.
     """
     return [*_patches(model.config.vision, store), *_tokens(config, store, model)]
+
+
+def take_recipe(model: HLIPModel, store: Store) -> list[str]:
+    """Let the model keep the recipe by which the scans that it learns from were prepared, and say where that is another
+    than its own."""
+    own = model.config.recipe
+    unlike = own.unlike(store.info["recipe"]) if own else []
+    if own and unlike:
+        recipe = {**store.info["recipe"], "rules": own.to_dict()["rules"]}
+        model.config = replace(model.config, recipe=Recipe.from_dict(recipe))
+    return [f"{store.path}: its {words} as the model has it; the model takes the store's" for words in unlike]
 
 
 def _warmup(config: TrainConfig, steps: int) -> Iterator[str]:

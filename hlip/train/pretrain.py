@@ -32,7 +32,7 @@ from .config import TrainConfig, read_arguments
 from .held_out import HeldOut
 from .loader import locked_features, read_batches
 from .log import Log, Meter, Watch, check_loggers, memory_gb, noticing_sigterm, report_not_finite, warn
-from .precheck import check_data, check_texts
+from .precheck import check_data, check_texts, take_recipe
 from .sampler import Cost, StepSampler
 from .step import DTYPES, Optimizer, backward, peak_lr, start, wrap
 
@@ -99,7 +99,7 @@ class Run:
         scan_tokens = np.split(store.scan_tokens(model.config.vision.patch_size), store.first[1:-1])  # study by study
         self.checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
         self.held_out = HeldOut.read(config, model.config)
-        self.warnings += warn(check_texts(config, store, model), self.world)
+        self.warnings += warn([*take_recipe(model, store), *check_texts(config, store, model)], self.world)
         model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
         fixed = model.text.fixed and config.wording.fixed
         self.features = locked_features(model, store, self.world, config.wording) if fixed else None
