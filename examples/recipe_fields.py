@@ -23,10 +23,10 @@ for recipe, changes in (
     (usual, {"depth": "nearest-exact"}),
     (usual, {"rounding": "truncate"}),
     (usual, {"depth": "nearest-exact", "rounding": "truncate"}),  # as released models of brain MRI and head CT
-    (resampled, {"sizes": "floor"}),
+    (resampled, {"lengths": "floor"}),
     (resampled, {"windowing": "last"}),
     (resampled, {"reorient": False}),
-    (resampled, {"sizes": "floor", "windowing": "last", "reorient": False}),  # as released models of chest CT
+    (resampled, {"lengths": "floor", "windowing": "last", "reorient": False}),  # as released models of chest CT
 ):
     cosine = (embed(recipe) * embed(replace(recipe, **changes))).sum(1)
     print(f"{changes}: cosine {cosine.mean():.4f} on average, {cosine.min():.4f} at least")

