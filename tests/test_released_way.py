@@ -127,14 +127,14 @@ def test_head_ct_has_the_loader_of_brain_mri() -> None:
         check(scan.image, loaded(cut_to_whole_levels(thick_first(array, affine), *map(float, window))))
 
 
-@pytest.mark.parametrize("kind", [np.int16, np.float32])
-@pytest.mark.parametrize("case", range(10))
-def test_chest_ct(case: int, kind: type) -> None:
+@pytest.mark.parametrize("case", range(8))
+def test_chest_ct(case: int) -> None:
+    kind = np.float32 if case % 2 else np.int16
     rng = np.random.default_rng(case)
     shape = rng.integers([60, 60, 20], [420, 420, 60])
     spacing = np.array([*[rng.choice([0.6640625, 0.7, 0.9, 1.0, 1.1])] * 2, rng.choice([0.8, 3.0, 3.3, 7.5])])
     array = (voxels(case, np.float32, shape) * 3 - 1000).astype(kind)
-    affine = affine_of(case, np.sqrt(spacing**2), 0.3 if case % 4 == 3 else 0.0).astype(np.float32).astype(np.float64)
+    affine = affine_of(case, spacing, 0.3 if case % 4 == 3 else 0.0).astype(np.float32).astype(np.float64)
     image = image_of(RECIPES["chest-ct"], Volume(array, affine, Path("scan.nii")))
     released = (chest_ct(array, tuple(spacing.tolist())) * 255).round().to(torch.uint8)
     off = (image.int() - released.int()).abs()
