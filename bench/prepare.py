@@ -90,7 +90,7 @@ def resampled(image: Any, size: tuple[int, int, int]) -> Any:
 
 
 def measure(case: str, recipe: str, kind: Any, files: list[Path], rounds: int) -> dict[str, object]:
-    prepare, source = load_recipe(recipe).prepare, ScanSource("scan", kind, tuple(files))
+    prepare, source = load_recipe(f"{recipe}-linear").prepare, ScanSource("scan", kind, tuple(files))
     straight_line = runpy.run_path(str(TESTS / "straight_line.py"))
     oracle: Callable[[list[Path]], Any] = straight_line[recipe.replace("-", "_")]
 
