@@ -15,34 +15,7 @@ from ..objective import TextsName, Wording
 from ..read.safe import check_finite, check_keys, hint, parse_yaml, read_yaml
 from ..read.schema import check_ranges, structure
 from ..terminal import say
-
-# Flags of the released training code that mean the same here.
-PUBLISHED_FLAGS = {
-    "epochs": "epochs",
-    "force-patch-dropout": "patch_dropout",
-    "grad-checkpointing": "grad_checkpointing",
-    "grad-clip-norm": "grad_clip",
-    "local-loss": "local_loss",
-    "lock-text": "lock_text",
-    "lock-text-unlocked-layers": "unlocked_layers",
-    "log-every-n-steps": "log_every",
-    "logs": "out",
-    "logs-dir": "out",
-    "lr": "lr",
-    "model": "model",
-    "num-scans": "max_scans",
-    "precision": "precision",
-    "pretrained": "init",
-    "seed": "seed",
-    "torchcompile": "compile",
-    "train-data": "data",
-    "val-data": "val",
-    "valid-data": "val",
-    "wandb-project-name": "wandb",
-    "warmup": "warmup",
-    "wd": "weight_decay",
-    "workers": "workers",
-}
+from .flags import from_published_flags
 
 
 @dataclass(frozen=True)
@@ -195,56 +168,6 @@ FREE = frozenset(
      "workers", "micro_tokens", "balance", "log_every", "eval_every", "save_every", "save_minutes", "keep",
      "stall_minutes", "wandb", "val", "labels", "prompts"]
 )  # fmt: skip
-
-
-def from_published_flags(arguments: list[str]) -> list[str]:
-    """Put the released code's spelling of command-line arguments in ours, and underscores for hyphens. `--steps` goes
-    before a file's `epochs`, and the other way round.
-
-    Raises:
-        ValueError: a flag of theirs that has no counterpart here; says what to do.
-    """
-    own = {field.name for field in fields(TrainConfig)}
-    ours: list[str] = []
-    flag, given = "", set()
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if not argument.startswith("--"):
-            ours.append(_VALUES.get(flag, {}).get(argument, argument))
-            continue
-        name, sign, value = argument[2:].partition("=")
-        if name in _INSTEAD and name not in own:
-            raise ValueError(f"--{name}: {_INSTEAD[name]}")
-        flag = name if name in own else PUBLISHED_FLAGS.get(name, name.replace("-", "_"))
-        given.add(flag)
-        alone = not sign and following.startswith("--")
-        if alone and name in PUBLISHED_FLAGS and flag in ("grad_checkpointing", "local_loss", "lock_text", "compile"):
-            sign, value = "=", "true"
-        ours.append(f"--{flag}{sign}{_VALUES.get(flag, {}).get(value, value)}")
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in given and other not in given:
-            ours.append(f"--{other}=null")
-    return ours
-
-
-# Values of theirs that have another name here.
-_VALUES = {
-    "precision": {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"},
-    "resume": {"latest": "auto"},
-}
-_INSTEAD = {
-    "accum-freq": "a step is cut into pieces by --micro_tokens, with the gradient of the whole",
-    "batch-size": "it counts the studies of one GPU there; --batch_size counts those of all processes",
-    "beta1": "both betas are given as --betas '[0.9, 0.95]'",
-    "beta2": "both betas are given as --betas '[0.9, 0.95]'",
-    "dist-backend": "it is NCCL on GPUs and gloo on CPUs",
-    "eps": "it is 1e-8",
-    "gather-with-grad": "gradients always reach the gathered embeddings; leave it out",
-    "name": "--out is the run's folder",
-    "report-to": "JSON lines and TensorBoard are always written; --wandb PROJECT for the rest",
-    "save-frequency": "it counts epochs there; --save_every counts steps",
-    "siglip": "a model has its objective; see the recipe siglip_chest_ct.yaml",
-    "zeroshot-frequency": "it counts epochs there; --eval_every counts steps",
-}
 
 
 KINDS: dict[str, Any] = get_type_hints(TrainConfig)
