@@ -59,23 +59,25 @@ class HierarchicalAttention(nn.Module):
         self.k_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, layout: StudyLayout, level: Level) -> Tensor:
-        """x: (R, C), group after group (see `hier_attention`). Returns the same shape.
+    def forward(self, x: Tensor, layout: StudyLayout, level: Level, rotary: Tensor | None = None) -> Tensor:
+        """x: (R, C), group after group (see `hier_attention`); rotary: see `rotate`. Returns the shape of x.
 
         Raises:
             ValueError: x of another width, or anything that `hier_attention` refuses.
         """
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected (rows, {self.dim}), got {tuple(x.shape)}")
-        return self.attend(self.qkv(x), layout, level)
+        return self.attend(self.qkv(x), layout, level, rotary)
 
-    def attend(self, qkv: Tensor, layout: StudyLayout, level: Level) -> Tensor:
+    def attend(self, qkv: Tensor, layout: StudyLayout, level: Level, rotary: Tensor | None = None) -> Tensor:
         """What follows the first projection: (R, 3 C) to (R, C)."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if not (is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity)):
             # Packed anew, as backward of the norms reads what they were given. On GPUs autocast makes them float32.
             q, k, v = qkv.unbind(1)
             qkv = torch.stack([self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v], dim=1)
+        if rotary is not None:
+            qkv = rotate(qkv, rotary)
         out = hier_attention(qkv, layout, level, backend=self.backend).flatten(1)
         return linear(self.proj, out)
 
@@ -84,6 +86,26 @@ class HierarchicalAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, backend={self.backend!r}"
+
+
+def rotate(qkv: Tensor, rotary: Tensor) -> Tensor:
+    """Turn queries and keys by rotary positions: dimensions 2 j and 2 j + 1, (x, y), to
+    (x cos - y sin, y cos + x sin).
+
+    Args:
+        qkv: (R, 3, H, D)
+        rotary: (R, 2, N) - the cosines, then the sines, of each row's angles of the first N pairs of dimensions; others
+            stay as they are. A row that is not to be turned has the angle 0.
+
+    Returns:
+        (R, 3, H, D)
+
+    Source: RoFormer (arXiv 2104.09864), section 3.4.2.
+    """
+    cos, sin = rotary[:, :, None, None].unbind(1)
+    x, y = qkv[:, :2, :, : 2 * cos.shape[-1]].unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([x * cos - y * sin, y * cos + x * sin], dim=-1).flatten(-2).to(qkv.dtype)
+    return torch.cat([torch.cat([turned, qkv[:, :2, :, turned.shape[-1] :]], dim=-1), qkv[:, 2:]], dim=1)
 
 
 def dense_attention(

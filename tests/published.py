@@ -27,6 +27,7 @@ CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"
 # patch dropout are those of the runs that made the weights.
 PAPER = "arXiv 2505.21862, appendix B"
 FILE = "hlip/model_configs/{}.json of the release"
+BRANCH = "the release's branch of ablations"
 
 
 class Facts(NamedTuple):
@@ -36,6 +37,7 @@ class Facts(NamedTuple):
     embed_dim: width of the embedding.
     scale, bias: what logit_scale and logit_bias begin with.
     features: width of the encoder's outputs that a projection reads; 0 without one.
+    rope: whether queries and keys are turned.
     """
 
     source: str
@@ -59,12 +61,14 @@ class Facts(NamedTuple):
     context_length: int = 256
     pooling: str = "cls"
     locked: bool = False
+    rope: bool = False
 
 
 BRAIN = Facts(PAPER, SCAN_STUDY, (8, 16, 16), (6, 14, 14), max_scans=40)
 CHEST = Facts(
     PAPER, SLICE_SCAN, (8, 24, 24), (14, 14, 14), patch_dropout=0.0, text=CXR_BERT, context_length=512, locked=True
 )
+ABLATION = BRAIN._replace(source=BRANCH, patch_dropout=0.5)
 OCTOBER = Facts(
     FILE.format("ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568"),
     SCAN_STUDY, (6, 16, 16), (8, 14, 14), head="dinotxt", features=1536, embed_dim=768, patch_dropout=0.5,
@@ -96,11 +100,16 @@ RELEASED = {
         source=FILE.format("siglip_vit_base_singlescan_h2_token2744"), head="attention_pool", features=0, embed_dim=768,
         per_prefix=False, objective="siglip", scale=math.log(10), bias=-10.0,
     ),
+    "ablate_rope_clip_vit_base_multiscan_h2_dinotxt1568": OCTOBER._replace(source=BRANCH, rope=True),
+    "clip_vit_base_multiscan_h2_token1568": ABLATION._replace(patch=(6, 16, 16), grid=(8, 14, 14)),
+    "clip_vit_base_multiscan_h2_dinotxt1176": ABLATION._replace(head="dinotxt", features=1536, embed_dim=768),
+    "clip_vit_base_multiscan_h2_dinotxt1568": ABLATION._replace(
+        patch=(6, 16, 16), grid=(8, 14, 14), head="dinotxt", features=1536, embed_dim=768
+    ),
 }  # fmt: skip
 # Spellings of the same models, in releases of other dates and on the hub.
 OTHER_NAMES = {
     "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568": "hlip-2025_10_08",
-    "hlip-2025-10-08": "hlip-2025_10_08",
     "clip_vit_base_singlescan_h2_token2744": "vit_base_singlescan_h2_token2744",
     "clip_vit_base_multiscan_h2_token1176": "vit_base_multiscan_h2_token1176",
     "clip_vit_base_multiscan_h2_token588": "vit_base_multiscan_h2_token588",
@@ -109,10 +118,6 @@ OTHER_NAMES = {
     "ablate_seqposemb_clip_vit_base_multiscan_h3_dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
     "ablate_seqposemb_clip_vit_large_multiscan_h2_dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
     "ablate_seqposemb_clip_vit_large_multiscan_h3_dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
-    "clip-vit_base-scan_study-dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
-    "clip-vit_base-slice_scan_study-dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
-    "clip-vit_large-scan_study-dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
-    "clip-vit_large-slice_scan_study-dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
 }
 FACTS = RELEASED | {name: RELEASED[model] for name, model in OTHER_NAMES.items()}
 
@@ -158,8 +163,11 @@ def released_encoder(
     groups = {"slice": m * d, "scan": m, "study": 1}
     level = facts.levels[0]
     x = x.reshape(groups[level], -1, c)
+    angles = torch.cat([rope_angles((d, h, w))] * m).reshape(groups[level], -1, 3, 10) if facts.rope else None
     if kept is not None:
         x = torch.stack([group[places] for group, places in zip(x, kept, strict=True)])
+        if angles is not None:
+            angles = torch.stack([group[places] for group, places in zip(angles, kept, strict=True)])
     names = ("cls_token", "reg_token")[: facts.prefix]
     prefix = repeat(torch.cat([state[name] for name in names], dim=1), "1 p c -> g p c", g=groups[level])
 
@@ -169,7 +177,10 @@ def released_encoder(
         weights = {
             key.removeprefix(f"blocks.{layer}."): v for key, v in state.items() if key.startswith(f"blocks.{layer}.")
         }
-        prefix, x = block(torch.cat([prefix, x], dim=1), weights, heads).split([facts.prefix, x.shape[1]], dim=1)
+        turned = None if angles is None else angles.reshape(groups[level], -1, 3, 10)
+        prefix, x = block(torch.cat([prefix, x], dim=1), weights, heads, turned).split(
+            [facts.prefix, x.shape[1]], dim=1
+        )
     prefix, x = change(prefix, x, groups[level], 1)
     prefix, x = (F.layer_norm(each, (c,), state["norm.weight"], state["norm.bias"], 1e-6)[0] for each in (prefix, x))
     if facts.head == "attention_pool":
@@ -188,7 +199,22 @@ def change(prefix: Tensor, x: Tensor, before: int, after: int) -> tuple[Tensor, 
     return prefix, x.reshape(after, -1, x.shape[-1])
 
 
-def block(x: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
+def rope_angles(grid: tuple[int, int, int], pairs: int = 10) -> Tensor:
+    """(d * h * w, 3, pairs) angles, in the order d, h, w; ten pairs for each axis in heads of 64."""
+    places = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid))
+    return places[:, :, None] / 10000 ** (torch.arange(pairs, dtype=torch.float64) / pairs)
+
+
+def turn(rows: Tensor, angles: Tensor) -> Tensor:
+    """Queries or keys (g, h, n, e), of which the patches, last in each group, are turned, as complex numbers."""
+    prefix, width = rows.shape[2] - angles.shape[1], 6 * angles.shape[3]
+    pairs = torch.view_as_complex(rows[:, :, prefix:, :width].double().unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles).flatten(2)[:, None]).flatten(-2)
+    patches = torch.cat([turned.to(rows.dtype), rows[:, :, prefix:, width:]], dim=-1)
+    return torch.cat([rows[:, :, :prefix], patches], dim=2)
+
+
+def block(x: Tensor, weights: dict[str, Tensor], heads: int, angles: Tensor | None = None) -> Tensor:
     def linear(rows: Tensor, name: str) -> Tensor:
         return rows @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
@@ -196,6 +222,8 @@ def block(x: Tensor, weights: dict[str, Tensor], heads: int) -> Tensor:
         return F.layer_norm(rows, rows.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
 
     q, k, v = rearrange(linear(norm(x, "norm1"), "attn.qkv"), "g n (three h e) -> three g h n e", three=3, h=heads)
+    if angles is not None:
+        q, k = turn(q, angles), turn(k, angles)
     scores = torch.einsum("ghqe,ghke->ghqk", q, k) * q.shape[-1] ** -0.5
     x = x + linear(rearrange(scores.softmax(-1) @ v, "g h n e -> g n (h e)"), "attn.proj")
     return x + linear(F.gelu(linear(norm(x, "norm2"), "mlp.fc1")), "mlp.fc2")

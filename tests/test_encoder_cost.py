@@ -90,8 +90,10 @@ MIXES = [
 ]
 
 
-def test_compiles_as_one_graph_for_all_mixes_of_studies() -> None:
-    encoder = make_encoder("slice+scan+study", num_prefix=2, drop_path=0.2, patch_dropout=0.2).train()
+@pytest.mark.parametrize("positions", ["tiled", "rope"])
+def test_compiles_as_one_graph_for_all_mixes_of_studies(positions: str) -> None:
+    changes = {"num_prefix": 2, "drop_path": 0.2, "patch_dropout": 0.2, "positions": positions}
+    encoder = make_encoder("slice+scan+study", **changes).train()
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend="aot_eager")

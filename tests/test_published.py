@@ -18,13 +18,13 @@ from hlip.model.weights import Weights, check_fit
 from published import FACTS, RELEASED, Facts, released_encoder
 from test_model import published_shapes
 
-HEADS = 2
+HEADS = 2  # of 64, as released
 
 
 def narrow(name: str, **changes: object) -> tuple[StudyEncoder, dict[str, Tensor]]:
     """The model's encoder, of its depth, levels, patches and grid, but a narrow one; weights that all matter."""
     torch.manual_seed(0)
-    vision = replace(preset(name).vision, width=96, heads=HEADS, init_std=0.09, **changes)
+    vision = replace(preset(name).vision, width=64 * HEADS, heads=HEADS, init_std=0.09, **changes)
     encoder = StudyEncoder(vision).eval()
     with torch.no_grad():
         for key, parameter in encoder.named_parameters():
@@ -54,9 +54,14 @@ def test_settings_are_the_released_ones(name: str) -> None:
         vision.width, vision.heads, vision.max_scans, vision.num_features if config.projection else 0,
         config.embed_dim, config.per_prefix, config.objective, facts.scale, facts.bias,
         vision.patch_dropout, vision.drop_path, text.name, text.context_length, text.pooling, text.locked,
+        facts.rope,
     )  # fmt: skip
     assert own == facts
-    assert (vision.mlp_ratio, vision.width // vision.heads, vision.positions) == (4.0, 64, "tiled")
+    assert (vision.mlp_ratio, vision.width // vision.heads, vision.positions) == (
+        4.0,
+        64,
+        "rope" if facts.rope else "tiled",
+    )
     assert (text.unlocked_layers, vision.scan_dropout) == (0, 0.0)
     assert model.visual.trunk.norm.eps == 1e-6
 

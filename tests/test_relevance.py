@@ -21,6 +21,7 @@ from hlip.explain import relevance as module
 from hlip.explain.relevance import Relevance, relevance
 from hlip.model.clip import VisualTower
 from hlip_kernels import HierarchicalAttention
+from published import rope_angles, turn
 
 SIZES = [(4, 16, 24), (12, 8, 16), (8, 16, 16)]  # of three scans with different grids
 KEY: dict[str, Callable[[tuple[int, int, int]], tuple[int, ...]]] = {
@@ -81,12 +82,17 @@ def dense(model: hlip.HLIPModel, scans: Sequence[Tensor], text: Tensor, layers: 
 
     x, level = trunk.embed(trunk.plan(batch)).x.detach(), config.levels[0]
     attentions, moves = [], []
+    turned = torch.cat([rope_angles(grid, config.width // config.heads // 6) for grid in batch.layout.grids[0]])
+    still = torch.zeros_like(turned[0])
     for block, following in zip(trunk.blocks, config.levels, strict=True):
         moves.append(regroup(level, following))
         x, level = moves[-1] @ x, following
         owner = [group for group, _, _ in rows(level)]
         apart = torch.tensor([[a != b for b in owner] for a in owner])
         q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)
+        if config.positions == "rope":
+            angles = torch.stack([still if t is None else turned[t] for _, _, t in rows(level)])
+            q, k = (turn(one[None], angles[None])[0] for one in (q, k))
         attention = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(apart, -torch.inf).softmax(-1)
         attention.retain_grad() if attention.requires_grad else attention.requires_grad_()
         attentions.append(attention)
@@ -138,9 +144,12 @@ def test_equals_whole_matrices(
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_equals_whole_matrices_to_the_last_digits(layers: Any, normalize: bool, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("positions", ["tiled", "rope"])
+def test_equals_whole_matrices_to_the_last_digits(
+    positions: str, layers: Any, normalize: bool, make_model: MakeModel
+) -> None:
     """Before they are rounded to float32."""
-    model = make_model()
+    model = make_model(positions=positions)
     model.visual.double()
     scans, texts = random_study(SIZES), random_texts(1)
     batch = hlip.pack([scans], model.config.vision.patch_size)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hlip_kernels import Level, StudyLayout, regroup
+from hlip_kernels.dropin import rotate
 
 from ..embed.texts import embed_prompts
 from ..model.clip import HLIPModel
@@ -122,7 +123,7 @@ def _carried_back(
     """(T) relevance of the patches, and the cosine with the first of (1 or 2, E) texts; the second is against it."""
     trunk, config = model.visual.trunk, model.config.vision
     tokens = trunk.plan(batch).to(model.device)
-    layout, levels, last = tokens.layout, config.levels, len(config.levels) - 1
+    layout, levels, last, rotary = tokens.layout, config.levels, len(config.levels) - 1, trunk.rotary(tokens)
     first = last if layers == "last" else 0
     streams: list[Stream] = []
     with torch.no_grad():
@@ -130,7 +131,7 @@ def _carried_back(
         for i, (block, level) in enumerate(zip(trunk.blocks, levels, strict=True)):
             if i >= first:
                 streams.append(stream)
-            stream, previous = block(stream, layout, previous, level), level
+            stream, previous = block(stream, layout, previous, level, rotary.get(level)), level
     stream = _leaves(stream)
     assert stream.update is not None
     with torch.enable_grad():
@@ -145,7 +146,9 @@ def _carried_back(
     for i in progress(range(last, first - 1, -1)):
         block, level = trunk.blocks[i], levels[i]
         assert isinstance(block, Block)
-        qkv, grad_out, grads = _gradients(block, _leaves(streams.pop()), layout, levels[max(0, i - 1)], level, grads)
+        turns = rotary.get(level)
+        below = levels[max(0, i - 1)]
+        qkv, grad_out, grads = _gradients(block, _leaves(streams.pop()), layout, below, level, turns, grads)
         row = move_back(row, layout, level, above)
         row, above = row + times_matrix(row, qkv, grad_out, layout, level, normalize), level
     return row[layout.patch_rows(above)], float(similarities[0].detach())
@@ -157,7 +160,13 @@ def _leaves(stream: Stream) -> Stream:
 
 
 def _gradients(
-    block: Block, stream: Stream, layout: StudyLayout, previous: Level, level: Level, grads: tuple[Tensor, ...]
+    block: Block,
+    stream: Stream,
+    layout: StudyLayout,
+    previous: Level,
+    level: Level,
+    rotary: Tensor | None,
+    grads: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Run a block forward and backward: (R, 3, H, D) of its attention, the gradient of attention's (R, H, D) output,
     and the gradients of the stream it was given.
@@ -173,13 +182,14 @@ def _gradients(
     ]
     try:
         with torch.enable_grad():
-            result = block(stream, layout, previous, level)
+            result = block(stream, layout, previous, level, rotary)
     finally:
         for hook in hooks:
             hook.remove()
     given = [tensor for tensor in stream[:2] if tensor is not None]
     grad_out, *below = torch.autograd.grad(result[:2], [seen["out"], *given], grads)
     qkv = seen["qkv"].detach().unflatten(-1, (3, attention.num_heads, -1))
+    qkv = qkv if rotary is None else rotate(qkv, rotary)
     return qkv, grad_out.unflatten(-1, (attention.num_heads, -1)), tuple(below)
 
 

@@ -25,7 +25,7 @@ from ..objective import OBJECTIVES
 from ..output import replacing_folder
 from ..read.paths import usual_permissions
 from ..read.safe import MOST_SETTINGS, parse_json, read_text
-from .config import BERT_BASE, ModelConfig
+from .config import BERT_BASE, ModelConfig, hub_name
 from .released import (
     CONFIGS,
     NAMES,
@@ -197,7 +197,14 @@ def _find(name: str) -> Path:
     try:
         path = Path(name)
         if not path.is_file():
-            path = local_folder(name, *TOKENIZER_FILES, *OURS, OPEN_CLIP_CONFIG, f"{CONFIGS}/*.json", weights=True)
+            path = local_folder(
+                name if path.is_dir() else hub_name(name),
+                *TOKENIZER_FILES,
+                *OURS,
+                OPEN_CLIP_CONFIG,
+                f"{CONFIGS}/*.json",
+                weights=True,
+            )
     except ValueError as error:
         hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in NAMES else ""
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error

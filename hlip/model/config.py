@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from ..objective import OBJECTIVES, ObjectiveName
 from ..prepare.recipe import RECIPES, Recipe
 from ..read.safe import hint
 from ..read.schema import check_ranges, check_types, structure
-from .positions import POSITIONS, PositionsName
+from .positions import POSITIONS, PositionsName, Rope
 
 Head = Literal["token", "average", "weighted_average", "dinotxt", "attention_pool"]
 Pattern = Literal["slice", "scan", "study", "slice+scan", "scan+study", "slice+scan+study"]
@@ -114,6 +115,8 @@ class VisionConfig:
         if not self.levels:
             raise ValueError("levels must name the level of one layer at least")
         divisor = POSITIONS[self.positions].divisor
+        if isinstance(POSITIONS[self.positions], Rope) and self.width < 6 * self.heads:
+            raise ValueError(f"positions {self.positions!r} need a width of 6 or more for each of {self.heads} heads")
         if self.width % divisor:
             raise ValueError(f"positions {self.positions!r} need a width that is a multiple of {divisor}")
         least = 1 if self.head in ("token", "dinotxt") else 0
@@ -320,6 +323,24 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "slice+scan", max_scans=0, advice="chest CT, one scan a study, SigLIP with attention pooling; CXR-BERT, locked",
         head="attention_pool", embed_dim=768, projection=False, per_prefix=False, objective="siglip", **_CHEST,
     ),
+    # Of the release's branch of ablations.
+    "ablate_rope_clip_vit_base_multiscan_h2_dinotxt1568": _published(
+        "scan+study", advice="as hlip-2025_10_08, and rotary positions beside the added ones; PubMedBERT",
+        positions="rope", **_HEAD,
+    ),
+    "clip_vit_base_multiscan_h2_token1568": _published(
+        "scan+study", (6, 16, 16), (8, 14, 14), "brain MRI and head CT, up to 40 scans, smaller patches; PubMedBERT",
+        patch_dropout=0.5,
+    ),
+    "clip_vit_base_multiscan_h2_dinotxt1176": _published(
+        "scan+study", (8, 16, 16), (6, 14, 14), "brain MRI and head CT, up to 40 scans, the patches' mean; PubMedBERT",
+        head="dinotxt", embed_dim=768, patch_dropout=0.5,
+    ),
+    "clip_vit_base_multiscan_h2_dinotxt1568": _published(
+        "scan+study", (6, 16, 16), (8, 14, 14),
+        "brain MRI and head CT, up to 40 scans, the patches' mean, smaller patches; PubMedBERT",
+        head="dinotxt", embed_dim=768, patch_dropout=0.5,
+    ),
     # Small enough to train on two CPU cores in minutes; the initial weights are about Xavier's.
     "demo": (
         ModelConfig(
@@ -338,7 +359,7 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "the demo: small synthetic brain MRI; any BERT",
     ),
 }  # fmt: skip
-# Other names of those models, of other releases and of the hub.
+# Other names of those models, of other releases.
 ALIASES: dict[str, str] = {
     "vit_base_singlescan_h2_token2744": "clip_vit_base_slice_scan_token2744",
     "vit_base_multiscan_h2_token1176": "clip_vit_base_scan_study_token1176",
@@ -347,15 +368,10 @@ ALIASES: dict[str, str] = {
     "clip_vit_base_multiscan_h2_token1176": "clip_vit_base_scan_study_token1176",
     "clip_vit_base_multiscan_h2_token588": "vit_base_multiscan_h2_token588",
     "clip_vit_base_multiscan_h3_token1176": "vit_base_multiscan_h3_token1176",
-    "hlip-2025-10-08": "hlip-2025_10_08",
     "ablate_seqposemb_clip_vit_base_multiscan_h2_dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
-    "clip-vit_base-scan_study-dualdinotxt1568": "clip_vit_base_scan_study_dualdinotxt1568",
     "ablate_seqposemb_clip_vit_base_multiscan_h3_dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
-    "clip-vit_base-slice_scan_study-dualdinotxt1568": "clip_vit_base_slice_scan_study_dualdinotxt1568",
     "ablate_seqposemb_clip_vit_large_multiscan_h2_dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
-    "clip-vit_large-scan_study-dualdinotxt1568": "clip_vit_large_scan_study_dualdinotxt1568",
     "ablate_seqposemb_clip_vit_large_multiscan_h3_dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
-    "clip-vit_large-slice_scan_study-dualdinotxt1568": "clip_vit_large_slice_scan_study_dualdinotxt1568",
 }
 # Those under which the model gave one embedding a study, where it now gives one for each prefix row.
 ONE_EMBEDDING = frozenset(
@@ -367,12 +383,38 @@ ONE_EMBEDDING = frozenset(
 )
 
 
+HUB = {
+    "hlip-2025_10_08": "zch0414/hlip-2025_10_08",
+    "clip_vit_base_scan_study_dualdinotxt1568": "zch0414/clip-vit_base-scan_study-dualdinotxt1568",
+    "clip_vit_base_slice_scan_study_dualdinotxt1568": "zch0414/clip-vit_base-slice_scan_study-dualdinotxt1568",
+    "clip_vit_large_scan_study_dualdinotxt1568": "zch0414/clip-vit_large-scan_study-dualdinotxt1568",
+    "clip_vit_large_slice_scan_study_dualdinotxt1568": "zch0414/clip-vit_large-slice_scan_study-dualdinotxt1568",
+}
+
+
+def spelled(name: str) -> str:
+    """A name of a model as `MODELS` or `ALIASES` spell it, where it is one: hyphens and underscores are alike, as are
+    capitals; the hub's user may stand before it, and what released files have around it (chestct_NAME.pt)."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"^(zch0414/|chestct_|brainmri_|headct_)|\.pt$", "", name.lower().replace("-", "_"))
+
+    return next((known for known in (*MODELS, *ALIASES) if plain(known) == plain(name)), name)
+
+
+def hub_name(name: str) -> str:
+    """What the hub calls a released model that is given by any of its names there; another name as it is."""
+    model = ALIASES.get(spelled(name), spelled(name))
+    return HUB[model] if name.lower().startswith("zch0414/") and model in HUB else name
+
+
 def preset(name: str) -> ModelConfig:
-    """The configuration called `name`.
+    """The configuration called `name`, in any spelling of `spelled`.
 
     Raises:
         ValueError: there is none; names the closest, or all.
     """
+    name = spelled(name)
     model = ALIASES.get(name, name)
     if model not in MODELS:
         raise ValueError(f"unknown model {name!r}{hint(name, [*MODELS, *ALIASES], MODELS)}")

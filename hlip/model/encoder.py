@@ -31,7 +31,7 @@ from hlip_kernels import (
 from ..study import PackedBatch
 from .config import VisionConfig
 from .plan import TokenBatch, plan
-from .positions import POSITIONS, sincos
+from .positions import POSITIONS, Rope, sincos
 
 # Scaling of the input: [0, 255] to [0, 1], then the means of ImageNet's channel means and deviations.
 PIXEL_MEAN = (0.485 + 0.456 + 0.406) / 3
@@ -118,13 +118,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
 
-    def forward(self, stream: Stream, layout: StudyLayout, previous: Level, level: Level) -> Stream:
+    def forward(
+        self, stream: Stream, layout: StudyLayout, previous: Level, level: Level, rotary: Tensor | None = None
+    ) -> Stream:
+        """rotary: of the rows of `level`; see `hlip_kernels.dropin.rotate`."""
         attn, mlp = self.attn, self.mlp
         x, y = add_norm(stream, layout, previous, level, self.norm1, self.norm_backend)
         if is_plain(attn, HierarchicalAttention):
-            update = attn.attend(linear_of_norm(attn.qkv, self.norm1, x, y), layout, level)
+            update = attn.attend(linear_of_norm(attn.qkv, self.norm1, x, y), layout, level, rotary)
         else:
-            update = attn(y, layout, level)
+            update = attn(y, layout, level) if rotary is None else attn(y, layout, level, rotary)
         stream = Stream(x, update, self._path_scale(x, layout, level))
         x, y = add_norm(stream, layout, level, level, self.norm2, self.norm_backend)
         update = mlp_of_norm(mlp.fc1, mlp.fc2, self.norm2, x, y) if is_plain(mlp, Mlp) else mlp(y)
@@ -236,12 +239,13 @@ class StudyEncoder(nn.Module):
         """
         tokens = self.plan(batch) if isinstance(batch, PackedBatch) else batch
         layout, level = tokens.layout, self.config.levels[0]
-        stream = self.embed(tokens)
+        stream, rotary = self.embed(tokens), self.rotary(tokens)
         for block, next_level in zip(self.blocks, self.config.levels, strict=True):
+            given = (stream, layout, level, next_level, rotary.get(next_level))
             if self.grad_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, layout, level, next_level, use_reentrant=False)
+                stream = checkpoint(block, *given, use_reentrant=False)
             else:
-                stream = block(stream, layout, level, next_level)
+                stream = block(*given)
             level = next_level
         return self.outputs(stream, layout)
 
@@ -257,6 +261,22 @@ class StudyEncoder(nn.Module):
         x = patches.new_empty(layout.num_rows(level), patches.shape[1]).index_fill_(0, rows, 0)
         # In this order, backward makes no copy of the stream's gradient but that of the patches.
         return Stream(x.index_copy_(0, layout.patch_rows(level), patches).index_add_(0, rows, prefix), None, None)
+
+    def rotary(self, tokens: TokenBatch) -> dict[Level, Tensor]:
+        """(R, 2, N) cosines and sines that turn queries and keys of the rows of a level, by level; see
+        `hlip_kernels.dropin.rotate`. Prefix rows are not turned. None where positions are only added."""
+        positions, layout = POSITIONS[self.config.positions], tokens.layout
+        if not isinstance(positions, Rope):
+            return {}
+        assert tokens.coordinates is not None
+        places = tokens.coordinates.to(torch.promote_types(self.norm.weight.dtype, torch.float32))
+        angles = positions.angles(places, self.config.width // self.config.heads)
+        turns = torch.stack([angles.cos(), angles.sin()], dim=1)
+        still = torch.stack([torch.ones_like(angles[:1]), torch.zeros_like(angles[:1])], dim=1)
+        return {
+            level: still.repeat(layout.num_rows(level), 1, 1).index_copy_(0, layout.patch_rows(level), turns)
+            for level in dict.fromkeys(self.config.levels)
+        }
 
     def outputs(self, stream: Stream, layout: StudyLayout) -> Tensor:
         """The head's output on the last block's stream, as `forward` returns it."""

@@ -16,7 +16,7 @@ from hlip_kernels import StudyLayout
 
 from ..study import Draws, PackedBatch, patch_dropout, scan_dropout
 from .config import VisionConfig
-from .positions import sequential_rows, spatial_rows
+from .positions import POSITIONS, Rope, coordinates, sequential_rows, spatial_rows
 
 
 @dataclass
@@ -28,12 +28,14 @@ class TokenBatch:
         sequential ones.
     weights: (T, K) float32 - factors of those rows.
     layout: with the prefix rows of the model.
+    coordinates: (T, 3) int32 - a token's place along d, h and w of its scan, where positions turn queries and keys.
     """
 
     patches: Tensor
     places: Tensor
     weights: Tensor
     layout: StudyLayout
+    coordinates: Tensor | None = None
 
     def pin_memory(self) -> TokenBatch:
         return replace(
@@ -42,6 +44,7 @@ class TokenBatch:
             places=self.places.pin_memory(),
             weights=self.weights.pin_memory(),
             layout=self.layout.pin_memory(),
+            coordinates=None if self.coordinates is None else self.coordinates.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> TokenBatch:
@@ -51,6 +54,7 @@ class TokenBatch:
             places=self.places.to(device, non_blocking=True),
             weights=self.weights.to(device, non_blocking=True),
             layout=self.layout.to(device),
+            coordinates=None if self.coordinates is None else self.coordinates.to(device, non_blocking=True),
         )
 
 
@@ -96,5 +100,7 @@ def plan(
         columns.append((numbers + int(np.prod(config.grid)), factors))
     places = torch.from_numpy(np.concatenate([rows for rows, _ in columns], axis=1).astype(np.int32))
     weights = torch.from_numpy(np.concatenate([factors for _, factors in columns], axis=1).astype(np.float32))
-    tokens = TokenBatch(batch.patches, places, weights, layout.with_num_prefix(config.num_prefix).build())
+    turns = isinstance(POSITIONS[config.positions], Rope)
+    turned = torch.from_numpy(coordinates(place, layout).astype(np.int32)) if turns else None
+    tokens = TokenBatch(batch.patches, places, weights, layout.with_num_prefix(config.num_prefix).build(), turned)
     return tokens.to(batch.patches.device)

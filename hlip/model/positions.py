@@ -56,6 +56,21 @@ class SinCos3D(Tiled):
         return torch.cat([axis.expand(*grid, third) for axis in axes], dim=-1).contiguous()
 
 
+class Rope(Tiled):
+    """Positions are added as those called "tiled" are, and in every layer each patch's queries and keys are turned by
+    its place in the whole grid of its scan. Scans of a study are alike. Of a head's dimensions, d, h and w have a third
+    each, in whole pairs.
+
+    Source: the ablations of HLIP's released code; RoFormer (arXiv 2104.09864).
+    """
+
+    def angles(self, coordinates: Tensor, head_dim: int) -> Tensor:
+        """(T, 3) places along d, h and w to the (T, N) angles of a head's first N pairs of dimensions."""
+        pairs = head_dim // 6
+        frequencies = 10000.0 ** (-torch.arange(pairs, dtype=coordinates.dtype, device=coordinates.device) / pairs)
+        return (coordinates[:, :, None] * frequencies).flatten(1)
+
+
 if TYPE_CHECKING:
     PositionsName = str
 else:
@@ -80,6 +95,13 @@ def spatial_rows(place: np.ndarray, layout: StudyLayout, table: Grid) -> tuple[n
     which = {grid: i for i, grid in enumerate(grids)}
     token = np.repeat(first[[which[grid] for grid in scans]], layout.seqlens("scan")) + place
     return np.concatenate([rows for rows, _ in corners])[token], np.concatenate([w for _, w in corners])[token]
+
+
+def coordinates(place: np.ndarray, layout: StudyLayout) -> np.ndarray:
+    """(T, 3): places along d, h and w in the whole grid of the scan, also of patches that dropout left."""
+    grids = np.array([grid for study in layout.grids for grid in study])
+    _, h, w = grids.repeat(layout.seqlens("scan"), axis=0).T
+    return np.stack([place // (h * w), place // w % h, place % w], axis=1)
 
 
 def sequential_rows(

@@ -12,7 +12,8 @@ from hlip_kernels import Grid
 
 from ..objective import OBJECTIVES, Clip
 from ..read.safe import hint
-from .config import ALIASES, MODELS, PUBMED_BERT, ModelConfig, preset
+from .config import ALIASES, MODELS, PUBMED_BERT, ModelConfig, preset, spelled
+from .positions import POSITIONS, Rope
 from .weights import Weights, read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -93,7 +94,9 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     models = [name for name in fitting if name in MODELS]  # each by one of its names
     files = _json_files(folder) if folder else {}
     inside = [name for name in files if name in fitting]
-    told = model or (weights.name if weights.name in MODELS else "")  # by a checkpoint of our own trainer
+    told = spelled(model or "") or (
+        weights.name if weights.name in MODELS else ""
+    )  # by a checkpoint of our own trainer
     called, path, guessed = told, files.get(told), False
     if told:
         how = f"{told}, as told"
@@ -105,6 +108,8 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
         how = f"as {path} says"
     elif called := _in_run_name(weights.name, fitting):
         how, guessed = f"{called}, as the training run was called {weights.name!r}", True
+    elif (called := spelled(weights.path.stem)) in fitting:
+        how, guessed = f"{called}, as the file is called", True
     elif not fitting:
         raise ValueError(
             f"{weights.path}: fits no released model: {shapes}; if it has the levels of one, name it with "
@@ -116,7 +121,9 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
             "model= or --model"
         )
     else:
-        rest = f" ({', '.join(models[1:])} fits too, and has the same levels)" if models[1:] else ""
+        rest = (
+            f" ({', '.join(models[1:])} fits too: name it with model= or --model if it is that)" if models[1:] else ""
+        )
         called, how, guessed = fitting[0], f"{fitting[0]}, guessed from its shapes{rest}", True
     config = config_of_json(path, read_json(path)) if path else preset(called)
     if config.projection and embed_dim:
@@ -155,7 +162,7 @@ def _json_files(folder: Path) -> dict[str, Path]:
 def _spelling(name: str) -> str:
     """A name without what changed over the releases."""
     for old, new in {
-        "ablate_seqposemb_": "", "siglip_": "", "clip_": "",
+        "siglip_": "", "clip_": "",
         "singlescan_h2": "slice_scan", "multiscan_h2": "scan_study", "multiscan_h3": "slice_scan_study",
     }.items():  # fmt: skip
         name = name.replace(old, new)
@@ -187,9 +194,9 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
 
 def _in_run_name(run: str, fitting: list[str]) -> str:
     """The model that a training run is called after, in any spelling; empty if it is none."""
-    for spelled in (str, _spelling):
-        called = [(name, rf"(?<![a-z0-9]){re.escape(spelled(name))}(?![a-z0-9])") for name in fitting]
-        likely = [name for name, pattern in called if re.search(pattern, spelled(run))]
+    for spelling in (str, _spelling):
+        called = [(name, rf"(?<![a-z0-9]){re.escape(spelling(name))}(?![a-z0-9])") for name in fitting]
+        likely = [name for name, pattern in called if re.search(pattern, spelling(run))]
         if likely:
             return max(likely, key=len)
     return ""
@@ -218,10 +225,12 @@ def published_name(config: ModelConfig, name: str | None = None) -> str:
             **Shapes.of_config(model)._asdict(),
             "levels": vision.levels, "heads": vision.heads, "mlp_ratio": vision.mlp_ratio,
             "objective": model.objective, "projection": model.projection,
+            "rotary positions": isinstance(POSITIONS[vision.positions], Rope),
         }  # fmt: skip
 
     own = architecture(config)
     if name is not None:
+        name = spelled(name)
         wrong = [f"{key} is {own[key]}, not {v}" for key, v in architecture(preset(name)).items() if own[key] != v]
         if wrong:
             raise ValueError(f"the model is no {name}: {'; '.join(wrong)}")
@@ -236,7 +245,7 @@ def open_clip_json(config: ModelConfig, name: str) -> tuple[str, dict[str, Any]]
     """The name that the release registers, and the JSON with which open_clip builds the model."""
     name = REGISTERED.get(name, name)
     tokenizer = config.text.name if not Path(config.text.name).is_dir() else preset(name).text.name
-    trunk = name.replace("ablate_seqposemb_clip_", "ablate_seqposemb_").removeprefix("siglip_").removeprefix("clip_")
+    trunk = re.sub(r"^(ablate_[a-z]+_)?(siglip_|clip_)", r"\1", name)
     content: dict[str, Any] = {"embed_dim": config.embed_dim}
     begin = OBJECTIVES[config.objective].begin
     content |= {f"init_{key}": value for key, value in begin.items() if value != Clip.begin.get(key)}
