@@ -45,8 +45,9 @@ from benchlib.options import command, number
 from benchlib.problems import SCANS, draw_scans
 from benchlib.report import Row, provenance, show, write
 from benchlib.timing import OpTraffic, Peak, distance, timed
-from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.config import VisionConfig
 from hlip.model.encoder import StudyEncoder
+from hlip.model.levels import level_pattern
 from hlip.model.memory import keep_memory
 from hlip.model.plan import TokenBatch, plan
 from hlip.study import pack

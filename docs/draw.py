@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hlip.model.config import level_pattern
+from hlip.model.levels import level_pattern
 from hlip_kernels import Grid, Level, StudyLayout
 
 GRIDS: list[list[Grid]] = [[(2, 1, 3), (2, 1, 3), (2, 1, 3)], [(3, 1, 3)], [(2, 1, 3), (1, 1, 6)]]

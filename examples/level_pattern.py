@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from hlip.model.config import VisionConfig, level_pattern, place_levels
+from hlip.model.config import VisionConfig
 from hlip.model.encoder import StudyEncoder
+from hlip.model.levels import level_pattern, place_levels
 from hlip.study import pack
 from hlip_kernels import Level, StudyLayout
 

@@ -2,7 +2,7 @@
 
 from .attention import hier_attention
 from .backends import available_backends
-from .dropin import HierarchicalAttention
+from .dropin import HierarchicalAttention, rotate
 from .layout import Grid, Level, StudyLayout
 from .linear import is_fusible, is_plain, linear_of_norm, linear_of_pixels, mlp_of_norm
 from .norm import add_regroup_norm, regroup
@@ -29,4 +29,5 @@ __all__ = [
     "multiplies_bfloat16",
     "once_differentiable",
     "regroup",
+    "rotate",
 ]

@@ -19,7 +19,8 @@ import torch
 import emulation
 import fake_cuda as fake
 from hlip import HLIPModel, ModelConfig
-from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig, level_pattern
+from hlip.model.config import BERT_BASE, MODELS, TextConfig, VisionConfig
+from hlip.model.levels import level_pattern
 from hlip.prepare.recipe import Recipe
 from hlip_kernels import Grid, tiles
 from hlip_kernels import native as native_library

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import hlip
 from conftest import random_study, tiny_vision
-from hlip.model.config import VisionConfig, level_pattern, place_levels
+from hlip.model.config import VisionConfig
 from hlip.model.encoder import PIXEL_MEAN, PIXEL_STD, Block, Stream, StudyEncoder, add_norm
+from hlip.model.levels import level_pattern, place_levels
 from hlip.model.positions import POSITIONS, sincos
 from hlip.study import PackedBatch
 

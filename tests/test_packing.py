@@ -18,8 +18,9 @@ import packing
 from benchlib.problems import SCANS, draw_scans
 from benchlib.timing import RESET_PEAK, OpTraffic
 from conftest import random_study
-from hlip.model.config import VisionConfig, level_pattern
+from hlip.model.config import VisionConfig
 from hlip.model.encoder import StudyEncoder
+from hlip.model.levels import level_pattern
 from hlip.model.memory import release_memory
 
 BENCH = Path(__file__).parents[1] / "bench"

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hlip.model.config import VisionConfig, place_levels, preset
+from hlip.model.config import VisionConfig, preset
+from hlip.model.levels import place_levels
 from hlip.processes import share
 from hlip.train.sampler import Cost, StepSampler, pieces_within
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hlip.model.config import Pattern, VisionConfig, level_pattern
+from hlip.model.config import VisionConfig
 from hlip.model.encoder import StudyEncoder
+from hlip.model.levels import Pattern, level_pattern
 from hlip.model.memory import keep_memory
 from hlip.study import Study, pack
 from hlip_kernels import StudyLayout

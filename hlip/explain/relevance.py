@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hlip_kernels import Level, StudyLayout, regroup
-from hlip_kernels.dropin import rotate
+from hlip_kernels import Level, StudyLayout, regroup, rotate
 
 from ..embed.texts import embed_prompts
 from ..model.clip import HLIPModel

@@ -121,7 +121,7 @@ class Block(nn.Module):
     def forward(
         self, stream: Stream, layout: StudyLayout, previous: Level, level: Level, rotary: Tensor | None = None
     ) -> Stream:
-        """rotary: of the rows of `level`; see `hlip_kernels.dropin.rotate`."""
+        """rotary: of the rows of `level`; see `hlip_kernels.rotate`."""
         attn, mlp = self.attn, self.mlp
         x, y = add_norm(stream, layout, previous, level, self.norm1, self.norm_backend)
         if is_plain(attn, HierarchicalAttention):
@@ -264,7 +264,7 @@ class StudyEncoder(nn.Module):
 
     def rotary(self, tokens: TokenBatch) -> dict[Level, Tensor]:
         """(R, 2, N) cosines and sines that turn queries and keys of the rows of a level, by level; see
-        `hlip_kernels.dropin.rotate`. Prefix rows are not turned. None where positions are only added."""
+        `hlip_kernels.rotate`. Prefix rows are not turned. None where positions are only added."""
         positions, layout = POSITIONS[self.config.positions], tokens.layout
         if not isinstance(positions, Rope):
             return {}
