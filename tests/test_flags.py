@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from hlip.train.flags import FLAGS, from_published_flags
 TAKEN: dict[str, tuple[str, dict[str, object]]] = {
     "device": ("cuda", {"device": "cuda"}),
     "epochs": ("20", {"epochs": 20}),
+    "eps": ("1e-6", {"eps": 1e-6}),
     "finetune": ("a.pt", {"init": "a.pt"}),
     "force-patch-dropout": ("0.5", {"patch_dropout": 0.5}),
     "grad-clip-norm": ("1.0", {"grad_clip": 1.0}),
@@ -35,12 +37,12 @@ TAKEN: dict[str, tuple[str, dict[str, object]]] = {
     "delete-previous-checkpoint": ("", {"keep": 1}),
     "grad-checkpointing": ("", {"grad_checkpointing": True}),
     "local-loss": ("", {"local_loss": True}),
-    "lock-text": ("", {"lock_text": True}),
-    "lock-text-freeze-layer-norm": ("", {"lock_text": True}),
+    "lock-text": ("", {"lock_text": True, "train_norms": True, "locked_dropout": True}),
+    "lock-text-freeze-layer-norm": ("", {"train_norms": False}),
     "pretrained-image": ("", {"vision": "timm/vit_base_patch16_224.mae"}),
     "torchcompile": ("", {"compile": True}),
     "use-cxr-bert": ("", {"text": "microsoft/BiomedVLP-CXR-BERT-specialized"}),
-    "text-process-cfg": ("report", {"texts": "shuffled"}),
+    "text-process-cfg": ("report", {"texts": "items"}),
     "batch-size": ("16", {"batch_size": 16}),
     "beta1": ("0.8", {"betas": (0.8, 0.98)}),
     "beta2": ("0.95", {"betas": (0.9, 0.95)}),
@@ -61,7 +63,7 @@ REFUSED = {
     "hlip prepare": "data-root json-root train-data-filelist train-file train-report-filedict train-scan-filedict "
     "train-uid-filedict valid-data-filelist valid-file valid-report-filedict valid-scan-filedict",
     "--val STORE --labels FILE --prompts": "ct ct-rate mri rad-chestct zeroshot-ct-rate zeroshot-rad-chestct",
-    "leave it out": "distill-model distill-pretrained epochs-cooldown eps force-image-size force-quick-gelu horovod "
+    "leave it out": "distill-model distill-pretrained epochs-cooldown force-image-size force-quick-gelu horovod "
     "lock-image lock-image-unlocked-groups lr-cooldown-end lr-cooldown-power skip-scheduler",
     "--compile": "torchscript trace",
     "--lock-text": "lora-text",
@@ -123,7 +125,7 @@ def test_a_flag_that_is_refused_says_what_to_do(name: str, advice: str) -> None:
         (["--opt", "timm/lamb"], "--opt timm/lamb: the optimizer is AdamW"),
         (["--lr-scheduler=const"], "--lr-scheduler const: the rate follows a cosine"),
         (["--input-info", "-1150", "350", "resize"], "--input-info -1150 350 resize: the store's recipe"),
-        (["--text-process-cfg", "all"], "--text-process-cfg all: expected report"),
+        (["--text-process-cfg", "all"], "--text-process-cfg all: --texts and --findings"),
         (["--accum-batch", "4"], "--accum-batch: it multiplies --batch-size"),
         (["--batch-size", "a"], "--batch-size: expected a whole number, got 'a'"),
         (["--batch_size", "8", "--accum-freq=-2"], "--accum-freq: expected a whole number, got '-2'"),
@@ -151,8 +153,9 @@ def test_a_step_is_the_product(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert config.batch_size == 64  # --batch_size counts all processes already
 
 
-def test_the_rate_of_a_recipe_is_not_scaled_beside_the_released_batch_size() -> None:
-    given = ["--config", "chest_ct", "--data", "S", "--lr", "8e-5"]
+def test_the_rate_of_a_recipe_is_not_scaled_beside_the_released_batch_size(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("lr_batch: 64\n")
+    given = ["--config", str(tmp_path / "mine.yaml"), "--data", "S", "--lr", "8e-5"]
     assert read_arguments(given, "hlip train", "").lr_batch == 64
     assert read_arguments([*given, "--batch-size", "64"], "hlip train", "").lr_batch is None
 
@@ -161,6 +164,19 @@ def test_validation_takes_two_flags() -> None:
     for name in ("val-data", "valid-data"):
         config = read_arguments(["--data=S", f"--{name}", "V", "--prompts", "P"], "hlip train", "")
         assert (str(config.val), str(config.prompts)) == ("V", "P")
+
+
+def test_a_strict_lock_takes_two_flags() -> None:
+    for given in (["--lock-text", "--lock-text-freeze-layer-norm"], ["--lock-text-freeze-layer-norm", "--lock-text"]):
+        config = read_arguments(["--data=S", *given], "hlip train", "")
+        assert (config.lock_text, config.train_norms, config.locked_dropout) == (True, False, True)
+    config = read_arguments(["--data=S", "--lock_text=true"], "hlip train", "")
+    assert (config.lock_text, config.train_norms) == (True, None)  # the model's own choice
+
+
+def test_texts_of_two_sides() -> None:
+    config = read_arguments(["--data=S", "--text-process-cfg", "sentence and report"], "hlip train", "")
+    assert (config.texts, config.findings) == ("item", "report")
 
 
 def test_a_run_has_its_folder_and_mae_has_the_size_of_the_model() -> None:
@@ -195,7 +211,8 @@ def test_the_command_of_the_released_readme(monkeypatch: pytest.MonkeyPatch) -> 
     shown = {
         "batch_size": 64, "lr": 1e-5, "lr_batch": None, "warmup": 377, "weight_decay": 0.2, "epochs": 20,
         "precision": "fp16", "workers": 4, "grad_checkpointing": True, "model": "vit_base_singlescan_h2_token2744",
-        "lock_text": True, "wandb": "chest_ct", "text": "microsoft/BiomedVLP-CXR-BERT-specialized",
+        "lock_text": True, "train_norms": True, "locked_dropout": True,
+        "wandb": "chest_ct", "text": "microsoft/BiomedVLP-CXR-BERT-specialized",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in shown} == shown
     for flag, where in (("--json-root", "files/"), ("--data-root", "ct_rate/"), ("--zeroshot-ct-rate", "labels.csv")):

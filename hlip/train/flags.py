@@ -61,7 +61,7 @@ _JOINED = Flag()  # see `_joined`
 FLAGS: dict[str, Flag] = {
     "device": Flag("device"),
     "epochs": Flag("epochs"),
-    "eps": Flag(note="it is 1e-8; leave it out", refused=True),
+    "eps": Flag("eps"),
     "finetune": Flag("init"),
     "force-patch-dropout": Flag("patch_dropout"),
     "grad-clip-norm": Flag("grad_clip"),
@@ -81,12 +81,12 @@ FLAGS: dict[str, Flag] = {
     "seed": Flag("seed"),
     "text-process-cfg": Flag(
         cases={
-            "report": {"texts": "shuffled"}, "sentence": {"texts": "sentence"}, "impressions": {"texts": "sentence"},
-            "sentence and report": {"texts": "sentence"}, "sentence and findings": {"texts": "sentence"},
-            "impressions and findings": {"texts": "sentence"},
+            "report": {"texts": "items"}, "impressions": {"texts": "items"}, "sentence": {"texts": "item"},
+            "sentence and report": {"texts": "item", "findings": "report"},
+            "sentence and findings": {"texts": "item", "findings": "findings"},
+            "impressions and findings": {"texts": "items", "findings": "findings"},
         },
-        note="expected report, sentence, impressions, or one of the latter two 'and report' or 'and findings'",
-        refused=True,
+        note="--texts and --findings say what a study is compared with", refused=True,
     ),
     "train-data": Flag("data"),
     "val-data": Flag("val"),
@@ -99,13 +99,16 @@ FLAGS: dict[str, Flag] = {
     "delete-previous-checkpoint": Flag(cases={"": {"keep": "1"}}),
     "grad-checkpointing": Flag(cases={"": {"grad_checkpointing": "true"}}),
     "local-loss": Flag(cases={"": {"local_loss": "true"}}),
-    "lock-text": Flag(cases={"": {"lock_text": "true"}}),
-    "lock-text-freeze-layer-norm": Flag(cases={"": {"lock_text": "true"}}),
+    "lock-text": Flag(cases={"": {"lock_text": "true", "locked_dropout": "true"}}),
     "torchcompile": Flag(cases={"": {"compile": "true"}}),
     "use-cxr-bert": Flag(cases={"": {"text": CXR_BERT}}),
     # Several of which make up one setting.
     **dict.fromkeys(
-        ["accum-batch", "accum-freq", "batch-size", "beta1", "beta2", "name", "pretrained-image"], _JOINED
+        [
+            "accum-batch", "accum-freq", "batch-size", "beta1", "beta2", "lock-text-freeze-layer-norm", "name",
+            "pretrained-image",
+        ],
+        _JOINED,
     ),
     # Of which one value is taken, or none is needed.
     "image-process-cfg": _CHEST,
@@ -208,6 +211,10 @@ def _joined(given: Mapping[str, str]) -> dict[str, str]:
         settings["lr_batch"] = "null"  # the release never scales it
     if given.keys() & {"beta1", "beta2"}:
         settings["betas"] = f"[{given.get('beta1', '0.9')}, {given.get('beta2', '0.98')}]"
+    if (
+        given.get("lock-text") == "" or "lock-text-freeze-layer-norm" in given
+    ):  # as released, its LayerNorms are trained
+        settings["train_norms"] = "false" if "lock-text-freeze-layer-norm" in given else "true"
     if "name" in given:
         settings["out"] = f"{given.get('out', 'logs')}/{given['name']}"
     if "pretrained-image" in given:
