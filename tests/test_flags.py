@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tiny_store
+from hlip.evaluate.tasks import load_task
+from hlip.model.config import ALIASES, MODELS
+from hlip.output import write_csv
+from hlip.train import pretrain
 from hlip.train.config import KINDS, read_arguments
 from hlip.train.flags import FLAGS, from_published_flags
 
@@ -218,3 +224,27 @@ def test_the_command_of_the_released_readme(monkeypatch: pytest.MonkeyPatch) -> 
     for flag, where in (("--json-root", "files/"), ("--data-root", "ct_rate/"), ("--zeroshot-ct-rate", "labels.csv")):
         with pytest.raises(ValueError, match=f"^{flag}: hlip prepare makes a store"):
             read_arguments([*README.split(), flag, where], "hlip train", "")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_models")
+def test_the_command_of_the_released_readme_trains(
+    bert_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flag for flag, on two studies, in one epoch of one step, with a narrow model of two layers and a BERT at hand:
+    what the hub and Weights & Biases would give is out of reach."""
+    model, advice = MODELS[ALIASES["vit_base_singlescan_h2_token2744"]]
+    model = replace(model, vision=replace(model.vision, levels=("slice", "scan")))
+    monkeypatch.setitem(MODELS, ALIASES["vit_base_singlescan_h2_token2744"], (model, advice))
+    monkeypatch.setattr(tiny_store, "TINY_RECIPE", model.preprocess)
+    columns = load_task("ct-rate").label_columns
+    labels = [dict.fromkeys(columns, float(i % 2)) for i in range(2)]
+    tiny_store.make_store(tmp_path / "STORE", [1] * 2, labels, model.preprocess.shape)
+    rows = [["VolumeName", *columns], *([f"s{i:03d}", *labels[i].values()] for i in range(2))]
+    write_csv(tmp_path / "valid_labels.csv", rows)
+    monkeypatch.chdir(tmp_path)
+    command = README.replace("VAL", "STORE").replace("batch-size 16", "batch-size 2").replace("epochs=20", "epochs=1")
+    assert pretrain.main([*command.split(), "--text", bert_folder, "--wandb", "null", "--out", "run"]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    shown = capsys.readouterr()
+    assert "1 steps" in shown.out or "step 1" in shown.out

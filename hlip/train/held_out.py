@@ -32,11 +32,12 @@ class HeldOut:
         if config.val is None or config.prompts is None:
             return None
         task, store = load_task(config.prompts), Store(config.val)
-        if task.unit != "study":
-            raise ValueError(
-                f"prompts {config.prompts}: a task of scans; training evaluates studies: hlip eval does both"
-            )
         store.check_finished()
+        if task.unit == "scan" and len(store.shapes) > len(store):
+            raise ValueError(
+                f"prompts {config.prompts}: a task of scans; studies in {config.val} have several: give a store with "
+                "one scan a study, or leave it to hlip eval"
+            )
         store.scan_tokens(model.vision.patch_size)  # or an error before training, not after
         source = config.labels or config.val
         table = read_labels(config.labels or store, task.label_columns, task.study)
