@@ -27,6 +27,7 @@ from hlip.evaluate.tasks import load_task
 from hlip.prepare.discover import find_studies
 from hlip.prepare.reports import SectionRules
 from hlip.train.config import RECIPES, TrainConfig
+from hlip.train.flags import FLAGS
 from released_files import seeded
 from tiny_store import make_store
 
@@ -333,7 +334,6 @@ def spans() -> list[tuple[str, str]]:
 FOREIGN = {
     "--shutdown-timeout", "--max_restarts", "--nproc_per_node",  # torchrun
     "--gpus-per-task", "--requeue", "--signal",  # Slurm
-    "--batch-size", "--accum-freq", "--save-frequency", "--num-scans", "--lock-text", "--gather-with-grad",  # open_clip
     "--no-build-isolation", "--force-reinstall", "--no-deps", "--no-cache-dir",  # pip
     "--strict", "--exclude",  # mypy, auditwheel
 }  # fmt: skip
@@ -343,7 +343,7 @@ def test_flags_in_the_text_are_those_of_a_program() -> None:
     sources = [path for top in ("hlip", "train", "bench", "examples") for path in (ROOT / top).rglob("*.py")]
     known = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
     known |= {f"--{field.name}" for kind in (TrainConfig, Options) for field in dataclasses.fields(kind)}
-    known |= {"--config", "--help"} | FOREIGN
+    known |= {"--config", "--help", *(f"--{name}" for name in FLAGS)} | FOREIGN
     named = [(page, flag) for page, span in spans() for flag in re.findall(r"(?<!\S)(--[A-Za-z][\w-]*)", span)]
     assert len(named) > 80
     assert [each for each in named if each[1] not in known] == []
