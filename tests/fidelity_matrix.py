@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_released_way import affine_of, brain_mri, chest_ct, image_of, voxels
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +32,7 @@ from hlip.train.checkpoints import with_changes
 from hlip.train.config import RECIPES, TrainConfig, read_settings
 from hlip.train.step import Optimizer
 from published import PAPER, RELEASED, Facts, released_encoder
+from test_released_way import affine_of, brain_mri, chest_ct, image_of, voxels
 
 HEADS, GRID = 2, (3, 4, 5)
 COLUMNS = {

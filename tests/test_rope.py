@@ -119,3 +119,14 @@ def test_the_configuration_names_them() -> None:
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in plain.items()}
     assert torch.equal(state["spatial_posemb"], plain["spatial_posemb"])
     assert VisionConfig().positions == "tiled"
+
+
+def test_under_autocast_angles_stay_exact() -> None:
+    """Cosines and sines are float32 where queries and keys are of 16 bits."""
+    encoder = make_encoder("slice+scan+study", positions="rope")
+    tokens = encoder.plan(hlip.pack([random_study([(8, 16, 16)] * 3)], (4, 8, 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = encoder(tokens)
+        assert {turns.dtype for turns in encoder.rotary(tokens).values()} == {torch.float32}
+    exact = encoder.double()(tokens)
+    assert (mixed - exact).norm() <= 0.02 * exact.norm()
