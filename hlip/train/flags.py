@@ -211,9 +211,7 @@ def _joined(given: Mapping[str, str]) -> dict[str, str]:
         settings["lr_batch"] = "null"  # the release never scales it
     if given.keys() & {"beta1", "beta2"}:
         settings["betas"] = f"[{given.get('beta1', '0.9')}, {given.get('beta2', '0.98')}]"
-    if (
-        given.get("lock-text") == "" or "lock-text-freeze-layer-norm" in given
-    ):  # as released, its LayerNorms are trained
+    if given.get("lock-text") == "" or "lock-text-freeze-layer-norm" in given:
         settings["train_norms"] = "false" if "lock-text-freeze-layer-norm" in given else "true"
     if "name" in given:
         settings["out"] = f"{given.get('out', 'logs')}/{given['name']}"
