@@ -237,7 +237,7 @@ def test_the_command_of_the_released_readme_trains(
     model = replace(model, vision=replace(model.vision, levels=("slice", "scan")))
     monkeypatch.setitem(MODELS, ALIASES["vit_base_singlescan_h2_token2744"], (model, advice))
     monkeypatch.setattr(tiny_store, "TINY_RECIPE", model.preprocess)
-    columns = load_task("ct-rate").label_columns
+    columns = [column for columns in load_task("ct-rate").label_columns for column in columns]
     labels = [dict.fromkeys(columns, float(i % 2)) for i in range(2)]
     tiny_store.make_store(tmp_path / "STORE", [1] * 2, labels, model.preprocess.shape)
     rows = [["VolumeName", *columns], *([f"s{i:03d}", *labels[i].values()] for i in range(2))]
