@@ -28,11 +28,11 @@ from ..read.safe import MOST_SETTINGS, parse_json, read_text
 from .config import BERT_BASE, ModelConfig, hub_name
 from .released import (
     CONFIGS,
-    NAMES,
     OPEN_CLIP_CONFIG,
     Identity,
     describe,
     identify,
+    names,
     open_clip_json,
     published_name,
 )
@@ -206,7 +206,7 @@ def _find(name: str) -> Path:
                 weights=True,
             )
     except ValueError as error:
-        hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in NAMES else ""
+        hint = f"; it is a name of an architecture: give its weights, with model={name!r}" if name in names() else ""
         raise ValueError(f"{name}: unknown model: {error}{hint}") from error
     described = any((path.parent / file).exists() for file in ("text", OPEN_CLIP_CONFIG, CONFIGS))
     is_model = described and path.is_file() and path.name in WEIGHT_FILES and find_weights(path.parent) == path

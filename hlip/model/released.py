@@ -19,7 +19,6 @@ from .weights import Weights, read_json
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 CONFIGS = "hlip/model_configs"
 POOLERS = {"cls": "cls_last_hidden_state_pooler", "mean": "mean_pooler"}
-NAMES = [name for name in (*MODELS, *ALIASES) if name != "demo"]  # of released models, old spellings last
 # The name under which the release registers a model, where ours is another.
 REGISTERED = {"hlip-2025_10_08": "ablate_seqposemb_clip_vit_base_multiscan_h2_dinotxt1568"}
 
@@ -72,6 +71,11 @@ class Shapes(NamedTuple):
         return ", ".join(f"{key} {value}" for key, value in plain.items())
 
 
+def names() -> list[str]:
+    """Released models, old spellings last."""
+    return [name for name in (*MODELS, *ALIASES) if name != "demo"]
+
+
 class Identity(NamedTuple):
     """A configuration, how it is known in words, and whether it is only guessed, from shapes or the run's name."""
 
@@ -90,7 +94,7 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     """
     shapes = Shapes.of_weights(weights)
     embed_dim = shapes.embed_dim  # it differs between releases of one model, and says nothing of the levels
-    fitting = [name for name in NAMES if Shapes.of_config(preset(name))._replace(embed_dim=embed_dim) == shapes]
+    fitting = [name for name in names() if Shapes.of_config(preset(name))._replace(embed_dim=embed_dim) == shapes]
     models = [name for name in fitting if name in MODELS]  # each by one of its names
     files = _json_files(folder) if folder else {}
     inside = [name for name in files if name in fitting]
@@ -113,7 +117,7 @@ def identify(weights: Weights, folder: Path | None, model: str | None) -> Identi
     elif not fitting:
         raise ValueError(
             f"{weights.path}: fits no released model: {shapes}; if it has the levels of one, name it with "
-            f"model= or --model: {', '.join(name for name in NAMES if name in MODELS)}"
+            f"model= or --model: {', '.join(name for name in names() if name in MODELS)}"
         )
     elif len(_families(fitting)) > 1:
         raise ValueError(
@@ -184,7 +188,7 @@ def config_of_json(path: Path, content: Mapping[str, Any]) -> ModelConfig:
         tokenizer = str(text.get("hf_tokenizer_name") or text["hf_model_name"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a configuration of open_clip ({type(error).__name__} {error})") from error
-    config = preset(path.stem if path.stem in NAMES else _of_trunk(path, trunk, pooled))
+    config = preset(path.stem if path.stem in names() else _of_trunk(path, trunk, pooled))
     try:
         texts = replace(config.text, name=tokenizer, context_length=context, pooling=pooling)
         return replace(config, embed_dim=embed_dim, text=texts)
@@ -203,7 +207,7 @@ def _in_run_name(run: str, fitting: list[str]) -> str:
 
 
 def _of_trunk(path: Path, trunk: str, pooled: bool) -> str:
-    known = [name for name in NAMES if (preset(name).vision.head == "attention_pool") == pooled]
+    known = [name for name in names() if (preset(name).vision.head == "attention_pool") == pooled]
     same = [name for name in known if _spelling(name) == _spelling(trunk)]
     if not same:
         raise ValueError(f"{path}: unknown model {trunk!r}{hint(trunk, known)}")
@@ -235,7 +239,7 @@ def published_name(config: ModelConfig, name: str | None = None) -> str:
         if wrong:
             raise ValueError(f"the model is no {name}: {'; '.join(wrong)}")
         return name
-    same = [other for other in NAMES if architecture(preset(other)) == own]
+    same = [other for other in names() if architecture(preset(other)) == own]
     if not same:
         raise ValueError("the model has the architecture of no released one, so others could not load it")
     return next((other for other in same if preset(other).per_prefix == config.per_prefix), same[0])
