@@ -80,7 +80,8 @@ EXTRAS = {
     "hub": ["huggingface-hub>=0.34"],
     "io": ["nibabel>=5.2", "pydicom>=3", "SimpleITK>=2.3", "pyarrow>=15"],
     "scale": ["ray>=2.9", "submitit>=1.5"],
-    "text": ["ftfy>=6", "transformers>=4.56"],  # of transformers run: 4.56.0, 4.57.6, 5.0.0, 5.24.0; see docs/install.md on hostile folders
+    # transformers that ran: 4.56.0, 4.57.6, 5.0.0, 5.24.0; docs/install.md tells of hostile folders
+    "text": ["ftfy>=6", "transformers>=4.56"],
     "train": ["tensorboard>=2.14"],
     "eval": ["scikit-learn>=1.4"],
     "viz": ["matplotlib>=3.7", "pillow>=9", "pandas>=2.2", "jinja2>=3.1"],
