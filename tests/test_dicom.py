@@ -120,6 +120,20 @@ def test_a_ct_in_hounsfield_units_is_not_rescaled_again(syntax: str, slope: floa
     assert same_volume(volume, stored * slope - 1024, AFFINE)
 
 
+def test_a_ct_of_slices_with_their_own_rescale(tmp_path: Path) -> None:
+    """It is Hounsfield units already, or not, as a whole."""
+    x, y, z = np.meshgrid(*[np.linspace(-1.2, 1.2, n) for n in (40, 36, 11)], indexing="ij")
+    r = x**2 + y**2 + z**2
+    head = np.select([r < 0.93, r < 1], [30 + 40 * (x > 0), 900], -1000).astype(np.int16)
+    slopes = np.linspace(0.5, 1, 11)
+    options, rules = {"modality": "CT", "slope": slopes, "intercept": -1024}, Rules(modalities=("CT",), hounsfield=True)
+    stored = ((head.astype(float) + 1024) / slopes).round().astype(np.int16)
+    (volume,) = read(write_series(tmp_path / "once", stored, AFFINE, **options), rules)
+    assert same_volume(volume, (stored * slopes - 1024).astype(np.float32), AFFINE)
+    (volume,) = read(write_series(tmp_path / "twice", head, AFFINE, **options), rules)
+    assert same_volume(volume, head, AFFINE)
+
+
 @pytest.mark.parametrize("syntax", ["explicit", "big_endian", "rle", "jpeg2000", "jpeg_lossless"])
 def test_frames_of_one_file_are_slices(syntax: str, tmp_path: Path) -> None:
     order = [3, 2, 1, 0, 4, 6, 5]
@@ -139,13 +153,15 @@ def test_frames_without_places_are_refused(tmp_path: Path) -> None:
     assert_refused([file], "unreadable", "11 frames without a place for each")
 
 
-def test_a_slice_sent_twice_counts_once(tmp_path: Path) -> None:
-    files = write_series(tmp_path, voxels(), AFFINE)
+@pytest.mark.parametrize("syntax", ["explicit", "rle", "jpeg2000", "jpeg_lossless"])
+def test_a_slice_sent_twice_counts_once(syntax: str, tmp_path: Path) -> None:
+    array = voxels((320, 300, 11))  # so large that memory which is freed is given away
+    files = write_series(tmp_path, array, AFFINE, transfer_syntax=syntax)
     shutil.copy(files[3], tmp_path / "again.dcm")
     shutil.copy(files[5], tmp_path / "new_uid.dcm")
     edit(tmp_path / "new_uid.dcm", lambda data: setattr(data, "SOPInstanceUID", generate_uid()))
     (volume,) = read(sorted(tmp_path.iterdir()))
-    assert same_volume(volume, voxels(), AFFINE)
+    assert same_volume(volume, array, AFFINE)
 
 
 def test_two_slices_at_one_place_are_refused(tmp_path: Path) -> None:

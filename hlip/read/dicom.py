@@ -13,7 +13,7 @@ import numpy as np
 
 from .headers import DEFLATED, HEAD_BYTES, parse, several
 from .pixels import Pixels
-from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite
+from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite, is_rescaled
 from .scan import ScanError, ScanSource, Volume, damage
 from .voxels import check_file, rescale
 
@@ -210,7 +210,8 @@ def _without_copies(place: list[Slice]) -> list[Slice]:
     """Slices at one place whose pixels differ."""
     kept: dict[bytes, Slice] = {}
     for item in place:
-        kept.setdefault(next(item.pixels.frames([item.frame], item.shape)).tobytes(), item)
+        for values in item.pixels.frames([item.frame], item.shape):  # which hold until the next are asked for
+            kept.setdefault(values.tobytes(), item)
     return list(kept.values())
 
 
@@ -223,22 +224,36 @@ def _read_stack(path: Path, stack: list[Slice], rules: Rules) -> tuple[np.ndarra
     check_grid(path, (columns, rows, int(index[-1]) + 1), affine, rules)
 
     array = np.empty(0)
-    scales = {item.scale for item in stack}
     for pixels, group in groupby(zip(stack, index, strict=True), key=lambda pair: pair[0].pixels):
         pairs = list(group)
         frames = pixels.frames([item.frame for item, _ in pairs], (rows, columns))
-        for (item, k), values in zip(pairs, frames, strict=True):
-            if len(scales) > 1:
-                values = rescale(values.astype(np.float32), *item.scale, rules)
+        for (_, k), values in zip(pairs, frames, strict=True):
             if not array.size:
                 array = np.empty((columns, rows, int(index[-1]) + 1), values.dtype, order="F")
             elif array.dtype != values.dtype:
                 array = array.astype(np.promote_types(array.dtype, values.dtype), order="F")
             array[:, :, k] = values.T
-    _fill_missing(array, index)
-    if len(scales) == 1:
-        array = rescale(array, *scales.pop(), rules)
+    scales = [item.scale for item in stack]
+    if len(set(scales)) == 1:
+        _fill_missing(array, index)
+        array = rescale(array, *scales[0], rules)
+    else:
+        array = _rescale_slices(array, index, scales, rules)
+        _fill_missing(array, index)
     return finite(path, array, rules), affine
+
+
+def _rescale_slices(
+    array: np.ndarray, index: np.ndarray, scales: Sequence[tuple[float, float]], rules: Rules
+) -> np.ndarray:
+    """The slices at `index`, each by its own (slope, intercept), as float32; whether they are Hounsfield units already
+    is told from all of them, as `rescale` tells it."""
+    if rules.hounsfield and is_rescaled(array[:, :, index], *np.median(scales, axis=0)):
+        return array
+    result = array.astype(np.float32, order="F")
+    for k, (slope, intercept) in zip(index, scales, strict=True):
+        result[:, :, k] = result[:, :, k].astype(np.float64) * slope + intercept
+    return result
 
 
 def _regular_places(path: Path, along: np.ndarray, rules: Rules) -> np.ndarray:
