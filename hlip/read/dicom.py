@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .headers import DEFLATED, HEAD_BYTES, parse, several
 from .pixels import Pixels
 from .rules import Rules, check_count, check_grid, check_image_type, check_modality, finite, is_rescaled
 from .scan import ScanError, ScanSource, Volume, damage
+from .series import Mark, marks_of, split_volumes
 from .voxels import check_file, rescale
 
 LPS = np.array([-1.0, -1.0, 1.0])  # DICOM's x runs to the left, its y to the back
@@ -33,7 +34,8 @@ class Slice:
     position: (3) mm - the first pixel's place, as DICOM gives it.
     spacing: mm from row to row and from column to column.
     scale: slope and intercept, from stored numbers to intensities, as the header has them.
-    order: of slices at the same place.
+    number: of acquisition, instance and frame.
+    header: what its file says of it, or of it as a frame.
     """
 
     pixels: Pixels
@@ -44,12 +46,18 @@ class Slice:
     position: tuple[float, ...]
     spacing: tuple[float, float]
     scale: tuple[float, float]
-    order: tuple[float, float, int, str]
+    number: tuple[float, float, int]
+    header: Any
 
     @property
     def along(self) -> float:
         """Place along the normal, mm."""
         return float(np.dot(np.cross(self.axes[:3], self.axes[3:]), self.position))
+
+    @functools.cached_property
+    def marks(self) -> tuple[Mark, ...]:
+        """What tells it from slices at the same place."""
+        return marks_of(self.header, self.pixels.header)
 
 
 def read_volumes(source: ScanSource, rules: Rules) -> list[Volume]:
@@ -128,6 +136,12 @@ def _functional_groups(frame: Any, shared: Any) -> Any:
         "PixelMeasuresSequence",
         "PixelValueTransformationSequence",
         "FrameContentSequence",
+        "MREchoSequence",
+        "MRDiffusionSequence",
+        "MRImageFrameTypeSequence",
+        "CTImageFrameTypeSequence",
+        "CardiacSynchronizationSequence",
+        "TemporalPositionSequence",
     ):
         for group in (shared, frame):
             if group is not None and group.get(name):
@@ -155,8 +169,9 @@ def _slice(pixels: Pixels, frame: int, place: Any) -> Slice:
     if np.linalg.norm(np.cross(axes[:3], axes[3:])) < 0.1:
         raise ScanError(path, f"rows and columns run the same way: {axes}", "sheared")
     shape, uid = (int(data.Rows), int(data.Columns)), str(data.get("SOPInstanceUID", ""))
-    order = (float(data.get("AcquisitionNumber") or 0), float(data.get("InstanceNumber") or 0), frame, str(path))
-    return Slice(pixels, frame, uid, shape, axes, position, (spacing[0], spacing[1]), (slope, intercept), order)
+    number = (float(data.get("AcquisitionNumber") or 0), float(data.get("InstanceNumber") or 0), frame)
+    scale = (slope, intercept)
+    return Slice(pixels, frame, uid, shape, axes, position, (spacing[0], spacing[1]), scale, number, place)
 
 
 def _one_orientation(path: Path, slices: Sequence[Slice], rules: Rules) -> list[Slice]:
@@ -190,10 +205,12 @@ def _stacks(path: Path, slices: Iterable[Slice]) -> list[list[Slice]]:
     """Volumes of slices sorted along their normal: one, or more if all places have as many slices."""
     places: list[list[Slice]] = []
     seen = set()
-    for item in sorted(slices, key=lambda s: (s.along, s.order)):
-        if (item.uid, item.frame) in seen and item.uid:
+    for item in sorted(slices, key=lambda s: (s.along, s.number, str(s.pixels.path))):
+        # Some de-identified archives give every slice one instance UID, so that alone makes no copy.
+        instance = (item.uid, item.position, item.number)
+        if instance in seen and item.uid:
             continue
-        seen.add((item.uid, item.frame))
+        seen.add(instance)
         if places and item.along - places[-1][0].along < SAME_PLACE:
             places[-1].append(item)
         else:
@@ -203,7 +220,7 @@ def _stacks(path: Path, slices: Iterable[Slice]) -> list[list[Slice]]:
     counts = {len(place) for place in places}
     if len(counts) > 1:
         raise ScanError(path, f"from {min(counts)} to {max(counts)} slices at one place", "duplicate_slices")
-    return [[sorted(place, key=attrgetter("order"))[t] for place in places] for t in range(counts.pop())]
+    return split_volumes(path, places)
 
 
 def _without_copies(place: list[Slice]) -> list[Slice]:

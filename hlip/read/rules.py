@@ -50,7 +50,7 @@ class Rules:
     A new rule is a field here, made by `later`, with a check below, which names it.
 
     Further names: `unreadable`, `constant`, `no_contrast`, `not_grey`, `mixed_orientations`, `duplicate_slices`,
-    `uneven_slices`.
+    `ambiguous`, `uneven_slices`.
     """
 
     modalities: tuple[str, ...] = ("MR",)
