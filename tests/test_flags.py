@@ -48,7 +48,7 @@ TAKEN: dict[str, tuple[str, dict[str, object]]] = {
     "pretrained-image": ("", {"vision": "timm/vit_base_patch16_224.mae"}),
     "torchcompile": ("", {"compile": True}),
     "use-cxr-bert": ("", {"text": "microsoft/BiomedVLP-CXR-BERT-specialized"}),
-    "text-process-cfg": ("report", {"texts": "items"}),
+    "text-process-cfg": ("report", {"texts": "items", "prefix": "This study shows: "}),
     "batch-size": ("16", {"batch_size": 16}),
     "beta1": ("0.8", {"betas": (0.8, 0.98)}),
     "beta2": ("0.95", {"betas": (0.9, 0.95)}),
@@ -131,7 +131,8 @@ def test_a_flag_that_is_refused_says_what_to_do(name: str, advice: str) -> None:
         (["--opt", "timm/lamb"], "--opt timm/lamb: the optimizer is AdamW"),
         (["--lr-scheduler=const"], "--lr-scheduler const: the rate follows a cosine"),
         (["--input-info", "-1150", "350", "resize"], "--input-info -1150 350 resize: the store's recipe"),
-        (["--text-process-cfg", "all"], "--text-process-cfg all: --texts and --findings"),
+        (["--text-process-cfg", "all"], "--text-process-cfg all: --texts, --findings and --prefix"),
+        (["--text-process-cfg", "impressions"], "impressions alone need a store whose reports have no findings"),
         (["--accum-batch", "4"], "--accum-batch: it multiplies --batch-size"),
         (["--batch-size", "a"], "--batch-size: expected a whole number, got 'a'"),
         (["--batch_size", "8", "--accum-freq=-2"], "--accum-freq: expected a whole number, got '-2'"),
@@ -183,11 +184,24 @@ def test_a_strict_lock_takes_two_flags() -> None:
 def test_texts_of_two_sides() -> None:
     config = read_arguments(["--data=S", "--text-process-cfg", "sentence and report"], "hlip train", "")
     assert (config.texts, config.findings) == ("item", "report")
+    assert (config.prefix, config.findings_prefix) == ("This study shows: ", None)
+    config = read_arguments(["--data=S", "--text-process-cfg", "impressions and findings"], "hlip train", "")
+    assert (config.texts, config.findings) == ("items", "findings")
+    assert (config.prefix, config.findings_prefix) == ("This study shows:", "This study looks like:")
 
 
-def test_a_run_has_its_folder_and_mae_has_the_size_of_the_model() -> None:
-    given = ["--data=S", "--name", "mine", "--logs-dir", "runs", "--pretrained-image",
-             "--model", "clip_vit_large_scan_study_dualdinotxt1568"]  # fmt: skip
+def test_defaults_that_are_not_the_release_s_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    from_published_flags(["--batch-size", "16", "--config", "chest_ct"])
+    assert "defaults" not in caplog.text
+    from_published_flags(["--batch-size", "16"])
+    assert "beta2 0.98, no limit to the gradient" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model", ["clip_vit_large_scan_study_dualdinotxt1568", "zch0414/clip-vit_large-scan_study-dualdinotxt1568"]
+)
+def test_a_run_has_its_folder_and_mae_has_the_size_of_the_model(model: str) -> None:
+    given = ["--data=S", "--name", "mine", "--logs-dir", "runs", "--pretrained-image", "--model", model]
     config = read_arguments(given, "hlip train", "")
     assert (str(config.out), config.vision) == ("runs/mine", "timm/vit_large_patch16_224.mae")
 

@@ -47,6 +47,10 @@ def _refused(advice: str, *names: str) -> dict[str, Flag]:
     return dict.fromkeys(names, Flag(note=advice, refused=True))
 
 
+_DEFAULTS = (
+    "flags that are not given have this library's defaults; what the release does without a flag (MAE weights, eps "
+    "1e-6, beta2 0.98, no limit to the gradient, items in random order) is in the model's recipe: --config NAME"
+)
 _IMAGES = "it is for data sets of 2D images; scans come from a store, as its recipe made them"
 _STUDIES = "hlip prepare makes a store of {}; give that as --{} STORE"
 _TESTED = "hlip prepare makes a store of that set; give --val STORE --labels FILE --prompts {}"
@@ -55,6 +59,8 @@ _CHEST = Flag(
     cases={"-1150 350 crop": {}}, refused=True,
     note="the store's recipe says it: hlip prepare --recipe chest-ct is -1150 350 crop; others are recipes of your own",
 )  # fmt: skip
+_REPORTS = {"prefix": "This study shows: "}  # of 2026-04, on CT-RATE; then on MR-RATE
+_SECTIONS = {"findings": "findings", "prefix": "This study shows:", "findings_prefix": "This study looks like:"}
 _JOINED = Flag()  # see `_joined`
 
 # The flags of the releases of 2025-06, 2025-10 and 2026-04, and of the ablations' branch.
@@ -81,12 +87,15 @@ FLAGS: dict[str, Flag] = {
     "seed": Flag("seed"),
     "text-process-cfg": Flag(
         cases={
-            "report": {"texts": "items"}, "impressions": {"texts": "items"}, "sentence": {"texts": "item"},
-            "sentence and report": {"texts": "item", "findings": "report"},
-            "sentence and findings": {"texts": "item", "findings": "findings"},
-            "impressions and findings": {"texts": "items", "findings": "findings"},
+            "report": {"texts": "items", **_REPORTS},
+            "sentence": {"texts": "item", **_REPORTS},
+            "sentence and report": {"texts": "item", "findings": "report", **_REPORTS},
+            "sentence and findings": {"texts": "item", **_SECTIONS},
+            "impressions and findings": {"texts": "items", **_SECTIONS},
         },
-        note="--texts and --findings say what a study is compared with", refused=True,
+        note="--texts, --findings and --prefix say what a study is compared with; impressions alone need a store "
+        "whose reports have no findings",
+        refused=True,
     ),
     "train-data": Flag("data"),
     "val-data": Flag("val"),
@@ -195,6 +204,8 @@ def from_published_flags(arguments: list[str]) -> list[str]:
             if flag.note and not settings:
                 _tell(f"--{name}: {flag.note}")
         given[name] = value
+    if "batch-size" in given and "config" not in given:
+        _tell(_DEFAULTS)
     settings = _joined(given)
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in given and other not in given:
@@ -216,7 +227,8 @@ def _joined(given: Mapping[str, str]) -> dict[str, str]:
     if "name" in given:
         settings["out"] = f"{given.get('out', 'logs')}/{given['name']}"
     if "pretrained-image" in given:
-        settings["vision"] = f"timm/vit_{'large' if '_large_' in given.get('model', '') else 'base'}_patch16_224.mae"
+        size = "large" if "large" in given.get("model", "").lower() else "base"
+        settings["vision"] = f"timm/vit_{size}_patch16_224.mae"
     return settings
 
 
