@@ -135,6 +135,15 @@ def test_what_learns_poorly_is_counted(count: int, store: dict[str, Any], words:
         assert re.match(f"{tmp_path / 'a'}: {expected}", line), line
 
 
+@pytest.mark.parametrize("texts", ["item", "items"])
+def test_items_that_were_lost_are_told(texts: str, tmp_path: Path) -> None:
+    make_store(tmp_path / "joined", [1] * 4, **reports(*(f"Mass {i}. No bleed." for i in range(4))))
+    make_store(tmp_path / "kept", [1] * 4, **reports(*(f"Mass {i}.\n\nNo bleed." for i in range(4))))
+    (line,) = check(tmp_path / "joined", texts=texts)
+    assert f"texts '{texts}' takes sentences" in line and "entries: paragraphs" in line
+    assert check(tmp_path / "joined", texts="sentence") == check(tmp_path / "kept", texts=texts) == []
+
+
 @pytest.mark.parametrize(("steps", "warmup", "words"), [(3, 12, "after 3 steps, at 25% of"), (12, 12, "at 100% of")])
 def test_a_warmup_longer_than_the_run(steps: int, warmup: int, words: str, tmp_path: Path) -> None:
     make_store(tmp_path / "a", [1] * 6)

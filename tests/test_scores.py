@@ -232,6 +232,7 @@ def test_scans_have_names_or_lines(tmp_path: Path) -> None:
         (PAIRS, "study,a,b\nu,,0.5\n", "line 2, study u: a: expected a probability from 0 to 1, got ''"),
         (PAIRS, "study,a,b\nu,0.5,0.5\nu,0.5,0.5\n", "study u has 2 rows, expected one"),
         (PAIRS, "name,a,b\nu,0.5,0.5\n", "needs a column of study"),
+        (PAIRS, "study;a;b\nu;0.5;0.5\n", "cells are parted by commas"),
         ("classes: {a: x, b: y}", "study,a,b\nu,0.5,0.25\n", "study u: the classes' shares add up to 0.75, not 1"),
         ("kind: similarity\nclasses: {a: x}", "study,a\nu,inf\n", "study u: a: expected a number, got 'inf'"),
     ],

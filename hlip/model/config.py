@@ -349,7 +349,7 @@ def spelled(name: str) -> str:
     def plain(name: str) -> str:
         return re.sub(r"^(zch0414/|chestct_|brainmri_|headct_)|\.pt$", "", name.lower().replace("-", "_"))
 
-    return next((known for known in (*MODELS, *ALIASES) if plain(known) == plain(name)), name)
+    return next((model for model in (*MODELS, *ALIASES) if plain(model) == plain(name)), name)
 
 
 def hub_name(name: str) -> str:

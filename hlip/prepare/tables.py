@@ -87,7 +87,8 @@ class Table:
             named = (*study, *STUDY_COLUMNS)
             uid_column = next((name for name in named if name in columns), None)
             if uid_column is None:
-                raise ValueError(f"needs a column of {', '.join(named)}")
+                separator = "; cells are parted by commas" if ";" in "".join(columns) else ""
+                raise ValueError(f"needs a column of {', '.join(named)}{separator}")
             if len(set(columns)) < len(columns):
                 raise ValueError(f"line {reader.line_num}: column {max(columns, key=columns.count)!r} occurs twice")
             rows = []

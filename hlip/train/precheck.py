@@ -106,6 +106,11 @@ def _reports(config: TrainConfig, store: Store) -> Iterator[str]:
             f"a study is told from in a batch, {same * (config.batch_size - 1):.1f} on average have the same text, and "
             "count as wrong all the same"
         )
+    if config.texts in ("item", "items") and not any("\n" in text for texts in _sections(store) for text in texts):
+        yield (
+            f"{store.path}: no report has paragraphs or a list, so texts '{config.texts}' takes sentences. If reports "
+            "are lists of texts, hlip prepare --sections FILE.yaml with `entries: paragraphs` keeps them apart"
+        )
 
 
 def _images(store: Store) -> Iterator[str]:
