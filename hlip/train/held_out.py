@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from ..evaluate.evaluation import zeroshot
 from ..evaluate.labels import MISSING, read_labels
-from ..evaluate.metrics import macro_auc
+from ..evaluate.metrics import macro_auc, scorable
 from ..evaluate.tasks import Task, load_task
 from ..model.clip import HLIPModel
 from ..model.config import ModelConfig
@@ -17,10 +19,17 @@ from .step import gathered
 
 
 class HeldOut:
-    """Studies to evaluate on, with their labels and prompts."""
+    """Studies to evaluate on, with their labels and prompts.
+
+    scored: the classes that the AUC is averaged over: those that studies have and others lack; of a task of one class
+        a study, all.
+    """
 
     def __init__(self, store: Store, labels: np.ndarray, task: Task) -> None:
         self.store, self.labels, self.task = store, labels, task
+        self.scored = scorable(labels)
+        if task.kind == "multi-class" or not self.scored.any():
+            self.scored[:] = True
 
     @classmethod
     def read(cls, config: TrainConfig, model: ModelConfig) -> HeldOut | None:
@@ -44,12 +53,17 @@ class HeldOut:
         unknown = [uid for uid in store.uids if uid not in table or (table[uid] == MISSING).all()]
         if unknown:
             raise ValueError(f"{source}: no label for study {unknown[0]} ({len(unknown)} of {len(store)} lack one)")
-        labels = np.stack([table[uid] for uid in store.uids])
+        held_out = cls(store, np.stack([table[uid] for uid in store.uids]), task)
         try:
-            macro_auc(labels, np.zeros(labels.shape))
+            held_out.macro_auc(np.zeros(held_out.labels.shape))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        return cls(store, labels, task)
+        if lacking := [name for name, scored in zip(task.names, held_out.scored, strict=True) if not scored]:
+            logging.warning("%s: left out of the AUC, without positives or negatives: %s", source, ", ".join(lacking))
+        return held_out
+
+    def macro_auc(self, scores: np.ndarray) -> float:
+        return macro_auc(self.labels[:, self.scored], scores[:, self.scored])
 
     def auc(self, model: HLIPModel, world: Processes) -> float:
         """Macro AUC of zero-shot classification; every process embeds its share."""
@@ -60,4 +74,4 @@ class HeldOut:
         for rank, rows in enumerate(world.gather(scores)):
             if rows is not None:
                 shares[rank :: world.size] = rows
-        return macro_auc(self.labels, shares)
+        return self.macro_auc(shares)
