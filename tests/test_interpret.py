@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -115,7 +116,13 @@ def test_a_study_of_a_store(model_folder: Path, tmp_path: Path, capsys: pytest.C
     assert result["study"] == "p2" and [entry["overlay"] for entry in result["scans"]] == [None, None]
     assert result["share_among_these_prompts"] == result["cosine"] == {}
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [f for f in FILES if f != "overlays"]
-    capsys.readouterr()
+    assert "recipe" not in capsys.readouterr().err
+    other = shutil.copytree(model_folder, tmp_path / "model") / "config.json"
+    config = json.loads(other.read_text())
+    other.write_text(json.dumps({**config, "recipe": {**config["recipe"], "depth": "nearest-exact"}}))
+    assert run("interpret", "p2", "--store", store, "--model", other.parent, *flags[2:]) == 0
+    words = f"{store}: its recipe.depth is linear, not nearest-exact as the model has it"
+    assert words in capsys.readouterr().err
     for args, message in ((["p3"], "holds no study p3"), (["p1", "p2"], "the uid of one study, got p1, p2")):
         assert run("interpret", *args, "--store", store, *flags) == 2
         assert message in capsys.readouterr().err

@@ -189,6 +189,15 @@ def test_a_run_goes_on(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hlip.HLIPModel.from_pretrained("run/model").config.embed_dim == 16
 
 
+def test_a_run_names_how_its_held_out_scans_were_prepared_otherwise(old: Path) -> None:
+    recipe = replace(hlip.load_recipe("recipe.yaml"), depth="nearest-exact")
+    prepare(find_studies(Path("studies")), recipe, "other")
+    run("train", "--data=store", "--init=model", "--steps=1", "--batch_size=4", "--precision=fp32", "--workers=0",
+        "--val=other", "--labels=labels.csv", "--prompts=prompts.yaml", "--out=named")  # fmt: skip
+    warnings = json.loads(Path("named/log.jsonl").read_text().splitlines()[1])["warnings"]
+    assert "other: its recipe.depth is nearest-exact, not linear as the model has it" in warnings
+
+
 def test_a_run_goes_on_with_the_settings_that_it_had(old: Path) -> None:
     """Of settings that came later, what was done before; of the model, what its checkpoint says."""
     settings = json.loads(Path("run/log.jsonl").read_text().splitlines()[0])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..arguments import argument
+from ..embed.inputs import unlike
 from ..evaluate.evaluation import compare, scale_of, zeroshot_classifier
 from ..evaluate.tasks import Task
 from ..explain.maps import as_arrays, montage, write_overlays
@@ -104,6 +106,7 @@ def _interpret(args: argparse.Namespace) -> int:
     model = load_model(args)
     grids: list[Volume] | None = None
     if store is not None:
+        say(*unlike(model.config.recipe, store), file=sys.stderr)
         study = store.study(number)
     else:
         study, grids = load_study_on_grids(groups[0], model.config.preprocess)

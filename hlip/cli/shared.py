@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..arguments import Argument, OneOf, add_arguments, argument, at_least, field_argument
 from ..embed.baselines import PREFIX, Pool, SliceEncoder, read_slices
 from ..embed.encoders import model_digest
-from ..embed.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names
+from ..embed.inputs import FileStudies, ListedStudies, StoreStudies, Studies, study_names, unlike
 from ..embed.loop import Options, Unit, embed
 from ..embed.open_clip import HUB
 from ..embed.parts import parts_of
@@ -234,8 +234,7 @@ def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Stud
     if len(paths) == 1 and (paths[0] / "shards").is_dir():
         store = Store(paths[0])
         if isinstance(model, HLIPModel):
-            for words in model.config.recipe.unlike(store.info.get("recipe", {})) if model.config.recipe else ():
-                say(f"{store.path}: its {words} as the model has it", file=sys.stderr)
+            say(*unlike(model.config.recipe, store), file=sys.stderr)
             return StoreStudies(store, model.config.vision.patch_size)
         model.check_slices(store)
         return StoreStudies(store)

@@ -45,6 +45,12 @@ class Studies(Protocol):
         """A hash of what `read` returns, or of all that it depends on."""
 
 
+def unlike(recipe: Recipe | None, store: Store) -> list[str]:
+    """In lines, the fields in which a store's recipe differs from a model's."""
+    stored = store.info.get("recipe", {})
+    return [f"{store.path}: its {words} as the model has it" for words in (recipe.unlike(stored) if recipe else ())]
+
+
 class StoreStudies(Studies):
     """The studies of a store.
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from hlip_kernels.env import describe_backends
 
+from ..embed.inputs import unlike
 from ..processes import leave, say_error
 from ..store.store import Store
 from ..terminal import VisibleFormatter, guarded_streams, say
@@ -100,6 +101,8 @@ class Run:
         self.checkpoints.data = {"studies": len(store), "source_hash": store.info["source_hash"]}
         self.held_out = HeldOut.read(config, model.config)
         self.warnings += warn([*take_recipe(model, store), *check_texts(config, store, model)], self.world)
+        if self.held_out:
+            self.warnings += warn(unlike(model.config.recipe, self.held_out.store), self.world)
         model.visual.trunk.set_grad_checkpointing(config.grad_checkpointing)
         fixed = model.text.fixed and config.wording.fixed
         self.features = locked_features(model, store, self.world, config.wording) if fixed else None
