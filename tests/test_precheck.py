@@ -216,6 +216,19 @@ def test_two_outputs_and_one_section(tmp_path: Path, dual: hlip.HLIPModel) -> No
         read(tmp_path / "c", dual)
 
 
+def test_settings_without_effect(tmp_path: Path, tiny_model: hlip.HLIPModel, dual: hlip.HLIPModel) -> None:
+    make_store(tmp_path / "a", [2] * 8)
+    unlocked = {"train_norms": True, "locked_dropout": True, "unlocked_layers": 1}
+    paired = {"findings": "report", "findings_prefix": "x "}
+    before = tiny_model.config
+    for locked, names in ((False, [*unlocked, *paired]), (True, [*paired])):
+        tiny_model.config = replace(before, text=replace(before.text, locked=locked))
+        told = read(tmp_path / "a", tiny_model, **unlocked, **paired)
+        assert [line.partition(" ")[0] for line in told if "changes nothing" in line] == names
+    tiny_model.config = before
+    assert not any("changes nothing" in line for line in read(tmp_path / "a", dual, **paired))
+
+
 @pytest.mark.parametrize(("level", "most"), [("slice", 4), ("scan", 8), ("study", 16)])
 def test_patch_dropout_that_leaves_one_patch(level: Any, most: int, tmp_path: Path, tiny_model: hlip.HLIPModel) -> None:
     make_store(tmp_path / "a", [2] * 6)

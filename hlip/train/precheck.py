@@ -19,7 +19,7 @@ from ..model.text import TextTower
 from ..prepare.recipe import Recipe
 from ..store.store import Store
 from ..study import join_report
-from .config import TrainConfig
+from .config import DEFAULTS, TrainConfig
 
 TEXTS = 512  # that are tokenised
 SCANS = 64  # that are read
@@ -47,7 +47,7 @@ def check_texts(config: TrainConfig, store: Store, model: HLIPModel) -> list[str
     Raises:
         ValueError: its texts are alike, or unknown words; says why, and what to do.
     """
-    return [*_patches(model.config.vision, store), *_tokens(config, store, model)]
+    return [*_without_effect(config, model), *_patches(model.config.vision, store), *_tokens(config, store, model)]
 
 
 def take_recipe(model: HLIPModel, store: Store) -> list[str]:
@@ -160,6 +160,16 @@ def _leaks(config: TrainConfig, store: Store) -> Iterator[str]:
             f"{config.val}: {leaked} of its {len(val)} studies are trained on, too, so its AUC is not that of unseen "
             f"studies. hlip store split {store.path} makes parts that are apart"
         )
+
+
+def _without_effect(config: TrainConfig, model: HLIPModel) -> Iterator[str]:
+    """Settings that this model has no use for."""
+    for name in () if model.config.text.locked else ("train_norms", "locked_dropout", "unlocked_layers"):
+        if getattr(config, name):
+            yield f"{name} {getattr(config, name)} changes nothing: the text tower is not locked. Give --lock_text true"
+    for name in () if model.objective.pairs > 1 else ("findings", "findings_prefix"):
+        if getattr(config, name) != DEFAULTS[name]:
+            yield f"{name} {getattr(config, name)!r} changes nothing: objective {model.config.objective} has one text"
 
 
 def _patches(vision: VisionConfig, store: Store) -> Iterator[str]:
