@@ -237,3 +237,12 @@ def test_patch_dropout_that_leaves_one_patch(level: Any, most: int, tmp_path: Pa
         vision = replace(config.vision, levels=(level, level), patch_dropout=rate)
         warnings = read(tmp_path / "a", hlip.HLIPModel(replace(config, vision=vision)))
         assert [f"leaves 1 of the {most} patches of a {level}" in line for line in warnings] == [True] * few
+
+
+def test_a_recipe_of_a_later_version_is_told(tmp_path: Path, tiny_model: hlip.HLIPModel) -> None:
+    store = make_store(tmp_path / "a", [1] * 4)
+    store.info["recipe"] = {**TINY_RECIPE.to_dict(), "sharpen": 2}
+    tiny_model.config = replace(tiny_model.config, recipe=TINY_RECIPE)
+    (line,) = take_recipe(tiny_model, store)
+    assert str(store.path) in line and "sharpen" in line and line.endswith("the model keeps its own")
+    assert tiny_model.config.recipe == TINY_RECIPE

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..read.readers import read_scan
 from ..read.rules import Rules, check_count, check_volume, later, plain_values
-from ..read.safe import read_settings, read_yaml, readable
+from ..read.safe import hint, read_settings, read_yaml, readable
 from ..read.scan import ScanError, ScanSource, Volume
 from ..read.schema import check_ranges, check_types, structure
 from ..store.format import differing
@@ -212,8 +212,8 @@ class Recipe:
         """In words, the fields in which a store's recipe differs, if it makes scans of the same shape; rules aside."""
         try:
             other = Recipe.from_dict({**stored, "rules": {}})
-        except ValueError:  # it is of another kind
-            return []
+        except ValueError as error:  # of a later version, or of a class of the user's own
+            return [f"recipe is unknown to this version ({error}), not"]
         fields = differing(other.spelt_out(), replace(self, rules=Rules()).spelt_out(), where="recipe.")
         return [f"{name} is {value}, not {own}" for name, value, own in fields if other.shape == self.shape]
 
@@ -283,7 +283,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(
             f"unknown recipe {name_or_path!r}: expected {', '.join(PUBLISHED)}, a file that ends in .yaml, or a "
-            "model's folder; each name also with -linear"
+            f"model's folder; each name also with -linear{hint(name_or_path, RECIPES, [])}"
         )
     with readable(path, "a readable recipe"):
         return Recipe.from_dict(read_yaml(path))

@@ -54,11 +54,14 @@ def take_recipe(model: HLIPModel, store: Store) -> list[str]:
     """Let the model keep the recipe by which the scans that it learns from were prepared, and say where that is another
     than its own."""
     own = model.config.recipe
-    unlike = own.unlike(store.info["recipe"]) if own else []
+    unlike, kept = own.unlike(store.info["recipe"]) if own else [], "takes the store's"
     if own and unlike:
-        recipe = {**store.info["recipe"], "rules": own.to_dict()["rules"]}
-        model.config = replace(model.config, recipe=Recipe.from_dict(recipe))
-    return [f"{store.path}: its {words} as the model has it; the model takes the store's" for words in unlike]
+        try:
+            recipe = Recipe.from_dict({**store.info["recipe"], "rules": own.to_dict()["rules"]})
+            model.config = replace(model.config, recipe=recipe)
+        except ValueError:
+            kept = "keeps its own"
+    return [f"{store.path}: its {words} as the model has it; the model {kept}" for words in unlike]
 
 
 def _warmup(config: TrainConfig, steps: int) -> Iterator[str]:
