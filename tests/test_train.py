@@ -299,7 +299,7 @@ def test_bad_input_is_named(
         ({"init": tmp_path / "x.pt"}, "x.pt: unknown model: no such file or folder"),
         ({"fsdp": "true", "balance": "cost"}, "fsdp needs balance 'studies'"),
         ({"wandb": "project"}, "wandb is asked for and not installed"),
-        ({"accum-freq": 2}, "--accum-freq: a step is cut into pieces by --micro_tokens"),
+        ({"json-root": "x"}, "--json-root: hlip prepare makes a store of"),
         (held_out, "labels.csv: no label for study test-0009"),
         (held_out | {"labels": one_sided}, "one_sided.csv: AUC needs positives and negatives of every class"),
         (held_out | {"labels": None}, "test: the store has no labels for "),
