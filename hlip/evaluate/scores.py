@@ -6,6 +6,7 @@ Shapes: N studies, or scans of them; K scored classes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,20 @@ def read_scores(path: Path | str, task: Task) -> tuple[list[str], list[str], np.
             holds something else; names the file, and the line.
     """
     table = Table.read(path, task.study)
+    classes = _classes(path, table, task)
+    uids = [uid for _, uid, _ in table.rows]
+    of_scans = task.unit == "scan" and ("scan" in table.columns or len(set(uids)) < len(uids))
+    scans = [row.get("scan") or f"line {line}" for line, _, row in table.rows] if of_scans else []
+    (place, rows), *_ = Counter(zip(uids, scans or uids, strict=True)).most_common(1)
+    if rows > 1:
+        raise ValueError(f"{path}: study {' scan '.join(place) if scans else place[0]} has {rows} rows, expected one")
+    values = np.array([[_number(row[name]) for name in classes] for _, _, row in table.rows])
+    _check_values(path, table, task, classes, values)
+    return uids, scans, task.merge(dict(zip(classes, values.T, strict=True)))
+
+
+def _classes(path: Path | str, table: Table, task: Task) -> list[str]:
+    """The columns that are read: of the classes, or of what some are merged into."""
     merged = [name for name in task.merged if name in table.columns]
     members = {member for name in merged for member in task.merged[name]}
     classes = [*(name for name in task.classes if name not in members), *merged]
@@ -40,17 +55,16 @@ def read_scores(path: Path | str, task: Task) -> tuple[list[str], list[str], np.
         raise ValueError(f"{path}: has no column {', '.join(missing)} (there are {', '.join(given)})")
     for name in set(given).difference(classes):
         raise ValueError(f"{path}: {name!r} is no class of task {task.name}{hint(name, classes)}")
-    uids = [uid for _, uid, _ in table.rows]
-    of_scans = task.unit == "scan" and ("scan" in table.columns or len(set(uids)) < len(uids))
-    scans = [row.get("scan") or f"line {line}" for line, _, row in table.rows] if of_scans else []
-    (place, rows), *_ = Counter(zip(uids, scans or uids, strict=True)).most_common(1)
-    if rows > 1:
-        raise ValueError(f"{path}: study {' scan '.join(place) if scans else place[0]} has {rows} rows, expected one")
-    values = np.array([[_number(row[name]) for name in classes] for _, _, row in table.rows])
-    least, most = (-np.inf, np.inf) if task.kind == "similarity" else (0, 1)
-    for row, k in np.argwhere(~(np.isfinite(values) & (values >= least) & (values <= most)))[:1]:
+    return classes
+
+
+def _check_values(path: Path | str, table: Table, task: Task, classes: Sequence[str], values: np.ndarray) -> None:
+    """Raises ValueError at a cell, or a row of a multi-class task, that holds something else than scores."""
+    any_number = task.kind == "similarity"
+    lowest, highest = (-np.inf, np.inf) if any_number else (0, 1)
+    wanted = "a number" if any_number else "a probability from 0 to 1"
+    for row, k in np.argwhere(~(np.isfinite(values) & (values >= lowest) & (values <= highest)))[:1]:
         line, uid, cells = table.rows[row]
-        wanted = "a number" if task.kind == "similarity" else "a probability from 0 to 1"
         raise ValueError(
             f"{path}: line {line}, study {uid}: {classes[k]}: expected {wanted}, got {cells[classes[k]]!r}"
         )
@@ -59,7 +73,6 @@ def read_scores(path: Path | str, task: Task) -> tuple[list[str], list[str], np.
         raise ValueError(
             f"{path}: line {line}, study {uid}: the classes' shares add up to {values[row].sum():g}, not 1"
         )
-    return uids, scans, task.merge(dict(zip(classes, values.T, strict=True)))
 
 
 def _number(cell: str) -> float:
