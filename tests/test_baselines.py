@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import hlip
 import rank_job
-from baseline_cases import MEAN, PAIRS, STD, folders, store, study  # noqa: F401
+from baseline_cases import MEAN, PAIRS, STD, folders, open_clip, store, study  # noqa: F401
 from commands import run
 from hlip.embed.baselines import Pool, SliceEncoder
 from hlip.embed.table import Embeddings
