@@ -139,14 +139,14 @@ def measured(name: str, tree: Path, extra: Sequence[str]) -> dict[Key, float]:
 
 
 def run(tree: Path, command: Sequence[str]) -> str:
-    """What a Python program prints, run with the packages of a tree."""
+    """Returns what a Python program prints, run with the packages of a tree."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     environment.pop("TRITON_INTERPRET", None)  # compiled kernels are what is timed
     return printed([sys.executable, *command], tree, environment)
 
 
 def printed(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
-    """What a program prints.
+    """Returns what a program prints.
 
     Raises:
         ValueError: it failed; with the end of what it said.

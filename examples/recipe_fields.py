@@ -1,4 +1,4 @@
-"""How far the fields of a recipe move embeddings: python examples/recipe_fields.py runs/demo/model STUDY STUDY ..."""
+"""Measure how recipe fields move embeddings: python examples/recipe_fields.py runs/demo/model STUDY STUDY ..."""
 
 import sys
 from dataclasses import replace

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 
 class Argument(NamedTuple):
-    """What `ArgumentParser.add_argument` takes."""
+    """Names and settings that `ArgumentParser.add_argument` takes."""
 
     names: tuple[str, ...]
     settings: dict[str, Any]

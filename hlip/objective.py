@@ -41,7 +41,7 @@ TextsName = Literal["report", "shuffled", "sentence", "item", "items"]
 
 @dataclass(frozen=True)
 class Wording:
-    """How training words the text of a study.
+    """Wording of a study's text in training.
 
     texts, findings: what of a report the first side and the second side read; see `TrainConfig`.
     sentence_dropout: share of sentences or items that is left out.
@@ -57,7 +57,7 @@ class Wording:
 
     @property
     def fixed(self) -> bool:
-        """Whether a study has the same text at every step."""
+        """True if a study has the same text at every step."""
         return self.texts == "report" and self.sentence_dropout == 0 and self.findings == "findings"
 
     def split(self, text: str) -> list[str]:

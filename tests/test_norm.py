@@ -16,6 +16,7 @@ from hlip_kernels import Grid, Level, StudyLayout, add_regroup_norm
 from hlip_kernels import native as library
 from hlip_kernels.layout import LEVELS
 from hlip_kernels.native import ISAS, Native, native
+from linear_cases import assert_as_exact
 from norm_cases import NATIVE, RAGGED, WIDTH, _fill_new_memory_with_nan, cast, make_inputs  # noqa: F401
 
 DEPTH: dict[Level, int] = {"study": 1, "scan": 2, "slice": 3}  # how much of a label names a group
@@ -75,16 +76,6 @@ def run(inputs: dict[str, Tensor], layout: StudyLayout, src: Level, dst: Level, 
     return results | {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
 
-def assert_close_to_oracle(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Error at most 2x (results) or 3x (gradients) that of eager PyTorch, plus one rounding."""
-    assert ours.keys() == eager.keys()
-    for name, value in ours.items():
-        assert value.dtype == eager[name].dtype
-        errors = [float((x.double() - exact[name]).abs().max()) for x in (value, eager[name])]
-        rounding = torch.finfo(value.dtype).eps * float(exact[name].abs().max())
-        assert errors[0] <= (3 if name.startswith("d") else 2) * errors[1] + rounding, (name, errors, rounding)
-
-
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("num_prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize(("src", "dst"), PAIRS)
@@ -116,7 +107,7 @@ def test_kernels_are_as_exact_as_eager(
     layout = StudyLayout.from_grids(RAGGED, 2)
     inputs = cast(make_inputs(layout, src, scales), getattr(torch, residual), getattr(torch, update))
     exact = {name: x.double() for name, x in inputs.items()}
-    assert_close_to_oracle(
+    assert_as_exact(
         run(inputs, layout, src, dst, backend, RAGGED),
         run(inputs, layout, src, dst, "torch", RAGGED),
         run(exact, layout, src, dst, None, RAGGED),
@@ -138,7 +129,7 @@ def test_kernels_with_any_number_of_prefix_rows(src: Level, dst: Level, backend:
     exact = run(inputs, layout, src, dst, None, LONG)
     single = cast(inputs, torch.float32)
     ours, eager = (run(single, layout, src, dst, name, LONG) for name in (backend, "torch"))
-    assert_close_to_oracle(ours, eager, exact)
+    assert_as_exact(ours, eager, exact)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
@@ -156,7 +147,7 @@ def test_levels_with_as_many_groups(grids: list[list[Grid]], num_prefix: int, ba
         exact = run(inputs, layout, src, dst, None, grids)
         single = cast(inputs, torch.float32)
         ours, eager = (run(single, layout, src, dst, name, grids) for name in (backend, "torch"))
-        assert_close_to_oracle(ours, eager, exact)
+        assert_as_exact(ours, eager, exact)
         if layout.num_groups(src) == layout.num_groups(dst):
             assert torch.equal(ours["x"], run(single, layout, src, src, backend, grids)["x"])
 
@@ -174,7 +165,7 @@ def test_gradients_through_one_of_the_results(src: Level, dst: Level, backend: s
         assert not ours.pop("dweight").any()
         assert not ours.pop("dbias").any()
         del eager["dweight"], eager["dbias"]
-    assert_close_to_oracle(ours, eager, exact)
+    assert_as_exact(ours, eager, exact)
 
 
 GRIDS = st.lists(
@@ -197,7 +188,7 @@ def test_random_layouts(
     exact = run(inputs, layout, *levels, None, grids)
     single = cast(inputs, torch.float32)
     ours, eager = (run(single, layout, *levels, name, grids) for name in (backend, "torch"))
-    assert_close_to_oracle(ours, eager, exact)
+    assert_as_exact(ours, eager, exact)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", NATIVE])
@@ -249,7 +240,7 @@ def test_every_instruction_set_is_as_exact_and_repeatable_for_any_number_of_thre
     exact = run(inputs, layout, src, dst, None, RAGGED)
     mixed = cast(inputs, torch.float32, torch.bfloat16)
     ours, eager = (run(mixed, layout, src, dst, backend, RAGGED) for backend in ("native", "torch"))
-    assert_close_to_oracle(ours, eager, exact)
+    assert_as_exact(ours, eager, exact)
     threads = torch.get_num_threads()
     try:
         for count in (2, 5):

@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
 
 
 def _work() -> list[Argument]:
-    """Of who does the work, and how."""
+    """Arguments that say who does the work, and how."""
     return [
         argument(
             "--engine", choices=get_args(Engine), default="local", help="who does the work (default: this machine)"

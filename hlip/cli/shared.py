@@ -135,7 +135,7 @@ def _on_device(model: Model, device: str) -> Model:
 
 
 def embedding_arguments() -> tuple[Argument, ...]:
-    """Of how studies are embedded."""
+    """Arguments that say how studies are embedded."""
     processors = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return (
         field_argument(Options, "max_tokens", metavar="N"),
@@ -158,7 +158,7 @@ def check_results(folder: Path) -> None:
 
 
 def prompt_arguments(prompt: str) -> tuple[Argument, ...]:
-    """Of the prompts that studies are compared with.
+    """Arguments for the prompts that studies are compared with.
 
     prompt: the help of `--prompt`.
     """
@@ -250,7 +250,7 @@ def open_studies(paths: Sequence[Path], model: HLIPModel | SliceEncoder) -> Stud
 
 
 def embedding_options(args: argparse.Namespace, unit: Unit = "study") -> Options:
-    """Of the arguments of `embedding_arguments`.
+    """Make options from the arguments of `embedding_arguments`.
 
     Raises:
         ValueError: arguments that do not go together.
@@ -283,7 +283,7 @@ def embeddings_of(
     among: Processes,
     prompts: Sequence[Sequence[str]] | None = None,
 ) -> Embeddings | None:
-    """What the file of `--embeddings` holds; or else the embeddings of studies, or with prompts their similarities to
+    """Read the file of `--embeddings`; or else make the embeddings of studies, or with prompts their similarities to
     these, which are kept in the folder of `--out`. None on all processes but the first.
 
     Raises:

@@ -147,7 +147,7 @@ class TextTower(nn.Module):
 
     @property
     def fixed(self) -> bool:
-        """Whether nothing of the transformer is trained or drawn, so that the features of a text never change."""
+        """True if nothing of the transformer is trained or drawn, so that the features of a text never change."""
         config = self.config
         return config.locked and not (config.unlocked_layers or config.train_norms or config.locked_dropout)
 

@@ -231,7 +231,7 @@ class Recipe:
 
 
 def _is_grey(volume: Volume) -> bool:
-    """Whether its intensities are grey levels already, of 255."""
+    """True if its intensities are grey levels already, of 255."""
     return volume.prepared and volume.array.dtype == np.uint8
 
 

@@ -56,7 +56,7 @@ class Slice:
 
     @functools.cached_property
     def marks(self) -> tuple[Mark, ...]:
-        """What tells it from slices at the same place."""
+        """Marks that tell it from slices at the same place."""
         return marks_of(self.header, self.pixels.header)
 
 

@@ -50,7 +50,7 @@ S = TypeVar("S", bound=Placed)
 
 
 def marks_of(*headers: Any) -> tuple[Mark, ...]:
-    """What the first of these data sets that knows an element says of it, for every one of `ELEMENTS`."""
+    """Read every one of `ELEMENTS` from the first of these data sets that has it."""
     return tuple(_mark(_value(headers, names)) for names in ELEMENTS)
 
 

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Flag:
-    """What becomes of a flag.
+    """Answer to a flag of the release.
 
     setting: has the same meaning here, and takes the flag's value.
     cases: the settings that a value stands for, in place of that one; the value "" is that of a flag without any.
